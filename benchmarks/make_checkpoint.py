@@ -1,0 +1,149 @@
+"""Write a random-weight Qwen2.5-Omni checkpoint with the exact shapes of the 3B or the 7B model.
+
+    python benchmarks/make_checkpoint.py {3b,7b} OUT [--layers N] [--seed 0]
+
+For measuring time, memory and disk where the real weights are not at hand: same tensor names, shapes, dtypes,
+token ids, number of shards and kinds of files as the official repository, 12.0 GB (3b) and 22.4 GB (7b). The
+values are stretches of one pool of normal numbers: the disk sets the pace, and half a GB of memory is enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+from make_tiny_omni import (
+    BLOCK,
+    Json,
+    OmniShape,
+    SeededNormal,
+    TensorSpec,
+    stable_hash,
+    write_checkpoint,
+)
+
+POOL_SIZE = 16_777_213  # a prime, so that the rows of a large matrix do not repeat
+SHARD_BYTES = 4.5e9
+
+ENDOFTEXT_ID = 151643
+
+
+def _real_shape(text: Json, talker: Json) -> OmniShape:
+    """Shape of a published model; 3B and 7B have the same towers and token2wav up to the thinker's width."""
+    hidden = text["hidden_size"]
+    return OmniShape(
+        text={**text, "mrope_section": [16, 24, 24]},
+        vision={
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+            "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": hidden,
+        },
+        audio={
+            "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
+            "output_dim": hidden,
+        },
+        talker={
+            "embedding_size": hidden, "hidden_size": 896, "num_hidden_layers": 24, "vocab_size": 8448,
+            **talker,
+        },
+        dit={
+            "hidden_size": 1024, "num_hidden_layers": 22, "num_attention_heads": 16, "head_dim": 64,
+            "emb_dim": 512, "num_embeds": 8193, "enc_emb_dim": 192, "enc_dim": 128,
+            "enc_channels": [256, 256, 256, 256, 768], "enc_attention_channels": 64, "enc_se_channels": 64,
+            "look_ahead_layers": [10], "look_backward_layers": [0, 20],
+        },
+        bigvgan={"upsample_initial_channel": 1536},
+        endoftext_id=ENDOFTEXT_ID,
+        codec_pad_id=8292,
+        audio_seconds=300,
+        reference_frames=300,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "3b": _real_shape(
+        text={
+            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
+        },
+        talker={
+            "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64,
+            "mrope_section": [16, 16, 0],
+        },
+    ),
+    "7b": _real_shape(
+        text={
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
+        },
+        talker={
+            "intermediate_size": 18944, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 128,
+            "mrope_section": [16, 24, 24],
+        },
+    ),
+}  # fmt: skip
+
+
+class PooledNormal:
+    """Normal values cut from one pool at an offset that depends on (seed, tag): hardly more than a copy."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        pool = SeededNormal(seed)("pool", (POOL_SIZE,))
+        self.pool = torch.cat([pool, pool[:BLOCK]])  # a block may run past the end
+
+    def __call__(self, tag: str, shape: tuple[int, ...]) -> Tensor:
+        """Values of the given shape, float32; a view, valid for reading only."""
+        size = math.prod(shape)
+        if size > BLOCK:
+            raise ValueError(f"{tag}: {size} values asked for, at most {BLOCK} at a time")
+        offset = stable_hash(self.seed, tag) % POOL_SIZE
+        return self.pool[offset : offset + size].view(shape)
+
+
+def count_parameters(specs: list[TensorSpec]) -> dict[str, int]:
+    """Number of parameters of thinker, talker and token2wav (its one buffer not counted)."""
+    counts = {"thinker": 0, "talker": 0, "token2wav": 0}
+    for spec in specs:
+        if not spec.name.endswith(".inv_freq"):
+            counts[spec.name.split(".")[0]] += spec.numel
+    return counts
+
+
+def make_checkpoint(name: str, out: Path, *, layers: int | None = None, seed: int = 0) -> list[TensorSpec]:
+    """Write the model called ``name`` (3b, 7b) into ``out``, with ``layers`` thinker layers if given."""
+    shape = SHAPES[name].with_layers(layers)
+    return write_checkpoint(
+        out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=PooledNormal(seed)
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write a random Qwen2.5-Omni of real size.")
+    parser.add_argument("model", choices=sorted(SHAPES), help="whose shapes to use")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint into")
+    parser.add_argument("--layers", type=int, help="decoder layers of the thinker (default: all)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    specs = make_checkpoint(args.model, args.out, layers=args.layers, seed=args.seed)
+    seconds = time.perf_counter() - start
+    for part, count in count_parameters(specs).items():
+        print(f"{part:10} {count:15,} parameters")
+    shards = len(list(args.out.glob("*.safetensors")))
+    gigabytes = sum(spec.nbytes for spec in specs) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # kilobytes on Linux
+    print(f"{len(specs)} tensors, {gigabytes:.2f} GB in {shards} files")
+    print(f"{seconds:.0f} s, peak RSS {peak:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""index.jsonl -> CalibSample -> model inputs, one sample at a time.
+
+Every fault of the whole index (JSON, keys, files, media) is found and listed with its line before anything else is
+done. A sample is any non-empty subset of text, image, audio and video, or a whole conversation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from . import media
+from .errors import QuantError, nearest
+from .models.spec import MediaProcessor, ModelInputs
+from .resources import shipped_folder
+
+# The wording the models were trained with; any other makes the talker's voice unreliable.
+DEFAULT_SYSTEM = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+MEDIA_KINDS = ("image", "audio", "video")
+KEYS = ("text", *MEDIA_KINDS, "use_audio_in_video", "system", "answer", "messages")
+MAX_TEXT_CHARACTERS = 200_000
+MAX_INDEX_BYTES = 256 << 20
+_LISTED_FAULTS = 50
+
+
+@dataclass(frozen=True)
+class CalibSample:
+    """One conversation. `messages` as chat templates take them, media parts holding a checked Path.
+
+    where: file and line, for messages. use_audio_in_video: whether the clips' own sound is heard.
+    """
+
+    where: str
+    messages: tuple[dict[str, Any], ...]
+    use_audio_in_video: bool
+
+    def files(self) -> list[Path]:
+        parts = (p for m in self.messages for p in m["content"] if p["type"] in MEDIA_KINDS)
+        return [part[part["type"]] for part in parts]
+
+
+@dataclass(frozen=True)
+class CalibSet:
+    """The samples to stream, where they came from, and what was said about those left out."""
+
+    index: Path
+    samples: tuple[CalibSample, ...]
+    warnings: tuple[str, ...]
+
+    def identity(self) -> str:
+        """A digest of the samples and of every media file's bytes."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(repr((sample.messages, sample.use_audio_in_video)).encode())
+            for file in sample.files():
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def load_calib_set(
+    dataset: str,
+    default_text: str,
+    *,
+    max_samples: int | None = None,
+    seed: int = 0,
+    on_bad_sample: Literal["fail", "skip"] = "fail",
+) -> CalibSet:
+    """Read and check a whole index. More than max_samples: a seeded choice of them, in their order.
+
+    Raises QuantError listing all faults with their lines; with on_bad_sample "skip" they become warnings.
+    """
+    index = find_index(dataset)
+    samples, faults = [], []
+    for where, entry in _entries(index):
+        try:
+            samples.append(_parse_sample(where, entry, index.parent, default_text))
+        except QuantError as error:
+            faults += [f"{where}: {line}" for line in error.message.split("\n")]
+    if faults and on_bad_sample == "fail":
+        listed = faults[:_LISTED_FAULTS] + ([f"... and {len(faults) - _LISTED_FAULTS} more"] * (len(faults) > 50))
+        raise QuantError(
+            f"the dataset has {len(faults)} faults:\n" + "\n".join(listed),
+            "mend them, or leave such samples out with `calibration: {on_bad_sample: skip}` in the recipe",
+        )
+    if not samples:
+        raise QuantError(f"{index}: no usable sample", "give at least one line such as {\"text\": \"Hello\"}")
+    if max_samples is not None and len(samples) > max_samples:
+        chosen = sorted(random.Random(seed).sample(range(len(samples)), max_samples))
+        samples = [samples[i] for i in chosen]
+    return CalibSet(index, tuple(samples), tuple(f"sample left out: {fault}" for fault in faults))
+
+
+def find_index(dataset: str) -> Path:
+    """The index file: a path (absolute, or relative to the current folder), or a short name under lab_calib/."""
+    candidates = [Path(dataset)]
+    if Path(dataset).name == dataset:
+        candidates.append(shipped_folder("lab_calib") / dataset)
+    found = next((path for path in candidates if path.exists()), None)
+    if found is None:
+        shipped = sorted(p.name for p in shipped_folder("lab_calib").glob("*") if p.is_dir())
+        raise QuantError(
+            f"dataset {dataset!r} does not exist. Shipped: {', '.join(shipped)}.{nearest(dataset, shipped)}",
+            "give an index.json, an index.jsonl, or a folder that holds one",
+        )
+    if found.is_file():
+        return found
+    inside = [found / name for name in ("index.jsonl", "index.json") if (found / name).is_file()]
+    if len(inside) != 1:
+        what = "both index.json and index.jsonl" if inside else "neither index.jsonl nor index.json"
+        raise QuantError(f"dataset folder {str(found)!r} holds {what}", "give the path of the one that is meant")
+    return inside[0]
+
+
+def _entries(index: Path) -> list[tuple[str, Any]]:
+    """(where, parsed JSON or the QuantError that it raised) for each sample of the index."""
+    try:
+        if index.stat().st_size > MAX_INDEX_BYTES:
+            raise QuantError(f"{index}: larger than {MAX_INDEX_BYTES} bytes; not read")
+        text = index.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QuantError(f"{index}: cannot be read: {error}", "the index is JSON in UTF-8") from error
+    if index.suffix == ".json":
+        value = _parse_json(text)
+        if isinstance(value, QuantError):
+            raise QuantError(f"{index}: {value.message}", "an index.json is one object or a list of objects")
+        entries = value if isinstance(value, list) else [value]
+        return [(f"{index.name}[{i}]", entry) for i, entry in enumerate(entries)]
+    lines = text.split("\n")
+    return [(f"{index.name}:{n}", _parse_json(line)) for n, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        return QuantError(f"not valid JSON: {reason}")
+
+
+# --- one sample ----------------------------------------------------------------------------------------------
+
+
+def _parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> CalibSample:
+    """Check one entry. Raises one QuantError whose message has a line per fault."""
+    if isinstance(entry, QuantError):
+        raise entry
+    if not isinstance(entry, dict):
+        raise QuantError(f"a sample is a JSON object, not {type(entry).__name__}")
+    faults: list[str] = []
+    for key in entry:
+        guess = nearest(key, KEYS)
+        if key not in KEYS and guess:  # other keys (id, source, licence) are the user's own
+            faults.append(f"unknown key {key!r}.{guess}")
+    messages = _conversation(entry, default_text, faults) if "messages" in entry else _turns(entry, default_text, faults)
+    tracks = [_check_part(part, folder, faults) for message in messages for part in message["content"]]
+    has_sound = [track for track in tracks if track is not None]
+    use_audio = _sound_choice(entry, has_sound, faults)
+    if faults:
+        raise QuantError("\n".join(faults))
+    return CalibSample(where, tuple(messages), use_audio)
+
+
+def _turns(entry: dict[str, Any], default_text: str, faults: list[str]) -> list[dict[str, Any]]:
+    """system, user (media, then text), and the answer where there is one."""
+    parts = []
+    for kind in MEDIA_KINDS:
+        value = entry.get(kind)
+        for file in value if isinstance(value, list) else [] if value is None else [value]:
+            parts.append({"type": kind, kind: file})
+    question = _text_of(entry, "text", faults) or default_text
+    answer = _text_of(entry, "answer", faults)
+    messages = [
+        _message("system", [_text_part(_text_of(entry, "system", faults) or DEFAULT_SYSTEM)]),
+        _message("user", [*parts, _text_part(question)]),
+    ]
+    return messages + ([_message("assistant", [_text_part(answer)])] if answer else [])
+
+
+def _text_of(entry: dict[str, Any], key: str, faults: list[str]) -> str:
+    value = entry.get(key)
+    if value is None or value == "":
+        return ""
+    if not isinstance(value, str) or not value.strip():
+        faults.append(f"{key} is {str(value)[:40]!r}, not a text")
+        return ""
+    return value
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
+
+
+def _message(role: str, content: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def _conversation(entry: dict[str, Any], default_text: str, faults: list[str]) -> list[dict[str, Any]]:
+    """`messages` as chat templates take them, with string contents made parts and a system turn put first."""
+    beside = [key for key in ("text", "answer", "system", *MEDIA_KINDS) if key in entry]
+    if beside:
+        faults.append(f"messages stands beside {', '.join(beside)}; give the one or the others")
+    turns = entry["messages"]
+    if not isinstance(turns, list) or not turns:
+        faults.append("messages is not a list of turns")
+        return []
+    messages = []
+    for number, turn in enumerate(turns):
+        role = turn.get("role") if isinstance(turn, dict) else None
+        if role not in ("system", "user", "assistant") or "content" not in turn:
+            faults.append(f"messages[{number}] needs a role (system, user, assistant) and a content")
+            continue
+        content = turn["content"]
+        parts = [_text_part(content)] if isinstance(content, str) else content
+        if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
+            faults.append(f"messages[{number}].content is neither a text nor a list of text/image/audio/video parts")
+            continue
+        messages.append(_message(role, [{key: part[key] for key in ("type", part["type"])} for part in parts]))
+    if messages and messages[0]["role"] != "system":
+        messages.insert(0, _message("system", [_text_part(DEFAULT_SYSTEM)]))
+    return messages
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") in ("text", *MEDIA_KINDS) and part["type"] in part
+
+
+def _check_part(part: dict[str, Any], folder: Path, faults: list[str]) -> bool | None:
+    """Check a part and turn its file into a Path. For a video: whether it has a sound track; else None."""
+    kind = part["type"]
+    value = part[kind]
+    if not isinstance(value, str) or not value:
+        faults.append(f"{kind} is {str(value)[:40]!r}, not a text")
+    elif kind == "text":
+        if len(value) > MAX_TEXT_CHARACTERS:
+            faults.append(f"a text of {len(value)} characters; the limit is {MAX_TEXT_CHARACTERS}")
+    elif "://" in value or value.startswith("data:"):
+        faults.append(f"{kind} {value[:80]!r} is a URL; only local files are read")
+    elif "\0" in value:
+        faults.append(f"{kind} {value[:80]!r} is no file name")
+    else:
+        part[kind] = folder / value
+        try:
+            has_sound = media.probe(kind, part[kind])
+        except QuantError as error:
+            faults.append(error.message)
+        except OSError as error:
+            faults.append(f"{kind} {value[:80]!r} cannot be read: {error.strerror}")
+        else:
+            return has_sound if kind == "video" else None
+    return None
+
+
+def _sound_choice(entry: dict[str, Any], has_sound: list[bool], faults: list[str]) -> bool:
+    """use_audio_in_video: as the entry says, else whether every clip of the sample has a sound track."""
+    wanted = entry.get("use_audio_in_video")
+    if wanted is None:
+        return bool(has_sound) and all(has_sound)
+    if not isinstance(wanted, bool):
+        faults.append(f"use_audio_in_video is {str(wanted)[:40]!r}, not true or false")
+    elif wanted and not all(has_sound):
+        faults.append("use_audio_in_video is true, but a clip of this sample has no sound track")
+    return bool(wanted) and bool(has_sound)
+
+
+# --- to model inputs -----------------------------------------------------------------------------------------
+
+
+def prepare_sample(sample: CalibSample, processor: MediaProcessor) -> ModelInputs:
+    """Decode the sample's media and run the model's processor. Raises QuantError naming the sample's line."""
+    try:
+        messages = [_message(m["role"], [_decoded(p, sample) for p in m["content"]]) for m in sample.messages]
+        return processor.prepare(messages, sample.use_audio_in_video)
+    except QuantError as error:
+        raise QuantError(f"{sample.where}: {error.message}", error.hint) from error
+    except (ValueError, RuntimeError, OSError) as error:
+        raise QuantError(f"{sample.where}: the model's processor refused the sample: {error}") from error
+
+
+def _decoded(part: dict[str, Any], sample: CalibSample) -> dict[str, Any]:
+    decoders: dict[str, Callable[[Path], Any]] = {"image": media.load_image, "audio": media.load_sound, "video": str}
+    kind = part["type"]
+    if kind == "text":
+        return part
+    decoded = {"type": kind, kind: decoders[kind](part[kind])}
+    if kind == "video" and sample.use_audio_in_video:
+        decoded["sound"] = media.load_sound(part[kind])
+    return decoded

@@ -1,0 +1,99 @@
+"""cpu, cuda and npu: the only file that names them.
+
+Nothing of torch_npu is imported unless an NPU is asked for or looked for; a broken installation of it is reported,
+never allowed to break a run on another device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import resource
+import sys
+from dataclasses import dataclass
+
+from .errors import QuantError
+
+# An installed torch_npu without its driver makes `import torch` itself fail through its entry point. Set before
+# torch is imported, this leaves the import to us; a value the user has set stands.
+os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+
+import torch
+
+_NPU_HINT = "install the driver and CANN, then `pip install 'msmodelslim_omni[npu]'`; or use --device cpu"
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device to compute on and why it was chosen."""
+
+    name: str
+    reason: str
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device(self.name)
+
+
+def resolve_device(wanted: str) -> Device:
+    """`auto` (npu, else cuda, else cpu), `cpu`, `cuda[:i]` or `npu[:i]`. Raises QuantError with what is missing."""
+    form = re.fullmatch(r"(auto|cpu|cuda|npu)(?::(\d{1,3}))?", wanted)
+    if form is None or (form[2] and form[1] in ("auto", "cpu")):
+        raise QuantError(f"unknown device {wanted!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
+    kind, index = form[1], int(form[2] or 0)
+    if kind == "cpu":
+        return Device("cpu", "as asked")
+    if kind == "auto":
+        return _first_available()
+    count, problem = _npu_count() if kind == "npu" else _cuda_count()
+    if not count:
+        raise QuantError(f"device {wanted!r}: {problem}", _NPU_HINT if kind == "npu" else "use --device cpu")
+    if index >= count:
+        raise QuantError(f"device {wanted!r} does not exist: there are {count}, {kind}:0 to {kind}:{count - 1}")
+    return Device(f"{kind}:{index}", "as asked")
+
+
+def _first_available() -> Device:
+    npus, npu_problem = _npu_count()
+    if npus:
+        return Device("npu:0", "auto: an NPU is there")
+    cudas, cuda_problem = _cuda_count()
+    if cudas:
+        return Device("cuda:0", f"auto: no NPU ({npu_problem}), a CUDA card is there")
+    return Device("cpu", f"auto: no NPU ({npu_problem}) and no CUDA card ({cuda_problem})")
+
+
+def _npu_count() -> tuple[int, str]:
+    try:
+        importlib.import_module("torch_npu")
+        count = int(torch.npu.device_count()) if torch.npu.is_available() else 0
+    except ModuleNotFoundError as error:
+        return 0, f"{error.name} is not installed"
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        return 0, f"torch_npu does not load: {error}"
+    return count, "torch_npu finds no card"
+
+
+def _cuda_count() -> tuple[int, str]:
+    if not torch.backends.cuda.is_built():
+        return 0, "this torch is built without CUDA"
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return count, "torch finds no card"
+
+
+def free_memory(device: torch.device) -> None:
+    """Give cached memory of the accelerator back; nothing to do on a CPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
+def peak_rss() -> int:
+    """The largest resident memory this process has had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_memory(device: torch.device) -> int:
+    """The largest memory allocated on the accelerator, in bytes; 0 on a CPU."""
+    return 0 if device.type == "cpu" else int(getattr(torch, device.type).max_memory_allocated(device))

@@ -1,0 +1,11 @@
+"""The output formats: a new one is one file here and a line in this table (and its saver in recipe.py)."""
+
+from __future__ import annotations
+
+from . import ascend, compressed_tensors
+from .job import Format
+
+FORMATS: dict[str, Format] = {
+    "ascendv1_saver": ascend,
+    "compressed_tensors": compressed_tensors,
+}

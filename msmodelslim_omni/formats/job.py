@@ -1,0 +1,91 @@
+"""What a format is handed: the finished quantization as lazily loaded tensors, in the checkpoint's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..safetensors_io import TensorSpec
+from ..scheme import QuantScheme
+
+FLOAT = "FLOAT"
+
+Data = torch.Tensor | Iterable[memoryview]
+
+
+@dataclass(frozen=True)
+class OutTensor:
+    """A tensor to be written: its header, its content on demand, and what it is (FLOAT or a scheme's name)."""
+
+    spec: TensorSpec
+    load: Callable[[], Data]
+    kind: str = FLOAT
+
+
+@dataclass(frozen=True)
+class OutLinear:
+    """A quantized Linear. Nothing is read before `qweight` or `scales` is called.
+
+    name: checkpoint name without `.weight`. shape: (out, in). float_dtype: of the checkpoint's weight, e.g. BF16.
+    """
+
+    name: str
+    scheme: QuantScheme
+    shape: tuple[int, int]
+    float_dtype: str
+    qweight: Callable[[], torch.Tensor]
+    scales: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class OutputJob:
+    """Everything one format writes.
+
+    items: float tensors and quantized Linears in the checkpoint's order; a Linear's bias is among the floats.
+    float_linears: decoder Linears that stay float, by name; ignore_patterns and config_paths: see ModelSpec.
+    """
+
+    items: tuple[OutTensor | OutLinear, ...]
+    float_linears: tuple[str, ...]
+    ignore_patterns: tuple[str, ...]
+    config_paths: tuple[tuple[str, ...], ...]
+    config: dict[str, Any]
+    source: Path
+    other_files: tuple[Path, ...]
+
+    @property
+    def linears(self) -> list[OutLinear]:
+        return [item for item in self.items if isinstance(item, OutLinear)]
+
+    @property
+    def quantized_biases(self) -> frozenset[str]:
+        return frozenset(f"{linear.name}.bias" for linear in self.linears)
+
+
+class Format(Protocol):
+    """One output format; see FORMATS.
+
+    weights_stem: `model` gives model-00001-of-00003.safetensors, model.safetensors and the index's name.
+    """
+
+    weights_stem: str
+
+    def refusal(self, scheme: QuantScheme) -> str:
+        """Why this format cannot hold a scheme, or an empty string."""
+        ...
+
+    def linear_tensors(self, linear: OutLinear) -> list[OutTensor]:
+        """The tensors of one quantized Linear."""
+        ...
+
+    def float_tensor(self, tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
+        """A float tensor as this format keeps it."""
+        ...
+
+    def json_files(self, job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
+        """config.json and the format's own files, by name."""
+        ...

@@ -1,0 +1,116 @@
+"""Writes an OutputJob in one format: shards, index, config and the untouched files of the source.
+
+Shards are written once and in order; one that is already whole (a run that was stopped while writing) is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import QuantError
+from ..safetensors_io import SafetensorsWriter, read_header
+from .job import Format, OutLinear, OutputJob, OutTensor
+
+GB = 10**9
+
+# Files that would contradict the new weights.
+_STALE_FILES = frozenset({"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md"})
+
+
+def format_tensors(fmt: Format, job: OutputJob) -> list[OutTensor]:
+    """Every tensor of the output, in the checkpoint's order."""
+    biases = job.quantized_biases
+    tensors: list[OutTensor] = []
+    for item in job.items:
+        if isinstance(item, OutLinear):
+            tensors += fmt.linear_tensors(item)
+        else:
+            tensors.append(fmt.float_tensor(item, item.spec.name in biases))
+    return tensors
+
+
+def write_output(
+    fmt: Format, job: OutputJob, folder: Path, part_file_size: int, on_shard: Callable[[int, int], None]
+) -> int:
+    """Write the whole output into `folder`; returns the bytes of its tensors. `on_shard(i, n)` after each shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = format_tensors(fmt, job)
+    shards = split_shards(tensors, part_file_size)
+    names = _shard_names(fmt.weights_stem, len(shards))
+    for number, (name, shard) in enumerate(zip(names, shards, strict=True), 1):
+        _write_shard(folder / name, shard)
+        on_shard(number, len(shards))
+    total = sum(tensor.spec.nbytes for tensor in tensors)
+    if len(shards) > 1:
+        weight_map = {t.spec.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(folder / f"{fmt.weights_stem}.safetensors.index.json", index)
+    _copy_other_files(job, folder)
+    for name, content in fmt.json_files(job, tensors).items():
+        write_json(folder / name, content)
+    return total
+
+
+def split_shards(tensors: list[OutTensor], part_file_size: int) -> list[list[OutTensor]]:
+    """Consecutive tensors in files of at most part_file_size GB (0: one file); a larger tensor gets its own."""
+    limit = part_file_size * GB or float("inf")
+    shards: list[list[OutTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.spec.nbytes > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.spec.nbytes
+    return shards
+
+
+def _shard_names(stem: str, count: int) -> list[str]:
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
+    specs = {tensor.spec.name: tensor.spec for tensor in tensors}
+    if path.exists():
+        found = read_header(path)
+        if {n: (i.dtype, i.shape) for n, i in found.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}:
+            return
+    by_name = {tensor.spec.name: tensor for tensor in tensors}
+    # "format: pt" is what transformers asks a checkpoint for.
+    with SafetensorsWriter(path, specs.values(), {"format": "pt"}) as writer:
+        for spec in writer.specs:
+            data = by_name[spec.name].load()
+            writer.write(spec.name, data.cpu() if isinstance(data, torch.Tensor) else data)
+
+
+def _copy_other_files(job: OutputJob, folder: Path) -> None:
+    """Tokenizer, templates, spk_dict.pt and all else: as bytes, under the same relative names."""
+    for relative in job.other_files:
+        if str(relative) in _STALE_FILES:
+            continue
+        target = folder / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(job.source / relative, target)
+        except OSError as error:
+            raise QuantError(f"{job.source / relative}: cannot be copied: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file, written aside, synced and renamed."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, ensure_ascii=False)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)

@@ -1,0 +1,58 @@
+"""The error of each quantized Linear, for the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .arithmetic import QuantizedLinear, quantized_matmul, relative_error, weight_error
+from .capture import InputStats
+from .models.spec import MODALITIES
+from .plan import LayerPlan, QuantPlan
+from .processors.work import LayerWork
+from .report import LayerRecord, LinearRecord
+from .stream import OutputError
+
+
+def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: OutputError | None) -> dict[str, Any]:
+    """The layer's LayerRecord as JSON data."""
+    linears = tuple(_linear_record(plan, layer, work, linear) for linear in work.spec.linears)
+    smoothing = tuple(asdict(record) for record in work.smoothing)
+    if output is None:
+        return asdict(LayerRecord(layer.index, linears, smoothing))
+    return asdict(LayerRecord(layer.index, linears, smoothing, output.overall, output.by_modality))
+
+
+def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: str) -> LinearRecord:
+    name, weight = plan.model.layer_name(layer.index, linear), work.weights[f"{linear}.weight"]
+    shape = (weight.shape[0], weight.shape[1])
+    quantized = work.quantized.get(linear)
+    if quantized is None:
+        return LinearRecord(name, shape, "FLOAT")
+    of_weight = weight_error(weight, quantized)
+    if work.stats is None:
+        return LinearRecord(name, shape, quantized.scheme.name, of_weight)
+    group = next(group for group in work.spec.groups if linear in group.linears)
+    overall, by_modality = _output_error(work.stats[group.name], weight, quantized)
+    return LinearRecord(name, shape, quantized.scheme.name, of_weight, overall, by_modality)
+
+
+def _output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float, dict[str, float]]:
+    """|Y - Ŷ| / |Y| on the kept rows, overall and by modality; the bias, the same in both, is left out.
+
+    Overall weighs the modalities by the tokens that all samples have, not by the rows kept.
+    """
+    exact = stats.rows @ weight.to(torch.float32).T  # [rows, out]
+    error = (quantized_matmul(stats.rows, linear) - exact).square().sum(dim=1, dtype=torch.float64).cpu()
+    signal = exact.square().sum(dim=1, dtype=torch.float64).cpu()
+    total_error = total_signal = 0.0
+    by_modality = {}
+    for index in stats.present():
+        mine = stats.row_modality == index
+        e, s = float(error[mine].mean()), float(signal[mine].mean())
+        by_modality[MODALITIES[index]] = relative_error(e, s)
+        total_error += e * int(stats.count[index])
+        total_signal += s * int(stats.count[index])
+    return relative_error(total_error, total_signal), by_modality

@@ -1,0 +1,425 @@
+"""Qwen2.5-Omni 3B and 7B: names, shapes, and the library's own classes for layers, towers and media.
+
+The one place that meets the module tree of the installed transformers (4.57 and 5.x differ; the names on disk do
+not). Quantized are the Linears of the thinker's decoder layers; towers, talker and token2wav stay as they are.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import Checkpoint
+from ..errors import QuantError
+from .spec import LayerInput, LayerSpec, LinearGroup, MediaLimits, ModelInputs, ModelSpec, Part
+from .torchvision_shim import ensure_torchvision_imports
+
+LAYER_PREFIX = "thinker.model.layers.{index}."
+
+PARTS = (
+    Part("decoder layers", "thinker.model.layers.", "not a Linear of a decoder layer"),
+    Part("embedding", "thinker.model.embed_tokens.", "looked up, not multiplied"),
+    Part("final norm", "thinker.model.norm.", "a norm"),
+    Part("lm_head", "thinker.lm_head.", "decides the token; kept for quality"),
+    Part("visual tower", "thinker.visual.", "towers are kept for quality"),
+    Part("audio tower", "thinker.audio_tower.", "towers are kept for quality"),
+    Part("talker", "talker.", "speech quality depends on it"),
+    Part("token2wav", "token2wav.", "speech quality depends on it"),
+    Part("other", "", "not part of a decoder layer"),
+)
+
+# Modules that a runtime must leave float, as `re:` patterns: exact names miss vLLM's fused visual qkv, and prefixes
+# differ between transformers 4, 5 and vLLM.
+IGNORE_PATTERNS = (
+    "re:.*visual.*",
+    "re:.*audio_tower.*",
+    "re:.*lm_head",
+    "re:talker.*",
+    "re:token2wav.*",
+)
+
+# (hidden, layers) of the published models.
+_PUBLISHED_SHAPES = {(3584, 28): "Qwen2.5-Omni-7B", (2048, 36): "Qwen2.5-Omni-3B"}
+
+# A buffer that transformers 4 saves and transformers 5 does not.
+_OPTIONAL_TENSORS = frozenset({"token2wav.code2wav_dit_model.rotary_embed.inv_freq"})
+
+_SAMPLING_RATE = 16_000
+
+
+def model_spec(model_type: str) -> ModelSpec:
+    return ModelSpec(
+        model_type=model_type,
+        hf_model_type="qwen2_5_omni",
+        layer_prefix=LAYER_PREFIX,
+        parts=PARTS,
+        processors=frozenset({"linear_quant", "smooth_quant", "iter_smooth"}),
+        ignore_patterns=IGNORE_PATTERNS,
+        # vLLM and the full transformers class read the first, the thinker class the second.
+        config_paths=((), ("thinker_config",)),
+        family=sys.modules[__name__],  # type: ignore[arg-type]
+    )
+
+
+# --- shapes --------------------------------------------------------------------------------------------------
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return dict(config["thinker_config"]["text_config"])
+    except (KeyError, TypeError) as error:
+        raise QuantError(
+            "config.json has no thinker_config.text_config", "give the whole Qwen2.5-Omni, not its thinker alone"
+        ) from error
+
+
+def _size(text: dict[str, Any], key: str) -> int:
+    value = text.get(key)
+    if type(value) is not int or not 0 < value < 2**24:
+        raise QuantError(f"config.json: thinker_config.text_config.{key} is {value!r}, not a size")
+    return value
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    return _size(_text_config(config), "num_hidden_layers")
+
+
+def shape_name(config: dict[str, Any]) -> str:
+    text = _text_config(config)
+    return _PUBLISHED_SHAPES.get((_size(text, "hidden_size"), _size(text, "num_hidden_layers")), "")
+
+
+def layer_spec(config: dict[str, Any]) -> LayerSpec:
+    """Groups and shapes of a decoder layer: pre-norm attention with GQA and biases on q, k, v; SwiGLU MLP."""
+    text = _text_config(config)
+    hidden, inter = _size(text, "hidden_size"), _size(text, "intermediate_size")
+    heads, kv_heads = _size(text, "num_attention_heads"), _size(text, "num_key_value_heads")
+    head_dim = text.get("head_dim") or hidden // heads
+    if heads % kv_heads:
+        raise QuantError(f"config.json: {heads} attention heads do not share {kv_heads} key-value heads evenly")
+    q, kv = heads * head_dim, kv_heads * head_dim
+    groups = (
+        LinearGroup(
+            "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm-linear"
+        ),
+        LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "ov", heads // kv_heads, head_dim),
+        LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm-linear"),
+        LinearGroup("down", ("mlp.down_proj",), "mlp.up_proj", "up-down"),
+    )
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.q_proj.bias": (q,),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.weight": (hidden, q),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (inter, hidden),
+        "mlp.up_proj.weight": (inter, hidden),
+        "mlp.down_proj.weight": (hidden, inter),
+    }
+    return LayerSpec(groups, shapes)
+
+
+def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    """Every tensor that config.json implies: decoder layers from our table, the rest from the library's class.
+
+    The class is built on the meta device with one decoder layer, so that this takes no memory and little time.
+    """
+    import torch
+
+    layers = num_layers(config)
+    library = _library()
+    one_layer = _with_text(config, num_hidden_layers=1, layer_types=None)
+    try:
+        with torch.device("meta"):
+            model = library.Qwen2_5OmniForConditionalGeneration(library.Qwen2_5OmniConfig.from_dict(one_layer))
+    except Exception as error:  # whatever a config.json of another shape makes the library raise
+        raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
+    shapes = {_disk_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    first = LAYER_PREFIX.format(index=0)
+    shapes = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
+    for index in range(layers):
+        prefix = LAYER_PREFIX.format(index=index)
+        shapes.update({prefix + name: shape for name, shape in layer_spec(config).shapes.items()})
+    return shapes, _OPTIONAL_TENSORS
+
+
+# --- the library's classes -----------------------------------------------------------------------------------
+
+
+def _library() -> Any:
+    """transformers' module of this model, imported on first need."""
+    ensure_torchvision_imports()
+    import transformers
+
+    return transformers
+
+
+def _disk_name(module_name: str) -> str:
+    """transformers 5 nests the thinker's parts one level deeper than they are saved."""
+    return (
+        module_name.replace("thinker.model.language_model.", "thinker.model.")
+        .replace("thinker.model.visual.", "thinker.visual.")
+        .replace("thinker.model.audio_tower.", "thinker.audio_tower.")
+    )
+
+
+def _with_text(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """config.json with changed keys in thinker_config.text_config; None removes a key."""
+    text = {**_text_config(config), **changes}
+    text = {key: value for key, value in text.items() if value is not None or key not in changes}
+    return {**config, "thinker_config": {**config["thinker_config"], "text_config": text}}
+
+
+def _thinker_config(config: dict[str, Any], **text_changes: Any) -> Any:
+    thinker = _with_text(config, **text_changes)["thinker_config"]
+    built = _library().Qwen2_5OmniThinkerConfig.from_dict(thinker)
+    for part in (built, built.text_config, built.vision_config, built.audio_config):
+        part._attn_implementation = "sdpa"
+    return built
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have parameters without memory, but real buffers (rotary frequencies and the like)."""
+    import torch
+    from torch.nn.modules.module import register_module_parameter_registration_hook
+
+    def to_meta(_module: Any, _name: str, parameter: Any) -> Any:
+        return None if parameter is None else torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:
+    """The library's decoder layer `index` holding these weights (relative names, float32), in evaluation mode."""
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniDecoderLayer
+
+    with _parameters_on_meta():
+        layer = Qwen2_5OmniDecoderLayer(_thinker_config(config).text_config, index)
+    layer.load_state_dict(weights, strict=True, assign=True)
+    return layer.eval()
+
+
+class _ReachedLayers(Exception):
+    """Carries what the first decoder layer was called with out of the library's forward."""
+
+    def __init__(self, hidden: Any, arguments: dict[str, Any]) -> None:
+        super().__init__()
+        self.hidden, self.arguments = hidden, arguments
+
+
+def open_stem(checkpoint: Checkpoint, device: Any) -> OmniStem:
+    return OmniStem(checkpoint, device)
+
+
+class OmniStem:
+    """The thinker up to its first decoder layer, run by the library's own forward.
+
+    Towers are loaded in float32; embedding rows are read from disk as they are needed. Instead of decoder layers
+    there is one module that raises what reaches it, so embedding, merging, 3-D positions and masks are the
+    library's for every mix of modalities.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: Any) -> None:
+        import torch
+
+        text = _text_config(checkpoint.config)
+        if text.get("use_sliding_window"):
+            raise QuantError("config.json: use_sliding_window is true", "sliding-window attention is not calibrated")
+        with _parameters_on_meta():
+            self._thinker = _library().Qwen2_5OmniThinkerForConditionalGeneration._from_config(
+                _thinker_config(checkpoint.config, num_hidden_layers=1, layer_types=None), dtype=torch.float32
+            )
+        self._device = device
+        text_model = getattr(self._thinker.model, "language_model", self._thinker.model)
+        text_model.layers[0] = _catching_module()
+        text_model.embed_tokens = _rows_from_disk(checkpoint, "thinker.model.embed_tokens.weight", device)
+        towers = {
+            name: checkpoint.load(disk).to(device=device, dtype=torch.float32)
+            for name in self._thinker.state_dict()
+            if (disk := _disk_name("thinker." + name)).startswith(("thinker.visual.", "thinker.audio_tower."))
+        }
+        self._thinker.load_state_dict(towers, strict=False, assign=True)
+        for module in self._thinker.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+        self._thinker.eval()
+
+    def layer_input(self, inputs: ModelInputs) -> LayerInput:
+        import torch
+
+        tensors = {name: tensor.to(self._device) for name, tensor in inputs.tensors.items()}
+        try:
+            with torch.inference_mode():
+                self._thinker(**tensors, use_audio_in_video=inputs.use_audio_in_video, use_cache=False)
+        except _ReachedLayers as reached:
+            return LayerInput(reached.hidden, reached.arguments)
+        raise RuntimeError("the thinker's forward never reached its decoder layers")
+
+
+def _catching_module() -> Any:
+    import torch
+
+    class CatchingLayer(torch.nn.Module):
+        attention_type = "full_attention"
+
+        def forward(self, hidden_states: Any, **arguments: Any) -> None:
+            kept = {
+                name: value
+                for name, value in arguments.items()
+                if isinstance(value, torch.Tensor)
+                or (isinstance(value, tuple) and all(isinstance(v, torch.Tensor) for v in value))
+            }
+            raise _ReachedLayers(hidden_states, kept)
+
+    return CatchingLayer()
+
+
+def _rows_from_disk(checkpoint: Checkpoint, name: str, device: Any) -> Any:
+    import torch
+
+    class RowsFromDisk(torch.nn.Module):
+        def forward(self, ids: Any) -> Any:
+            unique, inverse = torch.unique(ids.cpu(), return_inverse=True)
+            rows = checkpoint.load_rows(name, unique.tolist()).to(device=device, dtype=torch.float32)
+            return rows[inverse.to(device)]
+
+    return RowsFromDisk()
+
+
+# --- media ---------------------------------------------------------------------------------------------------
+
+
+def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: bool) -> OmniMediaProcessor:
+    return OmniMediaProcessor(path, limits, trust_remote_code)
+
+
+class OmniMediaProcessor:
+    """Messages with decoded media -> the thinker's inputs, by the real processor and qwen_omni_utils."""
+
+    def __init__(self, path: Path, limits: MediaLimits, trust_remote_code: bool) -> None:
+        library = _library()
+        try:
+            self._processor = library.Qwen2_5OmniProcessor.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            raise QuantError(
+                f"{path}: the processor (tokenizer, preprocessor_config.json, chat template) cannot be loaded: {error}",
+                "fetch the checkpoint's other files too; a data-free recipe (`_minmax`) does without them",
+            ) from error
+        self._limits = limits
+        self._takes_indices = "audio_from_video_indices" in _call_parameters(type(self._processor))
+
+    def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs:
+        """One sample. Audio parts hold float32 arrays at 16 kHz; video parts hold a path and, with their sound used,
+        the array under `sound`. All three places that must know `use_audio_in_video` (loading, processor, model)
+        are served from here; forgetting one raises nothing and gives wrong positions.
+        """
+        import torch
+        from qwen_omni_utils import process_vision_info
+
+        answered = messages[-1]["role"] == "assistant"
+        text = self._processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
+        visual_messages = [self._with_visual_limits(message) for message in messages]
+        images, videos, video_options = process_vision_info(visual_messages, return_video_kwargs=True)
+        audio = list(_sounds(messages, use_audio_in_video))
+        encoded = self._processor(
+            text=text,
+            images=images,
+            videos=videos,
+            audio=[sound for sound, _ in audio] or None,
+            return_tensors="pt",
+            padding=True,
+            **self._options(video_options.get("fps") or [], audio, use_audio_in_video),
+        )
+        tensors = {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
+        if "video_second_per_grid" in encoded and not isinstance(encoded["video_second_per_grid"], torch.Tensor):
+            tensors["video_second_per_grid"] = torch.tensor(encoded["video_second_per_grid"])
+        ids = tensors["input_ids"][0]
+        if len(ids) > self._limits.max_tokens:
+            raise QuantError(
+                f"the sample has {len(ids)} tokens, more than calibration.max_tokens {self._limits.max_tokens}",
+                "shorten it, lower calibration.max_pixels or video_fps, or raise max_tokens",
+            )
+        return ModelInputs(tensors, use_audio_in_video, self._modality(ids))
+
+    def _with_visual_limits(self, message: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(message["content"], str):
+            return message
+        limit = {} if self._limits.max_pixels is None else {"max_pixels": self._limits.max_pixels}
+        parts = []
+        for part in message["content"]:
+            if part["type"] == "image":
+                parts.append({**part, **limit})
+            elif part["type"] == "video":
+                floor = {"min_pixels": min(128 * 28 * 28, self._limits.max_pixels)} if limit else {}
+                parts.append({**part, **limit, **floor, "fps": self._limits.video_fps})
+        return {**message, "content": parts}
+
+    def _options(
+        self, fps: list[float], audio: list[tuple[np.ndarray, int | None]], use_audio_in_video: bool
+    ) -> dict[str, Any]:
+        """Keyword arguments that differ between transformers 4 and 5.
+
+        A fresh dict each time: the processor empties what it is given. fps is one value a call; the size must be
+        given here too, since the processor's own default would enlarge what was fetched smaller.
+        """
+        videos: dict[str, Any] = {"do_sample_frames": False}
+        if fps:
+            videos["fps"] = fps[0]
+        if self._limits.max_pixels is not None:
+            floor = min(128 * 28 * 28, self._limits.max_pixels)
+            videos["size"] = {"shortest_edge": floor, "longest_edge": max(floor, self._limits.max_pixels)}
+        if not self._takes_indices:
+            return {"videos_kwargs": {**videos, "use_audio_in_video": use_audio_in_video}}
+        options: dict[str, Any] = {"videos_kwargs": videos}
+        if use_audio_in_video:
+            options |= {"load_audio_from_video": True, "audio_from_video_indices": [video for _, video in audio]}
+        return options
+
+    def _modality(self, ids: Any) -> Any:
+        import torch
+
+        tokenizer = self._processor.tokenizer
+        modality = torch.zeros(len(ids), dtype=torch.int8)
+        for index, token in enumerate((tokenizer.image_token, tokenizer.audio_token, tokenizer.video_token), 1):
+            modality[ids == tokenizer.convert_tokens_to_ids(token)] = index
+        return modality
+
+
+def _call_parameters(processor_class: type) -> set[str]:
+    """Names a processor's call understands; transformers 5 lists them in typed dicts of its base classes."""
+    import typing
+
+    kwargs_class = getattr(processor_class, "valid_processor_kwargs", None)
+    if kwargs_class is None:
+        return set()
+    return {"audio_from_video_indices"} | set(typing.get_type_hints(kwargs_class))
+
+
+def _sounds(
+    messages: list[dict[str, Any]], use_audio_in_video: bool
+) -> Iterator[tuple[np.ndarray, int | None]]:
+    """Sounds in the order of their tokens, each with the index of the video it belongs to, or None."""
+    video = -1
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            video += part["type"] == "video"
+            if part["type"] == "audio":
+                yield part["audio"], None
+            elif part["type"] == "video" and use_audio_in_video:
+                yield part["sound"], video

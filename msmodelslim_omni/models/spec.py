@@ -1,0 +1,141 @@
+"""What the pipeline must know of a model type, as data and a few functions; no torch and no transformers here.
+
+All tensor names are checkpoint names (`thinker.model.layers.0.self_attn.q_proj.weight`), the same for every
+transformers version. Inside one layer, names are relative to the layer (`self_attn.q_proj`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..checkpoint import Checkpoint
+
+Subgraph = Literal["norm-linear", "ov", "up-down"]
+
+MODALITIES = ("text", "image", "audio", "video")
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Linears of a layer that read the same input, and what produces that input.
+
+    A factor per input channel can be folded exactly: `previous` is divided by it, the Linears' columns multiplied.
+    previous: a norm (`norm-linear`), or the Linear whose output channels these are (`ov`, `up-down`).
+    repeat: how many consecutive query heads read one head of `previous` (GQA; 1 elsewhere).
+    head_dim: channels of one head, where `repeat` matters.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    previous: str
+    subgraph: Subgraph
+    repeat: int = 1
+    head_dim: int = 1
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A decoder layer: its groups in the order of the forward, and every tensor's shape by relative name."""
+
+    groups: tuple[LinearGroup, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A named part of the checkpoint, for sizes and reasons: every tensor whose name begins with `prefix`."""
+
+    name: str
+    prefix: str
+    why_float: str
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model type: data for the plan, and the module that knows the library's classes."""
+
+    model_type: str
+    hf_model_type: str
+    layer_prefix: str  # with {index}
+    parts: tuple[Part, ...]  # the first prefix that fits names a tensor's part
+    processors: frozenset[str]  # recipe processors that this model type admits
+    ignore_patterns: tuple[str, ...]  # `re:` patterns of the modules a runtime must leave float
+    config_paths: tuple[tuple[str, ...], ...]  # where in config.json loaders look for quantization_config
+    family: ModelFamily
+
+    def layer_name(self, index: int, relative: str) -> str:
+        return self.layer_prefix.format(index=index) + relative
+
+    def part_of(self, tensor: str) -> Part:
+        return next(part for part in self.parts if tensor.startswith(part.prefix))
+
+
+class ModelFamily(Protocol):
+    """The functions of a models/ module; transformers is imported inside them only."""
+
+    def num_layers(self, config: dict[str, Any]) -> int: ...
+
+    def layer_spec(self, config: dict[str, Any]) -> LayerSpec: ...
+
+    def shape_name(self, config: dict[str, Any]) -> str:
+        """The model type whose published shape config.json has, or an empty string."""
+        ...
+
+    def expected_tensors(self, config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+        """Shapes by checkpoint name as config.json implies them, and the names that may be absent."""
+        ...
+
+    def build_layer(
+        self, config: dict[str, Any], index: int, weights: dict[str, torch.Tensor]
+    ) -> torch.nn.Module:
+        """The library's decoder layer with these weights (relative names)."""
+        ...
+
+    def open_stem(self, checkpoint: Checkpoint, device: torch.device) -> Stem: ...
+
+    def open_media_processor(self, path: Path, limits: MediaLimits, trust_remote_code: bool) -> MediaProcessor: ...
+
+
+@dataclass(frozen=True)
+class MediaLimits:
+    """Bounds on what one sample may bring."""
+
+    max_tokens: int
+    max_pixels: int | None
+    video_fps: float
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One sample as the model's forward takes it. `modality`: int8 [tokens], an index into MODALITIES."""
+
+    tensors: dict[str, torch.Tensor]
+    use_audio_in_video: bool
+    modality: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What reaches a decoder layer for one sample: hidden [1, tokens, hidden] float32 and the layer's other arguments."""
+
+    hidden: torch.Tensor
+    arguments: dict[str, Any]
+
+
+class Stem(Protocol):
+    """Everything before the first decoder layer: embedding, towers, merging, positions and masks."""
+
+    def layer_input(self, inputs: ModelInputs) -> LayerInput: ...
+
+
+class MediaProcessor(Protocol):
+    def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs: ...

@@ -1,0 +1,314 @@
+"""Recipe x ModelSpec x checkpoint headers -> QuantPlan: every Linear decided, every name checked, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .checkpoint import Checkpoint
+from .errors import QuantError
+from .formats import FORMATS
+from .models.spec import LayerSpec, ModelSpec
+from .patterns import matches
+from .processors import PROCESSORS
+from .recipe import SAVER_CONFIGS, CalibrationConfig, LinearQuantConfig, Location, ProcessorConfig, Recipe, SaverConfig
+from .scheme import QuantScheme
+
+_QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
+_LISTED_NAMES = 5
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What becomes of one Linear of a decoder layer: its scheme, or why it stays float."""
+
+    name: str
+    shape: tuple[int, int]
+    scheme: QuantScheme | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One processor on one layer, with the Linears (relative names) that the recipe gives to it there."""
+
+    processor: str
+    config: ProcessorConfig
+    linears: frozenset[str]
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    index: int
+    schemes: dict[str, QuantScheme]  # by relative name; a Linear that is not here stays float
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """All decisions of a run. `dataset` is None for a data-free recipe: no sample is read, no tower is run."""
+
+    model: ModelSpec
+    recipe: Recipe
+    checkpoint: Checkpoint
+    layer_spec: LayerSpec
+    layers: tuple[LayerPlan, ...]
+    linears: tuple[LinearPlan, ...]
+    savers: tuple[SaverConfig, ...]
+    dataset: str | None
+    calibration: CalibrationConfig
+    seed: int
+    trust_remote_code: bool
+    warnings: tuple[str, ...]
+
+
+def make_plan(
+    recipe: Recipe,
+    model: ModelSpec,
+    checkpoint: Checkpoint,
+    *,
+    save_formats: Sequence[str] = (),
+    dataset: str | None = None,
+    max_samples: int | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> QuantPlan:
+    """Decide everything. Arguments other than the first three override the recipe where given.
+
+    Raises QuantError for what cannot be done, with the recipe's file:line where the recipe says so.
+    """
+    _refuse_quantized(checkpoint)
+    warnings = _check_tensors(model, checkpoint)
+    selections = _selections(recipe, model, checkpoint, warnings)
+    layer_spec = model.family.layer_spec(checkpoint.config)
+    layers = tuple(
+        _plan_layer(model, layer_spec, index, selections)
+        for index in range(model.family.num_layers(checkpoint.config))
+    )
+    _refuse_split_groups(model, layer_spec, layers, recipe)
+    if not any(layer.schemes for layer in layers):
+        raise QuantError(f"{recipe.where(('spec', 'process'))}: the recipe quantizes nothing", "widen an include")
+    linears = tuple(_linear_plan(model, checkpoint, layer, name) for layer in layers for name in layer_spec.linears)
+    data_free = not any(PROCESSORS[config.type].needs_calibration(config) for _, config, _ in selections)
+    if data_free and dataset is not None:
+        warnings.append(f"the recipe is data-free; dataset {dataset!r} is not read")
+    calibration = recipe.spec.calibration
+    if max_samples is not None:
+        calibration = calibration.model_copy(update={"max_samples": max_samples})
+    savers = _savers(recipe, save_formats)
+    _check_formats(savers, recipe, linears)
+    return QuantPlan(
+        model=model,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        layer_spec=layer_spec,
+        layers=layers,
+        linears=linears,
+        savers=savers,
+        dataset=None if data_free else dataset or recipe.spec.dataset,
+        calibration=calibration,
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        warnings=tuple(warnings),
+    )
+
+
+# --- the checkpoint ------------------------------------------------------------------------------------------
+
+
+def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The quantization_config of a config.json, at the top or in one of its blocks."""
+    blocks = [config, *(block for block in config.values() if isinstance(block, dict))]
+    found = (block.get("quantization_config") for block in blocks)
+    return next((q for q in found if isinstance(q, dict)), None)
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    quantization = quantization_of(checkpoint.config)
+    if quantization is not None or (checkpoint.path / "quant_model_description.json").exists():
+        scheme = (quantization or {}).get("quant_method", "ascend")
+        raise QuantError(
+            f"{checkpoint.path} is already quantized ({scheme})", "give the float checkpoint it was made from"
+        )
+
+
+def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    """Names, shapes and dtypes against config.json; surplus tensors outside the layers are warned of and kept."""
+    if checkpoint.config.get("model_type") != model.hf_model_type:
+        raise QuantError(
+            f"config.json has model_type {checkpoint.config.get('model_type')!r}; {model.model_type} is"
+            f" {model.hf_model_type!r}",
+            "give the checkpoint that belongs to --model_type, or leave --model_type out",
+        )
+    expected, optional = model.family.expected_tensors(checkpoint.config)
+    found = checkpoint.tensors
+    missing = sorted(set(expected) - set(found) - optional)
+    if missing:
+        raise QuantError(
+            f"{checkpoint.path}: {_named(missing)} {_verb(missing)} missing", "fetch the checkpoint again; it is not whole"
+        )
+    wrong = sorted(name for name, shape in expected.items() if name in found and found[name].shape != shape)
+    if wrong:
+        first = wrong[0]
+        raise QuantError(
+            f"{checkpoint.path}: {first} has shape {list(found[first].shape)},"
+            f" config.json implies {list(expected[first])} ({len(wrong)} such)",
+            "config.json and the weights are of different models",
+        )
+    layers = model.layer_prefix.split("{index}")[0]
+    surplus = sorted(set(found) - set(expected) - optional)
+    if in_layers := [name for name in surplus if name.startswith(layers)]:
+        raise QuantError(
+            f"{checkpoint.path}: {_named(in_layers)} {_verb(in_layers)} not in a model of this config.json",
+            "config.json and the weights are of different models",
+        )
+    odd = [n for n, i in found.items() if n.startswith(layers) and i.dtype not in _QUANTIZABLE_DTYPES]
+    if odd:
+        raise QuantError(f"{checkpoint.path}: {odd[0]} is {found[odd[0]].dtype}, not a float to quantize")
+    shape = model.family.shape_name(checkpoint.config)
+    warnings = [f"{_named(surplus)} {_verb(surplus)} unknown to this model; kept as is"] if surplus else []
+    if shape and shape != model.model_type:
+        warnings.append(f"config.json has the shape of {shape}, not of {model.model_type}; its shape is what counts")
+    return warnings
+
+
+def _named(names: list[str]) -> str:
+    """`tensor a` or `12 tensors: a, b, c, ...`."""
+    if len(names) == 1:
+        return f"tensor {names[0]}"
+    more = ", ..." if len(names) > _LISTED_NAMES else ""
+    return f"{len(names)} tensors: {', '.join(names[:_LISTED_NAMES])}{more}"
+
+
+def _verb(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+# --- the recipe's selections ---------------------------------------------------------------------------------
+
+Selection = tuple[Location, ProcessorConfig, frozenset[str]]  # place in the file, processor, full Linear names
+
+
+def _selections(
+    recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnings: list[str]
+) -> list[Selection]:
+    """For each processor the decoder Linears it selects; the first linear_quant that selects a Linear has it."""
+    layer_prefix = model.layer_prefix.split("{index}")[0]
+    relatives = {f".{name}" for name in model.family.layer_spec(checkpoint.config).linears}
+    linear_like = [n.removesuffix(".weight") for n, i in checkpoint.tensors.items() if len(i.shape) == 2]
+    decoder = {n for n in linear_like if n.startswith(layer_prefix) and any(map(n.endswith, relatives))}
+    selections: list[Selection] = []
+    taken: set[str] = set()
+    quantized_before = False
+    for place, config in recipe.processors():
+        if config.type not in model.processors:
+            admitted = ", ".join(sorted(model.processors))
+            raise QuantError(
+                f"{recipe.where((*place, 'type'))}: {model.model_type} does not admit the processor {config.type!r};"
+                f" it admits: {admitted}"
+            )
+        _check_patterns(recipe, place, config, model, decoder, linear_like, warnings)
+        chosen = {n for n in decoder if matches(n, config.include) and not matches(n, config.exclude)}
+        if isinstance(config, LinearQuantConfig):
+            chosen -= taken
+            taken |= chosen
+            quantized_before = True
+        elif quantized_before:
+            raise QuantError(
+                f"{recipe.where(place)}: {config.type} stands after linear_quant and would smooth rounded weights",
+                "put it before linear_quant",
+            )
+        selections.append((place, config, frozenset(chosen)))
+    return selections
+
+
+def _check_patterns(
+    recipe: Recipe,
+    place: Location,
+    config: ProcessorConfig,
+    model: ModelSpec,
+    decoder: set[str],
+    linear_like: list[str],
+    warnings: list[str],
+) -> None:
+    """A pattern that matches nothing is a warning; an include that asks for what stays float is an error."""
+    for key, patterns in (("include", config.include), ("exclude", config.exclude)):
+        for number, pattern in enumerate(patterns):
+            where = recipe.where((*place, key, number))
+            hits = [name for name in linear_like if matches(name, [pattern])]
+            if not hits:
+                warnings.append(
+                    f"{where}: {key} pattern {pattern!r} matches no Linear; names look like {min(decoder)}"
+                )
+            elif key == "include" and not decoder.intersection(hits):
+                part = model.part_of(hits[0])
+                raise QuantError(
+                    f"{where}: include pattern {pattern!r} asks for {hits[0]} ({part.name}),"
+                    f" which {model.model_type} keeps float: {part.why_float}",
+                    f"only Linears of decoder layers are quantized, e.g. {min(decoder)}",
+                )
+
+
+def _plan_layer(model: ModelSpec, spec: LayerSpec, index: int, selections: list[Selection]) -> LayerPlan:
+    schemes: dict[str, QuantScheme] = {}
+    steps = []
+    for _, config, names in selections:
+        chosen = frozenset(linear for linear in spec.linears if model.layer_name(index, linear) in names)
+        if isinstance(config, LinearQuantConfig):
+            schemes.update(dict.fromkeys(chosen, _scheme(config)))
+        if chosen:
+            steps.append(Step(config.type, config, chosen))
+    return LayerPlan(index, schemes, tuple(steps))
+
+
+def _scheme(config: LinearQuantConfig) -> QuantScheme:
+    bits = {"int8": 8}
+    act, weight = config.qconfig.act, config.qconfig.weight
+    return QuantScheme(bits[weight.dtype], bits[act.dtype], weight.method)
+
+
+def _refuse_split_groups(
+    model: ModelSpec, spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe
+) -> None:
+    """Runtimes fuse the Linears that read one input (q/k/v, gate/up) and ask one stored form of all of them."""
+    for layer in layers:
+        for group in spec.groups:
+            forms = {(s.name if (s := layer.schemes.get(linear)) else "FLOAT") for linear in group.linears}
+            if len(forms) > 1:
+                names = ", ".join(group.linears)
+                raise QuantError(
+                    f"{recipe.where(('spec', 'process'))}: in layer {layer.index} {names} would be"
+                    f" {' and '.join(sorted(forms))}; runtimes fuse them and need one form",
+                    "include or exclude all of them together",
+                )
+
+
+def _linear_plan(model: ModelSpec, checkpoint: Checkpoint, layer: LayerPlan, relative: str) -> LinearPlan:
+    name = model.layer_name(layer.index, relative)
+    out_features, in_features = checkpoint.tensors[f"{name}.weight"].shape
+    scheme = layer.schemes.get(relative)
+    return LinearPlan(name, (out_features, in_features), scheme, "" if scheme else "not selected by the recipe")
+
+
+# --- savers --------------------------------------------------------------------------------------------------
+
+
+def _savers(recipe: Recipe, names: Sequence[str]) -> tuple[SaverConfig, ...]:
+    """The recipe's savers, or the named ones with the recipe's settings where it has them."""
+    if not names:
+        return recipe.spec.save
+    in_recipe = {saver.type: saver for saver in recipe.spec.save}
+    chosen: dict[str, SaverConfig] = {}
+    for name in names:
+        if name not in SAVER_CONFIGS:
+            raise QuantError(f"unknown save_format {name!r}. Known: {', '.join(SAVER_CONFIGS)}")
+        chosen[name] = in_recipe.get(name) or SAVER_CONFIGS[name].model_validate({"type": name})
+    return tuple(chosen.values())
+
+
+def _check_formats(savers: tuple[SaverConfig, ...], recipe: Recipe, linears: tuple[LinearPlan, ...]) -> None:
+    for scheme in {linear.scheme for linear in linears if linear.scheme is not None}:
+        for saver in savers:
+            if why := FORMATS[saver.type].refusal(scheme):
+                raise QuantError(f"{recipe.where(('spec', 'save'))}: {saver.type} cannot hold {scheme.name}: {why}")

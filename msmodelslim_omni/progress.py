@@ -1,0 +1,36 @@
+"""What a long run tells whoever waits for it. The pipeline calls these; terminal.py shows them; here they are silent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Progress:
+    """Events of a run. Subclasses show them; this one does nothing."""
+
+    def say(self, text: str) -> None:
+        """A line worth keeping: the device, a warning, where a run goes on."""
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        """`done` of `total` units of a phase are finished."""
+
+
+class Clock:
+    """Seconds spent per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def total(self) -> float:
+        return time.perf_counter() - self._started

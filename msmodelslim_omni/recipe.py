@@ -1,0 +1,472 @@
+"""A YAML recipe -> a frozen, checked Recipe; and the choice of a shipped recipe by model type and quant type.
+
+The format is msModelSlim's (`apiversion: multimodal_vlm_modelslim_v1`) with an optional `spec.calibration` block
+of ours. Every fault carries file:line, the key, and what is allowed there. No torch here: `--help` stays instant.
+What needs the checkpoint (do the patterns match, does the model type admit the processor) is plan.py's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+
+from .errors import QuantError, nearest
+from .resources import shipped_folder
+
+MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_NODES = 20_000
+
+# Other names under which users know a quant type.
+QUANT_TYPE_ALIASES = {"awq": "w4a16"}
+
+Location = tuple[str | int, ...]
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+NoExtension = Annotated[dict[str, Any], Field(max_length=0, description="msModelSlim's method options; none here")]
+
+
+class ActConfig(_Block):
+    """Activations: int8, one symmetric scale per token, computed at run time."""
+
+    scope: Literal["per_token"] = "per_token"
+    dtype: Literal["int8"] = "int8"
+    symmetric: Literal[True] = True
+    method: Literal["minmax"] = "minmax"
+    ext: NoExtension = {}
+
+
+class WeightConfig(_Block):
+    """Weights: int8, one symmetric scale per output channel; `mse` searches a clip per channel, `minmax` does not."""
+
+    scope: Literal["per_channel"] = "per_channel"
+    dtype: Literal["int8"] = "int8"
+    symmetric: Literal[True] = True
+    method: Literal["minmax", "mse"] = "minmax"
+    ext: NoExtension = {}
+
+
+class LinearQConfig(_Block):
+    act: ActConfig
+    weight: WeightConfig
+
+
+class _Selecting(_Block):
+    """include / exclude: shell patterns on the Linear's checkpoint name; exclude wins."""
+
+    include: Names = ("*",)
+    exclude: Names = ()
+
+    @field_validator("include")
+    @classmethod
+    def _not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        if not patterns:
+            raise ValueError("must name at least one pattern; ['*'] means every Linear of the decoder layers")
+        return patterns
+
+
+class LinearQuantConfig(_Selecting):
+    """Quantize the matching Linears."""
+
+    type: Literal["linear_quant"]
+    qconfig: LinearQConfig
+
+
+Alpha = Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"]
+Subgraph = Literal["norm-linear", "linear-linear", "ov", "up-down"]
+
+
+class SmoothQuantConfig(_Selecting):
+    """SmoothQuant: norm -> linear only. `alpha: auto` searches a grid that holds 'no smoothing'."""
+
+    type: Literal["smooth_quant"]
+    alpha: Alpha = 0.5
+    symmetric: Literal[True] = True
+
+
+class IterSmoothConfig(_Selecting):
+    """Smoothing of several kinds of subgraph, with msModelSlim's defaults."""
+
+    type: Literal["iter_smooth"]
+    alpha: Alpha = 0.9
+    scale_min: Annotated[float, Field(gt=0.0)] = 1e-5
+    symmetric: Literal[True] = True
+    enable_subgraph_type: Annotated[tuple[Subgraph, ...], Field(strict=False)] = (
+        "norm-linear",
+        "linear-linear",
+        "ov",
+        "up-down",
+    )
+
+
+ProcessorConfig = LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig
+
+
+class GroupConfig(_Block):
+    """Processors that share one pass over the layer; the order inside is kept."""
+
+    type: Literal["group"]
+    configs: Annotated[
+        tuple[Annotated[ProcessorConfig, Field(discriminator="type")], ...], Field(strict=False, min_length=1)
+    ]
+
+
+ProcessItem = Annotated[
+    LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig | GroupConfig, Field(discriminator="type")
+]
+
+
+class _SaverConfig(_Block):
+    part_file_size: Annotated[int, Field(ge=0, description="GB per shard; 0 = one file")] = 4
+    ext: dict[str, Any] = {}
+
+
+class AscendSaverConfig(_SaverConfig):
+    """quant_model_weights-*.safetensors and quant_model_description.json, as vLLM-Ascend reads them."""
+
+    type: Literal["ascendv1_saver"]
+
+
+class CompressedTensorsConfig(_SaverConfig):
+    """int-quantized compressed-tensors, as vLLM and transformers read it."""
+
+    type: Literal["compressed_tensors"]
+
+
+SaverConfig = AscendSaverConfig | CompressedTensorsConfig
+SAVER_CONFIGS: dict[str, type[AscendSaverConfig] | type[CompressedTensorsConfig]] = {
+    "ascendv1_saver": AscendSaverConfig,
+    "compressed_tensors": CompressedTensorsConfig,
+}
+
+
+class CalibrationConfig(_Block):
+    """Limits on the calibration data (ours; msModelSlim has no such block)."""
+
+    max_samples: Annotated[int, Field(gt=0)] | None = None
+    max_tokens: Annotated[int, Field(gt=0, description="tokens of one sample, media included")] = 8192
+    max_pixels: Annotated[int, Field(ge=4 * 28 * 28, description="per image or video frame")] | None = None
+    video_fps: Annotated[float, Field(gt=0.0, le=30.0)] = 2.0
+    on_bad_sample: Literal["fail", "skip"] = "fail"
+
+
+class Label(_Block):
+    w_bit: Annotated[int, Field(ge=1, le=16)]
+    a_bit: Annotated[int, Field(ge=1, le=16)]
+    is_sparse: bool = False
+    kv_cache: bool = False
+    fa_bit: int | None = None
+    fa_quant: bool | None = None
+
+
+class Metadata(_Block):
+    config_id: str = ""
+    score: Annotated[float, Field(ge=0.0)] = 100.0
+    label: Label | None = None
+    verified_model_types: Names = ()
+    verified_tags: dict[str, Any] = {}
+
+
+class Spec(_Block):
+    runner: Literal["auto", "layer_wise"] = "layer_wise"
+    process: Annotated[tuple[ProcessItem, ...], Field(strict=False, min_length=1)]
+    save: Annotated[
+        tuple[Annotated[SaverConfig, Field(discriminator="type")], ...], Field(strict=False, min_length=1)
+    ]
+    dataset: Annotated[str, Field(min_length=1)] = "calibVideos"
+    default_text: Annotated[str, Field(min_length=1)] = "Describe this image in detail."
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @field_validator("save")
+    @classmethod
+    def _each_saver_once(cls, savers: tuple[SaverConfig, ...]) -> tuple[SaverConfig, ...]:
+        names = [saver.type for saver in savers]
+        if len(set(names)) != len(names):
+            raise ValueError("names the same saver twice")
+        return savers
+
+
+class Recipe(_Block):
+    """One recipe. `path` and `text` are the file it came from, byte for byte, for the copy in the output."""
+
+    apiversion: Literal["multimodal_vlm_modelslim_v1"]
+    metadata: Metadata = Metadata()
+    spec: Spec
+
+    _path: Path = PrivateAttr(default=Path("recipe"))
+    _text: str = PrivateAttr(default="")
+    _root: Any = PrivateAttr(default=None)
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    @property
+    def quant_type(self) -> str:
+        """`w8a8` and the like, from metadata.label; empty without a label."""
+        label = self.metadata.label
+        return f"w{label.w_bit}a{label.a_bit}" if label else ""
+
+    def where(self, location: Location = ()) -> str:
+        """`file:line` of a key, for messages about a recipe that is well-formed but does not fit the model."""
+        line = _node_at(self._root, location).start_mark.line + 1 if self._root is not None else 1
+        return f"{self._path}:{line}"
+
+    def processors(self) -> Iterator[tuple[Location, ProcessorConfig]]:
+        """The processors in order with their place in the file; groups are flattened."""
+        for i, item in enumerate(self.spec.process):
+            here: Location = ("spec", "process", i)
+            if isinstance(item, GroupConfig):
+                for j, inner in enumerate(item.configs):
+                    yield (*here, "configs", j), inner
+            else:
+                yield here, item
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check one recipe file. Raises QuantError naming file:line, key, value and what is allowed."""
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        if size > MAX_RECIPE_BYTES:
+            raise QuantError(f"{path}: a recipe of {size} bytes; at most {MAX_RECIPE_BYTES} are read")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise QuantError(f"{path}: cannot read the recipe: {error}", "give a YAML file in UTF-8") from error
+    return parse_recipe(text, path)
+
+
+def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
+    """Check the text of a recipe; `path` only serves the messages."""
+    root, anchored = _compose(text, path)
+    _refuse_duplicates_and_bombs(root, path)
+    data = _Loader("").construct(root)
+    data = _without_anchor_holders(data, root, anchored)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise QuantError(
+            "\n".join(_explain_all(error, root, path)),
+            "see `msmodelslim recipes show` for a recipe that works and `msmodelslim recipes schema` for all keys",
+        ) from error
+    recipe._path, recipe._text, recipe._root = path, text, root
+    return recipe
+
+
+def shipped_recipes() -> list[Recipe]:
+    """All recipes in configs/, best score first."""
+    recipes = [load_recipe(path) for path in sorted(shipped_folder("configs").glob("*.yaml"))]
+    return sorted(recipes, key=lambda recipe: (-recipe.metadata.score, recipe.metadata.config_id))
+
+
+def find_recipe(model_type: str, quant_type: str) -> Recipe:
+    """The best shipped recipe for a model type and a quant type (`w8a8`). Raises QuantError listing what exists."""
+    wanted = QUANT_TYPE_ALIASES.get(quant_type.lower(), quant_type.lower())
+    fitting = [recipe for recipe in shipped_recipes() if model_type in recipe.metadata.verified_model_types]
+    for recipe in fitting:
+        if recipe.quant_type == wanted:
+            return recipe
+    exists = sorted({recipe.quant_type for recipe in fitting})
+    raise QuantError(
+        f"no recipe for quant_type {quant_type!r} and model_type {model_type!r}."
+        f" Quant types with a recipe: {', '.join(exists) or 'none'}.{nearest(wanted, exists)}",
+        "choose one of these, or write a recipe and pass it with --config_path",
+    )
+
+
+def resolve_recipe(config_path: str) -> Recipe:
+    """A recipe by path, or by the config_id of a shipped one."""
+    if Path(config_path).exists():
+        return load_recipe(config_path)
+    shipped = {recipe.metadata.config_id: recipe for recipe in shipped_recipes()}
+    stem = Path(config_path).stem
+    if stem in shipped and Path(config_path).name in (stem, f"{stem}.yaml"):
+        return shipped[stem]
+    raise QuantError(
+        f"recipe {config_path!r} does not exist. Shipped recipes: {', '.join(shipped)}.{nearest(stem, shipped)}",
+        "give the path of a YAML file or the name of a shipped recipe",
+    )
+
+
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors. Unknown top-level keys stay allowed: they may hold YAML anchors."""
+    schema = Recipe.model_json_schema()
+    schema["additionalProperties"] = True
+    return schema
+
+
+# --- YAML with positions -------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, remembering which nodes carry an anchor."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.anchored: set[int] = set()
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        is_alias = self.check_event(yaml.AliasEvent)
+        anchor = getattr(self.peek_event(), "anchor", None)
+        node = super().compose_node(parent, index)
+        if anchor is not None and not is_alias:
+            self.anchored.add(id(node))
+        return node
+
+    def construct(self, root: yaml.Node) -> Any:
+        return self.construct_document(root)
+
+
+def _compose(text: str, path: Path) -> tuple[yaml.Node, set[int]]:
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise QuantError(f"{path}{line}: not valid YAML: {problem}", "mend the file at that line") from error
+    except RecursionError as error:
+        raise QuantError(f"{path}: YAML nested too deeply", "a recipe needs five levels") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise QuantError(f"{path}: a recipe is a mapping with apiversion, metadata and spec")
+    return root, loader.anchored
+
+
+def _children(node: yaml.Node) -> Iterator[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key
+            yield value
+    elif isinstance(node, yaml.SequenceNode):
+        yield from node.value
+
+
+def _refuse_duplicates_and_bombs(root: yaml.Node, path: Path) -> None:
+    """Walk the tree as it unfolds (aliases counted each time), so that a YAML bomb is met before it is built."""
+    seen, pending = 0, [(root, 0)]
+    while pending:
+        node, depth = pending.pop()
+        seen += 1
+        if seen > MAX_RECIPE_NODES or depth > 50:
+            raise QuantError(f"{path}: the YAML unfolds to more than a recipe can hold", "remove nested aliases")
+        pending += [(child, depth + 1) for child in _children(node)]
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys.count(key.value) > 1:
+                    line = max(k.start_mark.line for k, _ in node.value if k.value == key.value) + 1
+                    raise QuantError(f"{path}:{line}: key {key.value!r} stands twice", "remove one of the two")
+
+
+def _without_anchor_holders(data: Any, root: yaml.Node, anchored: set[int]) -> Any:
+    """Drop unknown top-level keys whose value defines an anchor: they only hold blocks that are used elsewhere."""
+
+    def defines_anchor(node: yaml.Node, first: int, last: int) -> bool:
+        here = first <= node.start_mark.index <= last  # an aliased node keeps the mark of its definition
+        return here and (id(node) in anchored or any(defines_anchor(c, first, last) for c in _children(node)))
+
+    holders = {
+        key.value
+        for key, value in root.value
+        if defines_anchor(value, key.start_mark.index, value.end_mark.index)
+    } - set(Recipe.model_fields)
+    return {key: value for key, value in data.items() if key not in holders}
+
+
+def _node_at(root: yaml.Node, location: Location) -> yaml.Node:
+    """The deepest node on the way to a location; union tags, which pydantic puts between, are passed over."""
+    node, at = root, root
+    for step in location:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if getattr(key, "value", None) == str(step):
+                    node, at = value, key
+                    break
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+            node = at = node.value[step]
+    return at
+
+
+# --- faults in words -----------------------------------------------------------------------------------------
+
+
+def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
+    """All models named in an annotation, through Annotated, unions and containers."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if get_origin(annotation) is not None or isinstance(annotation, UnionType):
+        return [block for part in get_args(annotation) for block in _blocks_in(part)]
+    return []
+
+
+def _block_at(location: Location) -> type[BaseModel]:
+    """The model that governs a location of a pydantic error."""
+    candidates: list[type[BaseModel]] = [Recipe]
+    for step in location:
+        tagged = [c for c in candidates if c.model_fields.get("type") and step in get_args(c.model_fields["type"].annotation)]
+        if tagged:
+            candidates = tagged
+        elif isinstance(step, str) and step in candidates[0].model_fields:
+            candidates = _blocks_in(candidates[0].model_fields[step].annotation) or candidates
+    return candidates[0]
+
+
+def _dotted(location: Location) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".") or "recipe"
+
+
+def _user_location(location: Location) -> Location:
+    """Without the union tags that pydantic inserts after a list index."""
+    tags = {"linear_quant", "smooth_quant", "iter_smooth", "group", *SAVER_CONFIGS}
+    noise = re.compile(r"^(constrained-|literal\[|function-|float$|int$|tuple\[)")
+    return tuple(s for s in location if not (isinstance(s, str) and (s in tags or noise.match(s))))
+
+
+def _explain_all(error: ValidationError, root: yaml.Node, path: Path) -> list[str]:
+    """The first ten faults, one line a key: the branches of a union are joined, a container's own echo is dropped."""
+    by_key: dict[Location, list[str]] = {}
+    for fault in error.errors():
+        by_key.setdefault(_user_location(tuple(fault["loc"])), []).append(_explain(fault, root, path))
+    inner = [key for key in by_key if not any(other != key and other[: len(key)] == key for other in by_key)]
+    lines = (by_key[key] for key in inner)
+    return ["; or ".join([first, *(other.split(": ", 1)[1] for other in rest)]) for first, *rest in lines][:10]
+
+
+def _explain(fault: Any, root: yaml.Node, path: Path) -> str:
+    """One pydantic fault as `file:line: key: what is wrong; what is allowed`."""
+    location: Location = tuple(fault["loc"])
+    shown = _user_location(location)
+    where = f"{path}:{_node_at(root, shown).start_mark.line + 1}"
+    kind, context = fault["type"], fault.get("ctx", {})
+    if kind == "extra_forbidden":
+        allowed = sorted(_block_at(location[:-1]).model_fields)
+        guess = nearest(str(location[-1]), allowed)
+        return f"{where}: {_dotted(shown)}: unknown key. Allowed here: {', '.join(allowed)}.{guess}"
+    if kind == "missing":
+        return f"{where}: {_dotted(shown)}: this key is missing"
+    if kind == "literal_error":
+        return f"{where}: {_dotted(shown)} is {fault['input']!r}; allowed: {context['expected']}"
+    if kind == "union_tag_invalid":
+        what = "saver" if "save" in location else "processor"
+        guess = nearest(str(context["tag"]), re.findall(r"'([^']+)'", context["expected_tags"]))
+        return f"{where}: {what} {context['tag']!r} is not supported; supported: {context['expected_tags']}.{guess}"
+    if kind == "union_tag_not_found":
+        return f"{where}: {_dotted(shown)}: the key `type` is missing"
+    return f"{where}: {_dotted(shown)} is {str(fault['input'])[:80]!r}: {fault['msg']}"
+
+

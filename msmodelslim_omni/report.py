@@ -1,0 +1,189 @@
+"""What a run did, as JSON for programs and Markdown for people."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .formats.shards import write_json
+from .models.spec import MODALITIES
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One part of the model: its bytes before and after, and what was done to it."""
+
+    name: str
+    tensors: int
+    bytes_before: int
+    bytes_after: int
+    scheme: str
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One Linear. weight_error: |W - Ŵ| / |W|; output_error: |Y - Ŷ| / |Y| on calibration tokens, by modality.
+
+    Errors are of the Linear alone, on the inputs of the quantized model; None where a data-free run has no inputs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    weight_error: float | None = None
+    output_error: float | None = None
+    output_error_by_modality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One decoder layer: its Linears, the smoothing chosen, and the error of its output against the float layer."""
+
+    index: int
+    linears: tuple[LinearRecord, ...]
+    smoothing: tuple[dict[str, Any], ...] = ()
+    output_error: float | None = None
+    output_error_by_modality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything quant_report.json holds; see the fields' names."""
+
+    model_type: str
+    model_path: str
+    quant_type: str
+    recipe: str
+    savers: dict[str, str]
+    versions: dict[str, str]
+    device: str
+    seed: int
+    data_free: bool
+    samples: int
+    tokens_by_modality: dict[str, int]
+    parts: tuple[PartSize, ...]
+    output_bytes: dict[str, int]
+    source_bytes: int
+    bits_per_weight: float
+    layers: tuple[LayerRecord, ...]
+    seconds: float
+    seconds_by_phase: dict[str, float]
+    resumed_at_layer: int
+    peak_rss_bytes: int
+    peak_device_bytes: int
+    warnings: tuple[str, ...]
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """quant_report.json and quant_report.md."""
+    write_json(folder / "quant_report.json", asdict(report))
+    (folder / "quant_report.md").write_text(as_markdown(report), encoding="utf-8")
+
+
+def layer_record(stored: dict[str, Any]) -> LayerRecord:
+    """A LayerRecord from the JSON of a part."""
+    linears = tuple(LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in stored["linears"])
+    return LayerRecord(**{**stored, "linears": linears, "smoothing": tuple(stored["smoothing"])})
+
+
+def part_errors(report: Report) -> dict[str, float]:
+    """Per kind of Linear (q_proj, ...) the root mean square over the layers of its error: of output, else of weight."""
+    errors: dict[str, list[float]] = {}
+    for layer in report.layers:
+        for linear in layer.linears:
+            error = linear.output_error if linear.output_error is not None else linear.weight_error
+            if error is not None:
+                errors.setdefault(linear.name.rsplit(".", 1)[-1], []).append(error)
+    return {name: math.sqrt(sum(e * e for e in values) / len(values)) for name, values in errors.items()}
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def as_markdown(report: Report) -> str:
+    """The report as one page."""
+    lines = [
+        f"# Quantization report: {report.model_type}, {report.quant_type}",
+        "",
+        f"- source: `{report.model_path}`, {human_bytes(report.source_bytes)}",
+        *(f"- {saver}: {human_bytes(size)}" for saver, size in report.output_bytes.items()),
+        f"- quantized Linears: {report.bits_per_weight:.3f} bits per weight, scales included",
+        f"- recipe: `{report.recipe}`; device {report.device}; seed {report.seed}",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
+        + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
+    ]
+    if report.resumed_at_layer:
+        lines.append(f"- resumed at layer {report.resumed_at_layer}; times are of the last run alone")
+    lines += ["", "## Parts", "", "| part | tensors | before | after | what |", "|---|--:|--:|--:|---|"]
+    lines += [
+        f"| {p.name} | {p.tensors} | {human_bytes(p.bytes_before)} | {human_bytes(p.bytes_after)} | {p.scheme} |"
+        for p in report.parts
+    ]
+    lines += ["", "## Calibration data", "", _calibration_text(report)]
+    lines += ["", "## Error per layer and Linear", "", _error_note(report), "", *_error_table(report)]
+    lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []
+    lines += ["", "## Time", "", "| phase | seconds |", "|---|--:|"]
+    lines += [f"| {phase} | {seconds:.2f} |" for phase, seconds in report.seconds_by_phase.items()]
+    if report.warnings:
+        lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def _calibration_text(report: Report) -> str:
+    if report.data_free:
+        return "None: the recipe is data-free. No dataset was read and no tower was run."
+    total = sum(report.tokens_by_modality.values())
+    shares = ", ".join(f"{m} {n} ({n / total:.1%})" for m, n in report.tokens_by_modality.items())
+    return f"{report.samples} samples, {total} tokens: {shares}."
+
+
+def _error_note(report: Report) -> str:
+    if report.data_free:
+        return "Relative error of the weights, |W - Ŵ| / |W|. Without data no output error is known."
+    return (
+        "Relative output error |Y - Ŷ| / |Y| of each Linear under int8 weights and activations, on calibration tokens"
+        " that went through the quantized layers before; `layer` is the whole layer's output."
+    )
+
+
+def _error_table(report: Report) -> list[str]:
+    kinds = list(dict.fromkeys(linear.name.rsplit(".", 1)[-1] for layer in report.layers for linear in layer.linears))
+    seen = [m for m in MODALITIES if any(m in layer.output_error_by_modality for layer in report.layers)]
+    columns = [*kinds, *(["layer", *seen] if seen else [])]
+    rows = [f"| layer | {' | '.join(columns)} |", "|--:|" + "--:|" * len(columns)]
+    for layer in report.layers:
+        by_kind = {linear.name.rsplit(".", 1)[-1]: linear for linear in layer.linears}
+        cells = [_error_cell(by_kind.get(kind)) for kind in kinds]
+        if seen:
+            cells.append(_number(layer.output_error))
+            cells += [_number(layer.output_error_by_modality.get(m)) for m in seen]
+        rows.append(f"| {layer.index} | {' | '.join(cells)} |")
+    return rows
+
+
+def _error_cell(linear: LinearRecord | None) -> str:
+    if linear is None or linear.scheme == "FLOAT":
+        return "float"
+    return _number(linear.output_error if linear.output_error is not None else linear.weight_error)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _smoothing_table(report: Report) -> list[str]:
+    rows = ["| layer | group | alpha | error over plain rounding (worst modality) | note |", "|--:|---|--:|--:|---|"]
+    for layer in report.layers:
+        for entry in layer.smoothing:
+            alpha = "none" if entry["alpha"] is None else f"{entry['alpha']:.2f}"
+            rows.append(f"| {layer.index} | {entry['group']} | {alpha} | {entry['gain']:.3f} | {entry['reason']} |")
+    return rows if len(rows) > 2 else ["No smoothing was asked for."]

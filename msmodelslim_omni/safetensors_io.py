@@ -1,0 +1,236 @@
+"""Reading and writing safetensors files tensor by tensor, with memory no larger than what was asked for.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length N, N bytes of
+JSON {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str: str}}, then the bytes of all tensors
+back to back. We parse the header ourselves and read into buffers of known size, since the library maps whole
+files (which counts as resident memory) and cannot write a file larger than memory. A file is untrusted input:
+every number of the header is checked against the file before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .errors import QuantError
+
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes [start, start + nbytes) of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * TORCH_DTYPES[self.dtype].itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """All tensors of one file. Raises QuantError naming the file where the header or the file's length lies."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise _broken(path, f"its header claims {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+    except OSError as error:
+        raise QuantError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, "its header is not JSON") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    header.pop("__metadata__", None)
+    data_start = 8 + length
+    tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    _check_layout(path, tensors.values(), data_start, size)
+    return tensors
+
+
+def _broken(path: Path, why: str) -> QuantError:
+    return QuantError(f"{path}: not a whole safetensors file: {why}", "fetch or copy the file again")
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(path, f"tensor {name[:120]!r} has no dtype, shape and data_offsets") from error
+    if dtype not in TORCH_DTYPES:
+        raise QuantError(f"{path}: tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 16:
+        raise _broken(path, f"tensor {name[:120]!r} has impossible numbers in its header")
+    info = TensorInfo(name, dtype, shape, path, data_start + begin)
+    if end - begin != info.nbytes:
+        raise _broken(path, f"tensor {name!r} of {info.nbytes} bytes claims {end - begin}")
+    return info
+
+
+def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
+    """Tensors must tile the data exactly: no overlap, no hole, nothing behind the end of the file."""
+    position = data_start
+    for info in sorted(tensors, key=lambda info: (info.start, info.nbytes)):
+        if info.start != position:
+            raise _broken(path, f"tensor {info.name!r} overlaps another or leaves a hole")
+        position += info.nbytes
+    if position != size:
+        raise _broken(path, f"its tensors need {position} bytes, the file has {size}")
+
+
+def read_bytes(info: TensorInfo, first: int, buffer: memoryview) -> None:
+    """Fill `buffer` from the tensor's bytes, beginning at its byte `first`."""
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.start + first)
+            done = 0
+            while done < len(buffer):
+                got = stream.readinto(buffer[done:])
+                if not got:
+                    raise _broken(info.file, f"tensor {info.name!r} ends early")
+                done += got
+    except OSError as error:
+        raise QuantError(
+            f"{info.file}: reading tensor {info.name!r} failed: {error.strerror or error}",
+            "check the disk, then run the same command again: it goes on where it stopped",
+        ) from error
+
+
+def load_tensor(info: TensorInfo) -> torch.Tensor:
+    """One tensor in its stored dtype, in memory of exactly its size."""
+    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    if info.nbytes:
+        read_bytes(info, 0, byte_view(tensor))
+    return tensor
+
+
+def load_rows(info: TensorInfo, rows: Iterable[int]) -> torch.Tensor:
+    """The given rows (first axis) of one tensor, in its stored dtype, without reading the others."""
+    wanted = list(rows)
+    out = torch.empty((len(wanted), *info.shape[1:]), dtype=TORCH_DTYPES[info.dtype])
+    view = byte_view(out)
+    row_bytes = info.nbytes // info.shape[0]
+    for i, row in enumerate(wanted):
+        read_bytes(info, row * row_bytes, view[i * row_bytes : (i + 1) * row_bytes])
+    return out
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written: what the header must know before the data come."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+class SafetensorsWriter:
+    """Writes one file in one pass: the header first, from specs; then the tensors' bytes in the same order.
+
+    The file appears under a temporary name and is synced and renamed by `close`; leaving the `with` block by an
+    exception removes it. Tensors are laid out by falling item size, as the library's reader expects alignment.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        self.path = path
+        self.specs = sorted(specs, key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, spec.name))
+        self._pending: Iterator[TensorSpec] = iter(self.specs)
+        self._temporary = path.with_name(path.name + ".partial")
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        begin = 0
+        for spec in self.specs:
+            header[spec.name] = {
+                "dtype": spec.dtype,
+                "shape": list(spec.shape),
+                "data_offsets": [begin, begin + spec.nbytes],
+            }
+            begin += spec.nbytes
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._stream = self._temporary.open("wb")
+        self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, name: str, data: torch.Tensor | Iterable[memoryview]) -> None:
+        """The next tensor, whole or as chunks of bytes. Order and sizes must be those of `specs`."""
+        spec = next(self._pending)
+        if spec.name != name:
+            raise ValueError(f"{self.path}: tensor {spec.name} is due, not {name}")
+        written = 0
+        for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
+            self._stream.write(chunk)
+            written += len(chunk)
+        if written != spec.nbytes:
+            raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {spec.nbytes}")
+
+    def close(self) -> None:
+        if (missing := next(self._pending, None)) is not None:
+            raise ValueError(f"{self.path}: tensor {missing.name} was never written")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._temporary.replace(self.path)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A whole file from tensors in memory, written aside, synced and renamed."""
+    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    with SafetensorsWriter(path, specs, metadata) as writer:
+        for spec in writer.specs:
+            writer.write(spec.name, tensors[spec.name].cpu())

@@ -1,0 +1,207 @@
+"""The work folder inside save_path: finished layers as parts, a manifest, a lock; and the move to the finished place.
+
+Whatever is in the manifest is whole: parts are written aside, synced and renamed before they are entered. A killed run
+goes on after the last layer entered. A folder made from other inputs is refused, naming what differs, since its
+parts would not be what this run computes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from .checkpoint import load_json_object
+from .errors import QuantError
+from .formats.shards import write_json
+from .safetensors_io import TensorInfo, read_header, write_tensors
+
+WORK_FOLDER = ".msmodelslim_work"
+
+
+class Workspace:
+    """The work folder of one run, locked for it."""
+
+    def __init__(self, save_path: Path, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
+        """Create or resume. Raises QuantError where save_path cannot be used, with what stands against it."""
+        self.save_path = save_path
+        self.folder = save_path / WORK_FOLDER
+        manifest = self._read_manifest()
+        occupied = save_path.is_dir() and any(entry.name != WORK_FOLDER for entry in save_path.iterdir())
+        if occupied and not overwrite and not manifest.get("committing"):
+            raise QuantError(f"save_path {str(save_path)!r} is not empty", "choose another, or pass --overwrite")
+        if occupied and not manifest.get("committing") and not _looks_like_output(save_path):
+            raise QuantError(
+                f"save_path {str(save_path)!r} holds files but no checkpoint; --overwrite will not delete them",
+                "choose another folder, or empty this one yourself",
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = self._locked()
+        except OSError as error:
+            raise QuantError(
+                f"save_path {str(save_path)!r} cannot be written: {error.strerror or error}", "choose another folder"
+            ) from error
+        if manifest and manifest.get("fingerprint") != dict(fingerprint):
+            if not overwrite:
+                raise QuantError(
+                    f"{self.folder} was made by another run: {_difference(manifest.get('fingerprint', {}), fingerprint)}",
+                    "finish that run with its own command, or pass --overwrite to begin anew",
+                )
+            self._clear()
+            manifest = {}
+        self._manifest: dict[str, Any] = manifest or {"fingerprint": dict(fingerprint), "parts": {}}
+        self.resumed = bool(self._manifest["parts"])
+        self._save_manifest()
+
+    # --- state ---
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        if not path.is_file():
+            return {}
+        manifest = load_json_object(path)
+        return manifest if isinstance(manifest.get("parts"), dict) else {}
+
+    def _save_manifest(self) -> None:
+        write_json(self.folder / "manifest.json", self._manifest)
+
+    def _locked(self) -> IO[str]:
+        """The kernel drops this lock when the process ends, however it ends."""
+        lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise QuantError(f"another run is writing to {str(self.save_path)!r}", "wait for it, or stop it") from error
+        return lock
+
+    def _clear(self) -> None:
+        for entry in self.folder.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def remember(self, key: str, value: Any) -> Any:
+        """The value stored under `key` by the run that began this folder; `value` if there is none yet."""
+        if key not in self._manifest:
+            self._manifest[key] = value
+            self._save_manifest()
+        return self._manifest[key]
+
+    # --- parts ---
+
+    def finished_layers(self) -> int:
+        """How many layers, from the first on, are entered and undamaged."""
+        count = 0
+        while (entry := self._manifest["parts"].get(str(count))) and self._is_whole(count, entry):
+            count += 1
+        return count
+
+    def _is_whole(self, index: int, entry: dict[str, Any]) -> bool:
+        return all(
+            path.is_file() and _digest(path) == entry[key]
+            for key, path in (("tensors", self.part_path(index)), ("record", self._record_path(index)))
+        )
+
+    def part_path(self, index: int) -> Path:
+        return self.folder / "parts" / f"layer-{index:04d}.safetensors"
+
+    def _record_path(self, index: int) -> Path:
+        return self.part_path(index).with_suffix(".json")
+
+    def save_part(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        """Write one layer's result and enter it in the manifest."""
+        path = self.part_path(index)
+        path.parent.mkdir(exist_ok=True)
+        write_tensors(path, tensors)
+        write_json(self._record_path(index), record)
+        self._manifest["parts"][str(index)] = {"tensors": _digest(path), "record": _digest(self._record_path(index))}
+        self._save_manifest()
+
+    def part(self, index: int) -> dict[str, TensorInfo]:
+        return read_header(self.part_path(index))
+
+    def record(self, index: int) -> dict[str, Any]:
+        return load_json_object(self._record_path(index))
+
+    # --- the end ---
+
+    def output_folder(self, saver: str) -> Path:
+        return self.folder / "output" / saver
+
+    def commit(self, savers: list[str]) -> dict[str, Path]:
+        """Move the finished output to its place and remove the work folder. Returns each saver's path.
+
+        From the first move on the manifest says so, and a killed run only finishes the move. config.json goes
+        last: until then no loader takes the folder for a checkpoint.
+        """
+        if not self._manifest.get("committing"):
+            self._manifest["committing"] = True
+            self._save_manifest()
+            for entry in self.save_path.iterdir():
+                if entry.name != WORK_FOLDER:
+                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        places = {}
+        for saver in savers:
+            places[saver] = self.save_path / saver if len(savers) > 1 else self.save_path
+            _move_into(self.output_folder(saver), places[saver])
+        self._lock.close()
+        shutil.rmtree(self.folder)
+        return places
+
+
+def _move_into(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        return  # moved by the run that was killed here
+    target.mkdir(exist_ok=True)
+    for entry in sorted(source.iterdir(), key=lambda entry: (entry.name == "config.json", entry.name)):
+        entry.replace(target / entry.name)
+    source.rmdir()
+
+
+def _looks_like_output(folder: Path) -> bool:
+    return any(folder.glob("config.json")) or any(folder.glob("*/config.json"))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """`seed was 0, is 1; recipe was ..., is ...` for every field that differs."""
+    fields = [field for field in {**old, **new} if old.get(field) != new.get(field)]
+    return "; ".join(f"{field} was {old.get(field)}, is {new.get(field)}" for field in fields)
+
+
+def check_save_path(save_path: Path, model_path: Path) -> None:
+    """Refuse a save_path that is a file, or that overlaps the checkpoint it would be made from."""
+    target, source = save_path.resolve(), model_path.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise QuantError(
+            f"save_path {str(save_path)!r} and model_path {str(model_path)!r} lie inside one another",
+            "choose a folder beside the checkpoint",
+        )
+    for existing in (target, *target.parents):
+        if existing.exists():
+            if not existing.is_dir():
+                raise QuantError(f"save_path {str(save_path)!r}: {str(existing)!r} is a file", "choose a folder")
+            return
+
+
+def text_digest(text: str) -> str:
+    """A short digest for fingerprints."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def canonical_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
