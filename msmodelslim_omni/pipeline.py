@@ -83,8 +83,13 @@ def quantize(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+    return run_guarded(prepared, Path(save_path), overwrite=overwrite, progress=progress)
+
+
+def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
+    """`run`, with a full disk told as a fault that the user can mend."""
     try:
-        return run(prepared, Path(save_path), overwrite=overwrite, progress=progress)
+        return run(prepared, save_path, overwrite=overwrite, progress=progress)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -135,7 +135,7 @@ def _spread_rows(weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Judge:
-    """Output error of a group under quantization, per modality, against that of plain rounding."""
+    """Relative output error of a group under quantization, per modality, against that of plain rounding."""
 
     def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
         self._x = stats.rows
@@ -149,7 +149,7 @@ class _Judge:
         """The largest over the modalities of error(factors) / error(plain); below 1 no modality is worse."""
         errors = self._errors(factors)
         ratio = torch.where(self._plain > 0, errors / self._plain, torch.where(errors > 0, torch.inf, 1.0))
-        return float(ratio.max().nan_to_num(nan=torch.inf))
+        return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
 
     def _errors(self, factors: torch.Tensor | None) -> torch.Tensor:
         """Sum over the Linears of the relative squared output error, float64 [modalities present]."""

@@ -1,0 +1,42 @@
+# make demo    set up .venv, make a small Omni, quantize it with real media, print the result
+# make test    set up .venv, run the test suite
+# Nothing but Python >= 3.10 and make is needed beforehand.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := "$(CURDIR)/$(VENV)/bin/python"
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: install demo test test-full lint types clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: install
+	rm -rf demo-out
+	$(RUN) examples/make_tiny_omni.py demo-out/Tiny-Omni
+	$(RUN) -m msmodelslim_omni quant --model_path demo-out/Tiny-Omni --save_path demo-out/Tiny-Omni-W8A8 \
+		--device cpu --quant_type w8a8
+
+test: install
+	$(RUN) -m pytest
+
+test-full: install
+	$(RUN) -m pytest -m full
+
+lint: install
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: install
+	$(RUN) -m mypy msmodelslim_omni
+
+clean:
+	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,104 @@
+"""What is in a float or quantized checkpoint, from its headers alone: parts, dtypes, bytes, scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import load_json_object
+from .errors import QuantError
+from .formats import FORMATS
+from .models import derive_model_type
+from .models.spec import ModelSpec
+from .plan import quantization_of
+from .safetensors_io import TensorInfo, read_header
+
+DESCRIPTION = "quant_model_description.json"
+
+
+@dataclass(frozen=True)
+class PartContent:
+    name: str
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]  # bytes by dtype
+    scheme: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.dtypes.values())
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`scheme` is `float` or what quantized the checkpoint; `parts` in the model's order."""
+
+    path: str
+    model_type: str
+    scheme: str
+    files: int
+    parts: tuple[PartContent, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Look into a checkpoint folder, float or written by any of our formats. Raises QuantError if it is none."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise QuantError(
+            f"{str(path)!r} is not a checkpoint: it holds no config.json", "give the folder that holds config.json"
+        )
+    config = load_json_object(path / "config.json")
+    model = derive_model_type(config)
+    tensors, files = _all_tensors(path)
+    kinds = _description(path)
+    scheme = _scheme(config, kinds)
+    parts: dict[str, list[TensorInfo]] = {}
+    for name, info in tensors.items():
+        parts.setdefault(model.part_of(name).name, []).append(info)
+    contents = tuple(
+        _part_content(part.name, parts[part.name], scheme) for part in model.parts if part.name in parts
+    )
+    return Inspection(str(path), _model_name(model, config), scheme, files, contents)
+
+
+def _all_tensors(path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """Tensors of every file with a format's or the standard stem."""
+    stems = {"model", *(fmt.weights_stem for fmt in FORMATS.values())}
+    files = sorted(file for stem in stems for file in path.glob(f"{stem}*.safetensors"))
+    if not files:
+        raise QuantError(f"{str(path)!r} holds no safetensors files", "give the folder of the whole checkpoint")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= read_header(file)
+    return tensors, len(files)
+
+
+def _description(path: Path) -> dict[str, Any]:
+    return load_json_object(path / DESCRIPTION) if (path / DESCRIPTION).is_file() else {}
+
+
+def _scheme(config: dict[str, Any], description: dict[str, Any]) -> str:
+    if description:
+        return f"ascend {description.get('model_quant_type', 'unknown')}"
+    quantization = quantization_of(config)
+    if quantization is None:
+        return "float"
+    return " ".join(str(quantization[key]) for key in ("quant_method", "format") if key in quantization)
+
+
+def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartContent:
+    dtypes: dict[str, int] = {}
+    for info in infos:
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+    quantized = scheme != "float" and bool(dtypes.keys() & {"I8", "I32"})
+    parameters = sum(info.numel for info in infos if not info.name.endswith(("_scale", "_offset", "_zero_point")))
+    return PartContent(name, len(infos), parameters, dtypes, scheme if quantized else "float")
+
+
+def _model_name(model: ModelSpec, config: dict[str, Any]) -> str:
+    return model.family.shape_name(config) or f"{model.hf_model_type} (own shape)"

@@ -1,0 +1,44 @@
+"""Shared fixtures: a tiny Qwen2.5-Omni of the real classes, made once a session."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from make_tiny_omni import make_tiny_omni
+
+from msmodelslim_omni.cli import quiet_libraries
+
+quiet_libraries()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Omni in bfloat16, two shards, with talker, token2wav, processor and spk_dict.pt. Never change it."""
+    return make_tiny_omni(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(tiny, tmp_path / "copy"))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    """Three samples from the shipped set: text, an image, a video with sound; cheap enough for every test."""
+    shipped = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
+    lines = [json.loads(line) for line in (shipped / "index.jsonl").read_text(encoding="utf-8").splitlines()]
+    chosen = [next(e for e in lines if not e.keys() & {"image", "audio", "video", "messages"})]
+    chosen.append(next(e for e in lines if "image" in e and not e.keys() & {"audio", "video", "messages"}))
+    chosen.append({"video": "videos/cat_pan_zh.mp4", "text": "What is said?", "answer": "A cat."})
+    for entry in chosen:
+        for kind in ("image", "video"):
+            if isinstance(entry.get(kind), str):
+                entry[kind] = str(shipped / entry[kind])
+    path = tmp_path / "data" / "index.jsonl"
+    path.parent.mkdir()
+    path.write_text("\n".join(json.dumps(entry, ensure_ascii=False) for entry in chosen), encoding="utf-8")
+    return path
