@@ -9,7 +9,7 @@ import torch
 from .errors import QuantError
 from .formats.job import OutLinear, OutputJob, OutTensor
 from .plan import QuantPlan
-from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_tensor, read_bytes
+from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, byte_view, load_tensor, read_bytes
 
 # Kept tensors are copied through a buffer of this size, so that an embedding of a gigabyte does not fill memory.
 _COPY_BYTES = 16 << 20
@@ -34,9 +34,7 @@ def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
             continue
         assert linear.scheme is not None
         qweight, scales = changed.get(f"{linear.name}.qweight"), changed.get(f"{linear.name}.scales")
-        items.append(
-            OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _loader(qweight), _loader(scales))
-        )
+        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _loader(qweight), _loader(scales)))
     return OutputJob(
         items=tuple(items),
         float_linears=tuple(linear.name for linear in plan.linears if linear.scheme is None),
@@ -68,7 +66,7 @@ def _float_item(changed: TensorInfo | None, source: TensorInfo) -> OutTensor:
 
 def _chunks(info: TensorInfo) -> Iterator[memoryview]:
     buffer = torch.empty(min(_COPY_BYTES, info.nbytes), dtype=torch.uint8)
-    view = memoryview(buffer.numpy())
+    view = byte_view(buffer)
     for first in range(0, info.nbytes, _COPY_BYTES):
         size = min(_COPY_BYTES, info.nbytes - first)
         read_bytes(info, first, view[:size])

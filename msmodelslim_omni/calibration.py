@@ -91,7 +91,7 @@ def load_calib_set(
             "mend them, or leave such samples out with `calibration: {on_bad_sample: skip}` in the recipe",
         )
     if not samples:
-        raise QuantError(f"{index}: no usable sample", "give at least one line such as {\"text\": \"Hello\"}")
+        raise QuantError(f"{index}: no usable sample", 'give at least one line such as {"text": "Hello"}')
     if max_samples is not None and len(samples) > max_samples:
         chosen = sorted(random.Random(seed).sample(range(len(samples)), max_samples))
         samples = [samples[i] for i in chosen]
@@ -159,7 +159,9 @@ def _parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> Ca
         guess = nearest(key, KEYS)
         if key not in KEYS and guess:  # other keys (id, source, licence) are the user's own
             faults.append(f"unknown key {key!r}.{guess}")
-    messages = _conversation(entry, default_text, faults) if "messages" in entry else _turns(entry, default_text, faults)
+    messages = (
+        _conversation(entry, default_text, faults) if "messages" in entry else _turns(entry, default_text, faults)
+    )
     tracks = [_check_part(part, folder, faults) for message in messages for part in message["content"]]
     has_sound = [track for track in tracks if track is not None]
     use_audio = _sound_choice(entry, has_sound, faults)
@@ -285,7 +287,11 @@ def prepare_sample(sample: CalibSample, processor: MediaProcessor) -> ModelInput
 
 
 def _decoded(part: dict[str, Any], sample: CalibSample) -> dict[str, Any]:
-    decoders: dict[str, Callable[[Path], Any]] = {"image": media.load_image, "audio": media.load_sound, "video": str}
+    decoders: dict[str, Callable[[Path], Any]] = {
+        "image": media.load_image,
+        "audio": media.load_sound,
+        "video": str,
+    }
     kind = part["type"]
     if kind == "text":
         return part

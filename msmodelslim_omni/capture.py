@@ -69,7 +69,7 @@ def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER
         if len(positions):
             count = min(per_modality, len(positions))
             keep[positions[torch.linspace(0, len(positions) - 1, count).round().long()]] = True
-    return [torch.nonzero(part).flatten() for part in keep.split([len(m) for m in modalities])]
+    return [torch.nonzero(part).flatten() for part in torch.split(keep, [len(m) for m in modalities])]
 
 
 class InputRecorder:
@@ -104,4 +104,5 @@ def run_layer(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:
     """The hidden states after a layer, [1, tokens, hidden]; transformers 4 returns them in a tuple."""
     with torch.inference_mode():
         out = layer(inputs.hidden, **inputs.arguments)
-    return out[0] if isinstance(out, tuple) else out
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden

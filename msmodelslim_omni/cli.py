@@ -78,10 +78,12 @@ def quant(
         str | None, _flag("quant_type", "e.g. w8a8: the best shipped recipe of that type. Default w8a8.")
     ] = None,
     config_path: Annotated[
-        str | None, _flag("config_path", "A recipe: a YAML file or the name of a shipped one. Excludes --quant_type.")
+        str | None,
+        _flag("config_path", "A recipe: a YAML file or the name of a shipped one. Excludes --quant_type."),
     ] = None,
     trust_remote_code: Annotated[
-        TrueFalse, _flag("trust_remote_code", "Whether code from the checkpoint may run.", case_sensitive=False)
+        TrueFalse,
+        _flag("trust_remote_code", "Whether code from the checkpoint may run.", case_sensitive=False),
     ] = TrueFalse.false,
     dataset: Annotated[
         str | None,
@@ -184,7 +186,10 @@ def inspect(
 
 
 def _totals(parts: Any) -> list[str]:
-    return [f"{sum(part.tensors for part in parts)}", f"{sum(part.parameters for part in parts) / 1e6:,.1f} M"]
+    return [
+        f"{sum(part.tensors for part in parts)}",
+        f"{sum(part.parameters for part in parts) / 1e6:,.1f} M",
+    ]
 
 
 # --- recipes -------------------------------------------------------------------------------------------------
@@ -267,34 +272,27 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
     from .terminal import table
 
     plan, expected = prepared.plan, prepared.forecast
-    entries = [
-        {"name": l.name, "shape": list(l.shape), "scheme": l.scheme.name if l.scheme else "FLOAT", "reason": l.reason}
-        for l in plan.linears
-    ]
-    floats: dict[str, int] = {}
-    for name, info in plan.checkpoint.tensors.items():
-        floats[plan.model.part_of(name).name] = floats.get(plan.model.part_of(name).name, 0) + info.nbytes
-    kept = {p.name: {"bytes": floats[p.name], "why": p.why_float} for p in plan.model.parts[1:] if p.name in floats}
+    linears = [(l.name, list(l.shape), l.scheme.name if l.scheme else "FLOAT", l.reason) for l in plan.linears]
+    kept = [(part.name, part.why_float, size) for part, size in plan.kept_parts()]
     if as_json:
-        _print_json(
-            {
-                "model_type": plan.model.model_type,
-                "recipe": str(plan.recipe.path),
-                "device": prepared.device.name,
-                "dataset": plan.dataset,
-                "samples": len(prepared.calib.samples) if prepared.calib else 0,
-                "linears": entries,
-                "kept_float": kept,
-                "output_bytes": expected.output_bytes,
-                "disk_bytes": expected.disk_bytes,
-                "peak_memory_bytes": expected.peak_memory_bytes,
-                "warnings": list(plan.warnings),
-            }
-        )
+        plan_json = {
+            "model_type": plan.model.model_type,
+            "recipe": str(plan.recipe.path),
+            "device": prepared.device.name,
+            "dataset": plan.dataset,
+            "samples": len(prepared.calib.samples) if prepared.calib else 0,
+            "linears": [dict(zip(("name", "shape", "scheme", "reason"), entry, strict=True)) for entry in linears],
+            "kept_float": [dict(zip(("part", "why", "bytes"), entry, strict=True)) for entry in kept],
+            "output_bytes": expected.output_bytes,
+            "disk_bytes": expected.disk_bytes,
+            "peak_memory_bytes": expected.peak_memory_bytes,
+            "warnings": list(plan.warnings),
+        }
+        _print_json(plan_json)
         return
-    rows = [[e["name"], f"{e['shape'][0]} x {e['shape'][1]}", e["scheme"], e["reason"]] for e in entries]
+    rows = [[name, f"{shape[0]} x {shape[1]}", scheme, reason] for name, shape, scheme, reason in linears]
     _results.print(table("Linears of the decoder layers", ["Linear", "out x in", "scheme", "why float"], rows, 9))
-    rows = [[name, entry["why"], human_bytes(entry["bytes"])] for name, entry in kept.items()]
+    rows = [[name, why, human_bytes(size)] for name, why, size in kept]
     _results.print(table("Kept float, written unchanged", ["part", "why", "bytes"], rows, numeric=2))
     rows = [
         ["source", human_bytes(plan.checkpoint.total_bytes)],

@@ -67,7 +67,8 @@ def _first_available() -> Device:
 def _npu_count() -> tuple[int, str]:
     try:
         importlib.import_module("torch_npu")
-        count = int(torch.npu.device_count()) if torch.npu.is_available() else 0
+        npu = torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
+        count = int(npu.device_count()) if npu.is_available() else 0
     except ModuleNotFoundError as error:
         return 0, f"{error.name} is not installed"
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -76,7 +77,7 @@ def _npu_count() -> tuple[int, str]:
 
 
 def _cuda_count() -> tuple[int, str]:
-    if not torch.backends.cuda.is_built():
+    if torch.version.cuda is None and torch.version.hip is None:
         return 0, "this torch is built without CUDA"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return count, "torch finds no card"

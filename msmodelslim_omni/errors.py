@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class QuantError(Exception):
-    """A fault the user can mend. `message` says what and where, `hint` what to do; the CLI prints both, no traceback."""
+    """A fault the user can mend. `message` says what and where, `hint` what to do; the CLI prints the two."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)

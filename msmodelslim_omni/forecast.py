@@ -36,7 +36,7 @@ def forecast(plan: QuantPlan, samples: int) -> Forecast:
     """Foretell a run; `samples` is 0 for a data-free one."""
     job = make_job(plan, lambda layer: {})
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
-    outputs = {
+    outputs: dict[str, int] = {
         saver.type: sum(tensor.spec.nbytes for tensor in format_tensors(FORMATS[saver.type], job)) + other
         for saver in plan.savers
     }

@@ -50,7 +50,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise QuantError(
-            f"{str(path)!r} is not a checkpoint: it holds no config.json", "give the folder that holds config.json"
+            f"{str(path)!r} is not a checkpoint: it holds no config.json",
+            "give the folder that holds config.json",
         )
     config = load_json_object(path / "config.json")
     model = derive_model_type(config)
@@ -60,9 +61,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     parts: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.items():
         parts.setdefault(model.part_of(name).name, []).append(info)
-    contents = tuple(
-        _part_content(part.name, parts[part.name], scheme) for part in model.parts if part.name in parts
-    )
+    contents = tuple(_part_content(part.name, parts[part.name], scheme) for part in model.parts if part.name in parts)
     return Inspection(str(path), _model_name(model, config), scheme, files, contents)
 
 

@@ -1,8 +1,8 @@
 """quantize(): the whole run, and the loop over layers. The one file to read first.
 
-    Recipe -> QuantPlan -> Checkpoint -> calibration stream
-           -> layer by layer: load -> capture -> process -> propagate -> part
-           -> formats -> report
+Recipe -> QuantPlan -> Checkpoint -> calibration stream
+       -> layer by layer: load -> capture -> process -> propagate -> part
+       -> formats -> report
 """
 
 from __future__ import annotations
@@ -245,7 +245,11 @@ def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
     """The library's layer with the work's weights in float32, its quantized Linears emulated."""
     weights = {name: tensor.to(torch.float32) for name, tensor in work.weights.items()}
     module = plan.model.family.build_layer(plan.checkpoint.config, work.index, weights)
-    emulate(module, work.quantized, {name: b.to(torch.float32) for name in work.quantized if (b := _bias(work, name)) is not None})
+    emulate(
+        module,
+        work.quantized,
+        {name: b.to(torch.float32) for name in work.quantized if (b := _bias(work, name)) is not None},
+    )
     return module
 
 
@@ -278,7 +282,7 @@ def _finish(
     """Assemble every format from the parts, write the report into each, and move all to its place."""
     plan = prepared.plan
     job = make_job(plan, workspace.part)
-    output_bytes = {}
+    output_bytes: dict[str, int] = {}
     with clock("assemble"):
         for saver in plan.savers:
 
@@ -287,7 +291,7 @@ def _finish(
 
             folder = workspace.output_folder(saver.type)
             output_bytes[saver.type] = write_output(FORMATS[saver.type], job, folder, saver.part_file_size, shown)
-    names = [saver.type for saver in plan.savers]
+    names: list[str] = [saver.type for saver in plan.savers]
     save_path = workspace.save_path
     places = {name: str(save_path / name if len(names) > 1 else save_path) for name in names}
     report = Report(
@@ -338,7 +342,13 @@ def _part_sizes(plan: QuantPlan, workspace: Workspace) -> tuple[PartSize, ...]:
         after[part] = after.get(part, 0) + tensor.spec.nbytes
         kinds.setdefault(part, set()).add(tensor.kind)
     return tuple(
-        PartSize(part.name, len(before[part.name]), sum(before[part.name]), after[part.name], _kind(kinds[part.name]))
+        PartSize(
+            part.name,
+            len(before[part.name]),
+            sum(before[part.name]),
+            after[part.name],
+            _kind(kinds[part.name]),
+        )
         for part in plan.model.parts
         if part.name in before
     )

@@ -1,4 +1,4 @@
-"""Recipe x ModelSpec x checkpoint headers -> QuantPlan: every Linear decided, every name checked, before any weight is read."""
+"""Recipe x ModelSpec x checkpoint headers -> QuantPlan: every Linear decided, every name checked, no weight read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,18 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .errors import QuantError
 from .formats import FORMATS
-from .models.spec import LayerSpec, ModelSpec
+from .models.spec import LayerSpec, ModelSpec, Part
 from .patterns import matches
 from .processors import PROCESSORS
-from .recipe import SAVER_CONFIGS, CalibrationConfig, LinearQuantConfig, Location, ProcessorConfig, Recipe, SaverConfig
+from .recipe import (
+    SAVER_CONFIGS,
+    CalibrationConfig,
+    LinearQuantConfig,
+    Location,
+    ProcessorConfig,
+    Recipe,
+    SaverConfig,
+)
 from .scheme import QuantScheme
 
 _QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
@@ -62,6 +70,15 @@ class QuantPlan:
     trust_remote_code: bool
     warnings: tuple[str, ...]
 
+    def kept_parts(self) -> list[tuple[Part, int]]:
+        """The parts of the checkpoint that no Linear of a decoder layer belongs to, with their bytes."""
+        sizes: dict[Part, int] = {}
+        for name, info in self.checkpoint.tensors.items():
+            part = self.model.part_of(name)
+            sizes[part] = sizes.get(part, 0) + info.nbytes
+        layers = self.model.part_of(self.linears[0].name)
+        return [(part, size) for part, size in sizes.items() if part != layers]
+
 
 def make_plan(
     recipe: Recipe,
@@ -83,8 +100,7 @@ def make_plan(
     selections = _selections(recipe, model, checkpoint, warnings)
     layer_spec = model.family.layer_spec(checkpoint.config)
     layers = tuple(
-        _plan_layer(model, layer_spec, index, selections)
-        for index in range(model.family.num_layers(checkpoint.config))
+        _plan_layer(model, layer_spec, index, selections) for index in range(model.family.num_layers(checkpoint.config))
     )
     _refuse_split_groups(model, layer_spec, layers, recipe)
     if not any(layer.schemes for layer in layers):
@@ -146,7 +162,8 @@ def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
     missing = sorted(set(expected) - set(found) - optional)
     if missing:
         raise QuantError(
-            f"{checkpoint.path}: {_named(missing)} {_verb(missing)} missing", "fetch the checkpoint again; it is not whole"
+            f"{checkpoint.path}: {_named(missing)} {_verb(missing)} missing",
+            "fetch the checkpoint again; it is not whole",
         )
     wrong = sorted(name for name, shape in expected.items() if name in found and found[name].shape != shape)
     if wrong:
@@ -190,9 +207,7 @@ def _verb(names: list[str]) -> str:
 Selection = tuple[Location, ProcessorConfig, frozenset[str]]  # place in the file, processor, full Linear names
 
 
-def _selections(
-    recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnings: list[str]
-) -> list[Selection]:
+def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnings: list[str]) -> list[Selection]:
     """For each processor the decoder Linears it selects; the first linear_quant that selects a Linear has it."""
     layer_prefix = model.layer_prefix.split("{index}")[0]
     relatives = {f".{name}" for name in model.family.layer_spec(checkpoint.config).linears}
@@ -238,9 +253,7 @@ def _check_patterns(
             where = recipe.where((*place, key, number))
             hits = [name for name in linear_like if matches(name, [pattern])]
             if not hits:
-                warnings.append(
-                    f"{where}: {key} pattern {pattern!r} matches no Linear; names look like {min(decoder)}"
-                )
+                warnings.append(f"{where}: {key} pattern {pattern!r} matches no Linear; names look like {min(decoder)}")
             elif key == "include" and not decoder.intersection(hits):
                 part = model.part_of(hits[0])
                 raise QuantError(
@@ -268,9 +281,7 @@ def _scheme(config: LinearQuantConfig) -> QuantScheme:
     return QuantScheme(bits[weight.dtype], bits[act.dtype], weight.method)
 
 
-def _refuse_split_groups(
-    model: ModelSpec, spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe
-) -> None:
+def _refuse_split_groups(model: ModelSpec, spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
     """Runtimes fuse the Linears that read one input (q/k/v, gate/up) and ask one stored form of all of them."""
     for layer in layers:
         for group in spec.groups:
@@ -298,7 +309,7 @@ def _savers(recipe: Recipe, names: Sequence[str]) -> tuple[SaverConfig, ...]:
     """The recipe's savers, or the named ones with the recipe's settings where it has them."""
     if not names:
         return recipe.spec.save
-    in_recipe = {saver.type: saver for saver in recipe.spec.save}
+    in_recipe: dict[str, SaverConfig] = {saver.type: saver for saver in recipe.spec.save}
     chosen: dict[str, SaverConfig] = {}
     for name in names:
         if name not in SAVER_CONFIGS:

@@ -1,4 +1,4 @@
-"""What a long run tells whoever waits for it. The pipeline calls these; terminal.py shows them; here they are silent."""
+"""What a long run tells whoever waits for it. The pipeline calls it, terminal.py shows it, here it is silent."""
 
 from __future__ import annotations
 

@@ -180,9 +180,7 @@ class Metadata(_Block):
 class Spec(_Block):
     runner: Literal["auto", "layer_wise"] = "layer_wise"
     process: Annotated[tuple[ProcessItem, ...], Field(strict=False, min_length=1)]
-    save: Annotated[
-        tuple[Annotated[SaverConfig, Field(discriminator="type")], ...], Field(strict=False, min_length=1)
-    ]
+    save: Annotated[tuple[Annotated[SaverConfig, Field(discriminator="type")], ...], Field(strict=False, min_length=1)]
     dataset: Annotated[str, Field(min_length=1)] = "calibVideos"
     default_text: Annotated[str, Field(min_length=1)] = "Describe this image in detail."
     calibration: CalibrationConfig = CalibrationConfig()
@@ -321,7 +319,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         is_alias = self.check_event(yaml.AliasEvent)
-        anchor = getattr(self.peek_event(), "anchor", None)
+        anchor = getattr(self.peek_event(), "anchor", None)  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
         if anchor is not None and not is_alias:
             self.anchored.add(id(node))
@@ -381,9 +379,7 @@ def _without_anchor_holders(data: Any, root: yaml.Node, anchored: set[int]) -> A
         return here and (id(node) in anchored or any(defines_anchor(c, first, last) for c in _children(node)))
 
     holders = {
-        key.value
-        for key, value in root.value
-        if defines_anchor(value, key.start_mark.index, value.end_mark.index)
+        key.value for key, value in root.value if defines_anchor(value, key.start_mark.index, value.end_mark.index)
     } - set(Recipe.model_fields)
     return {key: value for key, value in data.items() if key not in holders}
 
@@ -418,7 +414,9 @@ def _block_at(location: Location) -> type[BaseModel]:
     """The model that governs a location of a pydantic error."""
     candidates: list[type[BaseModel]] = [Recipe]
     for step in location:
-        tagged = [c for c in candidates if c.model_fields.get("type") and step in get_args(c.model_fields["type"].annotation)]
+        tagged = [
+            c for c in candidates if c.model_fields.get("type") and step in get_args(c.model_fields["type"].annotation)
+        ]
         if tagged:
             candidates = tagged
         elif isinstance(step, str) and step in candidates[0].model_fields:
@@ -468,5 +466,3 @@ def _explain(fault: Any, root: yaml.Node, path: Path) -> str:
     if kind == "union_tag_not_found":
         return f"{where}: {_dotted(shown)}: the key `type` is missing"
     return f"{where}: {_dotted(shown)} is {str(fault['input'])[:80]!r}: {fault['msg']}"
-
-

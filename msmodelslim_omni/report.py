@@ -181,7 +181,10 @@ def _number(value: float | None) -> str:
 
 
 def _smoothing_table(report: Report) -> list[str]:
-    rows = ["| layer | group | alpha | error over plain rounding (worst modality) | note |", "|--:|---|--:|--:|---|"]
+    rows = [
+        "| layer | group | alpha | error over plain rounding (worst modality) | note |",
+        "|--:|---|--:|--:|---|",
+    ]
     for layer in report.layers:
         for entry in layer.smoothing:
             alpha = "none" if entry["alpha"] is None else f"{entry['alpha']:.2f}"

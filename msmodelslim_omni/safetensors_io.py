@@ -153,7 +153,8 @@ def load_rows(info: TensorInfo, rows: Iterable[int]) -> torch.Tensor:
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat).cast("B")
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,7 @@ class CalibrationStream:
             for position, inputs in self._inputs():
                 out = run_layer(module, inputs)
                 exact = self._exact.read(position).to(self._device)
-                for index in self._modalities[position].unique().tolist():
+                for index in torch.unique(self._modalities[position]).tolist():
                     mine = (self._modalities[position] == index).to(self._device)
                     error[index] += squared_norm((out - exact)[0, mine]).cpu()
                     signal[index] += squared_norm((exact - inputs.hidden)[0, mine]).cpu()

@@ -46,12 +46,14 @@ class Workspace:
             self._lock = self._locked()
         except OSError as error:
             raise QuantError(
-                f"save_path {str(save_path)!r} cannot be written: {error.strerror or error}", "choose another folder"
+                f"save_path {str(save_path)!r} cannot be written: {error.strerror or error}",
+                "choose another folder",
             ) from error
         if manifest and manifest.get("fingerprint") != dict(fingerprint):
             if not overwrite:
+                difference = _difference(manifest.get("fingerprint", {}), fingerprint)
                 raise QuantError(
-                    f"{self.folder} was made by another run: {_difference(manifest.get('fingerprint', {}), fingerprint)}",
+                    f"{self.folder} was made by another run: {difference}",
                     "finish that run with its own command, or pass --overwrite to begin anew",
                 )
             self._clear()
@@ -121,7 +123,10 @@ class Workspace:
         path.parent.mkdir(exist_ok=True)
         write_tensors(path, tensors)
         write_json(self._record_path(index), record)
-        self._manifest["parts"][str(index)] = {"tensors": _digest(path), "record": _digest(self._record_path(index))}
+        self._manifest["parts"][str(index)] = {
+            "tensors": _digest(path),
+            "record": _digest(self._record_path(index)),
+        }
         self._save_manifest()
 
     def part(self, index: int) -> dict[str, TensorInfo]:

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from ..checkpoint import Checkpoint
 from ..errors import QuantError
-from .spec import LayerInput, LayerSpec, LinearGroup, MediaLimits, ModelInputs, ModelSpec, Part
+from .spec import LayerInput, LayerSpec, LinearGroup, MediaLimits, ModelFamily, ModelInputs, ModelSpec, Part
 from .torchvision_shim import ensure_torchvision_imports
 
 LAYER_PREFIX = "thinker.model.layers.{index}."
@@ -49,7 +49,8 @@ _PUBLISHED_SHAPES = {(3584, 28): "Qwen2.5-Omni-7B", (2048, 36): "Qwen2.5-Omni-3B
 # A buffer that transformers 4 saves and transformers 5 does not.
 _OPTIONAL_TENSORS = frozenset({"token2wav.code2wav_dit_model.rotary_embed.inv_freq"})
 
-_SAMPLING_RATE = 16_000
+# Pixels below which the library enlarges a video frame.
+_SMALLEST_FRAME = 128 * 28 * 28
 
 
 def model_spec(model_type: str) -> ModelSpec:
@@ -62,7 +63,7 @@ def model_spec(model_type: str) -> ModelSpec:
         ignore_patterns=IGNORE_PATTERNS,
         # vLLM and the full transformers class read the first, the thinker class the second.
         config_paths=((), ("thinker_config",)),
-        family=sys.modules[__name__],  # type: ignore[arg-type]
+        family=cast(ModelFamily, sys.modules[__name__]),
     )
 
 
@@ -74,7 +75,8 @@ def _text_config(config: dict[str, Any]) -> dict[str, Any]:
         return dict(config["thinker_config"]["text_config"])
     except (KeyError, TypeError) as error:
         raise QuantError(
-            "config.json has no thinker_config.text_config", "give the whole Qwen2.5-Omni, not its thinker alone"
+            "config.json has no thinker_config.text_config",
+            "give the whole Qwen2.5-Omni, not its thinker alone",
         ) from error
 
 
@@ -105,7 +107,10 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     q, kv = heads * head_dim, kv_heads * head_dim
     groups = (
         LinearGroup(
-            "qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm", "norm-linear"
+            "qkv",
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "input_layernorm",
+            "norm-linear",
         ),
         LinearGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "ov", heads // kv_heads, head_dim),
         LinearGroup("gate_up", ("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "norm-linear"),
@@ -360,15 +365,22 @@ class OmniMediaProcessor:
     def _with_visual_limits(self, message: dict[str, Any]) -> dict[str, Any]:
         if isinstance(message["content"], str):
             return message
-        limit = {} if self._limits.max_pixels is None else {"max_pixels": self._limits.max_pixels}
         parts = []
         for part in message["content"]:
             if part["type"] == "image":
-                parts.append({**part, **limit})
+                parts.append({**part, **self._pixel_limits("max_pixels")})
             elif part["type"] == "video":
-                floor = {"min_pixels": min(128 * 28 * 28, self._limits.max_pixels)} if limit else {}
-                parts.append({**part, **limit, **floor, "fps": self._limits.video_fps})
+                limits = self._pixel_limits("min_pixels", "max_pixels")
+                parts.append({**part, **limits, "fps": self._limits.video_fps})
         return {**message, "content": parts}
+
+    def _pixel_limits(self, *names: str) -> dict[str, int]:
+        """The asked for bounds under the names the caller's library uses: (smallest,) largest; {} without a limit."""
+        largest = self._limits.max_pixels
+        if largest is None:
+            return {}
+        bounds = (min(_SMALLEST_FRAME, largest), largest)
+        return dict(zip(names, bounds[-len(names) :], strict=True))
 
     def _options(
         self, fps: list[float], audio: list[tuple[np.ndarray, int | None]], use_audio_in_video: bool
@@ -381,14 +393,16 @@ class OmniMediaProcessor:
         videos: dict[str, Any] = {"do_sample_frames": False}
         if fps:
             videos["fps"] = fps[0]
-        if self._limits.max_pixels is not None:
-            floor = min(128 * 28 * 28, self._limits.max_pixels)
-            videos["size"] = {"shortest_edge": floor, "longest_edge": max(floor, self._limits.max_pixels)}
+        if size := self._pixel_limits("shortest_edge", "longest_edge"):
+            videos["size"] = size
         if not self._takes_indices:
             return {"videos_kwargs": {**videos, "use_audio_in_video": use_audio_in_video}}
         options: dict[str, Any] = {"videos_kwargs": videos}
         if use_audio_in_video:
-            options |= {"load_audio_from_video": True, "audio_from_video_indices": [video for _, video in audio]}
+            options |= {
+                "load_audio_from_video": True,
+                "audio_from_video_indices": [video for _, video in audio],
+            }
         return options
 
     def _modality(self, ids: Any) -> Any:
@@ -411,9 +425,7 @@ def _call_parameters(processor_class: type) -> set[str]:
     return {"audio_from_video_indices"} | set(typing.get_type_hints(kwargs_class))
 
 
-def _sounds(
-    messages: list[dict[str, Any]], use_audio_in_video: bool
-) -> Iterator[tuple[np.ndarray, int | None]]:
+def _sounds(messages: list[dict[str, Any]], use_audio_in_video: bool) -> Iterator[tuple[np.ndarray, int | None]]:
     """Sounds in the order of their tokens, each with the index of the video it belongs to, or None."""
     video = -1
     for message in messages:

@@ -94,9 +94,7 @@ class ModelFamily(Protocol):
         """Shapes by checkpoint name as config.json implies them, and the names that may be absent."""
         ...
 
-    def build_layer(
-        self, config: dict[str, Any], index: int, weights: dict[str, torch.Tensor]
-    ) -> torch.nn.Module:
+    def build_layer(self, config: dict[str, Any], index: int, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
         """The library's decoder layer with these weights (relative names)."""
         ...
 
@@ -125,7 +123,7 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What reaches a decoder layer for one sample: hidden [1, tokens, hidden] float32 and the layer's other arguments."""
+    """What reaches a decoder layer for one sample: hidden float32 [1, tokens, hidden] and the other arguments."""
 
     hidden: torch.Tensor
     arguments: dict[str, Any]
