@@ -45,7 +45,7 @@ def quantize_weight(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinea
         block = weight[rows].to(torch.float32)  # [rows, in]
         absmax = block.abs().amax(dim=1, keepdim=True)  # [rows, 1]
         if not torch.isfinite(absmax).all():
-            raise QuantError("the weight holds NaN or Inf")
+            raise QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
         s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
         s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
         if scheme.weight_method == "mse":

@@ -6,10 +6,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from .errors import QuantError
 from .formats.job import OutLinear, OutputJob, OutTensor
 from .plan import QuantPlan
-from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, byte_view, load_tensor, read_bytes
+from .safetensors_io import (
+    TORCH_DTYPES,
+    TensorInfo,
+    TensorSpec,
+    byte_view,
+    load_finite,
+    load_tensor,
+    read_bytes,
+    refuse_nonfinite,
+)
 
 # Kept tensors are copied through a buffer of this size, so that an embedding of a gigabyte does not fill memory.
 _COPY_BYTES = 16 << 20
@@ -60,7 +68,7 @@ def _float_item(changed: TensorInfo | None, source: TensorInfo) -> OutTensor:
     info = changed or source
     spec = TensorSpec(source.name, info.dtype, info.shape)
     if info.nbytes <= _COPY_BYTES:
-        return OutTensor(spec, lambda: _checked(load_tensor(info), info))
+        return OutTensor(spec, lambda: load_finite(info))
     return OutTensor(spec, lambda: _chunks(info))
 
 
@@ -70,11 +78,5 @@ def _chunks(info: TensorInfo) -> Iterator[memoryview]:
     for first in range(0, info.nbytes, _COPY_BYTES):
         size = min(_COPY_BYTES, info.nbytes - first)
         read_bytes(info, first, view[:size])
-        _checked(buffer[:size].view(TORCH_DTYPES[info.dtype]), info)
+        refuse_nonfinite(buffer[:size].view(TORCH_DTYPES[info.dtype]), info)
         yield view[:size]
-
-
-def _checked(tensor: torch.Tensor, info: TensorInfo) -> torch.Tensor:
-    if info.dtype in FLOAT_DTYPES and not torch.isfinite(tensor).all():
-        raise QuantError(f"{info.file}: tensor {info.name} holds NaN or Inf", "fetch the checkpoint again")
-    return tensor

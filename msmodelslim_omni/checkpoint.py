@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .errors import QuantError
-from .safetensors_io import TensorInfo, load_rows, load_tensor, read_header
+from .safetensors_io import TensorInfo, load_finite, load_rows, load_tensor, read_header
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -41,6 +41,10 @@ class Checkpoint:
     def load(self, name: str) -> torch.Tensor:
         """One tensor in its stored dtype, on the CPU."""
         return load_tensor(self.tensors[name])
+
+    def load_finite(self, name: str) -> torch.Tensor:
+        """`load`, refusing NaN and Inf by the tensor's name."""
+        return load_finite(self.tensors[name])
 
     def load_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
         """Some rows of one tensor, e.g. of the embedding."""

@@ -272,7 +272,10 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
     from .terminal import table
 
     plan, expected = prepared.plan, prepared.forecast
-    linears = [(l.name, list(l.shape), l.scheme.name if l.scheme else "FLOAT", l.reason) for l in plan.linears]
+    linears = [
+        (linear.name, list(linear.shape), linear.scheme.name if linear.scheme else "FLOAT", linear.reason)
+        for linear in plan.linears
+    ]
     kept = [(part.name, part.why_float, size) for part, size in plan.kept_parts()]
     if as_json:
         plan_json = {

@@ -210,7 +210,7 @@ def _quantize_layer(
 ) -> None:
     """One decoder layer: load -> capture -> process -> propagate -> part -> forget."""
     with clock("read"):
-        work = _load_layer(plan, layer, device)
+        work = _load_layer(plan, layer, device, calibrated=stream is not None)
     if stream is not None:
         with clock("forward"):
             work = replace(work, stats=stream.capture(layer.index, _module(plan, work), plan.layer_spec))
@@ -230,14 +230,13 @@ def _quantize_layer(
     free_memory(device)
 
 
-def _load_layer(plan: QuantPlan, layer: LayerPlan, device: torch.device) -> LayerWork:
+def _load_layer(plan: QuantPlan, layer: LayerPlan, device: torch.device, *, calibrated: bool) -> LayerWork:
+    """The layer's tensors in their stored dtype. A data-free run leaves the check for NaN to the rounding itself."""
     weights = {}
-    for relative in plan.layer_spec.shapes:
+    for relative, shape in plan.layer_spec.shapes.items():
         name = plan.model.layer_name(layer.index, relative)
-        weights[relative] = plan.checkpoint.load(name).to(device)
-        # Weights to be rounded are checked as they are rounded; the rest is small.
-        if weights[relative].ndim == 1 and not torch.isfinite(weights[relative]).all():
-            raise QuantError(f"tensor {name} holds NaN or Inf", "fetch the checkpoint again")
+        load = plan.checkpoint.load_finite if calibrated or len(shape) == 1 else plan.checkpoint.load
+        weights[relative] = load(name).to(device)
     return LayerWork(layer.index, plan.layer_spec, layer.schemes, weights)
 
 
@@ -245,16 +244,8 @@ def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
     """The library's layer with the work's weights in float32, its quantized Linears emulated."""
     weights = {name: tensor.to(torch.float32) for name, tensor in work.weights.items()}
     module = plan.model.family.build_layer(plan.checkpoint.config, work.index, weights)
-    emulate(
-        module,
-        work.quantized,
-        {name: b.to(torch.float32) for name in work.quantized if (b := _bias(work, name)) is not None},
-    )
+    emulate(module, work.quantized, weights)
     return module
-
-
-def _bias(work: LayerWork, linear: str) -> torch.Tensor | None:
-    return work.weights.get(f"{linear}.bias")
 
 
 def _part_tensors(plan: QuantPlan, work: LayerWork) -> dict[str, torch.Tensor]:

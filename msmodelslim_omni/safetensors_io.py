@@ -140,6 +140,21 @@ def load_tensor(info: TensorInfo) -> torch.Tensor:
     return tensor
 
 
+def load_finite(info: TensorInfo) -> torch.Tensor:
+    """One tensor; raises QuantError naming it if it holds NaN or Inf."""
+    tensor = load_tensor(info)
+    refuse_nonfinite(tensor, info)
+    return tensor
+
+
+def refuse_nonfinite(tensor: torch.Tensor, info: TensorInfo) -> None:
+    """Raise QuantError if this piece of the tensor `info` holds NaN or Inf."""
+    if info.dtype in FLOAT_DTYPES and tensor.numel():
+        smallest, largest = torch.aminmax(tensor)  # NaN and Inf show in them; several times faster than isfinite
+        if not (torch.isfinite(smallest) and torch.isfinite(largest)):
+            raise QuantError(f"{info.file}: tensor {info.name} holds NaN or Inf", "fetch the checkpoint again")
+
+
 def load_rows(info: TensorInfo, rows: Iterable[int]) -> torch.Tensor:
     """The given rows (first axis) of one tensor, in its stored dtype, without reading the others."""
     wanted = list(rows)

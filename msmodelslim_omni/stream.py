@@ -175,8 +175,8 @@ class EmulatedLinear(torch.nn.Module):
         return quantized_matmul(x, self._linear, self._bias)
 
 
-def emulate(module: torch.nn.Module, quantized: dict[str, QuantizedLinear], biases: dict[str, torch.Tensor]) -> None:
-    """Replace the quantized Linears of a layer, by relative name, by their emulation."""
+def emulate(module: torch.nn.Module, quantized: dict[str, QuantizedLinear], weights: dict[str, torch.Tensor]) -> None:
+    """Replace the quantized Linears of a layer, by relative name, by their emulation; biases come from `weights`."""
     for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, biases.get(name)))
+        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias")))

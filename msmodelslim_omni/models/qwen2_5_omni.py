@@ -253,7 +253,7 @@ class OmniStem:
         text_model.layers[0] = _catching_module()
         text_model.embed_tokens = _rows_from_disk(checkpoint, "thinker.model.embed_tokens.weight", device)
         towers = {
-            name: checkpoint.load(disk).to(device=device, dtype=torch.float32)
+            name: checkpoint.load_finite(disk).to(device=device, dtype=torch.float32)
             for name in self._thinker.state_dict()
             if (disk := _disk_name("thinker." + name)).startswith(("thinker.visual.", "thinker.audio_tower."))
         }
@@ -327,7 +327,7 @@ class OmniMediaProcessor:
                 "fetch the checkpoint's other files too; a data-free recipe (`_minmax`) does without them",
             ) from error
         self._limits = limits
-        self._takes_indices = "audio_from_video_indices" in _call_parameters(type(self._processor))
+        self._names_video_sounds = _names_video_sounds(type(self._processor))
 
     def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs:
         """One sample. Audio parts hold float32 arrays at 16 kHz; video parts hold a path and, with their sound used,
@@ -395,7 +395,7 @@ class OmniMediaProcessor:
             videos["fps"] = fps[0]
         if size := self._pixel_limits("shortest_edge", "longest_edge"):
             videos["size"] = size
-        if not self._takes_indices:
+        if not self._names_video_sounds:
             return {"videos_kwargs": {**videos, "use_audio_in_video": use_audio_in_video}}
         options: dict[str, Any] = {"videos_kwargs": videos}
         if use_audio_in_video:
@@ -415,14 +415,10 @@ class OmniMediaProcessor:
         return modality
 
 
-def _call_parameters(processor_class: type) -> set[str]:
-    """Names a processor's call understands; transformers 5 lists them in typed dicts of its base classes."""
-    import typing
-
-    kwargs_class = getattr(processor_class, "valid_processor_kwargs", None)
-    if kwargs_class is None:
-        return set()
-    return {"audio_from_video_indices"} | set(typing.get_type_hints(kwargs_class))
+def _names_video_sounds(processor_class: type) -> bool:
+    """Whether the processor is told which sound belongs to which video (transformers 5), by its typed arguments."""
+    arguments = getattr(processor_class, "valid_processor_kwargs", None)
+    return "load_audio_from_video" in getattr(arguments, "__annotations__", {})
 
 
 def _sounds(messages: list[dict[str, Any]], use_audio_in_video: bool) -> Iterator[tuple[np.ndarray, int | None]]:

@@ -21,5 +21,5 @@ def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -
         try:
             quantized[linear] = quantize_weight(work.weights[f"{linear}.weight"], work.schemes[linear])
         except QuantError as error:
-            raise QuantError(f"layer {work.index}, {linear}: {error.message}", error.hint) from error
+            raise QuantError(f"layer {work.index}, {linear}.weight: {error.message}", error.hint) from error
     return replace(work, quantized=quantized)
