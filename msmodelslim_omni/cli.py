@@ -369,6 +369,8 @@ def quiet_libraries() -> None:
 
 def main() -> None:
     """The entry point of the console script."""
+    # Threads that spin while they wait for each other are several times slower on a machine that others use too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except KeyboardInterrupt:  # outside any verb

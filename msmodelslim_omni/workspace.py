@@ -33,10 +33,11 @@ class Workspace:
         self.save_path = save_path
         self.folder = save_path / WORK_FOLDER
         manifest = self._read_manifest()
-        occupied = save_path.is_dir() and any(entry.name != WORK_FOLDER for entry in save_path.iterdir())
-        if occupied and not overwrite and not manifest.get("committing"):
-            raise QuantError(f"save_path {str(save_path)!r} is not empty", "choose another, or pass --overwrite")
-        if occupied and not manifest.get("committing") and not _looks_like_output(save_path):
+        resumable = manifest.get("fingerprint") == dict(fingerprint)
+        occupants = sorted(e.name for e in save_path.iterdir() if e.name != WORK_FOLDER) if save_path.is_dir() else []
+        if not resumable and not overwrite:
+            self._refuse_what_is_there(manifest, fingerprint, occupants)
+        if occupants and not resumable and not _looks_like_output(save_path):
             raise QuantError(
                 f"save_path {str(save_path)!r} holds files but no checkpoint; --overwrite will not delete them",
                 "choose another folder, or empty this one yourself",
@@ -49,18 +50,22 @@ class Workspace:
                 f"save_path {str(save_path)!r} cannot be written: {error.strerror or error}",
                 "choose another folder",
             ) from error
-        if manifest and manifest.get("fingerprint") != dict(fingerprint):
-            if not overwrite:
-                difference = _difference(manifest.get("fingerprint", {}), fingerprint)
-                raise QuantError(
-                    f"{self.folder} was made by another run: {difference}",
-                    "finish that run with its own command, or pass --overwrite to begin anew",
-                )
+        if not resumable:
             self._clear()
-            manifest = {}
-        self._manifest: dict[str, Any] = manifest or {"fingerprint": dict(fingerprint), "parts": {}}
-        self.resumed = bool(self._manifest["parts"])
+            manifest = {"fingerprint": dict(fingerprint), "parts": {}, "replaced": occupants}
+        self._manifest: dict[str, Any] = manifest
         self._save_manifest()
+
+    def _refuse_what_is_there(
+        self, manifest: dict[str, Any], fingerprint: Mapping[str, str], occupants: list[str]
+    ) -> None:
+        if manifest:
+            raise QuantError(
+                f"{self.folder} was made by another run: {_difference(manifest.get('fingerprint', {}), fingerprint)}",
+                "finish that run with its own command, or pass --overwrite to begin anew",
+            )
+        if occupants:
+            raise QuantError(f"save_path {str(self.save_path)!r} is not empty", "choose another, or pass --overwrite")
 
     # --- state ---
 
@@ -87,7 +92,12 @@ class Workspace:
     def _clear(self) -> None:
         for entry in self.folder.iterdir():
             if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                _remove(entry)
+
+    def _remove_replaced(self) -> None:
+        # config.json first: what is left of the old output is then no checkpoint any more.
+        for name in sorted(self._manifest.get("replaced", []), key=lambda name: name != "config.json"):
+            _remove(self.save_path / Path(name).name)
 
     def remember(self, key: str, value: Any) -> Any:
         """The value stored under `key` by the run that began this folder; `value` if there is none yet."""
@@ -143,15 +153,14 @@ class Workspace:
     def commit(self, savers: list[str]) -> dict[str, Path]:
         """Move the finished output to its place and remove the work folder. Returns each saver's path.
 
+        Only now is what --overwrite replaces deleted: what lay there when the run began, nothing that came since.
         From the first move on the manifest says so, and a killed run only finishes the move. config.json goes
         last: until then no loader takes the folder for a checkpoint.
         """
         if not self._manifest.get("committing"):
+            self._remove_replaced()
             self._manifest["committing"] = True
             self._save_manifest()
-            for entry in self.save_path.iterdir():
-                if entry.name != WORK_FOLDER:
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         places = {}
         for saver in savers:
             places[saver] = self.save_path / saver if len(savers) > 1 else self.save_path
@@ -159,6 +168,13 @@ class Workspace:
         self._lock.close()
         shutil.rmtree(self.folder)
         return places
+
+
+def _remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
 
 
 def _move_into(source: Path, target: Path) -> None:

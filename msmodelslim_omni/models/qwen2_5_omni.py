@@ -233,9 +233,9 @@ def open_stem(checkpoint: Checkpoint, device: Any) -> OmniStem:
 class OmniStem:
     """The thinker up to its first decoder layer, run by the library's own forward.
 
-    Towers are loaded in float32; embedding rows are read from disk as they are needed. Instead of decoder layers
-    there is one module that raises what reaches it, so embedding, merging, 3-D positions and masks are the
-    library's for every mix of modalities.
+    Towers compute in float32, their Linears held as they are stored; embedding rows are read from disk as they are
+    needed. Instead of decoder layers there is one module that raises what reaches it, so embedding, merging, 3-D
+    positions and masks are the library's for every mix of modalities.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: Any) -> None:
@@ -252,16 +252,32 @@ class OmniStem:
         text_model = getattr(self._thinker.model, "language_model", self._thinker.model)
         text_model.layers[0] = _catching_module()
         text_model.embed_tokens = _rows_from_disk(checkpoint, "thinker.model.embed_tokens.weight", device)
-        towers = {
-            name: checkpoint.load_finite(disk).to(device=device, dtype=torch.float32)
-            for name in self._thinker.state_dict()
-            if (disk := _disk_name("thinker." + name)).startswith(("thinker.visual.", "thinker.audio_tower."))
-        }
-        self._thinker.load_state_dict(towers, strict=False, assign=True)
+        self._load_towers(checkpoint)
         for module in self._thinker.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self._thinker.eval()
+
+    def _load_towers(self, checkpoint: Checkpoint) -> None:
+        """Parameters in float32, but for the Linears, which are nearly all of them: these stay as stored."""
+        import torch
+
+        rest = {}
+        for name in self._thinker.state_dict():
+            disk = _disk_name("thinker." + name)
+            if not disk.startswith(("thinker.visual.", "thinker.audio_tower.")):
+                continue
+            tensor = checkpoint.load_finite(disk).to(self._device)
+            owner, _, attribute = name.rpartition(".")
+            module = self._thinker.get_submodule(owner)
+            if isinstance(module, torch.nn.Linear) and attribute == "weight":
+                parent, _, child = owner.rpartition(".")
+                setattr(self._thinker.get_submodule(parent), child, _stored_linear(tensor, module.bias))
+            else:
+                rest[name] = tensor.to(torch.float32)
+        unknown = self._thinker.load_state_dict(rest, strict=False, assign=True).unexpected_keys
+        if unknown:
+            raise RuntimeError(f"the towers did not take {unknown[:5]}")
 
     def layer_input(self, inputs: ModelInputs) -> LayerInput:
         import torch
@@ -291,6 +307,23 @@ def _catching_module() -> Any:
             raise _ReachedLayers(hidden_states, kept)
 
     return CatchingLayer()
+
+
+def _stored_linear(weight: Any, bias: Any) -> Any:
+    import torch
+
+    class StoredLinear(torch.nn.Module):
+        """A Linear whose weight keeps its stored dtype and is widened to float32 for each product."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self.bias = bias  # None, or still on meta: it is loaded with the rest
+
+        def forward(self, x: Any) -> Any:
+            return torch.nn.functional.linear(x, self.weight.to(torch.float32), self.bias)
+
+    return StoredLinear()
 
 
 def _rows_from_disk(checkpoint: Checkpoint, name: str, device: Any) -> Any:
