@@ -120,9 +120,7 @@ def count_parameters(specs: list[TensorSpec]) -> dict[str, int]:
 def make_checkpoint(name: str, out: Path, *, layers: int | None = None, seed: int = 0) -> list[TensorSpec]:
     """Write the model called ``name`` (3b, 7b) into ``out``, with ``layers`` thinker layers if given."""
     shape = SHAPES[name].with_layers(layers)
-    return write_checkpoint(
-        out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=PooledNormal(seed)
-    )
+    return write_checkpoint(out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=PooledNormal(seed))
 
 
 def main() -> None:

@@ -139,9 +139,7 @@ IMAGES: dict[str, Callable[[Sources], Image.Image]] = {
     "images/brick.jpg": lambda s: photo(s, "brick.png"),
     "images/gravel.jpg": lambda s: photo(s, "gravel.png"),
     "images/sales_chart.png": lambda s: bar_chart(["Jan", "Feb", "Mar", "Apr"], [12, 18, 9, 15]),
-    "images/notice_zh.png": lambda s: notice(
-        s, ["图书馆开放时间", "周一至周五 9:00—21:00", "周末 10:00—18:00"]
-    ),
+    "images/notice_zh.png": lambda s: notice(s, ["图书馆开放时间", "周一至周五 9:00—21:00", "周末 10:00—18:00"]),
 }
 
 
@@ -256,9 +254,7 @@ SOUNDS: dict[str, Callable[[Sources], Sound]] = {
     "audio/letters.wav": lambda s: recorded(s, "phonetic/c_p", "phonetic/a_p", "phonetic/t_p"),
     "audio/capital.wav": lambda s: say("What is the capital of France?", "en-gb", 150),
     "audio/天气.wav": lambda s: say("今天天气晴朗，最高气温二十五度。", MANDARIN, 170),
-    "audio/train_zh.m4a": lambda s: with_noise(
-        say("我们明天早上八点在火车站见面。", MANDARIN + "+f2", 170, 60)
-    ),
+    "audio/train_zh.m4a": lambda s: with_noise(say("我们明天早上八点在火车站见面。", MANDARIN + "+f2", 170, 60)),
     "audio/three_beeps.wav": lambda s: join([tone(440, 0.4), tone(660, 0.4), tone(880, 0.4)], 0.3),
     "audio/music.mp3": lambda s: music(s, "manolo_camp-morning_coffee", 10, 4),
     "audio/what_drink.mp3": lambda s: say("Which drink is in the cup?", "en-us+f3", 150, 60),
@@ -440,15 +436,13 @@ SAMPLES: list[dict[str, Any]] = [
         "so the whole sky looks blue.",
     },
     {
-        "text": "Write a Python function that tells whether a string is a palindrome. "
-        "Ignore case and spaces.",
+        "text": "Write a Python function that tells whether a string is a palindrome. Ignore case and spaces.",
         "answer": "```python\ndef is_palindrome(text: str) -> bool:\n"
         '    letters = text.lower().replace(" ", "")\n    return letters == letters[::-1]\n```\n'
         "It drops the spaces, makes all letters small and compares the result with its reverse.",
     },
     {
-        "text": "A train travels 180 km in 2.5 hours. What is its average speed in km/h? "
-        "Show the calculation.",
+        "text": "A train travels 180 km in 2.5 hours. What is its average speed in km/h? Show the calculation.",
         "answer": "The average speed is the distance divided by the time: 180 km / 2.5 h = 72 km/h.",
     },
     {
@@ -467,8 +461,7 @@ SAMPLES: list[dict[str, Any]] = [
     },
     {
         "text": "笼子里有鸡和兔共 10 只，一共有 28 只脚。鸡和兔各有多少只？",
-        "answer": "假设全是鸡，应有 20 只脚，实际多出 8 只；"
-        "每只兔比鸡多 2 只脚，所以兔有 8 ÷ 2 = 4 只，鸡有 6 只。",
+        "answer": "假设全是鸡，应有 20 只脚，实际多出 8 只；每只兔比鸡多 2 只脚，所以兔有 8 ÷ 2 = 4 只，鸡有 6 只。",
     },
     {
         "system": "你是一名编辑，回答简洁、准确。",
@@ -476,8 +469,7 @@ SAMPLES: list[dict[str, Any]] = [
         "古人最初把茶叶当作药材，后来才逐渐成为日常饮料。"
         "唐代陆羽写了《茶经》，系统地介绍了茶的种植、制作和饮用方法，推动了饮茶风气的传播。"
         "如今，茶已经成为世界上消费量最大的饮料之一，各地也形成了各具特色的茶文化。",
-        "answer": "茶起源于中国西南，由药材逐渐变为日常饮料，"
-        "经陆羽《茶经》推广，如今已风靡世界并形成多样的茶文化。",
+        "answer": "茶起源于中国西南，由药材逐渐变为日常饮料，经陆羽《茶经》推广，如今已风靡世界并形成多样的茶文化。",
     },
     # Image.
     {
@@ -654,8 +646,7 @@ SAMPLES: list[dict[str, Any]] = [
         "audio": "audio/person_en.wav",
         "video": "videos/bouncing ball.mp4",
         "text": "Listen to the question, then answer it from the picture and the clip.",
-        "answer": "The picture shows a person, an astronaut in an orange suit. "
-        "The clip only shows a bouncing ball.",
+        "answer": "The picture shows a person, an astronaut in an orange suit. The clip only shows a bouncing ball.",
     },
     # Whole conversations.
     {
@@ -750,9 +741,7 @@ def write_clip(clip: Clip, path: Path) -> None:
             track = Path(folder) / "track.pcm"
             track.write_bytes(pcm(clip.sound))
             inputs += pcm_input(clip.sound, str(track))
-        run_ffmpeg(
-            [*inputs, *CLIP_CODECS[path.suffix], "-pix_fmt", "yuv420p", *REPRODUCIBLE, str(path)], frames
-        )
+        run_ffmpeg([*inputs, *CLIP_CODECS[path.suffix], "-pix_fmt", "yuv420p", *REPRODUCIBLE, str(path)], frames)
 
 
 def media_of(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -810,18 +799,14 @@ def photo_folder() -> Path:
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).resolve().parent / "calibVideos",
         help="folder to write to (default: calibVideos beside this script)",
     )
-    parser.add_argument(
-        "--photos", type=Path, help="photographs (default: those of the installed scikit-image)"
-    )
+    parser.add_argument("--photos", type=Path, help="photographs (default: those of the installed scikit-image)")
     parser.add_argument(
         "--sounds",
         type=Path,

@@ -16,11 +16,11 @@ from .recipe import (
     SAVER_CONFIGS,
     CalibrationConfig,
     LinearQuantConfig,
-    Location,
     ProcessorConfig,
     Recipe,
     SaverConfig,
 )
+from .recipe_yaml import Location
 from .scheme import QuantScheme
 
 _QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")

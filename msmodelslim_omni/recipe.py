@@ -17,15 +17,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from .errors import QuantError, nearest
+from .recipe_yaml import Loader, Location, compose, node_at, refuse_duplicates_and_bombs, without_anchor_holders
 from .resources import shipped_folder
 
 MAX_RECIPE_BYTES = 1 << 20
-MAX_RECIPE_NODES = 20_000
 
 # Other names under which users know a quant type.
 QUANT_TYPE_ALIASES = {"awq": "w4a16"}
-
-Location = tuple[str | int, ...]
 
 
 class _Block(BaseModel):
@@ -221,7 +219,7 @@ class Recipe(_Block):
 
     def where(self, location: Location = ()) -> str:
         """`file:line` of a key, for messages about a recipe that is well-formed but does not fit the model."""
-        line = _node_at(self._root, location).start_mark.line + 1 if self._root is not None else 1
+        line = node_at(self._root, location).start_mark.line + 1 if self._root is not None else 1
         return f"{self._path}:{line}"
 
     def processors(self) -> Iterator[tuple[Location, ProcessorConfig]]:
@@ -250,10 +248,10 @@ def load_recipe(path: str | Path) -> Recipe:
 
 def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
     """Check the text of a recipe; `path` only serves the messages."""
-    root, anchored = _compose(text, path)
-    _refuse_duplicates_and_bombs(root, path)
-    data = _Loader("").construct(root)
-    data = _without_anchor_holders(data, root, anchored)
+    root, anchored = compose(text, path)
+    refuse_duplicates_and_bombs(root, path)
+    data = Loader("").construct(root)
+    data = without_anchor_holders(data, root, anchored, Recipe.model_fields)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
@@ -307,97 +305,6 @@ def recipe_schema() -> dict[str, Any]:
     return schema
 
 
-# --- YAML with positions -------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """The safe loader, remembering which nodes carry an anchor."""
-
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
-        self.anchored: set[int] = set()
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        is_alias = self.check_event(yaml.AliasEvent)
-        anchor = getattr(self.peek_event(), "anchor", None)  # type: ignore[no-untyped-call]
-        node = super().compose_node(parent, index)
-        if anchor is not None and not is_alias:
-            self.anchored.add(id(node))
-        return node
-
-    def construct(self, root: yaml.Node) -> Any:
-        return self.construct_document(root)
-
-
-def _compose(text: str, path: Path) -> tuple[yaml.Node, set[int]]:
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or error
-        raise QuantError(f"{path}{line}: not valid YAML: {problem}", "mend the file at that line") from error
-    except RecursionError as error:
-        raise QuantError(f"{path}: YAML nested too deeply", "a recipe needs five levels") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise QuantError(f"{path}: a recipe is a mapping with apiversion, metadata and spec")
-    return root, loader.anchored
-
-
-def _children(node: yaml.Node) -> Iterator[yaml.Node]:
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            yield key
-            yield value
-    elif isinstance(node, yaml.SequenceNode):
-        yield from node.value
-
-
-def _refuse_duplicates_and_bombs(root: yaml.Node, path: Path) -> None:
-    """Walk the tree as it unfolds (aliases counted each time), so that a YAML bomb is met before it is built."""
-    seen, pending = 0, [(root, 0)]
-    while pending:
-        node, depth = pending.pop()
-        seen += 1
-        if seen > MAX_RECIPE_NODES or depth > 50:
-            raise QuantError(f"{path}: the YAML unfolds to more than a recipe can hold", "remove nested aliases")
-        pending += [(child, depth + 1) for child in _children(node)]
-        if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-            for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys.count(key.value) > 1:
-                    line = max(k.start_mark.line for k, _ in node.value if k.value == key.value) + 1
-                    raise QuantError(f"{path}:{line}: key {key.value!r} stands twice", "remove one of the two")
-
-
-def _without_anchor_holders(data: Any, root: yaml.Node, anchored: set[int]) -> Any:
-    """Drop unknown top-level keys whose value defines an anchor: they only hold blocks that are used elsewhere."""
-
-    def defines_anchor(node: yaml.Node, first: int, last: int) -> bool:
-        here = first <= node.start_mark.index <= last  # an aliased node keeps the mark of its definition
-        return here and (id(node) in anchored or any(defines_anchor(c, first, last) for c in _children(node)))
-
-    holders = {
-        key.value for key, value in root.value if defines_anchor(value, key.start_mark.index, value.end_mark.index)
-    } - set(Recipe.model_fields)
-    return {key: value for key, value in data.items() if key not in holders}
-
-
-def _node_at(root: yaml.Node, location: Location) -> yaml.Node:
-    """The deepest node on the way to a location; union tags, which pydantic puts between, are passed over."""
-    node, at = root, root
-    for step in location:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                if getattr(key, "value", None) == str(step):
-                    node, at = value, key
-                    break
-        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
-            node = at = node.value[step]
-    return at
-
-
 # --- faults in words -----------------------------------------------------------------------------------------
 
 
@@ -449,7 +356,7 @@ def _explain(fault: Any, root: yaml.Node, path: Path) -> str:
     """One pydantic fault as `file:line: key: what is wrong; what is allowed`."""
     location: Location = tuple(fault["loc"])
     shown = _user_location(location)
-    where = f"{path}:{_node_at(root, shown).start_mark.line + 1}"
+    where = f"{path}:{node_at(root, shown).start_mark.line + 1}"
     kind, context = fault["type"], fault.get("ctx", {})
     if kind == "extra_forbidden":
         allowed = sorted(_block_at(location[:-1]).model_fields)

@@ -1,0 +1,110 @@
+"""The real command in this process, and what the tests ask of its output."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner
+
+from msmodelslim_omni import quantize
+from msmodelslim_omni.cli import app
+from msmodelslim_omni.progress import Progress
+
+DATA = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
+MINMAX = "qwen2_5_omni_w8a8_minmax"
+WORK = ".msmodelslim_work"
+
+
+class Answer:
+    """What a command said. The runner lets whatever is no clean exit through to the test."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+    def fault(self) -> str:
+        """The one message of a fault: exit 1, no traceback, nothing on stdout."""
+        assert self.code == 1, self.out + self.err
+        assert "Traceback" not in self.err and self.out == ""
+        assert len(re.findall(r"^error: ", self.err, re.MULTILINE)) == 1
+        return self.err[self.err.index("error: ") :]
+
+    def done(self) -> Answer:
+        assert self.code == 0, self.out + self.err
+        return self
+
+
+def command(*words: object) -> Answer:
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    return Answer(result.exit_code, result.stdout, result.stderr)
+
+
+def quant(model: Path, save: Path, *words: object) -> Answer:
+    """`msmodelslim quant` on the CPU."""
+    return command("quant", "--model_path", model, "--save_path", save, "--device", "cpu", *words)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but the report, whose times differ from run to run."""
+    found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    return {name: content for name, content in found.items() if "quant_report" not in name}
+
+
+def write_index(folder: Path, *entries: object) -> Path:
+    """An index.jsonl of these entries; a string is written as it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in entries)
+    (folder / "index.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "index.jsonl"
+
+
+def mixed_index(folder: Path) -> Path:
+    """Text, an image, a sound, and a video with its sound: every modality, few tokens."""
+    return write_index(
+        folder,
+        {"text": "Why is the sky blue?", "answer": "Short waves scatter most."},
+        {"image": str(DATA / "images" / "notice_zh.png"), "text": "Read it."},
+        {"audio": str(DATA / "audio" / "three_beeps.wav"), "text": "How many?"},
+        {"video": str(DATA / "videos" / "cat_pan_zh.mp4"), "text": "What is said?", "answer": "A cat."},
+    )
+
+
+def change_recipe(folder: Path, old: str, new: str, name: str = "qwen2_5_omni_w8a8") -> Path:
+    """A shipped recipe with one piece of its text replaced."""
+    text = (Path(__file__).parent.parent / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert old in text
+    path = folder / "changed.yaml"
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+class StopAt(Progress):
+    """Ctrl-C at one step."""
+
+    def __init__(self, phase: str, done: int) -> None:
+        self._at = (phase, done)
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        if (phase, done) == self._at:
+            raise KeyboardInterrupt
+
+
+def stop_at(phase: str, done: int, model: Path, save: Path, index: Path | None, **options: object) -> None:
+    """Begin a run and interrupt it there."""
+    dataset = None if index is None else str(index)
+    try:
+        quantize(model, save, device="cpu", dataset=dataset, progress=StopAt(phase, done), **options)
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("the run was not stopped")
+
+
+def fast_recipe(folder: Path) -> Path:
+    """The default recipe with a fixed alpha: the same steps without the search, which takes most of the time."""
+    return change_recipe(folder, "alpha: auto ", "alpha: 0.5 ")

@@ -1,0 +1,174 @@
+"""Statistics that add, the choice of rows, and the recorder against plain hooks on a real layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_layer import SPEC, build, layer_weights, sample
+
+from msmodelslim_omni.capture import (
+    ROWS_PER_MODALITY,
+    InputRecorder,
+    InputStats,
+    choose_rows,
+    input_stats,
+    run_layer,
+)
+from msmodelslim_omni.models.spec import MODALITIES
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small only lose by threads, and on a busy machine by a factor of fifty."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def all_rows(x: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(x))
+
+
+def assert_equal(a: InputStats, b: InputStats) -> None:
+    assert torch.equal(a.absmax, b.absmax)
+    assert torch.equal(a.count, b.count)
+    assert torch.equal(a.rows, b.rows)
+    assert torch.equal(a.row_modality, b.row_modality)
+
+
+# --- statistics ----------------------------------------------------------------------------------------------
+
+
+def test_stats_by_hand() -> None:
+    x = torch.tensor([[1.0, -5.0], [-3.0, 2.0], [0.5, 0.5], [-9.0, 0.0]])
+    modality = torch.tensor([0, 0, 3, 2], dtype=torch.int8)
+    stats = input_stats(x, modality, torch.tensor([1, 3]))
+    assert stats.absmax.tolist() == [[3.0, 5.0], [0.0, 0.0], [9.0, 0.0], [0.5, 0.5]]
+    assert stats.count.tolist() == [2, 0, 1, 1]
+    assert stats.rows.tolist() == [[-3.0, 2.0], [-9.0, 0.0]]
+    assert stats.row_modality.tolist() == [0, 2]
+    assert stats.present() == [0, 2, 3]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 20), st.data())
+@settings(max_examples=60, deadline=None)
+def test_two_halves_merge_into_the_whole(seed: int, tokens: int, data: Any) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn((tokens, 5), generator=generator)
+    modality = torch.randint(0, len(MODALITIES), (tokens,), generator=generator).to(torch.int8)
+    cut = data.draw(st.integers(0, tokens))
+    parts = [input_stats(p, m, all_rows(p)) for p, m in ((x[:cut], modality[:cut]), (x[cut:], modality[cut:]))]
+    assert_equal(parts[0].merged(parts[1]), input_stats(x, modality, all_rows(x)))
+
+
+def test_rows_are_copies() -> None:
+    x = torch.ones(2, 3)
+    stats = input_stats(x, torch.zeros(2, dtype=torch.int8), all_rows(x))
+    x.zero_()
+    assert stats.rows.tolist() == [[1.0] * 3] * 2
+
+
+# --- the choice of rows --------------------------------------------------------------------------------------
+
+
+def test_few_tokens_are_all_kept() -> None:
+    modalities = [torch.tensor([0, 1, 1, 3], dtype=torch.int8), torch.tensor([2], dtype=torch.int8)]
+    assert [rows.tolist() for rows in choose_rows(modalities)] == [[0, 1, 2, 3], [0]]
+
+
+def test_chosen_rows_by_hand() -> None:
+    # 9 text tokens over two samples, 3 wanted: the first, the middle and the last; the one image token always.
+    modalities = [torch.tensor([0, 0, 1, 0, 0], dtype=torch.int8), torch.zeros(5, dtype=torch.int8)]
+    assert [rows.tolist() for rows in choose_rows(modalities, 3)] == [[0, 2], [0, 4]]
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=60), min_size=1, max_size=6), st.integers(1, 12))
+@settings(max_examples=80, deadline=None)
+def test_rows_are_bounded_spread_and_the_same_each_time(samples: list[list[int]], limit: int) -> None:
+    modalities = [torch.tensor(sample, dtype=torch.int8) for sample in samples]
+    chosen = choose_rows(modalities, limit)
+    assert [c.tolist() for c in chosen] == [c.tolist() for c in choose_rows(modalities, limit)]
+    everything = [m for sample in samples for m in sample]
+    kept = [m for sample, rows in zip(samples, chosen, strict=True) for m in (sample[r] for r in rows)]
+    for modality in range(4):
+        assert kept.count(modality) == min(limit, everything.count(modality))
+    for tokens, rows in zip(samples, chosen, strict=True):
+        assert rows.tolist() == sorted(set(rows.tolist()))
+        assert all(0 <= row < len(tokens) for row in rows)
+
+
+def test_rows_are_spread_over_all_samples() -> None:
+    modalities = [torch.full((1000,), 3, dtype=torch.int8) for _ in range(8)]
+    counts = [len(rows) for rows in choose_rows(modalities)]
+    assert sum(counts) == ROWS_PER_MODALITY
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_modality_cannot_drown_another() -> None:
+    modalities = [torch.tensor([3] * 5000 + [2] * 10, dtype=torch.int8)]
+    (rows,) = choose_rows(modalities)
+    assert int((modalities[0][rows] == 2).sum()) == 10
+
+
+# --- the recorder --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layer() -> torch.nn.Module:
+    return build(layer_weights())
+
+
+def test_recorder_sees_what_every_linear_of_a_group_reads(layer: torch.nn.Module) -> None:
+    samples = [sample(tokens=9, seed=1), sample(tokens=14, seed=2)]
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in SPEC.linears}
+    hooks = [
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda _module, arguments, name=name: seen[name].append(arguments[0][0].clone())
+        )
+        for name in SPEC.linears
+    ]
+    recorder = InputRecorder(layer, SPEC)
+    for one in samples:
+        recorder.begin(one.modality, torch.arange(len(one.modality)))
+        run_layer(layer, one.inputs)
+    recorder.remove()
+    for hook in hooks:
+        hook.remove()
+
+    assert set(recorder.stats) == {"qkv", "o", "gate_up", "down"}
+    modality = torch.cat([one.modality for one in samples])
+    for group in SPEC.groups:
+        for linear in group.linears:
+            true = torch.cat(seen[linear])
+            assert_equal(recorder.stats[group.name], input_stats(true, modality, all_rows(true)))
+
+
+def test_recorder_keeps_only_the_chosen_rows(layer: torch.nn.Module) -> None:
+    one = sample(tokens=8)
+    recorder = InputRecorder(layer, SPEC)
+    recorder.begin(one.modality, torch.tensor([2, 5]))
+    run_layer(layer, one.inputs)
+    stats = recorder.stats["down"]
+    assert stats.rows.shape == (2, SPEC.shapes["mlp.down_proj.weight"][1])
+    assert stats.row_modality.tolist() == one.modality[[2, 5]].tolist()
+    assert stats.count.tolist() == [2, 2, 2, 2]  # but all tokens are counted
+
+
+def test_removed_recorder_records_nothing(layer: torch.nn.Module) -> None:
+    recorder = InputRecorder(layer, SPEC)
+    recorder.remove()
+    run_layer(layer, sample().inputs)
+    assert recorder.stats == {}
+
+
+def test_run_layer_gives_the_hidden_states(layer: torch.nn.Module) -> None:
+    one = sample(tokens=5)
+    out = run_layer(layer, one.inputs)
+    assert out.shape == one.inputs.hidden.shape
+    assert not out.requires_grad

@@ -1,0 +1,364 @@
+"""Stopping a real run at any moment and going on: the bytes are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from command import DATA, MINMAX, WORK, Answer, change_recipe, fast_recipe, files, quant, stop_at, write_index
+from make_tiny_omni import make_tiny_omni
+
+from msmodelslim_omni import QuantError, quantize
+
+ROOT = Path(__file__).parent.parent
+LAYERS = 6
+FORMATS = ("--save_format", "ascendv1_saver", "--save_format", "compressed_tensors")
+WEIGHTS = "quant_model_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_omni(tmp_path_factory.mktemp("models") / "six", layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sound = str(DATA / "audio" / "three_beeps.wav")
+    texts = ({"text": f"Sentence {'very ' * n}long."} for n in range(0, 90, 30))
+    return write_index(tmp_path_factory.mktemp("data"), *texts, {"audio": sound, "text": "How many?"})
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fast_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, index: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Both formats, never stopped."""
+    save = tmp_path_factory.mktemp("runs") / "whole"
+    go_on(model, save, index, recipe, *FORMATS).done()
+    return files(save)
+
+
+@pytest.fixture(scope="module")
+def ascend(undisturbed: dict[str, bytes]) -> dict[str, bytes]:
+    """The undisturbed run's first format alone, as one saver writes it."""
+    prefix = "ascendv1_saver/"
+    return {n.removeprefix(prefix): content for n, content in undisturbed.items() if n.startswith(prefix)}
+
+
+# --- real processes ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The command in a process of its own, watched through its work folder."""
+
+    process: subprocess.Popen[bytes]
+    save: Path
+    said: Path
+
+    @property
+    def parts(self) -> int:
+        return finished_layers(self.save)
+
+    def wait_until(self, reached: Callable[[], bool], seconds: float = 100.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached() and self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+    def stop(self, how: signal.Signals) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(60)
+
+    @property
+    def messages(self) -> str:
+        return self.said.read_text(encoding="utf-8")
+
+
+def start(model: Path, save: Path, said: Path, *words: object) -> Run:
+    flags = ["--model_path", model, "--save_path", save, "--device", "cpu", *words]
+    with said.open("wb") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "msmodelslim_omni", "quant", *map(str, flags)],
+            stdout=stream,
+            stderr=stream,
+            cwd=ROOT,
+        )
+    return Run(process, save, said)
+
+
+def finished_layers(save: Path) -> int:
+    try:
+        return len(json.loads((save / WORK / "manifest.json").read_text())["parts"])
+    except (OSError, ValueError):
+        return 0
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bytes(
+    model: Path, index: Path, recipe: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """SIGKILL among the towers, after the first layer, after the third, and while the output is written."""
+    save, words = tmp_path / "out", ("--dataset", index, "--config_path", recipe, *FORMATS)
+    work = save / WORK
+    moments: list[Callable[[], bool]] = [
+        lambda: len(list((work / "stem").glob("*.safetensors"))) >= 2,
+        lambda: finished_layers(save) >= 1,
+        lambda: finished_layers(save) >= 3,
+        lambda: (work / "output").is_dir(),
+    ]
+    for number, reached in enumerate(moments):
+        before = finished_layers(save)
+        run = start(model, save, tmp_path / f"said{number}", *words)
+        run.wait_until(reached)
+        assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.messages
+        assert {entry.name for entry in save.iterdir()} == {WORK}, "something half-written"
+        assert (f"going on at layer {before}" in run.messages) == (before > 0)
+    assert finished_layers(save) == LAYERS
+    assert f"going on at layer {LAYERS}" in quant(model, save, *words).done().err
+    assert files(save) == undisturbed
+
+
+@pytest.mark.parametrize("moment", ["first line", "second layer"])
+def test_interrupt_says_how_to_go_on(
+    moment: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    run = start(model, save, tmp_path / "said", "--dataset", index, "--config_path", recipe)
+    run.wait_until(lambda: "device cpu" in run.messages if moment == "first line" else run.parts >= 2)
+    assert run.stop(signal.SIGINT) == 1, run.messages
+    assert "Traceback" not in run.messages
+    assert "stopped" in run.messages and "run the same command again" in run.messages
+    done = finished_layers(save)
+    assert done >= 2 or moment == "first line"
+    answer = go_on(model, save, index, recipe).done()
+    assert (f"going on at layer {done}" in answer.err) == (done > 0)
+    assert files(save) == ascend
+
+
+# --- stopped in this process ---------------------------------------------------------------------------------
+
+
+def go_on(model: Path, save: Path, index: Path, recipe: Path, *words: object) -> Answer:
+    return quant(model, save, "--dataset", index, "--config_path", recipe, *words)
+
+
+def copy_with_other_time(model: Path, folder: Path) -> Path:
+    """The same checkpoint, whose shard was written at another time."""
+    copy = Path(shutil.copytree(model, folder / "touched"))
+    os.utime(next(copy.glob("*.safetensors")), (1, 1))
+    return copy
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "other.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "what", ["recipe process", "recipe calibration", "seed", "dataset", "checkpoint", "model_type"]
+)
+def test_a_run_of_other_inputs_is_refused(what: str, model: Path, index: Path, recipe: Path, tmp_path: Path) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 1, model, save, index, config_path=str(recipe))
+    before = files(save)
+    words: tuple[object, ...] = ("--dataset", index, "--config_path", recipe)
+    text = recipe.read_text(encoding="utf-8")
+    if what == "recipe process":
+        words = ("--dataset", index, "--config_path", written(tmp_path, text.replace("alpha: 0.5 ", "alpha: 0.6 ")))
+    elif what == "recipe calibration":
+        words = ("--dataset", index, "--config_path", written(tmp_path, text.replace("200704", "100352")))
+    elif what == "seed":
+        words += ("--seed", 1)
+    elif what == "dataset":
+        words = ("--dataset", write_index(tmp_path / "other", {"text": "Something else."}), "--config_path", recipe)
+    elif what == "model_type":
+        words += ("--model_type", "Qwen2.5-Omni-3B")
+    source = copy_with_other_time(model, tmp_path) if what == "checkpoint" else model
+    message = quant(source, save, *words).fault()
+    assert f"{what} was " in message and message.count(" was ") == 2  # "was made by another run: X was A, is B"
+    assert "--overwrite" in message
+    assert files(save) == before
+
+
+def test_a_medium_that_changed_is_another_dataset(model: Path, recipe: Path, tmp_path: Path) -> None:
+    sound = Path(shutil.copy(DATA / "audio" / "three_beeps.wav", tmp_path / "sound.wav"))
+    index = write_index(tmp_path / "data", {"audio": str(sound), "text": "How many?"})
+    stop_at("layers", 1, model, tmp_path / "out", index, config_path=str(recipe))
+    shutil.copy(DATA / "audio" / "capital.wav", sound)
+    assert "dataset was " in go_on(model, tmp_path / "out", index, recipe).fault()
+
+
+def test_overwrite_begins_a_refused_run_anew(
+    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 3, model, save, index, config_path=str(recipe), seed=1)
+    answer = go_on(model, save, index, recipe, "--overwrite").done()
+    assert "going on" not in answer.err
+    assert files(save) == ascend
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "json"])
+def test_a_damaged_part_is_made_anew(
+    suffix: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 4, model, save, index, config_path=str(recipe))
+    part = save / WORK / "parts" / f"layer-0001.{suffix}"
+    content = bytearray(part.read_bytes())
+    content[-20] ^= 1
+    part.write_bytes(content)
+    go_on(model, save, index, recipe).done()
+    assert files(save) == ascend
+
+
+def test_a_lost_part_of_a_data_free_run_is_made_anew(model: Path, tmp_path: Path) -> None:
+    words = ("--config_path", MINMAX)
+    quant(model, tmp_path / "whole", *words).done()
+    save = tmp_path / "out"
+    stop_at("layers", 5, model, save, None, config_path=MINMAX)
+    (save / WORK / "parts" / "layer-0002.safetensors").unlink()
+    assert "going on at layer 2" in quant(model, save, *words).done().err
+    assert files(save) == files(tmp_path / "whole")
+
+
+def test_lost_hidden_states_are_made_anew(
+    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 3, model, save, index, config_path=str(recipe))
+    (lost,) = (save / WORK).glob("hidden-*.safetensors")
+    assert lost.name == "hidden-0003.safetensors"
+    lost.unlink()
+    go_on(model, save, index, recipe).done()
+    assert files(save) == ascend
+
+
+def test_a_finished_run_leaves_no_work_folder(model: Path, tmp_path: Path) -> None:
+    quant(model, tmp_path / "out", "--config_path", MINMAX).done()
+    assert not (tmp_path / "out" / WORK).exists()
+
+
+def test_a_failed_run_does_not_keep_the_folder_locked(model: Path, tmp_path: Path) -> None:
+    """In a notebook the last exception, and with it the frames of the failed run, lives on."""
+    save, broken = tmp_path / "out", tmp_path / "long"
+    index = write_index(broken, {"text": "long " * 200})
+    recipe = change_recipe(tmp_path, "calibration:", "calibration:\n    max_tokens: 50")
+    with pytest.raises(QuantError, match="max_tokens") as kept:
+        quantize(model, save, device="cpu", config_path=str(recipe), dataset=str(index))
+    with pytest.raises(QuantError, match="max_tokens"):
+        quantize(model, save, device="cpu", config_path=str(recipe), dataset=str(index))
+    assert kept.value.hint
+
+
+def test_a_second_run_on_the_same_folder_is_refused(
+    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 2, model, save, index, config_path=str(recipe))
+    before = files(save)
+    with (save / WORK / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for words in ((), ("--overwrite",), ("--seed", 1, "--overwrite")):
+            message = go_on(model, save, index, recipe, *words).fault()
+            assert "another run is writing" in message and str(save) in message
+        assert files(save) == before
+    assert "going on at layer 2" in go_on(model, save, index, recipe).done().err
+    assert files(save) == ascend
+
+
+# --- killed during the last moves ----------------------------------------------------------------------------
+
+
+def set_committing(save: Path) -> None:
+    """What `commit` writes before its first move."""
+    path = save / WORK / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "committing": True}))
+
+
+def test_killed_while_moving_one_format(
+    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("write ascendv1_saver", 1, model, save, index, config_path=str(recipe))
+    set_committing(save)
+    (save / WORK / "output" / "ascendv1_saver" / WEIGHTS).rename(save / WEIGHTS)
+    go_on(model, save, index, recipe).done()
+    assert files(save) == ascend
+
+
+def test_killed_between_two_formats(
+    model: Path, index: Path, recipe: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    formats = ("ascendv1_saver", "compressed_tensors")
+    stop_at("write compressed_tensors", 1, model, save, index, config_path=str(recipe), save_format=formats)
+    set_committing(save)
+    (save / WORK / "output" / "ascendv1_saver").rename(save / "ascendv1_saver")
+    go_on(model, save, index, recipe, *FORMATS).done()
+    assert files(save) == undisturbed
+
+
+def test_killed_while_the_work_folder_was_removed(
+    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("write ascendv1_saver", 1, model, save, index, config_path=str(recipe))
+    set_committing(save)
+    shutil.rmtree(save / WORK / "parts")
+    shutil.rmtree(save / WORK / "output")
+    for name, content in ascend.items():
+        (save / name).write_bytes(content)
+    go_on(model, save, index, recipe).done()
+    assert files(save) == ascend
+
+
+# --- --overwrite ---------------------------------------------------------------------------------------------
+
+
+def old_output(model: Path, save: Path) -> dict[str, bytes]:
+    """An output of another time, with a shard that the new one will not have."""
+    quant(model, save, "--config_path", MINMAX, "--save_format", "compressed_tensors").done()
+    shutil.copy(save / "model.safetensors", save / "model-00007-of-00009.safetensors")
+    return files(save)
+
+
+def test_overwrite_replaces_an_old_output_only_when_the_new_one_is_complete(
+    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    before = old_output(model, save)
+    assert "is not empty" in go_on(model, save, index, recipe).fault()
+    stop_at("write ascendv1_saver", 1, model, save, index, config_path=str(recipe), overwrite=True)
+    kept = {name: content for name, content in files(save).items() if not name.startswith(WORK)}
+    assert kept == before
+    (save / "came since.txt").write_text("mine")
+    answer = go_on(model, save, index, recipe, "--overwrite").done()
+    assert f"going on at layer {LAYERS}" in answer.err
+    assert files(save) == {**ascend, "came since.txt": b"mine"}
+
+
+def test_overwrite_deletes_no_folder_that_is_no_checkpoint(model: Path, tmp_path: Path) -> None:
+    save = tmp_path / "precious"
+    save.mkdir()
+    (save / "thesis.tex").write_text("years of work")
+    (save / "figures").mkdir()
+    for words in ((), ("--overwrite",)):
+        message = quant(model, save, "--config_path", MINMAX, *words).fault()
+        assert str(save) in message
+    assert "will not delete" in message
+    assert files(save) == {"thesis.tex": b"years of work"} and (save / "figures").is_dir()

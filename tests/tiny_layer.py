@@ -1,0 +1,89 @@
+"""One real decoder layer with random weights, and inputs for it: what several tests start from.
+
+The tiny Omni's layer, made smaller still: 4 query heads and 2 key-value heads of 16 channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from make_tiny_omni import TINY, omni_config
+
+from msmodelslim_omni.capture import InputRecorder, InputStats, run_layer
+from msmodelslim_omni.models import qwen2_5_omni
+from msmodelslim_omni.models.spec import LayerInput, LayerSpec
+from msmodelslim_omni.models.torchvision_shim import ensure_torchvision_imports
+from msmodelslim_omni.processors.work import LayerWork
+from msmodelslim_omni.scheme import QuantScheme
+
+ensure_torchvision_imports()
+
+HIDDEN, INTERMEDIATE, HEAD_DIM = 64, 96, 16
+_SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "mrope_section": [2, 3, 3]}
+CONFIG: dict[str, Any] = omni_config(replace(TINY, text={**TINY.text, **_SIZES}), "bfloat16")
+SPEC: LayerSpec = qwen2_5_omni.layer_spec(CONFIG)
+W8A8 = QuantScheme(8, 8)
+OUTLIERS = (3, 20, 50)  # channels of the hidden states that are far larger than the others
+
+
+@dataclass(frozen=True)
+class Sample:
+    inputs: LayerInput
+    modality: torch.Tensor
+
+
+def layer_weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under relative names: norms near one with outlier channels, the rest small."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in SPEC.shapes.items():
+        values = torch.randn(shape, generator=generator)
+        if "layernorm" in name:
+            values = 1 + 0.2 * values
+            values[list(OUTLIERS)] *= 30
+        elif name.endswith(".bias"):
+            values = 0.1 * values
+        else:
+            values = values / shape[1] ** 0.5
+        weights[name] = values.to(dtype)
+    return weights
+
+
+def layer_work(dtype: torch.dtype = torch.bfloat16, seed: int = 0, samples: list[Sample] | None = None) -> LayerWork:
+    """A layer whose Linears are all to be quantized, with the statistics of the samples."""
+    weights = layer_weights(dtype, seed)
+    stats = record(weights, samples if samples is not None else [sample()])
+    return LayerWork(0, SPEC, dict.fromkeys(SPEC.linears, W8A8), weights, stats)
+
+
+def sample(tokens: int = 24, seed: int = 0) -> Sample:
+    """Hidden states of text, image, audio and video tokens in turn."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    hidden = torch.randn((1, tokens, HIDDEN), generator=generator)
+    angles = torch.rand((3, 1, tokens, HEAD_DIM // 2), generator=generator) * 6
+    angles = torch.cat([angles, angles], dim=-1)
+    arguments = {"attention_mask": None, "position_embeddings": (angles.cos(), angles.sin())}
+    return Sample(LayerInput(hidden, arguments), torch.arange(tokens, dtype=torch.int8) % 4)
+
+
+def build(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The library's layer in float32."""
+    as_float = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
+    return qwen2_5_omni.build_layer(CONFIG, 0, as_float)
+
+
+def record(weights: dict[str, torch.Tensor], samples: list[Sample]) -> dict[str, InputStats]:
+    """Statistics of each group's input, every token kept."""
+    layer = build(weights)
+    recorder = InputRecorder(layer, SPEC)
+    for one in samples:
+        recorder.begin(one.modality, torch.arange(len(one.modality)))
+        run_layer(layer, one.inputs)
+    recorder.remove()
+    return recorder.stats
+
+
+def output(weights: dict[str, torch.Tensor], one: Sample) -> torch.Tensor:
+    return run_layer(build(weights), one.inputs)
