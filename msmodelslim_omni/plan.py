@@ -255,7 +255,7 @@ def _check_patterns(
             if not hits:
                 warnings.append(f"{where}: {key} pattern {pattern!r} matches no Linear; names look like {min(decoder)}")
             elif key == "include" and not decoder.intersection(hits):
-                part = model.part_of(hits[0])
+                part = model.part_of(f"{hits[0]}.weight")
                 raise QuantError(
                     f"{where}: include pattern {pattern!r} asks for {hits[0]} ({part.name}),"
                     f" which {model.model_type} keeps float: {part.why_float}",

@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from .errors import QuantError, nearest
-from .recipe_yaml import Loader, Location, compose, node_at, refuse_duplicates_and_bombs, without_anchor_holders
+from .recipe_yaml import Location, build, compose, node_at, refuse_duplicates_and_bombs, without_anchor_holders
 from .resources import shipped_folder
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -250,7 +250,7 @@ def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
     """Check the text of a recipe; `path` only serves the messages."""
     root, anchored = compose(text, path)
     refuse_duplicates_and_bombs(root, path)
-    data = Loader("").construct(root)
+    data = build(root, path)
     data = without_anchor_holders(data, root, anchored, Recipe.model_fields)
     try:
         recipe = Recipe.model_validate(data)
@@ -290,7 +290,7 @@ def resolve_recipe(config_path: str) -> Recipe:
         return load_recipe(config_path)
     shipped = {recipe.metadata.config_id: recipe for recipe in shipped_recipes()}
     stem = Path(config_path).stem
-    if stem in shipped and Path(config_path).name in (stem, f"{stem}.yaml"):
+    if stem in shipped and config_path in (stem, f"{stem}.yaml"):
         return shipped[stem]
     raise QuantError(
         f"recipe {config_path!r} does not exist. Shipped recipes: {', '.join(shipped)}.{nearest(stem, shipped)}",

@@ -5,7 +5,7 @@ A recipe is untrusted input: only the safe loader's plain types are built, and n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,31 @@ class Loader(yaml.SafeLoader):
             self.anchored.add(id(node))
         return node
 
-    def construct(self, root: yaml.Node) -> Any:
-        return self.construct_document(root)
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # `!!int abc`, the date 2001-99-99
+            raise yaml.constructor.ConstructorError(None, None, f"bad value: {error}", node.start_mark) from error
 
 
 def compose(text: str, path: Path) -> tuple[yaml.Node, set[int]]:
+    """The node tree of a mapping, and the ids of its nodes that carry an anchor."""
+    loader = _told(lambda: Loader(text), path)
+    root = _told(loader.get_single_node, path)
+    if not isinstance(root, yaml.MappingNode):
+        raise QuantError(f"{path}: a recipe is a mapping with apiversion, metadata and spec")
+    return root, loader.anchored
+
+
+def build(root: yaml.Node, path: Path) -> Any:
+    """The plain values that the nodes stand for."""
+    return _told(lambda: Loader("").construct_document(root), path)
+
+
+def _told(work: Callable[[], Any], path: Path) -> Any:
+    """Run a step of the YAML library; what it raises becomes a QuantError with file and line."""
     try:
-        loader = Loader(text)
-        root = loader.get_single_node()
+        return work()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -48,9 +65,6 @@ def compose(text: str, path: Path) -> tuple[yaml.Node, set[int]]:
         raise QuantError(f"{path}{line}: not valid YAML: {problem}", "mend the file at that line") from error
     except RecursionError as error:
         raise QuantError(f"{path}: YAML nested too deeply", "a recipe needs five levels") from error
-    if not isinstance(root, yaml.MappingNode):
-        raise QuantError(f"{path}: a recipe is a mapping with apiversion, metadata and spec")
-    return root, loader.anchored
 
 
 def _children(node: yaml.Node) -> Iterator[yaml.Node]:

@@ -73,9 +73,7 @@ class Checkpoint:
     @property
     def quantized(self) -> list[str]:
         """Names on disk of the quantized Linears."""
-        return sorted(
-            name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale")
-        )
+        return sorted(name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale"))
 
     @property
     def float_names(self) -> list[str]:
@@ -133,9 +131,7 @@ class Int8ActLinear(nn.Module):
         self._codes, self._scale, self._bias = codes.double(), scale.float().flatten(), bias
 
     def forward(self, x: Tensor) -> Tensor:
-        s_x = (x.abs().amax(-1, keepdim=True) / 127.5).clamp_min(
-            torch.finfo(torch.float32).eps
-        )  # x: [..., in]
+        s_x = (x.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).eps)  # x: [..., in]
         q_x = torch.clamp(torch.round(x / s_x), -128, 127)
         y = (q_x.double() @ self._codes.T).float() * s_x.float() * self._scale
         return (y if self._bias is None else y + self._bias.float()).to(x.dtype)
@@ -167,9 +163,7 @@ def thinker_class() -> Any:
 def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Module]) -> nn.Module:
     """The float thinker with the files' float weights and emulated Linears."""
     model = thinker_class()(copy.deepcopy(checkpoint.config.thinker_config)).eval()
-    for (
-        parameter
-    ) in model.parameters():  # not model.to(): rotary tables stay float32, as from_pretrained leaves them
+    for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as from_pretrained leaves them
         parameter.data = parameter.data.to(dtype)
     for name in checkpoint.quantized:
         _replace_linear(model, name, checkpoint.tensors, emulation)
@@ -234,9 +228,7 @@ def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[st
         wanted[inside] = name
     layers = checkpoint.config.thinker_config.text_config.num_hidden_layers
     if len(wanted) != LINEARS_PER_LAYER * layers:
-        raise CheckError(
-            f"{len(wanted)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}"
-        )
+        raise CheckError(f"{len(wanted)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}")
     with_scheme = {name for name, module in modules.items() if getattr(module, "quantization_scheme", None)}
     if with_scheme and with_scheme != set(wanted):
         raise CheckError(f"quantized otherwise than the files: {sorted(with_scheme ^ set(wanted))[:5]}")
@@ -384,13 +376,9 @@ class Lockstep:
         return max(self.inputs, self.outputs, self.logits)
 
     @torch.no_grad()
-    def follow(
-        self, model: nn.Module, linears: dict[str, nn.Module], inputs: dict[str, Tensor], run: Run
-    ) -> None:
+    def follow(self, model: nn.Module, linears: dict[str, nn.Module], inputs: dict[str, Tensor], run: Run) -> None:
         """Run the reference along one run of the client."""
-        handles = [
-            handle for name, linear in linears.items() for handle in self._attach(linear, run.calls[name])
-        ]
+        handles = [handle for name, linear in linears.items() for handle in self._attach(linear, run.calls[name])]
         logits = model(**copy.deepcopy(inputs)).logits
         for handle in handles:
             handle.remove()
@@ -417,9 +405,7 @@ def quantized_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.
 @torch.no_grad()
 def left_alone(mine: nn.Module, other: nn.Module, inputs: Inputs) -> float:
     """Largest relative difference of the logits of two models that run by themselves."""
-    pairs = (
-        (mine(**copy.deepcopy(one)).logits, other(**copy.deepcopy(one)).logits) for one in inputs.values()
-    )
+    pairs = ((mine(**copy.deepcopy(one)).logits, other(**copy.deepcopy(one)).logits) for one in inputs.values())
     return max(relative(a, b) for a, b in pairs)
 
 
@@ -455,9 +441,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoint = read_checkpoint(arguments.quantized)
     model = load_client(arguments.quantized, arguments.kind, arguments.run_compressed, dtype)
     prefix = "thinker." if arguments.kind == "thinker" else ""
-    counts = check_tree(model, checkpoint, prefix) | {
-        "float_tensors": check_floats(model, checkpoint, prefix)
-    }
+    counts = check_tree(model, checkpoint, prefix) | {"float_tensors": check_floats(model, checkpoint, prefix)}
     thinker = model if arguments.kind == "thinker" else model.thinker
     inputs = make_inputs(checkpoint.config.thinker_config)
     result = counts | compare(thinker, checkpoint, inputs, dtype, arguments.activations)
@@ -467,9 +451,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         if result["to_float"] > FLOAT_TOLERANCE:
             raise CheckError(f"difference to the float model {result['to_float']:.2e}: {json.dumps(result)}")
     if result["difference"] > TOLERANCE[dtype]:
-        raise CheckError(
-            f"difference {result['difference']:.2e} above {TOLERANCE[dtype]:.0e}: {json.dumps(result)}"
-        )
+        raise CheckError(f"difference {result['difference']:.2e} above {TOLERANCE[dtype]:.0e}: {json.dumps(result)}")
     return result
 
 

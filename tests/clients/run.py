@@ -97,9 +97,7 @@ def quantized_model(folder: Path) -> tuple[Path, Path]:
     """A tiny random model and its compressed_tensors output."""
     model, out = folder / "tiny", folder / "quantized"
     with_package = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run(
-        [sys.executable, ROOT / "examples" / "make_tiny_omni.py", model], check=True, env=with_package
-    )
+    subprocess.run([sys.executable, ROOT / "examples" / "make_tiny_omni.py", model], check=True, env=with_package)
     program = (
         "import sys; from msmodelslim_omni.pipeline import quantize; "
         "quantize(sys.argv[1], sys.argv[2], config_path=sys.argv[3], save_format=['compressed_tensors'])"
@@ -153,9 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="folder of the environments")
     parser.add_argument("--client", choices=CLIENTS, nargs="+", default=list(CLIENTS))
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"]
-    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args(argv)
     cache = arguments.cache.resolve()
     pythons = {name: environment(name, cache) for name in arguments.client}
