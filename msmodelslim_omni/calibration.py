@@ -156,7 +156,7 @@ def _parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> Ca
         raise QuantError(f"a sample is a JSON object, not {type(entry).__name__}")
     faults: list[str] = []
     for key in entry:
-        guess = nearest(key, KEYS)
+        guess = nearest(key, KEYS, cutoff=0.7)
         if key not in KEYS and guess:  # other keys (id, source, licence) are the user's own
             faults.append(f"unknown key {key!r}.{guess}")
     messages = (
@@ -225,6 +225,8 @@ def _conversation(entry: dict[str, Any], default_text: str, faults: list[str]) -
             faults.append(f"messages[{number}].content is neither a text nor a list of text/image/audio/video parts")
             continue
         messages.append(_message(role, [{key: part[key] for key in ("type", part["type"])} for part in parts]))
+    if messages and all(message["role"] == "system" for message in messages):
+        faults.append("messages holds no user turn")
     if messages and messages[0]["role"] != "system":
         messages.insert(0, _message("system", [_text_part(DEFAULT_SYSTEM)]))
     return messages
@@ -282,7 +284,7 @@ def prepare_sample(sample: CalibSample, processor: MediaProcessor) -> ModelInput
         return processor.prepare(messages, sample.use_audio_in_video)
     except QuantError as error:
         raise QuantError(f"{sample.where}: {error.message}", error.hint) from error
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # a sample is untrusted input, and what libraries raise over it has no common class
         raise QuantError(f"{sample.where}: the model's processor refused the sample: {error}") from error
 
 

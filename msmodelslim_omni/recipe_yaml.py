@@ -36,7 +36,7 @@ class Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:  # `!!int abc`, the date 2001-99-99
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # `!!int abc`, the date 2001-99-99
             raise yaml.constructor.ConstructorError(None, None, f"bad value: {error}", node.start_mark) from error
 
 

@@ -93,6 +93,8 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise _broken(path, f"tensor {name[:120]!r} has no dtype, shape and data_offsets") from error
+    if not isinstance(dtype, str):
+        raise _broken(path, f"tensor {name[:120]!r} has no dtype")
     if dtype not in TORCH_DTYPES:
         raise QuantError(f"{path}: tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
     if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 16:
@@ -237,9 +239,10 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        else:
+        try:
+            if kind is None:
+                self.close()
+        finally:  # after a successful close there is nothing left to remove
             self._stream.close()
             self._temporary.unlink(missing_ok=True)
 

@@ -53,7 +53,7 @@ class StemStore:
         tensors = {"hidden": inputs.hidden, "modality": modality}
         for name, value in inputs.arguments.items():
             if isinstance(value, tuple):
-                tensors |= {f"argument.{name}.{i}": part for i, part in enumerate(value)}
+                tensors |= {f"argument.{name}.{i:03d}": part for i, part in enumerate(value)}
             else:
                 tensors[f"argument.{name}"] = value
         write_tensors(self._path(number), {name: t.cpu().contiguous() for name, t in tensors.items()})

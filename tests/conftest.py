@@ -10,11 +10,13 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a shared machine
 
 import pytest
+import torch
 from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni.cli import quiet_libraries
 
 quiet_libraries()
+torch.set_num_threads(1)  # tensors here are tiny: a second thread only waits, the more so on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sample_store": {"models.spec", "safetensors_io"},
     "processors.*": BASIS | {"arithmetic", "capture", "device", "models.spec", "recipe"},
     "formats.*": BASIS | {"arithmetic", "safetensors_io"},
-    "plan": BASIS | {"recipe", "recipe_yaml", "patterns", "checkpoint", "formats", "processors", "models", "models.spec"},
+    "plan": BASIS
+    | {"recipe", "recipe_yaml", "patterns", "checkpoint", "formats", "processors", "models", "models.spec"},
     "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
     "report": {"formats.shards", "models.spec"},
     "forecast": BASIS | {"assembly", "plan", "formats", "formats.shards", "report"},

@@ -364,6 +364,7 @@ def test_not_a_recipe(text: str, words: str) -> None:
         "!!python/tuple [1]",
         "!custom 1",
         "!!int abc",
+        "!!int ''",
         "!!float abc",
         "!!bool maybe",
         "!!timestamp noon",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..safetensors_io import SafetensorsWriter, read_header
+from ..safetensors_io import SafetensorsWriter, TensorSpec, read_header
 from .job import Format, OutLinear, OutputJob, OutTensor
 
 GB = 10**9
@@ -80,16 +80,23 @@ def _shard_names(stem: str, count: int) -> list[str]:
 
 def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
     specs = {tensor.spec.name: tensor.spec for tensor in tensors}
-    if path.exists():
-        found = read_header(path)
-        if {n: (i.dtype, i.shape) for n, i in found.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}:
-            return
+    if path.exists() and _holds(path, specs):
+        return
     by_name = {tensor.spec.name: tensor for tensor in tensors}
     # "format: pt" is what transformers asks a checkpoint for.
     with SafetensorsWriter(path, specs.values(), {"format": "pt"}) as writer:
         for spec in writer.specs:
             data = by_name[spec.name].load()
             writer.write(spec.name, data.cpu() if isinstance(data, torch.Tensor) else data)
+
+
+def _holds(path: Path, specs: dict[str, TensorSpec]) -> bool:
+    """Whether a shard of an earlier, stopped run is whole and has these tensors."""
+    try:
+        found = read_header(path)
+    except QuantError:
+        return False
+    return {n: (i.dtype, i.shape) for n, i in found.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}
 
 
 def _copy_other_files(job: OutputJob, folder: Path) -> None:

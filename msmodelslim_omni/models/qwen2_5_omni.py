@@ -98,7 +98,7 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     text = _text_config(config)
     hidden, inter = _size(text, "hidden_size"), _size(text, "intermediate_size")
     heads, kv_heads = _size(text, "num_attention_heads"), _size(text, "num_key_value_heads")
-    head_dim = text.get("head_dim") or hidden // heads
+    head_dim = _size(text, "head_dim") if text.get("head_dim") is not None else hidden // heads
     if heads % kv_heads:
         raise QuantError(f"config.json: {heads} attention heads do not share {kv_heads} key-value heads evenly")
     q, kv = heads * head_dim, kv_heads * head_dim
@@ -137,7 +137,7 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
     """
     import torch
 
-    layers = num_layers(config)
+    layers, layer_shapes = num_layers(config), layer_spec(config).shapes
     library = _library()
     one_layer = _with_text(config, num_hidden_layers=1, layer_types=None)
     try:
@@ -150,7 +150,7 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
     for index in range(layers):
         prefix = LAYER_PREFIX.format(index=index)
-        shapes.update({prefix + name: shape for name, shape in layer_spec(config).shapes.items()})
+        shapes.update({prefix + name: shape for name, shape in layer_shapes.items()})
     return shapes, _OPTIONAL_TENSORS
 
 
@@ -207,6 +207,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:
     """The library's decoder layer `index` holding these weights (relative names, float32), in evaluation mode."""
+    _library()
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniDecoderLayer
 
     with _parameters_on_meta():
