@@ -7,17 +7,12 @@ never allowed to break a run on another device.
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import resource
 import sys
 from dataclasses import dataclass
 
 from .errors import QuantError
-
-# An installed torch_npu without its driver makes `import torch` itself fail through its entry point. Set before
-# torch is imported, this leaves the import to us; a value the user has set stands.
-os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
 

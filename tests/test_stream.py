@@ -19,7 +19,7 @@ from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.capture import run_layer
 from msmodelslim_omni.checkpoint import Checkpoint, open_checkpoint
 from msmodelslim_omni.models import qwen2_5_omni as omni
-from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, ModelInputs
+from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
 from msmodelslim_omni.pipeline import Prepared, prepare
 from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.scheme import QuantScheme
@@ -85,11 +85,11 @@ def stem(checkpoint: Checkpoint) -> omni.OmniStem:
     return omni.open_stem(checkpoint, torch.device("cpu"))
 
 
-def open_media(tiny: Path, max_tokens: int = 8192, max_pixels: int | None = None) -> omni.OmniMediaProcessor:
+def open_media(tiny: Path, max_tokens: int = 8192, max_pixels: int | None = None) -> MediaProcessor:
     return omni.open_media_processor(tiny, MediaLimits(max_tokens, max_pixels, 2.0), False)
 
 
-def our_inputs(entry: dict[str, Any], media: omni.OmniMediaProcessor, folder: Path) -> ModelInputs:
+def our_inputs(entry: dict[str, Any], media: MediaProcessor, folder: Path) -> ModelInputs:
     """One entry through index, checks, decoding and processor, as the pipeline takes it."""
     index = folder / "index.jsonl"
     index.write_text(json.dumps(entry, ensure_ascii=False), encoding="utf-8")
