@@ -7,7 +7,7 @@ VENV := .venv
 RUN := "$(CURDIR)/$(VENV)/bin/python"
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-full lint types clean
+.PHONY: install demo test test-full test-clients lint types clean
 
 install: $(VENV)/installed
 
@@ -30,6 +30,9 @@ test: install
 
 test-full: install
 	$(RUN) -m pytest -m full
+
+test-clients: install
+	$(RUN) tests/clients/run.py
 
 lint: install
 	$(RUN) -m ruff check .

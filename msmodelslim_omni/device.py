@@ -1,7 +1,7 @@
 """cpu, cuda and npu: the only file that names them.
 
-Nothing of torch_npu is imported unless an NPU is asked for or looked for; a broken installation of it is reported,
-never allowed to break a run on another device.
+torch_npu is looked for when a device is resolved, not before; a broken installation of it is reported, and never
+allowed to break a run on another device.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import resource
 import sys
 from dataclasses import dataclass
 
-from .errors import QuantError
-
 import torch
+
+from .errors import QuantError
 
 _NPU_HINT = "install the driver and CANN, then `pip install 'msmodelslim_omni[npu]'`; or use --device cpu"
 
@@ -37,6 +37,7 @@ def resolve_device(wanted: str) -> Device:
     if form is None or (form[2] and form[1] in ("auto", "cpu")):
         raise QuantError(f"unknown device {wanted!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
     kind, index = form[1], int(form[2] or 0)
+    _import_npu()
     if kind == "cpu":
         return Device("cpu", "as asked")
     if kind == "auto":
@@ -60,15 +61,25 @@ def _first_available() -> Device:
 
 
 def _npu_count() -> tuple[int, str]:
+    if problem := _import_npu():
+        return 0, problem
+    npu = torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
+    return (int(npu.device_count()) if npu.is_available() else 0), "torch_npu finds no card"
+
+
+def _import_npu() -> str:
+    """Import torch_npu; an empty string, or why it is not there.
+
+    One that is installed but does not load is hidden: transformers imports it too wherever it finds it, and fails.
+    """
     try:
         importlib.import_module("torch_npu")
-        npu = torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
-        count = int(npu.device_count()) if npu.is_available() else 0
     except ModuleNotFoundError as error:
-        return 0, f"{error.name} is not installed"
+        return f"{error.name} is not installed"
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        return 0, f"torch_npu does not load: {error}"
-    return count, "torch_npu finds no card"
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
+        return f"torch_npu does not load: {error}"
+    return ""
 
 
 def _cuda_count() -> tuple[int, str]:
