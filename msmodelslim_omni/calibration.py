@@ -288,11 +288,17 @@ def prepare_sample(sample: CalibSample, processor: MediaProcessor) -> ModelInput
         raise QuantError(f"{sample.where}: the model's processor refused the sample: {error}") from error
 
 
+def _clip(path: Path) -> str:
+    """qwen_omni_utils reads clips itself, from a path."""
+    media.ensure_video_reader()
+    return str(path)
+
+
 def _decoded(part: dict[str, Any], sample: CalibSample) -> dict[str, Any]:
     decoders: dict[str, Callable[[Path], Any]] = {
         "image": media.load_image,
         "audio": media.load_sound,
-        "video": str,
+        "video": _clip,
     }
     kind = part["type"]
     if kind == "text":

@@ -6,6 +6,7 @@ allowed to break a run on another device.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 import resource
@@ -67,6 +68,7 @@ def _npu_count() -> tuple[int, str]:
     return (int(npu.device_count()) if npu.is_available() else 0), "torch_npu finds no card"
 
 
+@functools.cache
 def _import_npu() -> str:
     """Import torch_npu; an empty string, or why it is not there.
 

@@ -32,7 +32,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
-from .report import PartSize, Report, layer_record, write_report
+from .report import PartSize, Report, layer_record, read_report, write_report
 from .stream import CalibrationStream, emulate
 from .workspace import Workspace, canonical_json, check_save_path, text_digest
 
@@ -87,16 +87,16 @@ def quantize(
 
 
 def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
-    """`run`, with a full disk told as a fault that the user can mend."""
+    """`run`, with what the disk does to it told as a fault that the user can mend."""
     try:
         return run(prepared, save_path, overwrite=overwrite, progress=progress)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise QuantError(
-            f"the disk is full while writing to {str(save_path)!r}",
-            "free some space and run the same command again: it goes on where it stopped",
-        ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what, remedy = f"the disk is full while writing to {str(save_path)!r}", "free some space"
+        else:
+            what, remedy = f"{error.filename or save_path}: {error.strerror or error}", "see to the file or disk"
+        again = "then run the same command again: it goes on where it stopped"
+        raise QuantError(what, f"{remedy}, {again}") from error
 
 
 def prepare(
@@ -166,9 +166,16 @@ def _load_calibration(plan: QuantPlan) -> CalibSet | None:
 
 def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """Carry a prepared run out, or go on with it."""
+    with Workspace(save_path, _fingerprint(prepared), overwrite=overwrite) as workspace:
+        if workspace.is_committing():
+            progress.say("the output is finished; moving it to its place")
+            return _commit(workspace, workspace.committed_savers())
+        return _run_layers(prepared, workspace, progress)
+
+
+def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan, device = prepared.plan, prepared.device
     clock = Clock()
-    workspace = Workspace(save_path, _fingerprint(prepared), overwrite=overwrite)
     check_disk(prepared.forecast, workspace.folder)
     # Sums over threads depend on their number: a resumed run uses as many as the one that began.
     torch.set_num_threads(workspace.remember("threads", torch.get_num_threads()))
@@ -283,8 +290,7 @@ def _finish(
             folder = workspace.output_folder(saver.type)
             output_bytes[saver.type] = write_output(FORMATS[saver.type], job, folder, saver.part_file_size, shown)
     names: list[str] = [saver.type for saver in plan.savers]
-    save_path = workspace.save_path
-    places = {name: str(save_path / name if len(names) > 1 else save_path) for name in names}
+    places = {name: str(workspace.place(name, names)) for name in names}
     report = Report(
         model_type=plan.model.model_type,
         model_path=str(plan.checkpoint.path),
@@ -317,8 +323,12 @@ def _finish(
         folder = workspace.output_folder(name)
         write_report(report, folder)
         (folder / plan.recipe.path.name).write_text(plan.recipe.text, encoding="utf-8")
-    workspace.commit(names)
-    return report
+    return _commit(workspace, names)
+
+
+def _commit(workspace: Workspace, savers: list[str]) -> Report:
+    workspace.commit(savers)
+    return read_report(workspace.place(savers[0], savers))
 
 
 def _part_sizes(plan: QuantPlan, workspace: Workspace) -> tuple[PartSize, ...]:

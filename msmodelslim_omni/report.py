@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import load_json_object
 from .formats.shards import write_json
 from .models.spec import MODALITIES
 
@@ -80,6 +81,14 @@ def write_report(report: Report, folder: Path) -> None:
     """quant_report.json and quant_report.md."""
     write_json(folder / "quant_report.json", asdict(report))
     (folder / "quant_report.md").write_text(as_markdown(report), encoding="utf-8")
+
+
+def read_report(folder: Path) -> Report:
+    """The Report that an output holds."""
+    stored = load_json_object(folder / "quant_report.json")
+    layers = tuple(layer_record(layer) for layer in stored["layers"])
+    parts = tuple(PartSize(**part) for part in stored["parts"])
+    return Report(**{**stored, "layers": layers, "parts": parts, "warnings": tuple(stored["warnings"])})
 
 
 def layer_record(stored: dict[str, Any]) -> LayerRecord:

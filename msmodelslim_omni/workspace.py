@@ -32,7 +32,7 @@ class Workspace:
         """Create or resume. Raises QuantError where save_path cannot be used, with what stands against it."""
         self.save_path = save_path
         self.folder = save_path / WORK_FOLDER
-        manifest = self._read_manifest()
+        manifest = self._read_manifest(overwrite)
         resumable = manifest.get("fingerprint") == dict(fingerprint)
         occupants = sorted(e.name for e in save_path.iterdir() if e.name != WORK_FOLDER) if save_path.is_dir() else []
         if not resumable and not overwrite:
@@ -69,15 +69,23 @@ class Workspace:
 
     # --- state ---
 
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.folder / "manifest.json"
-        if not path.is_file():
+    def _read_manifest(self, overwrite: bool) -> dict[str, Any]:
+        if not self._manifest_path.is_file():
             return {}
-        manifest = load_json_object(path)
+        try:
+            manifest = load_json_object(self._manifest_path)
+        except QuantError as error:
+            if overwrite:
+                return {}
+            raise QuantError(error.message, "pass --overwrite to begin anew") from error
         return manifest if isinstance(manifest.get("parts"), dict) else {}
 
+    @property
+    def _manifest_path(self) -> Path:
+        return self.folder / "manifest.json"
+
     def _save_manifest(self) -> None:
-        write_json(self.folder / "manifest.json", self._manifest)
+        write_json(self._manifest_path, self._manifest)
 
     def _locked(self) -> IO[str]:
         """The kernel drops this lock when the process ends, however it ends."""
@@ -150,24 +158,45 @@ class Workspace:
     def output_folder(self, saver: str) -> Path:
         return self.folder / "output" / saver
 
-    def commit(self, savers: list[str]) -> dict[str, Path]:
-        """Move the finished output to its place and remove the work folder. Returns each saver's path.
+    def is_committing(self) -> bool:
+        """Whether a stopped run had finished its output and only the move to its place is left."""
+        return bool(self._manifest.get("committing"))
+
+    def committed_savers(self) -> list[str]:
+        """The savers of the output that is being moved."""
+        return list(self._manifest["committing"])
+
+    def place(self, saver: str, savers: list[str]) -> Path:
+        """Where a saver's output belongs: save_path, or its folder there if there are several."""
+        return self.save_path / saver if len(savers) > 1 else self.save_path
+
+    def commit(self, savers: list[str]) -> None:
+        """Move the finished output to its place and remove the work folder.
 
         Only now is what --overwrite replaces deleted: what lay there when the run began, nothing that came since.
         From the first move on the manifest says so, and a killed run only finishes the move. config.json goes
         last: until then no loader takes the folder for a checkpoint.
         """
-        if not self._manifest.get("committing"):
+        if not self.is_committing():
             self._remove_replaced()
-            self._manifest["committing"] = True
+            self._manifest["committing"] = savers
             self._save_manifest()
-        places = {}
         for saver in savers:
-            places[saver] = self.save_path / saver if len(savers) > 1 else self.save_path
-            _move_into(self.output_folder(saver), places[saver])
+            _move_into(self.output_folder(saver), self.place(saver, savers))
+        for entry in self.folder.iterdir():
+            if entry != self._manifest_path:  # it goes last, so that a kill in between leaves a folder that is known
+                _remove(entry)
+        _remove(self.folder)
+
+    def close(self) -> None:
+        """Release the lock."""
         self._lock.close()
-        shutil.rmtree(self.folder)
-        return places
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _remove(entry: Path) -> None:

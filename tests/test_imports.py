@@ -44,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASIS
     | {"recipe", "recipe_yaml", "patterns", "checkpoint", "formats", "processors", "models", "models.spec"},
     "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
-    "report": {"formats.shards", "models.spec"},
+    "report": {"checkpoint", "formats.shards", "models.spec"},
     "forecast": BASIS | {"assembly", "plan", "formats", "formats.shards", "report"},
     "workspace": {"errors", "checkpoint", "formats.shards", "safetensors_io"},
     "stream": BASIS

@@ -283,48 +283,53 @@ def test_a_second_run_on_the_same_folder_is_refused(
 # --- killed during the last moves ----------------------------------------------------------------------------
 
 
-def set_committing(save: Path) -> None:
-    """What `commit` writes before its first move."""
+def killed_in_commit(model: Path, index: Path, recipe: Path, save: Path, *formats: str) -> Path:
+    """Leave `save` as a run does that was killed before its first move; returns the folder of finished outputs."""
+    stop_at("layers", 1, model, save, index, config_path=str(recipe), save_format=formats)
     path = save / WORK / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "committing": True}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "committing": formats}))
+    whole, output = save.with_name("whole"), save / WORK / "output"
+    words = [word for name in formats for word in ("--save_format", name)]
+    go_on(model, whole, index, recipe, *words).done()
+    shutil.copytree(whole, output if len(formats) > 1 else output / formats[0])
+    return output
+
+
+def finish_moving(model: Path, index: Path, recipe: Path, save: Path, *words: str) -> dict[str, bytes]:
+    answer = go_on(model, save, index, recipe, *words).done()
+    assert "moving it to its place" in answer.err and "layers" not in answer.err
+    assert not (save / WORK).exists()
+    return files(save)
 
 
 def test_killed_while_moving_one_format(
     model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    stop_at("write ascendv1_saver", 1, model, save, index, config_path=str(recipe))
-    set_committing(save)
-    (save / WORK / "output" / "ascendv1_saver" / WEIGHTS).rename(save / WEIGHTS)
-    go_on(model, save, index, recipe).done()
-    assert files(save) == ascend
+    output = killed_in_commit(model, index, recipe, save, "ascendv1_saver")
+    (output / "ascendv1_saver" / WEIGHTS).rename(save / WEIGHTS)
+    assert finish_moving(model, index, recipe, save) == ascend
 
 
 def test_killed_between_two_formats(
     model: Path, index: Path, recipe: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    formats = ("ascendv1_saver", "compressed_tensors")
-    stop_at("write compressed_tensors", 1, model, save, index, config_path=str(recipe), save_format=formats)
-    set_committing(save)
-    (save / WORK / "output" / "ascendv1_saver").rename(save / "ascendv1_saver")
-    go_on(model, save, index, recipe, *FORMATS).done()
-    assert files(save) == undisturbed
+    output = killed_in_commit(model, index, recipe, save, "ascendv1_saver", "compressed_tensors")
+    (output / "ascendv1_saver").rename(save / "ascendv1_saver")
+    assert finish_moving(model, index, recipe, save, *FORMATS) == undisturbed
 
 
 def test_killed_while_the_work_folder_was_removed(
     model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    stop_at("write ascendv1_saver", 1, model, save, index, config_path=str(recipe))
-    set_committing(save)
-    shutil.rmtree(save / WORK / "parts")
-    shutil.rmtree(save / WORK / "output")
-    for name, content in ascend.items():
-        (save / name).write_bytes(content)
-    go_on(model, save, index, recipe).done()
-    assert files(save) == ascend
+    output = killed_in_commit(model, index, recipe, save, "ascendv1_saver")
+    for file in (output / "ascendv1_saver").iterdir():
+        file.rename(save / file.name)
+    for folder in ("parts", "stem", "output"):
+        shutil.rmtree(save / WORK / folder)
+    assert finish_moving(model, index, recipe, save) == ascend
 
 
 # --- --overwrite ---------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ LIES: dict[str, tuple[bytes, str]] = {
     "one offset": (file_of({"a": {**entry(0, 4), "data_offsets": [0]}}, EIGHT), "'a' has no dtype"),
     "shape is a number": (file_of({"a": entry(0, 4, 4)}, EIGHT[:4]), "'a' has no dtype"),
     "unknown dtype": (file_of({"a": entry(0, 4, dtype="F4")}, EIGHT[:4]), "'a' has the unknown dtype 'F4'"),
-    "dtype is a list": (file_of({"a": entry(0, 4, dtype=["U8"])}, EIGHT[:4]), "'a' has the unknown dtype"),
+    "dtype is a list": (file_of({"a": entry(0, 4, dtype=["U8"])}, EIGHT[:4]), "'a' has no dtype"),
     "negative size": (file_of({"a": entry(0, 4, (-4,))}, EIGHT[:4]), "'a' has impossible numbers"),
     "negative offset": (file_of({"a": entry(-4, 0)}, EIGHT[:4]), "'a' has impossible numbers"),
     "fractions": (file_of({"a": entry(0, 4, (4.0,))}, EIGHT[:4]), "'a' has impossible numbers"),

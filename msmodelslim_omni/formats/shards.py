@@ -44,6 +44,9 @@ def write_output(
     tensors = format_tensors(fmt, job)
     shards = split_shards(tensors, part_file_size)
     names = _shard_names(fmt.weights_stem, len(shards))
+    for leftover in folder.iterdir():  # of a stopped run, perhaps with other settings; whole shards are kept
+        if leftover.name.removesuffix(".partial") not in names:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     for number, (name, shard) in enumerate(zip(names, shards, strict=True), 1):
         _write_shard(folder / name, shard)
         on_shard(number, len(shards))

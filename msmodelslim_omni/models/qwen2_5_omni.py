@@ -6,6 +6,7 @@ not). Quantized are the Linears of the thinker's decoder layers; towers, talker 
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -175,10 +176,14 @@ def _disk_name(module_name: str) -> str:
 
 
 def _with_text(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """config.json with changed keys in thinker_config.text_config; None removes a key."""
-    text = {**_text_config(config), **changes}
-    text = {key: value for key, value in text.items() if value is not None or key not in changes}
-    return {**config, "thinker_config": {**config["thinker_config"], "text_config": text}}
+    """A copy of config.json with changed keys in thinker_config.text_config; None removes a key.
+
+    A deep copy, since transformers 5 writes into what it is given.
+    """
+    copied = copy.deepcopy(config)
+    text = {**_text_config(copied), **changes}
+    copied["thinker_config"]["text_config"] = {k: v for k, v in text.items() if v is not None or k not in changes}
+    return copied
 
 
 def _thinker_config(config: dict[str, Any], **text_changes: Any) -> Any:

@@ -93,7 +93,8 @@ class OmniMediaProcessor:
         largest = self._limits.max_pixels
         if largest is None:
             return {}
-        bounds = (min(_SMALLEST_FRAME, largest), largest)
+        # Half at most: equal bounds leave no multiple of the patch size between them, and the library exceeds both.
+        bounds = (min(_SMALLEST_FRAME, largest // 2), largest)
         return dict(zip(names, bounds[-len(names) :], strict=True))
 
     def _options(
