@@ -96,7 +96,7 @@ def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Te
     """
     qmax = 2 ** (bits - 1) - 1
     absmax = x.abs().amax(dim=-1, keepdim=True)
-    s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
+    s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax)).clamp_min(torch.finfo(torch.float32).tiny)
     return (x / s).round_().clamp_(-qmax, qmax), s
 
 
@@ -111,8 +111,13 @@ def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tenso
 
 
 def squared_norm(x: torch.Tensor) -> torch.Tensor:
-    """Sum of squares in float64, so that sums over many tokens add without loss."""
-    return x.to(torch.float64).square().sum()
+    """Sum of squares, float64 on the CPU so that sums over many tokens add without loss. x: [tokens, features]."""
+    return row_squares(x).sum()
+
+
+def row_squares(x: torch.Tensor) -> torch.Tensor:
+    """Sum of squares of each row, float64 on the CPU; the rows themselves in float32, as accelerators can."""
+    return x.square().sum(dim=-1).cpu().to(torch.float64)
 
 
 def relative_error(error: float, signal: float) -> float:
@@ -128,6 +133,6 @@ def weight_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
     for rows in row_blocks(weight):
         block = weight[rows].to(torch.float32)
         approximated = linear.qweight[rows].to(torch.float32) * linear.scales[rows]
-        signal += float(block.square().sum(dtype=torch.float64))
-        error += float((block - approximated).square().sum(dtype=torch.float64))
+        signal += float(squared_norm(block))
+        error += float(squared_norm(block - approximated))
     return relative_error(error, signal)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import media
+from .digests import file_digest
 from .errors import QuantError, nearest
 from .models.spec import MediaProcessor, ModelInputs
 from .resources import shipped_folder
@@ -61,7 +62,7 @@ class CalibSet:
         for sample in self.samples:
             digest.update(repr((sample.messages, sample.use_audio_in_video)).encode())
             for file in sample.files():
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
+                digest.update(file_digest(file).encode())
         return digest.hexdigest()
 
 
@@ -85,7 +86,9 @@ def load_calib_set(
         except QuantError as error:
             faults += [f"{where}: {line}" for line in error.message.split("\n")]
     if faults and on_bad_sample == "fail":
-        listed = faults[:_LISTED_FAULTS] + ([f"... and {len(faults) - _LISTED_FAULTS} more"] * (len(faults) > 50))
+        listed = faults[:_LISTED_FAULTS] + (
+            [f"... and {len(faults) - _LISTED_FAULTS} more"] * (len(faults) > _LISTED_FAULTS)
+        )
         raise QuantError(
             f"the dataset has {len(faults)} faults:\n" + "\n".join(listed),
             "mend them, or leave such samples out with `calibration: {on_bad_sample: skip}` in the recipe",

@@ -51,10 +51,22 @@ class Checkpoint:
         return load_rows(self.tensors[name], rows)
 
     def other_files(self) -> list[Path]:
-        """Every file that is not weights (tokenizer, templates, spk_dict.pt, ...), hidden ones left out."""
-        files = (p for p in sorted(self.path.rglob("*")) if p.is_file())
-        relative = (p.relative_to(self.path) for p in files)
-        return [p for p in relative if not p.name.endswith(_WEIGHT_SUFFIXES) and not _hidden(p)]
+        """Every file but the weights (tokenizer, templates, spk_dict.pt, ...), hidden ones left out.
+
+        Raises QuantError for a link that leads out of the checkpoint: its target would end up in what is published.
+        """
+        root = self.path.resolve()
+        homes = (root, root.parent.parent / "blobs")  # a hub cache links its snapshots to its blobs
+        files = []
+        for path in sorted(self.path.rglob("*")):
+            relative = path.relative_to(self.path)
+            at_top = len(relative.parts) == 1
+            if not path.is_file() or _hidden(relative) or (at_top and path.name.endswith(_WEIGHT_SUFFIXES)):
+                continue
+            if not any(home in path.resolve().parents for home in homes):
+                raise QuantError(f"{path}: is a link out of the checkpoint", "put the file itself in its place")
+            files.append(relative)
+        return files
 
     def identity(self) -> str:
         """A digest that changes when the checkpoint does: config, headers, and each shard's size and time."""

@@ -350,6 +350,11 @@ def _guarded(work: Callable[[], None], debug: bool, stopped: str = "") -> None:
         if error.hint:
             _messages.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
         raise typer.Exit(1) from None
+    except OSError as error:  # a path too long, a folder that may not be read
+        if debug:
+            traceback.print_exc()
+        _messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         _messages.print(f"[bold]stopped[/] {escape(stopped)}", soft_wrap=True)
         raise typer.Exit(1) from None

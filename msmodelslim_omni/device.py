@@ -17,6 +17,9 @@ import torch
 
 from .errors import QuantError
 
+# What a device raises when its memory is used up.
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
 _NPU_HINT = "install the driver and CANN, then `pip install 'msmodelslim_omni[npu]'`; or use --device cpu"
 
 
@@ -39,6 +42,7 @@ def resolve_device(wanted: str) -> Device:
         raise QuantError(f"unknown device {wanted!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
     kind, index = form[1], int(form[2] or 0)
     _import_npu()
+    torch.backends.cudnn.allow_tf32 = False  # float32 is meant where float32 is said
     if kind == "cpu":
         return Device("cpu", "as asked")
     if kind == "auto":
@@ -76,9 +80,9 @@ def _import_npu() -> str:
     """
     try:
         importlib.import_module("torch_npu")
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed"
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
+            return "torch_npu is not installed"
         sys.modules["torch_npu"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
         return f"torch_npu does not load: {error}"
     return ""

@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .assembly import make_job
+from .capture import ROWS_PER_MODALITY
 from .errors import QuantError
 from .formats import FORMATS
 from .formats.shards import format_tensors
+from .models.spec import MODALITIES
 from .plan import QuantPlan
 from .report import human_bytes
+from .stream import ARGUMENTS_BUDGET, HIDDEN_BUDGET
+from .workspace import WORK_FOLDER
 
 # What the process holds before any weight: the interpreter, torch, and transformers' classes.
 _BASE_BYTES = 520 << 20
 _MEDIA_BYTES = 250 << 20  # processor, codecs and decoded media of one sample
+_BLOCK_BYTES = 64 << 20
 _TOKENS_PER_SAMPLE = 512  # assumed, since the media are not decoded for a forecast
 
 
@@ -32,8 +37,9 @@ class Forecast:
         return self.work_bytes + sum(self.output_bytes.values())
 
 
-def forecast(plan: QuantPlan, samples: int) -> Forecast:
-    """Foretell a run; `samples` is 0 for a data-free one."""
+def forecast(plan: QuantPlan, samples: int, tokens: int | None = None) -> Forecast:
+    """Foretell a run; `samples` is 0 for a data-free one, `tokens` of all samples where they are known already."""
+    tokens = samples * _TOKENS_PER_SAMPLE if tokens is None else tokens
     job = make_job(plan, lambda layer: {})
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
     outputs: dict[str, int] = {
@@ -42,36 +48,39 @@ def forecast(plan: QuantPlan, samples: int) -> Forecast:
     }
     parts = sum(out * in_ + 4 * out for out, in_ in (linear.shape for linear in plan.linears if linear.scheme))
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
-    tokens = samples * _TOKENS_PER_SAMPLE
     # Per token: hidden states at up to four places, rotary tables and the like once.
-    return Forecast(outputs, parts + tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, samples))
+    return Forecast(outputs, parts + tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
 
 
-def _peak_memory(plan: QuantPlan, samples: int) -> int:
+def _peak_memory(plan: QuantPlan, tokens: int) -> int:
     """The larger of the towers' phase and the heaviest layer's, each on top of the process itself."""
-    weights = [out * in_ for out, in_ in (linear.shape for linear in plan.linears)]
-    layer = sum(weights) // len(plan.layers)  # weights of one layer
-    stored = next(iter(plan.checkpoint.tensors.values())).nbytes and 2
-    if samples == 0:
+    first = plan.layers[0].index
+    names = [plan.model.layer_name(first, f"{linear}.weight") for linear in plan.layer_spec.linears]
+    infos = [plan.checkpoint.tensors[name] for name in names]
+    weights, stored = sum(info.numel for info in infos), sum(info.nbytes for info in infos)
+    if tokens == 0:
         # One layer as stored, its integers, and blocks of float32.
-        return _BASE_BYTES + layer * stored + layer + (64 << 20)
-    towers = sum(
-        4 * info.numel
-        for name, info in plan.checkpoint.tensors.items()
-        if plan.model.part_of(name).name in ("visual tower", "audio tower")
-    )
-    tokens = samples * _TOKENS_PER_SAMPLE
-    widest = max(in_ for _, in_ in (linear.shape for linear in plan.linears))
-    working = layer * (stored + 4 + 4 + 1) + 16 * widest * min(tokens, 4 * 256)
-    return _BASE_BYTES + _MEDIA_BYTES + max(towers, working)
+        return _BASE_BYTES + stored + weights + _BLOCK_BYTES
+    # Towers keep their Linears as stored; one at a time is widened to float32.
+    towers = sum(part_bytes for part, part_bytes in plan.kept_parts() if part.name.endswith("tower"))
+    # As stored, in float32 for the forward, in float32 as smoothed, the integers, and the widest one once more.
+    widest = max(info.numel for info in infos)
+    kept_rows = min(tokens, len(MODALITIES) * ROWS_PER_MODALITY)
+    rows = 4 * sum(info.shape[1] for info in infos) * kept_rows
+    hidden = 4 * plan.layer_spec.shapes["input_layernorm.weight"][0] * tokens
+    stores = 3 * min(hidden, HIDDEN_BUDGET) + min(4096 * tokens, ARGUMENTS_BUDGET)
+    layer = stored + 4 * weights + 4 * weights + weights + 8 * widest + rows + stores
+    return _BASE_BYTES + _MEDIA_BYTES + max(towers, layer)
 
 
-def check_disk(expected: Forecast, folder: Path) -> None:
+def check_disk(expected: Forecast, save_path: Path) -> None:
     """Refuse to start where the disk cannot hold the work and the outputs; what a stopped run has written counts."""
-    there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    free = shutil.disk_usage(folder).free
+    there = sum(file.stat().st_size for file in (save_path / WORK_FOLDER).rglob("*") if file.is_file())
+    existing = next(path for path in (save_path, *save_path.absolute().parents) if path.is_dir())
+    usage = shutil.disk_usage(existing)
+    free = usage.free if usage.total else expected.disk_bytes  # no disk at all, such as /proc: writing will say why
     if expected.disk_bytes > free + there:
         raise QuantError(
-            f"{str(folder.parent)!r} needs {human_bytes(expected.disk_bytes)}, free are {human_bytes(free + there)}",
+            f"{str(save_path)!r} needs {human_bytes(expected.disk_bytes)}, free are {human_bytes(free + there)}",
             "free some space, choose another disk, or write one format only (--save_format)",
         )

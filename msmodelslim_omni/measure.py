@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .arithmetic import QuantizedLinear, quantized_matmul, relative_error, weight_error
+from .arithmetic import QuantizedLinear, quantized_matmul, relative_error, row_squares, weight_error
 from .capture import InputStats
 from .models.spec import MODALITIES
 from .plan import LayerPlan, QuantPlan
@@ -45,8 +45,7 @@ def _output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLine
     Overall weighs the modalities by the tokens that all samples have, not by the rows kept.
     """
     exact = stats.rows @ weight.to(torch.float32).T  # [rows, out]
-    error = (quantized_matmul(stats.rows, linear) - exact).square().sum(dim=1, dtype=torch.float64).cpu()
-    signal = exact.square().sum(dim=1, dtype=torch.float64).cpu()
+    error, signal = row_squares(quantized_matmul(stats.rows, linear) - exact), row_squares(exact)
     total_error = total_signal = 0.0
     by_modality = {}
     for index in stats.present():

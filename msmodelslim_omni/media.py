@@ -24,6 +24,7 @@ SUFFIXES = {
 MAX_FILE_BYTES = 1 << 30
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 600.0
+MAX_CLIP_PIXELS = 400_000_000  # of all frames that are taken from one clip
 SAMPLING_RATE = 16_000
 
 
@@ -154,20 +155,41 @@ def _read_video(element: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
     from qwen_omni_utils.v2_5.vision_process import smart_nframes
 
     path = Path(element["video"])
-    total, fps = 0, 0.0
+    total, pixels, fps = 0, 0, 0.0
     with _opened("video", path) as container:
         stream = container.streams.video[0]
         fps = float(stream.average_rate or stream.guessed_rate or 0)
-        total = sum(1 for _ in container.decode(stream))  # headers of webm and mkv do not tell
+        pixels = stream.width * stream.height
+        for frame in container.decode(stream):  # headers of webm and mkv do not tell how many
+            total += 1
+            if frame.time is not None and frame.time > MAX_SECONDS:
+                raise QuantError(f"video {str(path)!r} is longer than {MAX_SECONDS:.0f} s")
     if not fps or not total:
         raise QuantError(f"video {str(path)!r} tells no frame rate or holds no frame")
     count = smart_nframes(element, total_frames=total, video_fps=fps)
+    if count * pixels > MAX_CLIP_PIXELS:
+        raise QuantError(f"video {str(path)!r}: {count} frames of {pixels} pixels; at most {MAX_CLIP_PIXELS} in all")
     wanted = torch.linspace(0, total - 1, count).round().long().tolist()
-    kept, frames = set(wanted), {}
-    with _opened("video", path) as container:
-        for index, frame in enumerate(container.decode(container.streams.video[0])):
-            if index in kept:
-                frames[index] = frame.to_ndarray(format="rgb24")
-    video = torch.from_numpy(np.stack([frames[index] for index in wanted])).permute(0, 3, 1, 2)
+    video = _frames(path, wanted)
     metadata = {"fps": fps, "frames_indices": wanted, "total_num_frames": total, "video_backend": "pyav"}
     return video, metadata, count / total * fps
+
+
+def _frames(path: Path, wanted: list[int]) -> Any:
+    """The frames of the given numbers, rising, as one uint8 tensor [frames, 3, height, width]."""
+    import torch
+
+    video, filled = None, 0
+    with _opened("video", path) as container:
+        for index, frame in enumerate(container.decode(container.streams.video[0])):
+            while filled < len(wanted) and wanted[filled] == index:
+                picture = frame.to_ndarray(format="rgb24")
+                if video is None:
+                    video = np.empty((len(wanted), *picture.shape), dtype=np.uint8)
+                if picture.shape != video.shape[1:]:
+                    raise QuantError(f"video {str(path)!r} changes its size within")
+                video[filled] = picture
+                filled += 1
+    if video is None or filled < len(wanted):
+        raise QuantError(f"video {str(path)!r} could not be decoded to its end")
+    return torch.from_numpy(video).permute(0, 3, 1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable
 
@@ -12,8 +13,9 @@ _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_ALTERNATIVES = 4096
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """`a.{b,c}` -> [`a.b`, `a.c`]; nests. Raises QuantError beyond 4096 alternatives: a recipe is untrusted input."""
+@functools.lru_cache(maxsize=1024)
+def expand_braces(pattern: str) -> tuple[str, ...]:
+    """`a.{b,c}` -> (`a.b`, `a.c`); nests. Raises QuantError beyond 4096 alternatives: a recipe is untrusted input."""
     pending, done = [pattern], []
     while pending:
         current = pending.pop()
@@ -28,7 +30,7 @@ def expand_braces(pattern: str) -> list[str]:
                 f"pattern {pattern[:80]!r} stands for more than {_MAX_ALTERNATIVES} alternatives",
                 "use a wildcard instead of so many braces",
             )
-    return done
+    return tuple(done)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:

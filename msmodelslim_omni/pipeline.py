@@ -19,10 +19,12 @@ from . import __version__
 from .assembly import make_job
 from .calibration import CalibSet, load_calib_set
 from .checkpoint import open_checkpoint
-from .device import Device, free_memory, peak_device_memory, peak_rss, resolve_device
+from .device import OUT_OF_MEMORY, Device, free_memory, peak_device_memory, peak_rss, resolve_device
+from .digests import file_digest, value_digest
 from .errors import QuantError
 from .forecast import Forecast, check_disk, forecast
 from .formats import FORMATS
+from .formats.job import OutTensor
 from .formats.shards import format_tensors, write_output
 from .measure import record_layer
 from .models import derive_model_type, named_model_type
@@ -34,7 +36,7 @@ from .progress import Clock, Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
 from .report import PartSize, Report, layer_record, read_report, write_report
 from .stream import CalibrationStream, emulate
-from .workspace import Workspace, canonical_json, check_save_path, text_digest
+from .workspace import Workspace, check_save_path
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progres
     """`run`, with what the disk does to it told as a fault that the user can mend."""
     try:
         return run(prepared, save_path, overwrite=overwrite, progress=progress)
+    except OUT_OF_MEMORY as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        raise QuantError(
+            f"out of memory on {prepared.device.name}: {reason}",
+            "lower calibration.max_tokens or max_pixels, or use --device cpu",
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, remedy = f"the disk is full while writing to {str(save_path)!r}", "free some space"
@@ -166,17 +174,28 @@ def _load_calibration(plan: QuantPlan) -> CalibSet | None:
 
 def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """Carry a prepared run out, or go on with it."""
+    check_disk(prepared.forecast, save_path)
     with Workspace(save_path, _fingerprint(prepared), overwrite=overwrite) as workspace:
         if workspace.is_committing():
-            progress.say("the output is finished; moving it to its place")
-            return _commit(workspace, workspace.committed_savers())
+            return _finish_commit(prepared.plan, workspace, progress)
         return _run_layers(prepared, workspace, progress)
+
+
+def _finish_commit(plan: QuantPlan, workspace: Workspace, progress: Progress) -> Report:
+    """Go on with the moves of a stopped run, if they are of the formats that are asked for."""
+    moving = workspace.committed_savers()
+    if moving != [saver.type for saver in plan.savers]:
+        raise QuantError(
+            f"{str(workspace.save_path)!r} holds the finished output of a stopped run as {', '.join(moving)}",
+            "finish that run with its own command, or choose another save_path",
+        )
+    progress.say("the output is finished; moving it to its place")
+    return _commit(workspace, moving)
 
 
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan, device = prepared.plan, prepared.device
     clock = Clock()
-    check_disk(prepared.forecast, workspace.folder)
     # Sums over threads depend on their number: a resumed run uses as many as the one that began.
     torch.set_num_threads(workspace.remember("threads", torch.get_num_threads()))
 
@@ -185,6 +204,8 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         stream = CalibrationStream(plan, prepared.calib, workspace.folder, device.torch)
         with clock("towers"):
             stream.prepare(progress)
+        tokens = sum(stream.tokens_by_modality().values())
+        check_disk(forecast(plan, len(stream), tokens), workspace.save_path)  # now that the samples' lengths are known
     first = _first_layer(workspace, stream)
     if first:
         progress.say(f"going on at layer {first}; the layers before it are finished")
@@ -249,7 +270,8 @@ def _load_layer(plan: QuantPlan, layer: LayerPlan, device: torch.device, *, cali
 
 def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
     """The library's layer with the work's weights in float32, its quantized Linears emulated."""
-    weights = {name: tensor.to(torch.float32) for name, tensor in work.weights.items()}
+    emulated = {f"{linear}.weight" for linear in work.quantized}  # not widened: their emulation replaces them
+    weights = {n: t if n in emulated else t.to(torch.float32) for n, t in work.weights.items()}
     module = plan.model.family.build_layer(plan.checkpoint.config, work.index, weights)
     emulate(module, work.quantized, weights)
     return module
@@ -289,6 +311,7 @@ def _finish(
 
             folder = workspace.output_folder(saver.type)
             output_bytes[saver.type] = write_output(FORMATS[saver.type], job, folder, saver.part_file_size, shown)
+    tensors = format_tensors(FORMATS[plan.savers[0].type], job)  # the report's sizes are the first format's
     names: list[str] = [saver.type for saver in plan.savers]
     places = {name: str(workspace.place(name, names)) for name in names}
     report = Report(
@@ -303,10 +326,10 @@ def _finish(
         data_free=stream is None,
         samples=len(stream) if stream is not None else 0,
         tokens_by_modality=stream.tokens_by_modality() if stream is not None else {},
-        parts=_part_sizes(plan, workspace),
+        parts=_part_sizes(plan, tensors),
         output_bytes=output_bytes,
         source_bytes=plan.checkpoint.total_bytes,
-        bits_per_weight=_bits_per_weight(plan, workspace),
+        bits_per_weight=_bits_per_weight(plan, tensors),
         layers=tuple(layer_record(workspace.record(layer.index)) for layer in plan.layers),
         seconds=clock.total(),
         seconds_by_phase=clock.seconds,
@@ -322,7 +345,7 @@ def _finish(
     for name in names:
         folder = workspace.output_folder(name)
         write_report(report, folder)
-        (folder / plan.recipe.path.name).write_text(plan.recipe.text, encoding="utf-8")
+        (folder / f"{plan.recipe.path.stem}.yaml").write_bytes(plan.recipe.text.encode())
     return _commit(workspace, names)
 
 
@@ -331,14 +354,14 @@ def _commit(workspace: Workspace, savers: list[str]) -> Report:
     return read_report(workspace.place(savers[0], savers))
 
 
-def _part_sizes(plan: QuantPlan, workspace: Workspace) -> tuple[PartSize, ...]:
-    """Bytes of each part before, and after in the first format."""
+def _part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
+    """Bytes of each part before and after."""
     before: dict[str, list[int]] = {}
     for name, info in plan.checkpoint.tensors.items():
         before.setdefault(plan.model.part_of(name).name, []).append(info.nbytes)
     after: dict[str, int] = {}
     kinds: dict[str, set[str]] = {}
-    for tensor in format_tensors(FORMATS[plan.savers[0].type], make_job(plan, workspace.part)):
+    for tensor in tensors:
         part = plan.model.part_of(tensor.spec.name).name
         after[part] = after.get(part, 0) + tensor.spec.nbytes
         kinds.setdefault(part, set()).add(tensor.kind)
@@ -359,9 +382,8 @@ def _kind(kinds: set[str]) -> str:
     return ", ".join(sorted(kinds - {"FLOAT"})) or "float, unchanged"
 
 
-def _bits_per_weight(plan: QuantPlan, workspace: Workspace) -> float:
-    """Stored bits of the quantized Linears, scales included, over their weights; in the first format."""
-    tensors = format_tensors(FORMATS[plan.savers[0].type], make_job(plan, workspace.part))
+def _bits_per_weight(plan: QuantPlan, tensors: list[OutTensor]) -> float:
+    """Stored bits of the quantized Linears, scales included, over their weights."""
     bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != "FLOAT")
     return bits / sum(linear.shape[0] * linear.shape[1] for linear in plan.linears if linear.scheme is not None)
 
@@ -373,16 +395,26 @@ def _versions() -> dict[str, str]:
 def _fingerprint(prepared: Prepared) -> dict[str, str]:
     """What the parts depend on; a work folder with another fingerprint is not gone on with."""
     plan, calib = prepared.plan, prepared.calib
-    computed = {key: text_digest(canonical_json(value)) for key, value in _recipe_blocks(plan).items()}
     return {
         **_versions(),
         "model_type": plan.model.model_type,
-        **computed,
+        **{key: value_digest(value) for key, value in _recipe_blocks(plan).items()},
+        **_media_fingerprint(plan),
         "checkpoint": plan.checkpoint.identity()[:16],
         "dataset": calib.identity()[:16] if calib else "none",
         "seed": str(plan.seed),
         "device": prepared.device.torch.type,
     }
+
+
+def _media_fingerprint(plan: QuantPlan) -> dict[str, str]:
+    """What turns media into tokens; nothing for a data-free run."""
+    if plan.dataset is None:
+        return {}
+    files = [file for file in plan.checkpoint.other_files() if file.suffix in (".json", ".txt", ".jinja")]
+    digests = {str(file): file_digest(plan.checkpoint.path / file) for file in files}
+    libraries = {name: version(name) for name in ("av", "pillow", "torchvision", "qwen_omni_utils", "soxr")}
+    return {"processor files": value_digest(digests), **libraries}
 
 
 def _recipe_blocks(plan: QuantPlan) -> dict[str, object]:

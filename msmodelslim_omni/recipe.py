@@ -240,7 +240,7 @@ def load_recipe(path: str | Path) -> Recipe:
         size = path.stat().st_size
         if size > MAX_RECIPE_BYTES:
             raise QuantError(f"{path}: a recipe of {size} bytes; at most {MAX_RECIPE_BYTES} are read")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # as it is, line ends too, for the copy in the output
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise QuantError(f"{path}: cannot read the recipe: {error}", "give a YAML file in UTF-8") from error
     return parse_recipe(text, path)

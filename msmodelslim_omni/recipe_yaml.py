@@ -5,6 +5,7 @@ A recipe is untrusted input: only the safe loader's plain types are built, and n
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,13 @@ def refuse_duplicates_and_bombs(root: yaml.Node, path: Path) -> None:
     while pending:
         node, depth = pending.pop()
         seen += 1
-        if seen > MAX_NODES or depth > 50:
+        if seen > MAX_NODES or depth > 50 or len(node.value) > MAX_NODES:
             raise QuantError(f"{path}: the YAML unfolds to more than a recipe can hold", "remove nested aliases")
         pending += [(child, depth + 1) for child in _children(node)]
         if isinstance(node, yaml.MappingNode):
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
             for key, _ in node.value:
-                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys.count(key.value) > 1:
+                if isinstance(key, yaml.ScalarNode) and key.value != "<<" and keys[key.value] > 1:
                     line = max(k.start_mark.line for k, _ in node.value if k.value == key.value) + 1
                     raise QuantError(f"{path}:{line}: key {key.value!r} stands twice", "remove one of the two")
 

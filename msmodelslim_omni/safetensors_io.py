@@ -194,8 +194,11 @@ class SafetensorsWriter:
     exception removes it. Tensors are laid out by falling item size, as the library's reader expects alignment.
     """
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None, *, sync: bool = True
+    ) -> None:
         self.path = path
+        self._sync = sync
         self.specs = sorted(specs, key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, spec.name))
         self._pending: Iterator[TensorSpec] = iter(self.specs)
         self._temporary = path.with_name(path.name + ".partial")
@@ -229,7 +232,8 @@ class SafetensorsWriter:
         if (missing := next(self._pending, None)) is not None:
             raise ValueError(f"{self.path}: tensor {missing.name} was never written")
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        if self._sync:
+            os.fsync(self._stream.fileno())
         self._stream.close()
         self._temporary.replace(self.path)
 

@@ -88,9 +88,9 @@ class HiddenStates:
         self._specs = [TensorSpec(f"{n:06d}", "F32", (1, length, width)) for n, length in enumerate(lengths)]
         self._cache = _Cache(budget)
 
-    def write(self, hidden: Iterable[torch.Tensor]) -> None:
+    def write(self, hidden: Iterable[torch.Tensor], *, sync: bool = True) -> None:
         """Write the samples' hidden states in their order, float32 [1, tokens, hidden] each."""
-        with SafetensorsWriter(self.path, self._specs) as writer:
+        with SafetensorsWriter(self.path, self._specs, sync=sync) as writer:
             for number, tensor in enumerate(hidden):
                 on_cpu = tensor.to("cpu", torch.float32).contiguous()
                 writer.write(f"{number:06d}", on_cpu)

@@ -67,12 +67,14 @@ class CalibrationStream:
             sample = self._samples[number]
             try:
                 inputs = prepare_sample(sample, processor)
+                reached = stem.layer_input(inputs)
             except QuantError as error:
+                named = error.message.startswith(sample.where)
+                message = error.message if named else f"{sample.where}: {error.message}"
                 if plan.calibration.on_bad_sample == "fail":
-                    raise
-                self.warnings.append(f"sample left out: {error.message}")
+                    raise QuantError(message, error.hint) from error
+                self.warnings.append(f"sample left out: {message}")
                 continue
-            reached = stem.layer_input(inputs)
             self._refuse_nonfinite(reached.hidden, "the embedding and towers", sample)
             self._stem.write(number, reached, inputs.modality)
             progress.step("towers", done, len(missing), sample.where)
@@ -121,7 +123,7 @@ class CalibrationStream:
                 self._refuse_nonfinite(out, f"layer {layer}", self._samples[self._kept[position]])
                 yield out
 
-        self._exact.write(outputs())
+        self._exact.write(outputs(), sync=False)  # never resumed from
         recorder.remove()
         return recorder.stats
 
@@ -140,8 +142,8 @@ class CalibrationStream:
                 exact = self._exact.read(position).to(self._device)
                 for index in torch.unique(self._modalities[position]).tolist():
                     mine = (self._modalities[position] == index).to(self._device)
-                    error[index] += squared_norm((out - exact)[0, mine]).cpu()
-                    signal[index] += squared_norm((exact - inputs.hidden)[0, mine]).cpu()
+                    error[index] += squared_norm((out - exact)[0, mine])
+                    signal[index] += squared_norm((exact - inputs.hidden)[0, mine])
                 yield out
 
         following.write(outputs())

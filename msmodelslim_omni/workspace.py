@@ -8,8 +8,6 @@ parts would not be what this run computes.
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +16,13 @@ from typing import IO, Any
 import torch
 
 from .checkpoint import load_json_object
+from .digests import file_digest
 from .errors import QuantError
 from .formats.shards import write_json
 from .safetensors_io import TensorInfo, read_header, write_tensors
 
 WORK_FOLDER = ".msmodelslim_work"
+REPORT_NAME = "quant_report.json"  # every output holds it
 
 
 class Workspace:
@@ -37,9 +37,11 @@ class Workspace:
         occupants = sorted(e.name for e in save_path.iterdir() if e.name != WORK_FOLDER) if save_path.is_dir() else []
         if not resumable and not overwrite:
             self._refuse_what_is_there(manifest, fingerprint, occupants)
-        if occupants and not resumable and not _looks_like_output(save_path):
+        foreign = [] if resumable or manifest.get("committing") else _not_ours(save_path, occupants)
+        if foreign:
             raise QuantError(
-                f"save_path {str(save_path)!r} holds files but no checkpoint; --overwrite will not delete them",
+                f"save_path {str(save_path)!r} holds {foreign[0]!r}, which is no output of this tool;"
+                " --overwrite will not delete it",
                 "choose another folder, or empty this one yourself",
             )
         try:
@@ -105,7 +107,8 @@ class Workspace:
     def _remove_replaced(self) -> None:
         # config.json first: what is left of the old output is then no checkpoint any more.
         for name in sorted(self._manifest.get("replaced", []), key=lambda name: name != "config.json"):
-            _remove(self.save_path / Path(name).name)
+            if Path(name).name == name and name not in ("", ".", "..", WORK_FOLDER):
+                _remove(self.save_path / name)
 
     def remember(self, key: str, value: Any) -> Any:
         """The value stored under `key` by the run that began this folder; `value` if there is none yet."""
@@ -125,7 +128,7 @@ class Workspace:
 
     def _is_whole(self, index: int, entry: dict[str, Any]) -> bool:
         return all(
-            path.is_file() and _digest(path) == entry[key]
+            path.is_file() and file_digest(path) == entry.get(key)
             for key, path in (("tensors", self.part_path(index)), ("record", self._record_path(index)))
         )
 
@@ -142,8 +145,8 @@ class Workspace:
         write_tensors(path, tensors)
         write_json(self._record_path(index), record)
         self._manifest["parts"][str(index)] = {
-            "tensors": _digest(path),
-            "record": _digest(self._record_path(index)),
+            "tensors": file_digest(path),
+            "record": file_digest(self._record_path(index)),
         }
         self._save_manifest()
 
@@ -215,16 +218,11 @@ def _move_into(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def _looks_like_output(folder: Path) -> bool:
-    return any(folder.glob("config.json")) or any(folder.glob("*/config.json"))
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _not_ours(folder: Path, occupants: list[str]) -> list[str]:
+    """What lies in a folder that an output of ours does not account for; nothing, if the folder is itself an output."""
+    if (folder / REPORT_NAME).is_file():
+        return []
+    return [name for name in occupants if not (folder / name / REPORT_NAME).is_file()]
 
 
 def _difference(old: Mapping[str, str], new: Mapping[str, str]) -> str:
@@ -246,12 +244,3 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
             if not existing.is_dir():
                 raise QuantError(f"save_path {str(save_path)!r}: {str(existing)!r} is a file", "choose a folder")
             return
-
-
-def text_digest(text: str) -> str:
-    """A short digest for fingerprints."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def canonical_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))

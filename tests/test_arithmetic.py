@@ -274,6 +274,6 @@ def test_relative_error_by_hand() -> None:
 
 
 def test_squared_norm_adds_in_float64() -> None:
-    x = torch.full((1 << 20,), 1e-3)
+    x = torch.full((1 << 20, 1), 1e-3)
     assert squared_norm(x).dtype == torch.float64
-    assert squared_norm(x).item() == pytest.approx((1 << 20) * float(x[0]) ** 2, rel=1e-12)
+    assert squared_norm(x).item() == pytest.approx((1 << 20) * float(x[0] ** 2), rel=1e-12)

@@ -217,3 +217,23 @@ def test_identity_of_the_tiny_omni(tiny: Path, tiny_copy: Path) -> None:
     before = copied.identity()
     (tiny_copy / "README.md").write_text("x")
     assert open_checkpoint(tiny_copy).identity() == before
+
+
+def test_link_out_of_the_checkpoint_is_refused(sharded: Path) -> None:
+    secret = sharded.parent / "secret.txt"
+    secret.write_text("mine")
+    (sharded / "NOTICE").symlink_to(secret)
+    with pytest.raises(QuantError) as caught:
+        open_checkpoint(sharded).other_files()
+    assert "NOTICE" in caught.value.message and "link out of the checkpoint" in caught.value.message
+
+
+def test_links_of_a_hub_cache_are_followed(sharded: Path, tmp_path: Path) -> None:
+    """snapshots/<revision>/file -> ../../blobs/<digest>"""
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.parent.mkdir()
+    sharded.rename(snapshot)
+    (blobs / "d1").write_text("a tokenizer")
+    (snapshot / "tokenizer.json").symlink_to(Path("../../blobs/d1"))
+    assert Path("tokenizer.json") in open_checkpoint(snapshot).other_files()

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "scheme": set(),
     "resources": set(),
+    "digests": set(),
     "progress": set(),
     "patterns": {"errors"},
     "device": {"errors"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"errors", "safetensors_io"},
     "models.*": {"errors", "checkpoint"},
     "capture": {"models.spec"},
-    "calibration": {"errors", "media", "models.spec", "resources"},
+    "calibration": {"digests", "errors", "media", "models.spec", "resources"},
     "sample_store": {"models.spec", "safetensors_io"},
     "processors.*": BASIS | {"arithmetic", "capture", "device", "models.spec", "recipe"},
     "formats.*": BASIS | {"arithmetic", "safetensors_io"},
@@ -45,8 +46,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"recipe", "recipe_yaml", "patterns", "checkpoint", "formats", "processors", "models", "models.spec"},
     "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
     "report": {"checkpoint", "formats.shards", "models.spec"},
-    "forecast": BASIS | {"assembly", "plan", "formats", "formats.shards", "report"},
-    "workspace": {"errors", "checkpoint", "formats.shards", "safetensors_io"},
+    "forecast": BASIS
+    | {"assembly", "capture", "formats", "formats.shards", "models.spec", "plan", "report", "stream", "workspace"},
+    "workspace": {"digests", "errors", "checkpoint", "formats.shards", "safetensors_io"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "sample_store"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},

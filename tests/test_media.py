@@ -362,3 +362,12 @@ def test_ensure_video_reader_leaves_a_reader_that_works() -> None:
 
     media.ensure_video_reader()
     assert "torchvision" in vision_process.VIDEO_READER_BACKENDS
+
+
+def test_clip_with_too_many_pixels_in_all_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = write_video(tmp_path / "clip.mp4", 10)
+    element = {"video": str(clip), "fps": 5.0}
+    video, _, _ = media._read_video(element)
+    monkeypatch.setattr(media, "MAX_CLIP_PIXELS", video[:, 0].numel() - 1)
+    with pytest.raises(QuantError, match="frames of"):
+        media._read_video(element)

@@ -30,7 +30,7 @@ Q = "thinker.model.layers.10.self_attn.q_proj"
     ],
 )
 def test_braces(pattern: str, alternatives: list[str]) -> None:
-    assert expand_braces(pattern) == alternatives
+    assert list(expand_braces(pattern)) == alternatives
 
 
 @pytest.mark.parametrize(

@@ -456,3 +456,16 @@ def test_forecast_of_the_work_folder(tiny: Path) -> None:
     assert forecast(plan, 0).disk_bytes == forecast(plan, 0).work_bytes + sum(forecast(plan, 0).output_bytes.values())
     assert forecast(plan, 16).peak_memory_bytes < 4 * GB
     assert resolve_device("cpu").torch.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("block", "key"),
+    [("text_config", "num_hidden_layers"), ("vision_config", "depth"), ("audio_config", "encoder_layers")],
+)
+def test_impossible_depth_is_refused_before_anything_is_built(tiny_copy: Path, block: str, key: str) -> None:
+    path = tiny_copy / "config.json"
+    config = json.loads(path.read_text())
+    config["thinker_config"][block][key] = 10**7
+    path.write_text(json.dumps(config))
+    error = fault(tiny_copy, linear_quant())
+    assert key in error.message and "10000000" in error.message and "1024" in error.message

@@ -332,6 +332,29 @@ def test_killed_while_the_work_folder_was_removed(
     assert finish_moving(model, index, recipe, save) == ascend
 
 
+def test_a_killed_commit_of_another_format_is_not_taken_for_the_one_asked_for(
+    model: Path, index: Path, recipe: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    killed_in_commit(model, index, recipe, save, "ascendv1_saver")
+    message = go_on(model, save, index, recipe, "--save_format", "compressed_tensors").fault()
+    assert "finished output of a stopped run as ascendv1_saver" in message
+    assert (save / WORK / "output" / "ascendv1_saver" / WEIGHTS).exists()
+
+
+@pytest.mark.parametrize(("field", "value"), [("msmodelslim_omni", "0.0.9"), ("torch", "1.0"), ("av", "0")])
+def test_a_run_of_another_version_is_refused(
+    field: str, value: str, model: Path, index: Path, recipe: Path, tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 1, model, save, index, config_path=str(recipe))
+    path = save / WORK / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["fingerprint"][field] = value
+    path.write_text(json.dumps(manifest))
+    assert f"{field} was {value}, is " in go_on(model, save, index, recipe).fault()
+
+
 # --- --overwrite ---------------------------------------------------------------------------------------------
 
 
@@ -367,3 +390,15 @@ def test_overwrite_deletes_no_folder_that_is_no_checkpoint(model: Path, tmp_path
         assert str(save) in message
     assert "will not delete" in message
     assert files(save) == {"thesis.tex": b"years of work"} and (save / "figures").is_dir()
+
+
+def test_overwrite_does_not_delete_checkpoints_of_others(model: Path, tmp_path: Path) -> None:
+    """A folder of models is no output, even if one of them is."""
+    save = tmp_path / "models"
+    quant(model, save / "ours", "--config_path", MINMAX).done()
+    (save / "llama").mkdir()
+    (save / "llama" / "config.json").write_text("{}")
+    before = files(save)
+    message = quant(model, save, "--config_path", MINMAX, "--overwrite").fault()
+    assert "'llama'" in message and "no output of this tool" in message
+    assert files(save) == before

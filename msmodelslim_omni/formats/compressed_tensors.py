@@ -27,7 +27,8 @@ def refusal(scheme: QuantScheme) -> str:
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
     def scales() -> torch.Tensor:
-        return linear.scales().to(TORCH_DTYPES[linear.float_dtype])
+        dtype = TORCH_DTYPES[linear.float_dtype]
+        return linear.scales().to(dtype).clamp_min(torch.finfo(dtype).tiny)  # float16 ends where float32 does not
 
     kind, column = linear.scheme.name, (linear.shape[0], 1)
     return [

@@ -47,6 +47,9 @@ IGNORE_PATTERNS = (
 # (hidden, layers) of the published models.
 _PUBLISHED_SHAPES = {(3584, 28): "Qwen2.5-Omni-7B", (2048, 36): "Qwen2.5-Omni-3B"}
 
+# More than any model has: what a hostile config.json may make us build.
+_MAX_LAYERS = 1024
+
 # A buffer that transformers 4 saves and transformers 5 does not.
 _OPTIONAL_TENSORS = frozenset({"token2wav.code2wav_dit_model.rotary_embed.inv_freq"})
 
@@ -86,7 +89,10 @@ def _size(text: dict[str, Any], key: str) -> int:
 
 
 def num_layers(config: dict[str, Any]) -> int:
-    return _size(_text_config(config), "num_hidden_layers")
+    count = _size(_text_config(config), "num_hidden_layers")
+    if count > _MAX_LAYERS:
+        raise QuantError(f"config.json: num_hidden_layers is {count}; at most {_MAX_LAYERS} are read")
+    return count
 
 
 def shape_name(config: dict[str, Any]) -> str:
@@ -140,6 +146,7 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
 
     layers, layer_shapes = num_layers(config), layer_spec(config).shapes
     library = _library()
+    _refuse_depth(config)
     one_layer = _with_text(config, num_hidden_layers=1, layer_types=None)
     try:
         with torch.device("meta"):
@@ -153,6 +160,15 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
         prefix = LAYER_PREFIX.format(index=index)
         shapes.update({prefix + name: shape for name, shape in layer_shapes.items()})
     return shapes, _OPTIONAL_TENSORS
+
+
+def _refuse_depth(config: Any, key: str = "config") -> None:
+    """Refuse counts of layers that would keep the library building for hours."""
+    if isinstance(config, dict):
+        for name, value in config.items():
+            _refuse_depth(value, str(name))
+    elif isinstance(config, int) and (key == "depth" or "layers" in key) and config > _MAX_LAYERS:
+        raise QuantError(f"config.json: {key} is {config}; at most {_MAX_LAYERS} are read")
 
 
 # --- the library's classes -----------------------------------------------------------------------------------
@@ -291,6 +307,8 @@ class OmniStem:
                 self._thinker(**tensors, use_audio_in_video=inputs.use_audio_in_video, use_cache=False)
         except _ReachedLayers as reached:
             return LayerInput(reached.hidden, reached.arguments)
+        except (ValueError, IndexError) as error:  # tokens and features that do not match
+            raise QuantError(f"the model refused the sample: {error}") from error
         raise RuntimeError("the thinker's forward never reached its decoder layers")
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import quantize_weight, quantized_matmul
+from ..arithmetic import quantize_weight, quantized_matmul, row_squares
 from ..capture import InputStats
 from ..models.spec import LinearGroup
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
@@ -157,8 +157,7 @@ class _Judge:
         total = torch.zeros(len(self._members), dtype=torch.float64)
         for weight, exact in zip(self._weights, self._exact, strict=True):
             linear = quantize_weight(weight if factors is None else weight * factors, self._scheme)
-            error = (quantized_matmul(x, linear) - exact).square().sum(dim=1, dtype=torch.float64).cpu()  # [rows]
-            signal = exact.square().sum(dim=1, dtype=torch.float64).cpu()
+            error, signal = row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)  # [rows] each
             total += torch.stack([error[m].sum() / signal[m].sum().clamp_min(1e-300) for m in self._members])
         return total
 
