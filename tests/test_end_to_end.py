@@ -424,44 +424,7 @@ def test_recipe_of_msmodelslim_runs_unchanged(tiny: Path, plain: Path, tmp_path:
     assert (tmp_path / "out" / recipe.name).read_text(encoding="utf-8") == MSMODELSLIM_RECIPE
 
 
-MSMODELSLIM_RECIPE = """\
-apiversion: multimodal_vlm_modelslim_v1
-
-metadata:
-  config_id: qwen2_5_omni_thinker_w8a8
-  score: 90
-  verified_model_types:
-    - Qwen2.5-Omni-7B
-  label:
-    w_bit: 8
-    a_bit: 8
-    is_sparse: False
-    kv_cache: False
-
-default_w8a8_dynamic: &default_w8a8_dynamic
-  act:
-    scope: "per_token"
-    dtype: "int8"
-    symmetric: True
-    method: "minmax"
-  weight:
-    scope: "per_channel"
-    dtype: "int8"
-    symmetric: True
-    method: "minmax"
-
-spec:
-  process:
-    - type: "linear_quant"
-      qconfig: *default_w8a8_dynamic
-      include: ["*"]
-      exclude: ["*audio_tower*", "*visual*"]
-  save:
-    - type: "ascendv1_saver"
-      part_file_size: 4
-  dataset: "calibVideos"
-  default_text: "What are the elements can you see and hear in these medias."
-"""
+MSMODELSLIM_RECIPE = (Path(__file__).parent / "msmodelslim_recipe.yaml").read_text(encoding="utf-8")
 
 
 def test_excluded_linears_stay_float(tiny: Path, tmp_path: Path) -> None:
