@@ -24,8 +24,3 @@ class QuantScheme:
     def name(self) -> str:
         """The scheme's name in reports and in Ascend descriptions, e.g. W8A8_DYNAMIC."""
         return f"W{self.weight_bits}A{self.act_bits}_DYNAMIC"
-
-    @property
-    def weight_bytes(self) -> float:
-        """Stored bytes of one weight, scales not counted."""
-        return self.weight_bits / 8

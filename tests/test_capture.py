@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,15 +19,6 @@ from msmodelslim_omni.capture import (
     run_layer,
 )
 from msmodelslim_omni.models.spec import MODALITIES
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose by threads, and on a busy machine by a factor of fifty."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def all_rows(x: torch.Tensor) -> torch.Tensor:

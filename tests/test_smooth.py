@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -24,15 +23,6 @@ ALL = frozenset(SPEC.linears)
 KINDS = (("norm-linear",), ("ov",), ("up-down",), ("norm-linear", "ov", "up-down"))
 GROUPS = {"norm-linear": ("qkv", "gate_up"), "ov": ("o",), "up-down": ("down",)}
 AUDIO, VIDEO = MODALITIES.index("audio"), MODALITIES.index("video")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Matrices this small only lose by threads, and on a busy machine by a factor of fifty."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def iter_smooth(*kinds: str, alpha: float | str = 0.5) -> IterSmoothConfig:
