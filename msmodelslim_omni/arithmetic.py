@@ -6,7 +6,7 @@ Left out on purpose: files, model names, and where a tensor comes from.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,41 +18,151 @@ from .scheme import QuantScheme
 # (and in bounded memory) instead of being several times the weight.
 _BLOCK_ELEMENTS = 1 << 20
 
-# Candidates of the `mse` clip: the scale is shrunk to these shares of absmax / qmax.
+# Candidates of the `mse` clip: the scale is shrunk to these shares of the one that covers the whole range.
 _MSE_SHRINKS = tuple(1.0 - 0.02 * i for i in range(16))
+_GROUP_SHRINKS = tuple(1.0 - 0.05 * i for i in range(8))
+
+# Scales of grouped schemes are stored as float16 by one format and in the checkpoint's dtype by the other.
+_SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantized weight: `qweight` int8 [out, in], `scales` float32 [out, 1]; W is near qweight * scales."""
+    """A quantized weight: W is near (qweight - zeros) * scales.
+
+    qweight: int8 [out, in], signed. scales: float32 [out, groups]; per channel there is one group.
+    zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
+    """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     scheme: QuantScheme
+    zeros: torch.Tensor | None = None
 
 
-def quantize_weight(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
-    """Symmetric rounding per output channel: s = absmax / qmax, q = clamp(round(W / s), -qmax, qmax).
+def quantize_weight(
+    weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None = None
+) -> QuantizedLinear:
+    """Round a weight to integers: q = clamp(round(W / s) + z), with s and z per output channel or per group of inputs.
 
-    `mse` shrinks s per channel where that lowers sum((W - s q)^2). A channel of zeros gets s = 1 and q = 0, since
-    a scale of zero divides. weight: [out, in], any float dtype. Raises QuantError where it holds NaN or Inf.
+    Symmetric, per channel:   s = absmax / qmax, z = 0; the lowest code is not used.
+    Symmetric, per group:     s = max(max / qmax, min / qmin), z = 0: the tightest that clips nothing.
+    Asymmetric, per group:    s = (max - min) / (qmax - qmin), z = round(qmin - min / s), with zero drawn into
+                              [min, max], so that z is a code and a group of one sign does not collapse.
+    `mse` (and `gptq`, whose rounding follows elsewhere) shrinks s where that lowers the squared error d·d of the
+    weight, or what `importance` makes of it: with diagonal blocks of H = XᵀX, [groups, g, g], the output's error
+    dᵀ H d; with a weight of each input, [groups, g], Σ h d².
+    Grouped scales are rounded to what float16 and bfloat16 both hold. A channel or group of zeros gets s = 1 and q = z.
+
+    weight: [out, in], any float dtype. Raises QuantError where it holds NaN or Inf.
     """
-    qmax = 2 ** (scheme.weight_bits - 1) - 1
     out_features, in_features = weight.shape
+    groups = in_features // scheme.group_size if scheme.group_size else 1
     qweight = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
-    scales = torch.empty((out_features, 1), dtype=torch.float32, device=weight.device)
+    scales = torch.empty((out_features, groups), dtype=torch.float32, device=weight.device)
+    zeros = None if scheme.symmetric else torch.empty_like(scales, dtype=torch.int8)
     for rows in row_blocks(weight):
         block = weight[rows].to(torch.float32)  # [rows, in]
-        absmax = block.abs().amax(dim=1, keepdim=True)  # [rows, 1]
-        if not torch.isfinite(absmax).all():
+        if not torch.isfinite(block.abs().amax()):
             raise QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
-        s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
-        s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
-        if scheme.weight_method == "mse":
-            s = _search_mse_scale(block, s, qmax)
+        if scheme.group_size is None:
+            s = _channel_scales(block, scheme)
+            q, z = (block / s).round_().clamp_(*scheme.weight_range), None
+        else:
+            grouped = block.view(-1, groups, scheme.group_size)  # [rows, groups, g]
+            s, z = group_grid(grouped, scheme, importance)
+            q = round_to_grid(grouped, s, z, scheme).flatten(1)
+            s = s.squeeze(2)
         scales[rows] = s
-        qweight[rows] = (block / s).round_().clamp_(-qmax, qmax).to(torch.int8)
-    return QuantizedLinear(qweight, scales, scheme)
+        qweight[rows] = q.to(torch.int8)
+        if zeros is not None and z is not None:
+            zeros[rows] = z.squeeze(2).to(torch.int8)
+    return QuantizedLinear(qweight, scales, scheme, zeros)
+
+
+def _channel_scales(block: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """[rows, in] -> [rows, 1]."""
+    qmax = scheme.weight_range[1]
+    absmax = block.abs().amax(dim=1, keepdim=True)
+    s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
+    s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
+    return _search_mse_scale(block, s, qmax) if scheme.weight_method == "mse" else s
+
+
+def group_grid(
+    grouped: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales and zero points (as floats) of each group: [rows, groups, g] -> [rows, groups, 1] each.
+
+    importance: see quantize_weight; it serves the clip search of `mse` and `gptq`.
+    """
+    low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
+    best_s, best_z = _grid_of_range(low, high, scheme)
+    if scheme.weight_method == "minmax":
+        return best_s, best_z
+    best = _group_error(grouped, best_s, best_z, scheme, importance)
+    for shrink in _GROUP_SHRINKS[1:]:
+        s, z = _grid_of_range(low * shrink, high * shrink, scheme)
+        error = _group_error(grouped, s, z, scheme, importance)
+        better = error < best
+        best, best_s = torch.where(better, error, best), torch.where(better, s, best_s)
+        best_z = torch.where(better, z, best_z) if z is not None and best_z is not None else None
+    return best_s, best_z
+
+
+def _grid_of_range(
+    low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    qmin, qmax = scheme.weight_range
+    if scheme.symmetric:
+        s = torch.maximum(high / qmax, low / qmin)
+        return storable_scales(torch.where(s > 0, s, torch.ones_like(s))), None
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    width = high - low
+    s = storable_scales(torch.where(width > 0, width / (qmax - qmin), torch.ones_like(width)))
+    return s, (qmin - low / s).round_().clamp_(qmin, qmax)
+
+
+def storable_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Positive scales rounded to numbers that float16 and bfloat16 hold exactly, so that every format has the same.
+
+    Eight significant bits, and multiples of 2^-24 where float16 is subnormal.
+    """
+    if float(scales.max()) > _LARGEST_SCALE:
+        raise QuantError(
+            f"the weight needs a scale of {float(scales.max()):g}; float16, in which 4-bit scales are stored, ends at"
+            f" {_LARGEST_SCALE:g}",
+            "exclude this Linear",
+        )
+    rounded = scales.to(torch.bfloat16).clamp(_SMALLEST_SCALE, 65280.0)
+    return rounded.to(torch.float16).to(torch.float32)
+
+
+def round_to_grid(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: QuantScheme
+) -> torch.Tensor:
+    """The integers as floats. weight, scales and zeros are of shapes that broadcast."""
+    q = (weight / scales).round_()
+    q = q if zeros is None else q.add_(zeros)
+    return q.clamp_(*scheme.weight_range)
+
+
+def _group_error(
+    grouped: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scheme: QuantScheme,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """Squared error of each group, as `importance` sees it: [rows, groups, 1]."""
+    q = round_to_grid(grouped, scales, zeros, scheme)
+    d = (q if zeros is None else q.sub_(zeros)).mul_(scales).sub_(grouped)  # [rows, groups, g]
+    if importance is None:
+        return d.square_().sum(dim=2, keepdim=True)
+    if importance.ndim == 2:
+        return (d.square_() * importance).sum(dim=2, keepdim=True)
+    weighted = torch.bmm(d.transpose(0, 1), importance).transpose(0, 1)  # [rows, groups, g]
+    return (weighted * d).sum(dim=2, keepdim=True)
 
 
 def row_blocks(weight: torch.Tensor) -> list[slice]:
@@ -86,7 +196,17 @@ def _squared_error(block: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
 
 def dequantize(linear: QuantizedLinear) -> torch.Tensor:
     """The weight that the integers stand for, [out, in] float32."""
-    return linear.qweight.to(torch.float32) * linear.scales
+    groups = linear.scales.shape[1]
+    q = linear.qweight.to(torch.float32).view(-1, groups, linear.qweight.shape[1] // groups)  # [out, groups, g]
+    if linear.zeros is not None:
+        q = q - linear.zeros.to(torch.float32).unsqueeze(2)
+    return (q * linear.scales.unsqueeze(2)).flatten(1)
+
+
+def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
+    """Some output channels of a quantized Linear."""
+    zeros = None if linear.zeros is None else linear.zeros[rows]
+    return replace(linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros)
 
 
 def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,10 +221,12 @@ def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Te
 
 
 def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What the runtime's int8 kernel computes: (q_x @ q_w^T) * s_x * s_w + bias, in float32.
+    """What the runtime computes, in float32: (q_x @ q_w^T) * s_x * s_w + bias for int8, else x @ Ŵ^T + bias.
 
     x: [..., in] float32 -> [..., out] float32.
     """
+    if linear.scheme.act_bits is None:
+        return F.linear(x, dequantize(linear), bias)
     q_x, s_x = quantize_act(x, linear.scheme.act_bits)
     y = F.linear(q_x, linear.qweight.to(torch.float32)) * s_x * linear.scales.squeeze(1)
     return y if bias is None else y + bias
@@ -132,7 +254,7 @@ def weight_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
     error = signal = 0.0
     for rows in row_blocks(weight):
         block = weight[rows].to(torch.float32)
-        approximated = linear.qweight[rows].to(torch.float32) * linear.scales[rows]
+        approximated = dequantize(linear_rows(linear, rows))
         signal += float(squared_norm(block))
         error += float(squared_norm(block - approximated))
     return relative_error(error, signal)

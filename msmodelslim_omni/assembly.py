@@ -22,13 +22,16 @@ from .safetensors_io import (
 # Kept tensors are copied through a buffer of this size, so that an embedding of a gigabyte does not fill memory.
 _COPY_BYTES = 16 << 20
 
+# What a part holds of a quantized Linear, after its name; `zeros` only of an asymmetric scheme.
+PART_TENSORS = ("qweight", "scales", "zeros")
+
 Parts = Callable[[int], dict[str, TensorInfo]]
 
 
 def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
     """The job of every format. `parts(layer)`: the tensors of a layer's part by name; asked for layer by layer.
 
-    In a part, `<linear>.qweight` and `<linear>.scales` hold a quantized Linear, any other name a changed float tensor.
+    In a part, `<linear>.` and the names of PART_TENSORS hold a quantized Linear, any other name a changed float tensor.
     """
     schemes = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
     changed: dict[str, TensorInfo] = {}
@@ -41,8 +44,13 @@ def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
             items.append(_float_item(changed.get(name), info))
             continue
         assert linear.scheme is not None
-        qweight, scales = changed.get(f"{linear.name}.qweight"), changed.get(f"{linear.name}.scales")
-        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _loader(qweight), _loader(scales)))
+        qweight, scales, zeros = (_loader(changed.get(f"{linear.name}.{part}")) for part in PART_TENSORS)
+        symmetric = linear.scheme.symmetric
+        items.append(
+            OutLinear(
+                linear.name, linear.scheme, linear.shape, info.dtype, qweight, scales, None if symmetric else zeros
+            )
+        )
     return OutputJob(
         items=tuple(items),
         float_linears=tuple(linear.name for linear in plan.linears if linear.scheme is None),

@@ -47,6 +47,11 @@ class CalibSample:
         parts = (p for m in self.messages for p in m["content"] if p["type"] in MEDIA_KINDS)
         return [part[part["type"]] for part in parts]
 
+    def modalities(self) -> frozenset[str]:
+        """What its tokens are: text in any case, and the kinds of its media."""
+        kinds = {part["type"] for message in self.messages for part in message["content"]} & set(MEDIA_KINDS)
+        return frozenset({"text", *kinds, *(("audio",) if self.use_audio_in_video else ())})
+
 
 @dataclass(frozen=True)
 class CalibSet:

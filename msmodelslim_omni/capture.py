@@ -6,12 +6,14 @@ so that a weighting of modalities needs no further forward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from .errors import QuantError
+from .gram import Gram, GramBuilder, combined, sketch_rows
 from .models.spec import MODALITIES, LayerInput, LayerSpec
 
 # Rows of a Linear's input that are kept, per modality: enough to tell apart errors that differ by a few percent.
@@ -23,18 +25,23 @@ class InputStats:
     """The input of one group of Linears over all samples.
 
     absmax: float32 [modalities, in], the largest |x| per channel; zero for a modality without tokens.
+    abssum: float32 [modalities, in], the sum of |x| per channel.
     count:  int64 [modalities], tokens seen.
     rows:   float32 [n, in], a fixed choice of tokens; row_modality: int8 [n].
+    grams:  the second moment of each modality present, by index; empty where no processor asks for it.
     """
 
     absmax: torch.Tensor
+    abssum: torch.Tensor
     count: torch.Tensor
     rows: torch.Tensor
     row_modality: torch.Tensor
+    grams: dict[int, Gram] = field(default_factory=dict)
 
     def merged(self, other: InputStats) -> InputStats:
         return InputStats(
             torch.maximum(self.absmax, other.absmax),
+            self.abssum + other.abssum,
             self.count + other.count,
             torch.cat([self.rows, other.rows]),
             torch.cat([self.row_modality, other.row_modality]),
@@ -44,17 +51,41 @@ class InputStats:
         """Indices of the modalities that have tokens."""
         return [int(m) for m in torch.nonzero(self.count).flatten()]
 
+    def gram(self, importance: Mapping[int, float]) -> Gram:
+        """H with each token of a modality weighed by its importance; what weighs nothing is left out."""
+        chosen = [(gram, importance[m]) for m, gram in self.grams.items() if importance[m] > 0]
+        return combined([gram for gram, _ in chosen], [weight for _, weight in chosen])
+
+    def mean_abs(self, importance: Mapping[int, float]) -> torch.Tensor:
+        """The mean |x| of each channel, [in], tokens weighed likewise."""
+        weights = [importance[m] for m in self.present()]
+        total = sum(weight * float(self.count[m]) for weight, m in zip(weights, self.present(), strict=True))
+        sums = torch.stack([self.abssum[m] * weight for weight, m in zip(weights, self.present(), strict=True)])
+        return sums.sum(dim=0) / total
+
+    def divided(self, factors: torch.Tensor) -> InputStats:
+        """Of the input divided by factors [in]."""
+        return replace(
+            self,
+            absmax=self.absmax / factors,
+            abssum=self.abssum / factors,
+            rows=self.rows / factors,
+            grams={m: gram.rescaled(factors) for m, gram in self.grams.items()},
+        )
+
 
 def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -> InputStats:
     """Statistics of one sample. x: [tokens, in] float32; modality: int8 [tokens]; chosen: rows to keep."""
     absmax = torch.zeros((len(MODALITIES), x.shape[1]), dtype=torch.float32, device=x.device)
+    abssum = torch.zeros_like(absmax)
     count = torch.zeros(len(MODALITIES), dtype=torch.int64)
     for index in range(len(MODALITIES)):
         mine = modality == index
         count[index] = int(mine.sum())
         if count[index]:
-            absmax[index] = x[mine.to(x.device)].abs().amax(dim=0)
-    return InputStats(absmax, count, x[chosen.to(x.device)].clone(), modality[chosen])
+            magnitude = (x if mine.all() else x[mine.to(x.device)]).abs()
+            absmax[index], abssum[index] = magnitude.amax(dim=0), magnitude.sum(dim=0)
+    return InputStats(absmax, abssum, count, x[chosen.to(x.device)].clone(), modality[chosen])
 
 
 def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER_MODALITY) -> list[torch.Tensor]:
@@ -73,27 +104,64 @@ def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER
 
 
 class InputRecorder:
-    """Hooks on one layer that collect InputStats for each of its groups while samples run through it."""
+    """Hooks on one layer that collect InputStats for each of its groups while samples run through it.
 
-    def __init__(self, layer: torch.nn.Module, spec: LayerSpec) -> None:
-        self.stats: dict[str, InputStats] = {}
+    tokens: of each modality over the samples that count in H, where it is to be collected; else None.
+    """
+
+    def __init__(self, layer: torch.nn.Module, spec: LayerSpec, tokens: Sequence[int] | None = None) -> None:
+        self._stats: dict[str, InputStats] = {}
+        self._tokens = tokens
+        self._grams: dict[str, dict[int, GramBuilder]] = {}
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
+        self._in_gram = True
         self._hooks = [
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group.name))
+            layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group.name, group.linears))
             for group in spec.groups
         ]
 
-    def begin(self, modality: torch.Tensor, chosen: torch.Tensor) -> None:
-        """What the tokens of the next sample are."""
-        self._modality, self._chosen = modality, chosen
+    def begin(self, modality: torch.Tensor, chosen: torch.Tensor, *, in_gram: bool = True) -> None:
+        """What the tokens of the next sample are, which rows to keep, and whether it counts in H."""
+        self._modality, self._chosen, self._in_gram = modality, chosen, in_gram
 
-    def _recorder(self, group: str) -> Any:
+    def _recorder(self, group: str, linears: tuple[str, ...]) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            new = input_stats(arguments[0][0], self._modality, self._chosen)
-            self.stats[group] = self.stats[group].merged(new) if group in self.stats else new
+            x = arguments[0][0]
+            new = input_stats(x, self._modality, self._chosen)
+            if not torch.isfinite(new.abssum).all():
+                raise QuantError(
+                    f"{linears[0]}: NaN or Inf in the activations that reach it",
+                    "check the checkpoint with the float model, or leave the sample out",
+                )
+            self._stats[group] = self._stats[group].merged(new) if group in self._stats else new
+            if self._tokens is not None and self._in_gram:
+                self._add_to_grams(group, x, self._tokens)
 
         return record
+
+    def _add_to_grams(self, group: str, x: torch.Tensor, tokens: Sequence[int]) -> None:
+        if group not in self._grams:
+            rows = sketch_rows(tokens, x.shape[1])
+            self._grams[group] = {
+                m: GramBuilder(x.shape[1], rows[m] if rows else None, x.device, seed=m)
+                for m, count in enumerate(tokens)
+                if count
+            }
+        for m, builder in self._grams[group].items():
+            mine = self._modality == m
+            if mine.all():
+                builder.add(x)
+            elif mine.any():
+                builder.add(x[mine.to(x.device)])
+
+    def finish(self) -> dict[str, InputStats]:
+        """Remove the hooks and return what they saw."""
+        self.remove()
+        return {
+            group: replace(stats, grams={m: builder.finish() for m, builder in self._grams.get(group, {}).items()})
+            for group, stats in self._stats.items()
+        }
 
     def remove(self) -> None:
         for hook in self._hooks:

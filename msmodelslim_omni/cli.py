@@ -192,6 +192,132 @@ def _totals(parts: Any) -> list[str]:
     ]
 
 
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint, of ours or another tool's.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Folder of the float checkpoint it was made from, to compare the weights too.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Whether a quantized checkpoint loads and where, or what is wrong with it. Exit 1 if anything is."""
+
+    def work() -> None:
+        from .doctor import examine
+
+        with _messages.status("examining") as status:
+            diagnosis = examine(path, source, on_check=lambda check: status.update(f"examining {check}"))
+        if as_json:
+            _print_json(diagnosis.as_dict())
+        else:
+            from .terminal import print_diagnosis
+
+            print_diagnosis(_results, diagnosis)
+        if not diagnosis.healthy:
+            raise typer.Exit(1)
+
+    quiet_libraries()
+    _guarded(work, debug)
+
+
+@app.command(context_settings=_EITHER_SPELLING)
+def export(
+    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint: an output of `quant`.")],
+    save_path: Annotated[Path, _flag("save_path", "Folder to write; empty, new, or that of a stopped export.")],
+    save_format: Annotated[str, _flag("save_format", "awq, compressed_tensors or ascendv1_saver.")],
+    thinker_only: Annotated[
+        bool, _flag("thinker_only", "Leave out talker and token2wav; the output answers in text only.", is_flag=True)
+    ] = False,
+    part_file_size: Annotated[int, _flag("part_file_size", "GB of a shard; 0: one file.", min=0)] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in SAVE_PATH.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a quantized checkpoint in another format, without quantizing again."""
+    from .terminal import TerminalProgress, table
+
+    progress = TerminalProgress(_messages)
+    quiet_libraries()
+
+    def work() -> None:
+        from .export import export as run_export
+        from .report import human_bytes
+
+        done = run_export(
+            path, save_path, save_format, thinker_only=thinker_only, part_file_size=part_file_size, overwrite=overwrite,
+            progress=progress,
+        )  # fmt: skip
+        progress.close()
+        if as_json:
+            _print_json(asdict(done))
+            return
+        rows = [
+            [done.source_format, done.source, human_bytes(done.source_bytes)],
+            [done.save_format, done.path, human_bytes(done.output_bytes)],
+            *([["left out", "talker, token2wav", human_bytes(done.left_out_bytes)]] if thinker_only else []),
+        ]
+        _results.print(table(f"{done.linears} quantized Linears", ["format", "folder", "bytes"], rows, numeric=2))
+
+    try:
+        _guarded(work, debug, stopped="run the same command again to go on")
+    finally:
+        progress.close()
+
+
+@app.command(context_settings=_EITHER_SPELLING)
+def generate(
+    path: Annotated[Path, typer.Argument(help="Folder of a float or quantized checkpoint.")],
+    text: Annotated[str, typer.Option(help="What to say or ask.")] = "",
+    image: Annotated[list[str] | None, typer.Option(help="A picture: jpg png webp; repeat for more.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="A recording: wav mp3 flac m4a; repeat for more.")] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(help="A clip: mp4 mkv mov webm, heard too if it has sound; repeat for more.")
+    ] = None,
+    speech: Annotated[Path | None, typer.Option(help="Answer aloud too, into this wav file (24 kHz).")] = None,
+    speaker: Annotated[str, typer.Option(help="The voice; one of spk_dict.pt.")] = "Chelsie",
+    max_new_tokens: Annotated[int, _flag("max_new_tokens", "The longest answer, in tokens.", min=1)] = 128,
+    device: Annotated[str, typer.Option(help="auto (npu, else cuda, else cpu), cpu, cuda[:i], npu[:i].")] = "auto",
+    trust_remote_code: Annotated[
+        TrueFalse,
+        _flag("trust_remote_code", "Whether code from the checkpoint may run.", case_sensitive=False),
+    ] = TrueFalse.false,
+    debug: Debug = False,
+) -> None:
+    """Let a checkpoint answer, in plain transformers: text on stdout as it comes, and speech.
+
+    No quantized kernel is used: weights are dequantized and take their float size in memory (float32 on a CPU where
+    that fits, else bfloat16); int8 activations are emulated. Media are local files, read as calibration reads them.
+    """
+    from .terminal import TerminalProgress
+
+    progress = TerminalProgress(_messages)
+    quiet_libraries()
+
+    def show(piece: str) -> None:
+        progress.close()
+        typer.echo(piece, nl=False)
+
+    def work() -> None:
+        from .generate import generate as run_generate
+
+        answer = run_generate(
+            path, text, images=image or (), audios=audio or (), videos=video or (), speech=speech, speaker=speaker,
+            max_new_tokens=max_new_tokens, device=device, trust_remote_code=trust_remote_code is TrueFalse.true,
+            on_text=show, progress=progress,
+        )  # fmt: skip
+        progress.close()
+        typer.echo()
+        progress.say(f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s, loading included")
+        if answer.speech:
+            progress.say(f"{answer.speech_seconds:.1f} s of speech in {answer.speech}")
+
+    try:
+        _guarded(work, debug)
+    finally:
+        progress.close()
+
+
 # --- recipes -------------------------------------------------------------------------------------------------
 
 

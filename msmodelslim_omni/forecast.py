@@ -11,9 +11,11 @@ from .capture import ROWS_PER_MODALITY
 from .errors import QuantError
 from .formats import FORMATS
 from .formats.shards import format_tensors
+from .gram import sketch_rows
 from .models.spec import MODALITIES
 from .plan import QuantPlan
 from .report import human_bytes
+from .scheme import QuantScheme
 from .stream import ARGUMENTS_BUDGET, HIDDEN_BUDGET
 from .workspace import WORK_FOLDER
 
@@ -46,10 +48,26 @@ def forecast(plan: QuantPlan, samples: int, tokens: int | None = None) -> Foreca
         saver.type: sum(tensor.spec.nbytes for tensor in format_tensors(FORMATS[saver.type], job)) + other
         for saver in plan.savers
     }
-    parts = sum(out * in_ + 4 * out for out, in_ in (linear.shape for linear in plan.linears if linear.scheme))
+    parts = sum(_part_bytes(linear.shape, linear.scheme) for linear in plan.linears if linear.scheme)
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
     # Per token: hidden states at up to four places, rotary tables and the like once.
     return Forecast(outputs, parts + tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
+
+
+def _part_bytes(shape: tuple[int, int], scheme: QuantScheme) -> int:
+    """Integers, a byte each, and float32 scales with zero points of a byte."""
+    out_features, in_features = shape
+    groups = in_features // scheme.group_size if scheme.group_size else 1
+    return out_features * (in_features + groups * (4 if scheme.symmetric else 5))
+
+
+def _gram_bytes(in_features: int, tokens: int) -> int:
+    """H of one input with all modalities present, its weighted sum and what is factorized of it."""
+    share = max(1, tokens // len(MODALITIES))
+    rows = sketch_rows([share] * len(MODALITIES), in_features)
+    if rows is None:
+        return 4 * in_features**2 * (len(MODALITIES) + 3)
+    return 4 * in_features * 4 * sum(rows)
 
 
 def _peak_memory(plan: QuantPlan, tokens: int) -> int:
@@ -69,7 +87,11 @@ def _peak_memory(plan: QuantPlan, tokens: int) -> int:
     rows = 4 * sum(info.shape[1] for info in infos) * kept_rows
     hidden = 4 * plan.layer_spec.shapes["input_layernorm.weight"][0] * tokens
     stores = 3 * min(hidden, HIDDEN_BUDGET) + min(4096 * tokens, ARGUMENTS_BUDGET)
-    layer = stored + 4 * weights + 4 * weights + weights + 8 * widest + rows + stores
+    grams = 0
+    if plan.statistics == "gram":
+        first_names = {group.linears[0] for group in plan.layer_spec.groups}
+        grams = sum(_gram_bytes(plan.layer_spec.shapes[f"{name}.weight"][1], tokens) for name in sorted(first_names))
+    layer = 2 * stored + 4 * weights + 4 * weights + 2 * weights + 8 * widest + rows + stores + grams
     return _BASE_BYTES + _MEDIA_BYTES + max(towers, layer)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: Out
     """The layer's LayerRecord as JSON data."""
     linears = tuple(_linear_record(plan, layer, work, linear) for linear in work.spec.linears)
     smoothing = tuple(asdict(record) for record in work.smoothing)
-    if output is None:
-        return asdict(LayerRecord(layer.index, linears, smoothing))
-    return asdict(LayerRecord(layer.index, linears, smoothing, output.overall, output.by_modality))
+    record = LayerRecord(layer.index, linears, smoothing, notes=work.notes, error_over_plain=work.over_plain)
+    if output is not None:
+        record = replace(record, output_error=output.overall, output_error_by_modality=output.by_modality)
+    return asdict(record)
 
 
 def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: str) -> LinearRecord:

@@ -12,19 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from . import __version__
-from .assembly import make_job
+from .arithmetic import dequantize, quantize_weight, relative_error
+from .assembly import PART_TENSORS, make_job
+from .background import Background
 from .calibration import CalibSet, load_calib_set
 from .checkpoint import open_checkpoint
-from .device import OUT_OF_MEMORY, Device, free_memory, peak_device_memory, peak_rss, resolve_device
+from .device import OUT_OF_MEMORY, Device, free_memory, resolve_device
 from .digests import file_digest, value_digest
 from .errors import QuantError
 from .forecast import Forecast, check_disk, forecast
 from .formats import FORMATS
-from .formats.job import OutTensor
 from .formats.shards import format_tensors, write_output
 from .measure import record_layer
 from .models import derive_model_type, named_model_type
@@ -34,8 +35,9 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
-from .report import PartSize, Report, layer_record, read_report, write_report
-from .stream import CalibrationStream, emulate
+from .report import Report, read_report, write_report
+from .stream import CalibrationStream, LayerProbe, emulate
+from .summary import make_report, versions
 from .workspace import Workspace, check_save_path
 
 
@@ -160,13 +162,31 @@ def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | N
 def _load_calibration(plan: QuantPlan) -> CalibSet | None:
     if plan.dataset is None:
         return None
-    return load_calib_set(
+    calib = load_calib_set(
         plan.dataset,
         plan.recipe.spec.default_text,
         max_samples=plan.calibration.max_samples,
         seed=plan.seed,
         on_bad_sample=plan.calibration.on_bad_sample,
     )
+    _check_modality_weights(plan, calib)
+    return calib
+
+
+def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:
+    weights = plan.calibration.modality_weights
+    if isinstance(weights, str):
+        return
+    where = plan.recipe.where(("spec", "calibration", "modality_weights"))
+    present = {modality for sample in calib.samples for modality in sample.modalities()}
+    if absent := [name for name, weight in weights.items() if weight > 0 and name not in present]:
+        raise QuantError(
+            f"{where}: a weight for {absent[0]}, which no sample of {calib.index} has; it has"
+            f" {', '.join(sorted(present))}",
+            "leave it out, or add samples with it",
+        )
+    if not any(weights.values()):
+        raise QuantError(f"{where}: all modality weights are zero", "give one a weight, or say `balanced`")
 
 
 # --- the run -------------------------------------------------------------------------------------------------
@@ -209,9 +229,23 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
     first = _first_layer(workspace, stream)
     if first:
         progress.say(f"going on at layer {first}; the layers before it are finished")
-    for layer in plan.layers[first:]:
-        _quantize_layer(plan, layer, stream, device.torch, workspace, clock)
-        progress.step("layers", layer.index + 1, len(plan.layers), _detail(stream))
+    with Background() as reading, Background() as writing:
+        for layer in plan.layers[first:]:
+            with clock("read"):
+                weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
+            if layer.index + 1 < len(plan.layers):
+                reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
+            work, record = _quantize_layer(plan, layer, weights, stream, device.torch, clock)
+            with clock("write"):
+                if writing.busy:
+                    writing.result()
+                writing.start(_save, workspace, stream, layer.index, _part_tensors(plan, work), record)
+            del work, weights
+            free_memory(device.torch)
+            progress.step("layers", layer.index + 1, len(plan.layers), _detail(stream))
+        with clock("write"):
+            if writing.busy:
+                writing.result()
     return _finish(prepared, workspace, stream, first, clock, progress)
 
 
@@ -231,47 +265,86 @@ def _detail(stream: CalibrationStream | None) -> str:
 def _quantize_layer(
     plan: QuantPlan,
     layer: LayerPlan,
+    weights: dict[str, torch.Tensor],
     stream: CalibrationStream | None,
     device: torch.device,
-    workspace: Workspace,
     clock: Clock,
-) -> None:
-    """One decoder layer: load -> capture -> process -> propagate -> part -> forget."""
-    with clock("read"):
-        work = _load_layer(plan, layer, device, calibrated=stream is not None)
-    if stream is not None:
+) -> tuple[LayerWork, dict[str, Any]]:
+    """One decoder layer: capture -> process -> propagate -> measure. Returns it quantized, and its record."""
+    on_device = {name: tensor.to(device) for name, tensor in weights.items()}
+    work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device)
+    output = None
+    if stream is None:
+        work = _process(layer, work, clock)
+    else:
         with clock("forward"):
-            work = replace(work, stats=stream.capture(layer.index, _module(plan, work), plan.layer_spec))
+            seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
+        loaded = replace(work, stats=seen.stats, importance=seen.importance, probe=seen.probe)
+        work = _process(layer, loaded, clock)
+        if plan.statistics == "gram":
+            with clock("check"):
+                work = _no_worse_than_rounding(plan, loaded, work, seen.probe)
+        with clock("propagate"):
+            output = stream.advance(layer.index, _module(plan, work), seen.probe)
+    with clock("measure"):
+        return work, record_layer(plan, layer, work, output)
+
+
+def _save(
+    workspace: Workspace,
+    stream: CalibrationStream | None,
+    index: int,
+    tensors: dict[str, torch.Tensor],
+    record: dict[str, Any],
+) -> None:
+    """Once a layer's part is safe, what led to it is not needed any more."""
+    workspace.save_part(index, tensors, record)
+    if stream is not None:
+        stream.forget(index)
+
+
+def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
     for step in layer.steps:
         with clock(step.processor):
             work = PROCESSORS[step.processor].apply(work, step.config, step.linears)
-    output = None
-    if stream is not None:
-        with clock("propagate"):
-            output = stream.advance(layer.index, _module(plan, work))
-    with clock("measure"):
-        record = record_layer(plan, layer, work, output)
-    with clock("write"):
-        workspace.save_part(layer.index, _part_tensors(plan, work), record)
-    if stream is not None:
-        stream.forget(layer.index)
-    free_memory(device)
+    return work
 
 
-def _load_layer(plan: QuantPlan, layer: LayerPlan, device: torch.device, *, calibrated: bool) -> LayerWork:
+def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe) -> LayerWork:
+    """The layer as it is, if its true output error is below that of plain rounding; else plainly rounded."""
+    plain = replace(
+        loaded,
+        quantized={
+            linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"))
+            for linear, scheme in loaded.schemes.items()
+        },
+        smoothing=work.smoothing,
+        notes=work.notes,
+    )
+    error, of_plain = probe.layer_error(_module(plan, work)), probe.layer_error(_module(plan, plain))
+    ratio = relative_error(error, of_plain)
+    if error < of_plain:
+        return replace(work, over_plain=ratio)
+    note = f"fell back to plain rounding: the search's output error would be {ratio:.3f}x of it"
+    return replace(plain, over_plain=1.0, notes=(*work.notes, note))
+
+
+def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str, torch.Tensor]:
     """The layer's tensors in their stored dtype. A data-free run leaves the check for NaN to the rounding itself."""
     weights = {}
     for relative, shape in plan.layer_spec.shapes.items():
-        name = plan.model.layer_name(layer.index, relative)
         load = plan.checkpoint.load_finite if calibrated or len(shape) == 1 else plan.checkpoint.load
-        weights[relative] = load(name).to(device)
-    return LayerWork(layer.index, plan.layer_spec, layer.schemes, weights)
+        weights[relative] = load(plan.model.layer_name(layer.index, relative))
+    return weights
 
 
 def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
     """The library's layer with the work's weights in float32, its quantized Linears emulated."""
     emulated = {f"{linear}.weight" for linear in work.quantized}  # not widened: their emulation replaces them
     weights = {n: t if n in emulated else t.to(torch.float32) for n, t in work.weights.items()}
+    for linear, quantized in work.quantized.items():
+        if quantized.scheme.act_bits is None:
+            weights[f"{linear}.weight"] = dequantize(quantized)
     module = plan.model.family.build_layer(plan.checkpoint.config, work.index, weights)
     emulate(module, work.quantized, weights)
     return module
@@ -282,9 +355,11 @@ def _part_tensors(plan: QuantPlan, work: LayerWork) -> dict[str, torch.Tensor]:
     tensors = {}
     for linear, quantized in work.quantized.items():
         name = plan.model.layer_name(work.index, linear)
-        tensors[f"{name}.qweight"], tensors[f"{name}.scales"] = quantized.qweight, quantized.scales
+        for part in PART_TENSORS:
+            if (tensor := getattr(quantized, part)) is not None:
+                tensors[f"{name}.{part}"] = tensor.cpu()
     for relative in work.changed - {f"{linear}.weight" for linear in work.quantized}:
-        tensors[plan.model.layer_name(work.index, relative)] = work.weights[relative]
+        tensors[plan.model.layer_name(work.index, relative)] = work.weights[relative].cpu()
     return tensors
 
 
@@ -311,36 +386,18 @@ def _finish(
 
             folder = workspace.output_folder(saver.type)
             output_bytes[saver.type] = write_output(FORMATS[saver.type], job, folder, saver.part_file_size, shown)
-    tensors = format_tensors(FORMATS[plan.savers[0].type], job)  # the report's sizes are the first format's
     names: list[str] = [saver.type for saver in plan.savers]
-    places = {name: str(workspace.place(name, names)) for name in names}
-    report = Report(
-        model_type=plan.model.model_type,
-        model_path=str(plan.checkpoint.path),
-        quant_type=plan.recipe.quant_type or "custom",
-        recipe=plan.recipe.path.name,
-        savers=places,
-        versions=_versions(),
-        device=prepared.device.name,
-        seed=plan.seed,
-        data_free=stream is None,
-        samples=len(stream) if stream is not None else 0,
-        tokens_by_modality=stream.tokens_by_modality() if stream is not None else {},
-        parts=_part_sizes(plan, tensors),
+    report = make_report(
+        plan,
+        device=prepared.device,
+        tensors=format_tensors(FORMATS[plan.savers[0].type], job),
+        places={name: str(workspace.place(name, names)) for name in names},
         output_bytes=output_bytes,
-        source_bytes=plan.checkpoint.total_bytes,
-        bits_per_weight=_bits_per_weight(plan, tensors),
-        layers=tuple(layer_record(workspace.record(layer.index)) for layer in plan.layers),
-        seconds=clock.total(),
-        seconds_by_phase=clock.seconds,
+        layers=[workspace.record(layer.index) for layer in plan.layers],
+        stream=stream,
+        clock=clock,
         resumed_at_layer=first,
-        peak_rss_bytes=peak_rss(),
-        peak_device_bytes=peak_device_memory(prepared.device.torch),
-        warnings=(
-            *plan.warnings,
-            *(prepared.calib.warnings if prepared.calib else ()),
-            *(stream.warnings if stream is not None else ()),
-        ),
+        warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stream.warnings if stream else ())),
     )
     for name in names:
         folder = workspace.output_folder(name)
@@ -354,49 +411,11 @@ def _commit(workspace: Workspace, savers: list[str]) -> Report:
     return read_report(workspace.place(savers[0], savers))
 
 
-def _part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
-    """Bytes of each part before and after."""
-    before: dict[str, list[int]] = {}
-    for name, info in plan.checkpoint.tensors.items():
-        before.setdefault(plan.model.part_of(name).name, []).append(info.nbytes)
-    after: dict[str, int] = {}
-    kinds: dict[str, set[str]] = {}
-    for tensor in tensors:
-        part = plan.model.part_of(tensor.spec.name).name
-        after[part] = after.get(part, 0) + tensor.spec.nbytes
-        kinds.setdefault(part, set()).add(tensor.kind)
-    return tuple(
-        PartSize(
-            part.name,
-            len(before[part.name]),
-            sum(before[part.name]),
-            after[part.name],
-            _kind(kinds[part.name]),
-        )
-        for part in plan.model.parts
-        if part.name in before
-    )
-
-
-def _kind(kinds: set[str]) -> str:
-    return ", ".join(sorted(kinds - {"FLOAT"})) or "float, unchanged"
-
-
-def _bits_per_weight(plan: QuantPlan, tensors: list[OutTensor]) -> float:
-    """Stored bits of the quantized Linears, scales included, over their weights."""
-    bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != "FLOAT")
-    return bits / sum(linear.shape[0] * linear.shape[1] for linear in plan.linears if linear.scheme is not None)
-
-
-def _versions() -> dict[str, str]:
-    return {"msmodelslim_omni": __version__, **{name: version(name) for name in ("torch", "transformers")}}
-
-
 def _fingerprint(prepared: Prepared) -> dict[str, str]:
     """What the parts depend on; a work folder with another fingerprint is not gone on with."""
     plan, calib = prepared.plan, prepared.calib
     return {
-        **_versions(),
+        **versions(),
         "model_type": plan.model.model_type,
         **{key: value_digest(value) for key, value in _recipe_blocks(plan).items()},
         **_media_fingerprint(plan),

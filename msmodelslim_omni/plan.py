@@ -13,7 +13,9 @@ from .models.spec import LayerSpec, ModelSpec, Part
 from .patterns import matches
 from .processors import PROCESSORS
 from .recipe import (
+    GROUP_SIZES,
     SAVER_CONFIGS,
+    AwqConfig,
     CalibrationConfig,
     LinearQuantConfig,
     ProcessorConfig,
@@ -55,7 +57,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """All decisions of a run. `dataset` is None for a data-free recipe: no sample is read, no tower is run."""
+    """All decisions of a run. `dataset` is None for a data-free recipe: no sample is read, no tower is run.
+
+    statistics: what must be known of the Linears' inputs; see processors.Processor.needs.
+    """
 
     model: ModelSpec
     recipe: Recipe
@@ -66,6 +71,7 @@ class QuantPlan:
     savers: tuple[SaverConfig, ...]
     dataset: str | None
     calibration: CalibrationConfig
+    statistics: str
     seed: int
     trust_remote_code: bool
     warnings: tuple[str, ...]
@@ -103,10 +109,14 @@ def make_plan(
         _plan_layer(model, layer_spec, index, selections) for index in range(model.family.num_layers(checkpoint.config))
     )
     _refuse_split_groups(model, layer_spec, layers, recipe)
+    _check_group_sizes(model, checkpoint, layers, selections, recipe)
+    _check_awq(layers, selections, recipe)
     if not any(layer.schemes for layer in layers):
         raise QuantError(f"{recipe.where(('spec', 'process'))}: the recipe quantizes nothing", "widen an include")
     linears = tuple(_linear_plan(model, checkpoint, layer, name) for layer in layers for name in layer_spec.linears)
-    data_free = not any(PROCESSORS[config.type].needs_calibration(config) for _, config, _ in selections)
+    needs = {PROCESSORS[config.type].needs(config) for _, config, _ in selections}
+    statistics = max(needs, key=("", "inputs", "gram").index)
+    data_free = statistics == ""
     if data_free and dataset is not None:
         warnings.append(f"the recipe is data-free; dataset {dataset!r} is not read")
     calibration = recipe.spec.calibration
@@ -124,6 +134,7 @@ def make_plan(
         savers=savers,
         dataset=None if data_free else dataset or recipe.spec.dataset,
         calibration=calibration,
+        statistics=statistics,
         seed=seed,
         trust_remote_code=trust_remote_code,
         warnings=tuple(warnings),
@@ -276,9 +287,10 @@ def _plan_layer(model: ModelSpec, spec: LayerSpec, index: int, selections: list[
 
 
 def _scheme(config: LinearQuantConfig) -> QuantScheme:
-    bits = {"int8": 8}
+    bits = {"int8": 8, "int4": 4}
     act, weight = config.qconfig.act, config.qconfig.weight
-    return QuantScheme(bits[weight.dtype], bits[act.dtype], weight.method)
+    act_bits = bits[act.dtype] if act else None
+    return QuantScheme(bits[weight.dtype], act_bits, weight.method, weight.group_size, weight.symmetric)
 
 
 def _refuse_split_groups(model: ModelSpec, spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
@@ -292,6 +304,55 @@ def _refuse_split_groups(model: ModelSpec, spec: LayerSpec, layers: tuple[LayerP
                     f"{recipe.where(('spec', 'process'))}: in layer {layer.index} {names} would be"
                     f" {' and '.join(sorted(forms))}; runtimes fuse them and need one form",
                     "include or exclude all of them together",
+                )
+
+
+def _check_group_sizes(
+    model: ModelSpec,
+    checkpoint: Checkpoint,
+    layers: tuple[LayerPlan, ...],
+    selections: list[Selection],
+    recipe: Recipe,
+) -> None:
+    for layer in layers:
+        for linear, scheme in layer.schemes.items():
+            name = model.layer_name(layer.index, linear)
+            in_features = checkpoint.tensors[f"{name}.weight"].shape[1]
+            if scheme.group_size is None or in_features % scheme.group_size == 0:
+                continue
+            place = next(place for place, config, names in selections if _quantizes(config) and name in names)
+            fitting = [str(size) for size in GROUP_SIZES if in_features % size == 0]
+            raise QuantError(
+                f"{recipe.where((*place, 'qconfig', 'weight'))}: weight.ext.group_size {scheme.group_size} does not"
+                f" divide in_features {in_features} of {name}",
+                f"use {' or '.join(fitting)}" if fitting else "no group size does; exclude this Linear",
+            )
+
+
+def _quantizes(config: ProcessorConfig) -> bool:
+    return isinstance(config, LinearQuantConfig)
+
+
+def _check_awq(layers: tuple[LayerPlan, ...], selections: list[Selection], recipe: Recipe) -> None:
+    """awq scales for grouped, weight-only rounding, and searches for the very form that linear_quant then writes."""
+    for place, config, names in selections:
+        if not isinstance(config, AwqConfig) or not names:
+            continue
+        layer, step = next((lay, s) for lay in layers for s in lay.steps if s.config is config)
+        schemes = {layer.schemes[linear] for linear in step.linears if linear in layer.schemes}
+        if odd := [scheme for scheme in schemes if scheme.group_size is None]:
+            raise QuantError(
+                f"{recipe.where(place)}: awq is for int4 per_group weights; linear_quant makes {odd[0].name} of them",
+                "use iter_smooth or smooth_quant with W8A8",
+            )
+        said = config.weight_qconfig
+        for scheme in schemes if said is not None else ():
+            assert said is not None
+            if (said.group_size, said.symmetric) != (scheme.group_size, scheme.symmetric):
+                raise QuantError(
+                    f"{recipe.where((*place, 'weight_qconfig'))}: weight_qconfig is not the form that linear_quant"
+                    f" writes, {scheme.name}",
+                    "make them the same, or leave weight_qconfig out",
                 )
 
 
@@ -319,7 +380,7 @@ def _savers(recipe: Recipe, names: Sequence[str]) -> tuple[SaverConfig, ...]:
 
 
 def _check_formats(savers: tuple[SaverConfig, ...], recipe: Recipe, linears: tuple[LinearPlan, ...]) -> None:
-    for scheme in {linear.scheme for linear in linears if linear.scheme is not None}:
-        for saver in savers:
-            if why := FORMATS[saver.type].refusal(scheme):
-                raise QuantError(f"{recipe.where(('spec', 'save'))}: {saver.type} cannot hold {scheme.name}: {why}")
+    schemes = frozenset(linear.scheme for linear in linears if linear.scheme is not None)
+    for saver in savers:
+        if why := FORMATS[saver.type].refusal(schemes):
+            raise QuantError(f"{recipe.where(('spec', 'save'))}: {saver.type} cannot hold this recipe's result: {why}")

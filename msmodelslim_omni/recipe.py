@@ -14,7 +14,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from .errors import QuantError, nearest
 from .recipe_yaml import Location, build, compose, node_at, refuse_duplicates_and_bombs, without_anchor_holders
@@ -44,19 +44,59 @@ class ActConfig(_Block):
     ext: NoExtension = {}
 
 
-class WeightConfig(_Block):
-    """Weights: int8, one symmetric scale per output channel; `mse` searches a clip per channel, `minmax` does not."""
+GroupSize = Literal[32, 64, 128]
+GROUP_SIZES: tuple[int, ...] = get_args(GroupSize)
 
-    scope: Literal["per_channel"] = "per_channel"
-    dtype: Literal["int8"] = "int8"
-    symmetric: Literal[True] = True
-    method: Literal["minmax", "mse"] = "minmax"
-    ext: NoExtension = {}
+
+class WeightExt(_Block):
+    """group_size: consecutive inputs of an output channel that share a scale; for `per_group` only."""
+
+    group_size: GroupSize | None = None
+
+
+class WeightConfig(_Block):
+    """Weights: int8 with one symmetric scale per output channel, or int4 with one scale per group of its inputs.
+
+    method: `minmax` rounds within the whole range; `mse` searches a clip per channel or group; `gptq` (int4) also
+    rounds each weight so that it makes up for the errors of those rounded before it.
+    """
+
+    scope: Literal["per_channel", "per_group"] = "per_channel"
+    dtype: Literal["int8", "int4"] = "int8"
+    symmetric: bool = True
+    method: Literal["minmax", "mse", "gptq"] = "minmax"
+    ext: WeightExt = WeightExt()
+
+    @property
+    def group_size(self) -> int | None:
+        return (self.ext.group_size or 128) if self.scope == "per_group" else None
+
+    @model_validator(mode="after")
+    def _served(self) -> WeightConfig:
+        if (self.scope, self.dtype) not in (("per_channel", "int8"), ("per_group", "int4")):
+            raise ValueError("int8 goes with scope per_channel, int4 with scope per_group")
+        if self.dtype == "int8" and not self.symmetric:
+            raise ValueError("int8 weights are symmetric; asymmetric ones are int4 per_group")
+        if self.dtype == "int8" and self.method == "gptq":
+            raise ValueError("method gptq is for int4 per_group; int8 takes minmax or mse")
+        if self.dtype == "int8" and self.ext.group_size is not None:
+            raise ValueError("ext.group_size is for scope per_group")
+        return self
 
 
 class LinearQConfig(_Block):
-    act: ActConfig
+    """int8 weights go with int8 activations, int4 weights with float ones (no `act`)."""
+
+    act: ActConfig | None = None
     weight: WeightConfig
+
+    @model_validator(mode="after")
+    def _served(self) -> LinearQConfig:
+        if self.weight.dtype == "int4" and self.act is not None:
+            raise ValueError("int4 weights go with float activations; leave `act` out")
+        if self.weight.dtype == "int8" and self.act is None:
+            raise ValueError("int8 weights go with int8 activations; give `act`, e.g. `act: {}`")
+        return self
 
 
 class _Selecting(_Block):
@@ -107,7 +147,23 @@ class IterSmoothConfig(_Selecting):
     )
 
 
-ProcessorConfig = LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig
+AwqSubgraph = Literal["norm-linear", "ov", "up-down"]
+
+
+class AwqConfig(_Selecting):
+    """AWQ: scale channels of a Linear's input so that those that matter lose less to rounding.
+
+    weight_qconfig: the form that follows; where it stands, linear_quant must say the same. n_grid: points of the
+    search over the exponent.
+    """
+
+    type: Literal["awq"]
+    weight_qconfig: WeightConfig | None = None
+    n_grid: Annotated[int, Field(ge=1, le=100)] = 20
+    enable_subgraph_type: Annotated[tuple[AwqSubgraph, ...], Field(strict=False)] = ("norm-linear", "ov", "up-down")
+
+
+ProcessorConfig = LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig | AwqConfig
 
 
 class GroupConfig(_Block):
@@ -119,9 +175,7 @@ class GroupConfig(_Block):
     ]
 
 
-ProcessItem = Annotated[
-    LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig | GroupConfig, Field(discriminator="type")
-]
+ProcessItem = Annotated[ProcessorConfig | GroupConfig, Field(discriminator="type")]
 
 
 class _SaverConfig(_Block):
@@ -136,26 +190,44 @@ class AscendSaverConfig(_SaverConfig):
 
 
 class CompressedTensorsConfig(_SaverConfig):
-    """int-quantized compressed-tensors, as vLLM and transformers read it."""
+    """compressed-tensors, int-quantized for W8A8 and pack-quantized for W4A16, as vLLM and transformers read it."""
 
     type: Literal["compressed_tensors"]
 
 
-SaverConfig = AscendSaverConfig | CompressedTensorsConfig
-SAVER_CONFIGS: dict[str, type[AscendSaverConfig] | type[CompressedTensorsConfig]] = {
+class AwqSaverConfig(_SaverConfig):
+    """AutoAWQ's GEMM layout, as vLLM (awq, awq_marlin) and transformers read it."""
+
+    type: Literal["awq"]
+
+
+SaverConfig = AscendSaverConfig | CompressedTensorsConfig | AwqSaverConfig
+SAVER_CONFIGS: dict[str, type[SaverConfig]] = {
     "ascendv1_saver": AscendSaverConfig,
     "compressed_tensors": CompressedTensorsConfig,
+    "awq": AwqSaverConfig,
 }
 
 
+Modality = Literal["text", "image", "audio", "video"]
+ModalityWeight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
 class CalibrationConfig(_Block):
-    """Limits on the calibration data (ours; msModelSlim has no such block)."""
+    """How the calibration data is used (ours; msModelSlim has no such block).
+
+    modality_weights: for awq, gptq and clip search; `balanced` gives each modality in the data the same say, `tokens`
+    each token, a mapping each modality what it says (0 if not named). propagate_error: the next layer sees the
+    quantized layer's outputs, else the float layer's.
+    """
 
     max_samples: Annotated[int, Field(gt=0)] | None = None
     max_tokens: Annotated[int, Field(gt=0, description="tokens of one sample, media included")] = 8192
     max_pixels: Annotated[int, Field(ge=4 * 28 * 28, description="per image or video frame")] | None = None
     video_fps: Annotated[float, Field(gt=0.0, le=30.0)] = 2.0
     on_bad_sample: Literal["fail", "skip"] = "fail"
+    modality_weights: Literal["balanced", "tokens"] | dict[Modality, ModalityWeight] = "tokens"
+    propagate_error: bool = True
 
 
 class Label(_Block):
@@ -337,7 +409,7 @@ def _dotted(location: Location) -> str:
 
 def _user_location(location: Location) -> Location:
     """Without the union tags that pydantic inserts after a list index."""
-    tags = {"linear_quant", "smooth_quant", "iter_smooth", "group", *SAVER_CONFIGS}
+    tags = {"linear_quant", "smooth_quant", "iter_smooth", "awq", "group", *SAVER_CONFIGS}
     noise = re.compile(r"^(constrained-|literal\[|function-|float$|int$|tuple\[)")
     return tuple(s for s in location if not (isinstance(s, str) and (s in tags or noise.match(s))))
 

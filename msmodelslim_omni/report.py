@@ -40,13 +40,18 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One decoder layer: its Linears, the smoothing chosen, and the error of its output against the float layer."""
+    """One decoder layer: its Linears, the smoothing chosen, and the error of its output against the float layer.
+
+    error_over_plain: the true output error over that of plain rounding, where it was compared; 1 where it fell back.
+    """
 
     index: int
     linears: tuple[LinearRecord, ...]
     smoothing: tuple[dict[str, Any], ...] = ()
     output_error: float | None = None
     output_error_by_modality: dict[str, float] = field(default_factory=dict)
+    error_over_plain: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,9 @@ def read_report(folder: Path) -> Report:
 def layer_record(stored: dict[str, Any]) -> LayerRecord:
     """A LayerRecord from the JSON of a part."""
     linears = tuple(LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in stored["linears"])
-    return LayerRecord(**{**stored, "linears": linears, "smoothing": tuple(stored["smoothing"])})
+    return LayerRecord(
+        **{**stored, "linears": linears, "smoothing": tuple(stored["smoothing"]), "notes": tuple(stored["notes"])}
+    )
 
 
 def part_errors(report: Report) -> dict[str, float]:
@@ -140,6 +147,8 @@ def as_markdown(report: Report) -> str:
     lines += ["", "## Calibration data", "", _calibration_text(report)]
     lines += ["", "## Error per layer and Linear", "", _error_note(report), "", *_error_table(report)]
     lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []
+    notes = [f"- layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
+    lines += ["", "## Notes", "", *notes] if notes else []
     lines += ["", "## Time", "", "| phase | seconds |", "|---|--:|"]
     lines += [f"| {phase} | {seconds:.2f} |" for phase, seconds in report.seconds_by_phase.items()]
     if report.warnings:
@@ -159,15 +168,17 @@ def _error_note(report: Report) -> str:
     if report.data_free:
         return "Relative error of the weights, |W - Ŵ| / |W|. Without data no output error is known."
     return (
-        "Relative output error |Y - Ŷ| / |Y| of each Linear under int8 weights and activations, on calibration tokens"
-        " that went through the quantized layers before; `layer` is the whole layer's output."
+        "Relative output error |Y - Ŷ| / |Y| of each Linear as it is stored and multiplied, on calibration tokens;"
+        " `layer` is what the whole layer adds to the residual stream, by modality beside it; `over plain` is the"
+        " layer's error over that of plain rounding, on samples kept out of the search where there are enough."
     )
 
 
 def _error_table(report: Report) -> list[str]:
     kinds = list(dict.fromkeys(linear.name.rsplit(".", 1)[-1] for layer in report.layers for linear in layer.linears))
     seen = [m for m in MODALITIES if any(m in layer.output_error_by_modality for layer in report.layers)]
-    columns = [*kinds, *(["layer", *seen] if seen else [])]
+    compared = any(layer.error_over_plain is not None for layer in report.layers)
+    columns = [*kinds, *(["layer", *seen] if seen else []), *(["over plain"] if compared else [])]
     rows = [f"| layer | {' | '.join(columns)} |", "|--:|" + "--:|" * len(columns)]
     for layer in report.layers:
         by_kind = {linear.name.rsplit(".", 1)[-1]: linear for linear in layer.linears}
@@ -175,6 +186,8 @@ def _error_table(report: Report) -> list[str]:
         if seen:
             cells.append(_number(layer.output_error))
             cells += [_number(layer.output_error_by_modality.get(m)) for m in seen]
+        if compared:
+            cells.append(_number(layer.error_over_plain))
         rows.append(f"| {layer.index} | {' | '.join(cells)} |")
     return rows
 
@@ -191,7 +204,7 @@ def _number(value: float | None) -> str:
 
 def _smoothing_table(report: Report) -> list[str]:
     rows = [
-        "| layer | group | alpha | error over plain rounding (worst modality) | note |",
+        "| layer | group | exponent | error over that without | note |",
         "|--:|---|--:|--:|---|",
     ]
     for layer in report.layers:

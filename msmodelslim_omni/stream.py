@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from .errors import QuantError
 from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits
 from .plan import QuantPlan
 from .progress import Progress
+from .recipe import Modality
 from .sample_store import HiddenStates, StemStore
 
 # Memory for what is also on disk; beyond it, samples are read back when they are needed.
@@ -43,6 +45,9 @@ class CalibrationStream:
         self._kept: list[int] = []
         self._modalities: list[torch.Tensor] = []
         self._chosen: list[torch.Tensor] = []
+        self._judges: frozenset[int] = frozenset()
+        self._held_out: frozenset[int] = frozenset()
+        self._importance: dict[int, float] = {}
         self.warnings: list[str] = []
 
     # --- from media to the first layer ---
@@ -57,6 +62,9 @@ class CalibrationStream:
             raise QuantError("no calibration sample could be used:\n" + "\n".join(self.warnings[:10]))
         self._modalities = [self._stem.modality(number) for number in self._kept]
         self._chosen = choose_rows(self._modalities)
+        self._judges = choose_judges(self._modalities)
+        self._held_out = held_out(self._judges, self._modalities)
+        self._importance = importance(self._plan.calibration.modality_weights, self._counts(self._held_out))
 
     def _run_stem(self, missing: list[int], progress: Progress) -> None:
         plan, family = self._plan, self._plan.model.family
@@ -82,8 +90,13 @@ class CalibrationStream:
         free_memory(self._device)
 
     def tokens_by_modality(self) -> dict[str, int]:
-        counts = torch.cat(self._modalities).bincount(minlength=len(MODALITIES)).tolist()
-        return {name: count for name, count in zip(MODALITIES, counts, strict=True) if count}
+        return {name: count for name, count in zip(MODALITIES, self._counts(), strict=True) if count}
+
+    def _counts(self, without: frozenset[int] = frozenset()) -> list[int]:
+        """Tokens of each modality in all samples but those at some positions."""
+        counted = [modality for position, modality in enumerate(self._modalities) if position not in without]
+        counts: list[int] = torch.cat(counted).bincount(minlength=len(MODALITIES)).tolist()
+        return counts
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -111,47 +124,65 @@ class CalibrationStream:
             hidden = self._hidden.read(position).to(self._device)
             yield position, LayerInput(hidden, self._stem.arguments(number, self._device))
 
-    def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> dict[str, InputStats]:
-        """Run the float layer on all samples: statistics of each group's input, and its outputs put aside."""
-        recorder = InputRecorder(module, spec)
-        self._exact = self._boundary(layer, "exact")
+    def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> Captured:
+        """Run the float layer on all samples: what its groups' inputs are like, and its outputs put aside."""
+        recorder = InputRecorder(
+            module, spec, self._counts(self._held_out) if self._plan.statistics == "gram" else None
+        )
+        probe = LayerProbe(module, {group.block for group in spec.groups}, self._importance)
+        propagate = self._plan.calibration.propagate_error
+        self._exact = self._boundary(layer, "exact") if propagate else self._boundary(layer + 1)
 
         def outputs() -> Iterator[torch.Tensor]:
             for position, inputs in self._inputs():
-                recorder.begin(self._modalities[position], self._chosen[position])
-                out = run_layer(module, inputs)
-                self._refuse_nonfinite(out, f"layer {layer}", self._samples[self._kept[position]])
+                sample = self._samples[self._kept[position]]
+                recorder.begin(
+                    self._modalities[position], self._chosen[position], in_gram=position not in self._held_out
+                )
+                try:
+                    if position in self._judges:
+                        out = probe.watch(inputs, self._modalities[position])
+                    else:
+                        out = run_layer(module, inputs)
+                except QuantError as error:
+                    raise QuantError(
+                        f"layer {layer}, {error.message} with sample {sample.where}", error.hint
+                    ) from error
+                self._refuse_nonfinite(out, f"layer {layer}", sample)
                 yield out
 
-        self._exact.write(outputs(), sync=False)  # never resumed from
-        recorder.remove()
-        return recorder.stats
+        self._exact.write(outputs(), sync=not propagate)  # what is called exact is never resumed from
+        stats = recorder.finish()
+        if unseen := [linear for group in spec.groups if group.name not in stats for linear in group.linears]:
+            raise QuantError(f"layer {layer}: {unseen[0]} never saw a token", "exclude it, or give other samples")
+        return Captured(stats, self._importance, probe)
 
-    def advance(self, layer: int, module: torch.nn.Module) -> OutputError:
-        """Run the quantized layer: its outputs are the next layer's inputs. Returns its error against the float layer.
+    def advance(self, layer: int, module: torch.nn.Module, probe: LayerProbe) -> OutputError:
+        """Go to the next layer's inputs. Returns the error of the quantized layer's outputs against the float layer's.
 
-        What lies before this layer is deleted by `forget`, once the layer's part is safe on disk.
+        With propagate_error they are the quantized layer's outputs on all samples, else those of the float layer; the
+        error is then known of the judging samples. What lies before this layer is deleted by `forget`, once the
+        layer's part is safe on disk.
         """
-        following = self._boundary(layer + 1)
-        error = torch.zeros(len(MODALITIES), dtype=torch.float64)
-        signal = torch.zeros(len(MODALITIES), dtype=torch.float64)
-
-        def outputs() -> Iterator[torch.Tensor]:
-            for position, inputs in self._inputs():
-                out = run_layer(module, inputs)
-                exact = self._exact.read(position).to(self._device)
-                for index in torch.unique(self._modalities[position]).tolist():
-                    mine = (self._modalities[position] == index).to(self._device)
-                    error[index] += squared_norm((out - exact)[0, mine])
-                    signal[index] += squared_norm((exact - inputs.hidden)[0, mine])
-                yield out
-
-        following.write(outputs())
-        self._exact.path.unlink()
+        following = self._exact
+        error, signal = probe.errors(module) if not self._plan.calibration.propagate_error else _zero_errors()
+        if self._plan.calibration.propagate_error:
+            following = self._boundary(layer + 1)
+            following.write(self._quantized_outputs(module, error, signal))
+            self._exact.path.unlink()
         self._hidden = following
         present = torch.nonzero(signal).flatten().tolist()
         by_modality = {MODALITIES[i]: relative_error(float(error[i]), float(signal[i])) for i in present}
         return OutputError(relative_error(float(error.sum()), float(signal.sum())), by_modality)
+
+    def _quantized_outputs(
+        self, module: torch.nn.Module, error: torch.Tensor, signal: torch.Tensor
+    ) -> Iterator[torch.Tensor]:
+        for position, inputs in self._inputs():
+            out = run_layer(module, inputs)
+            exact = self._exact.read(position).to(self._device)
+            add_errors(error, signal, inputs.hidden, exact, out, self._modalities[position])
+            yield out
 
     def forget(self, layer: int) -> None:
         """Delete the hidden states before a layer."""
@@ -163,6 +194,139 @@ class CalibrationStream:
                 f"{where}: NaN or Inf in the hidden states of sample {sample.where}",
                 "check the checkpoint with the float model, or leave the sample out",
             )
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What the float layer's forward showed. importance: see LayerWork."""
+
+    stats: dict[str, InputStats]
+    importance: dict[int, float]
+    probe: LayerProbe
+
+
+def importance(weights: str | Mapping[Modality, float], counts: Sequence[int]) -> dict[int, float]:
+    """The weight of one token of each modality that has any; over all tokens they sum to one.
+
+    balanced: every modality has the same say; tokens: every token; a mapping: every modality the say that is given.
+    """
+    present = [m for m, count in enumerate(counts) if count]
+    if weights == "tokens":
+        return dict.fromkeys(present, 1 / sum(counts))
+    named = None if isinstance(weights, str) else {str(name): weight for name, weight in weights.items()}
+    say = {m: 1.0 if named is None else named.get(MODALITIES[m], 0.0) for m in present}
+    return {m: say[m] / (sum(say.values()) * counts[m]) for m in present}
+
+
+def choose_judges(modalities: Sequence[torch.Tensor], enough: int = 128) -> frozenset[int]:
+    """Positions of few and short samples that have 128 tokens of every modality, or an eighth of them if that is less.
+
+    modalities: int8 [tokens] per sample.
+    """
+    counts = torch.stack([modality.bincount(minlength=len(MODALITIES)) for modality in modalities])
+    by_length = sorted(range(len(modalities)), key=lambda i: (len(modalities[i]), i))
+    chosen: list[int] = []
+    for index, total in enumerate(counts.sum(dim=0).tolist()):
+        for position in by_length:
+            if int(counts[chosen, index].sum()) >= min(enough, total / 8):
+                break
+            if counts[position, index] and position not in chosen:
+                chosen.append(position)
+    return frozenset(chosen)
+
+
+def held_out(judges: frozenset[int], modalities: Sequence[torch.Tensor]) -> frozenset[int]:
+    """The judges, if the other samples have at least twice their tokens of each modality; else none.
+
+    Kept out of H they can tell what GPTQ has learnt of the layer from what it has learnt of the tokens.
+    """
+    judging = torch.stack([modalities[i].bincount(minlength=len(MODALITIES)) for i in sorted(judges)]).sum(dim=0)
+    total = torch.cat([*modalities]).bincount(minlength=len(MODALITIES))
+    return judges if bool((total - judging >= 2 * judging).all()) else frozenset()
+
+
+class LayerProbe:
+    """A float layer and the samples that judge changes to it, with its blocks' inputs and true outputs."""
+
+    def __init__(self, layer: torch.nn.Module, blocks: set[str], importance: Mapping[int, float]) -> None:
+        self._layer = layer
+        self._blocks = blocks
+        self._importance = importance
+        self._calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]] = {b: [] for b in blocks}
+        self._samples: list[tuple[LayerInput, torch.Tensor]] = []
+        self._modalities: list[torch.Tensor] = []
+
+    def watch(self, inputs: LayerInput, modality: torch.Tensor) -> torch.Tensor:
+        """Run the layer on a sample and keep what enters and leaves its blocks. Returns the layer's output."""
+
+        def keep(block: str) -> Any:
+            def hook(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+                self._calls[block].append((args, kwargs, _hidden(out)))
+
+            return hook
+
+        hooks = [
+            self._layer.get_submodule(block).register_forward_hook(keep(block), with_kwargs=True)
+            for block in self._blocks
+        ]
+        out = run_layer(self._layer, inputs)
+        for handle in hooks:
+            handle.remove()
+        self._samples.append((inputs, out))
+        self._modalities.append(modality)
+        return out
+
+    def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
+        """See processors.work.Probe."""
+        module = self._layer.get_submodule(block)
+        replaced = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
+        total = 0.0
+        with torch.inference_mode():
+            for (args, kwargs, exact), modality in zip(self._calls[block], self._modalities, strict=True):
+                out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
+                per_token = torch.tensor([self._importance[m] for m in modality.tolist()]).to(out.device)
+                total += float((per_token * (out - exact)[0].square().sum(dim=1)).sum())
+        return total
+
+    def errors(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Squared sums by modality: of a changed layer's error, and of what the float layer adds to its input."""
+        error, signal = _zero_errors()
+        for (inputs, exact), modality in zip(self._samples, self._modalities, strict=True):
+            add_errors(error, signal, inputs.hidden, exact, run_layer(layer, inputs), modality)
+        return error, signal
+
+    def layer_error(self, layer: torch.nn.Module) -> float:
+        """The squared error of a changed layer's output, tokens weighed by importance."""
+        error, _ = self.errors(layer)
+        return sum(weight * float(error[m]) for m, weight in self._importance.items())
+
+
+def _zero_errors() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(len(MODALITIES), dtype=torch.float64), torch.zeros(len(MODALITIES), dtype=torch.float64)
+
+
+def add_errors(
+    error: torch.Tensor,
+    signal: torch.Tensor,
+    entering: torch.Tensor,
+    exact: torch.Tensor,
+    out: torch.Tensor,
+    modality: torch.Tensor,
+) -> None:
+    """Add one sample's squared sums by modality, float64 [modalities]: of out - exact and of exact - entering.
+
+    entering, exact, out: [1, tokens, hidden]; modality: int8 [tokens].
+    """
+    for index in torch.unique(modality).tolist():
+        mine = (modality == index).to(out.device)
+        error[index] += squared_norm((out - exact)[0, mine])
+        signal[index] += squared_norm((exact - entering)[0, mine])
+
+
+def _hidden(out: Any) -> torch.Tensor:
+    """The hidden states that a block or layer returns, alone or first of a tuple."""
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return hidden
 
 
 class EmulatedLinear(torch.nn.Module):
@@ -178,7 +342,9 @@ class EmulatedLinear(torch.nn.Module):
 
 
 def emulate(module: torch.nn.Module, quantized: dict[str, QuantizedLinear], weights: dict[str, torch.Tensor]) -> None:
-    """Replace the quantized Linears of a layer, by relative name, by their emulation; biases come from `weights`."""
+    """Replace the Linears with int8 activations, by relative name, by their emulation; biases come from `weights`."""
     for name, linear in quantized.items():
+        if linear.scheme.act_bits is None:
+            continue  # an ordinary Linear with a dequantized weight
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias")))

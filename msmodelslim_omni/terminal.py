@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.live import Live
@@ -11,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .doctor import Diagnosis
 
 # Without a terminal a phase says something at most this often.
 _PLAIN_SECONDS = 5.0
@@ -82,3 +85,30 @@ def table(title: str, columns: list[str], rows: list[list[str]], numeric: int) -
     for row in rows:
         built.add_row(*(Text(cell) for cell in row))
     return built
+
+
+_LEVEL_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    """doctor's findings as a table; below it, once for each kind, why it matters and what to do."""
+    built = Table(title=f"{diagnosis.path}: {diagnosis.format or 'no format'}", title_justify="left")
+    for column in ("", "check", "where", "what"):
+        built.add_column(column, overflow="fold", no_wrap=column in ("", "check"))
+    kinds = {}
+    for finding in diagnosis.findings:
+        style = _LEVEL_STYLES[finding.level]
+        what = f"{finding.code}: {finding.what}" if finding.code else finding.what
+        built.add_row(Text(finding.level, style), Text(finding.check), Text(finding.where), Text(what))
+        if finding.code:
+            kinds[finding.code] = finding
+    console.print(built)
+    for code, finding in kinds.items():
+        more = f" ({diagnosis.unlisted[code]} more of this kind)" if code in diagnosis.unlisted else ""
+        whom = f" [{', '.join(finding.runtimes)}]" if finding.runtimes else ""
+        console.print(
+            Text.assemble((code, _LEVEL_STYLES[finding.level]), f"{more}: {finding.why}{whom}. To do: {finding.todo}."),
+            soft_wrap=True,
+        )
+    errors, warnings = f"{diagnosis.errors} errors", f"{diagnosis.warnings} warnings"
+    console.print(Text(f"{errors}, {warnings}", _LEVEL_STYLES["ok" if diagnosis.healthy else "error"]))

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from msmodelslim_omni import arithmetic
 from msmodelslim_omni.arithmetic import (
     QuantizedLinear,
     dequantize,
+    linear_rows,
     quantize_act,
     quantize_weight,
     quantized_matmul,
     relative_error,
     row_blocks,
     squared_norm,
+    storable_scales,
     weight_error,
 )
 from msmodelslim_omni.errors import QuantError
@@ -25,6 +31,9 @@ from msmodelslim_omni.scheme import QuantScheme
 
 MINMAX = QuantScheme(8, 8, "minmax")
 MSE = QuantScheme(8, 8, "mse")
+SYM4 = QuantScheme(4, None, "minmax", 4, symmetric=True)  # groups of 4 inputs, for numbers worked by hand
+ASYM4 = QuantScheme(4, None, "minmax", 4, symmetric=False)
+INT4 = (SYM4, ASYM4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -190,6 +199,286 @@ def test_mse_keeps_an_exact_row(sign: float) -> None:
     weight = sign * torch.arange(-127.0, 128.0)[None] / 64
     quantized = quantize_weight(weight, MSE)
     assert torch.equal(dequantize(quantized), weight)
+
+
+# --- int4 in groups ------------------------------------------------------------------------------------------
+
+
+def test_symmetric_groups_by_hand() -> None:
+    # max(7 / 7, 8 / 8) = 1, and 3.4, -2.6 round to 3, -3. max(14 / 7, 4 / 8) = 2, and 5 / 2 rounds to even.
+    quantized = quantize_weight(torch.tensor([[7.0, -8.0, 3.4, -2.6, 14.0, 5.0, -4.0, 0.0]]), SYM4)
+    assert quantized.scales.tolist() == [[1.0, 2.0]]
+    assert quantized.qweight.tolist() == [[7, -8, 3, -3, 7, 2, -2, 0]]
+    assert quantized.zeros is None
+    assert dequantize(quantized).tolist() == [[7.0, -8.0, 3.0, -3.0, 14.0, 4.0, -4.0, 0.0]]
+
+
+def test_symmetric_scale_is_the_tightest_that_clips_nothing() -> None:
+    # 8 alone asks 8 / 7; -8 alone only -8 / -8, since the lowest code is used too.
+    assert quantize_weight(torch.tensor([[-8.0, 0.0, 0.0, 1.0]]), SYM4).scales.item() == 1.0
+    assert quantize_weight(torch.tensor([[-4.0, 0.0, 0.0, 7.0]]), SYM4).scales.item() == 1.0
+    assert quantize_weight(torch.tensor([[8.0, 0.0, 0.0, 1.0]]), SYM4).scales.item() == pytest.approx(8 / 7, rel=2**-8)
+
+
+def test_asymmetric_groups_by_hand() -> None:
+    # (10 + 5) / 15 = 1, z = round(-8 + 5) = -3. (14 + 16) / 15 = 2, z = round(-8 + 8) = 0.
+    quantized = quantize_weight(torch.tensor([[-5.0, 10.0, 0.0, 2.4, 14.0, -16.0, 5.0, 1.5]]), ASYM4)
+    assert quantized.scales.tolist() == [[1.0, 2.0]]
+    assert quantized.zeros is not None and quantized.zeros.tolist() == [[-3, 0]]
+    assert quantized.zeros.dtype == torch.int8
+    assert quantized.qweight.tolist() == [[-8, 7, -3, -1, 7, -8, 2, 1]]
+    assert dequantize(quantized).tolist() == [[-5.0, 10.0, 0.0, 2.0, 14.0, -16.0, 4.0, 2.0]]
+
+
+def test_groups_of_one_sign_by_hand() -> None:
+    # Zero is drawn into the range: s = 15 / 15, z is the lowest code or the highest; 7.5 rounds to 8.
+    weight = torch.tensor([[15.0, 7.5, 3.0, 1.0, -15.0, -7.5, -3.0, -1.0]])
+    quantized = quantize_weight(weight, ASYM4)
+    assert quantized.scales.tolist() == [[1.0, 1.0]]
+    assert quantized.zeros is not None and quantized.zeros.tolist() == [[-8, 7]]
+    assert quantized.qweight.tolist() == [[7, 0, -5, -7, -8, -1, 4, 6]]
+    assert dequantize(quantized).tolist() == [[15.0, 8.0, 3.0, 1.0, -15.0, -8.0, -3.0, -1.0]]
+
+
+@pytest.mark.parametrize("scheme", INT4)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_groups_of_one_sign_do_not_collapse(scheme: QuantScheme, sign: float, method: Any) -> None:
+    wide = replace(scheme, group_size=64, weight_method=method)
+    weight = sign * torch.linspace(0.02, 1.0, 64)[None]
+    quantized = quantize_weight(weight, wide)
+    # A symmetric scheme has seven levels above zero, or eight below.
+    assert quantized.qweight.unique().numel() >= (7 if scheme.symmetric else 12)
+    zero = 0 if quantized.zeros is None else quantized.zeros.item()
+    assert -8 <= zero <= 7
+    assert (dequantize(quantized) * sign >= 0).all()
+
+
+@pytest.mark.parametrize("scheme", INT4)
+@pytest.mark.parametrize("method", ["minmax", "mse", "gptq"])
+def test_group_of_zeros_is_exact(scheme: QuantScheme, method: Any) -> None:
+    weight = torch.tensor([[0.0] * 4 + [7.0, -8.0, 0.0, 0.0]])
+    quantized = quantize_weight(weight, replace(scheme, weight_method=method))
+    assert quantized.scales[0, 0] == 1.0
+    assert torch.equal(dequantize(quantized), weight)
+
+
+@pytest.mark.parametrize("scheme", INT4)
+@pytest.mark.parametrize("value", [3.0, -3.0, 1e-3, -250.0])
+def test_constant_group_is_a_level(scheme: QuantScheme, value: float) -> None:
+    quantized = quantize_weight(torch.full((2, 4), value), scheme)
+    assert quantized.qweight.unique().numel() == 1
+    torch.testing.assert_close(dequantize(quantized), torch.full((2, 4), value), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("scheme", INT4)
+def test_groups_are_worked_alone(scheme: QuantScheme) -> None:
+    """A group's integers depend on no other group, a row's on no other row."""
+    weight = normal(6, 24)
+    whole = quantize_weight(weight, scheme)
+    for row in range(6):
+        for group in range(6):
+            columns = slice(4 * group, 4 * group + 4)
+            alone = quantize_weight(weight[row : row + 1, columns], scheme)
+            assert torch.equal(whole.qweight[row, columns], alone.qweight[0])
+            assert whole.scales[row, group] == alone.scales[0, 0]
+
+
+def test_int4_blocks_of_rows_give_what_one_block_gives() -> None:
+    weight = normal(3, 700_000)
+    whole = quantize_weight(weight, ASYM4)
+    assert whole.zeros is not None and whole.scales.shape == whole.zeros.shape == (3, 175_000)
+    last = quantize_weight(weight[2:], ASYM4)
+    assert last.zeros is not None
+    assert torch.equal(whole.qweight[2:], last.qweight) and torch.equal(whole.scales[2:], last.scales)
+    assert torch.equal(whole.zeros[2:], last.zeros)
+    rows = linear_rows(whole, slice(2, 3))
+    assert torch.equal(dequantize(rows), dequantize(last))
+    difference = (weight.double() - dequantize(whole).double()).norm() / weight.double().norm()
+    assert weight_error(weight, whole) == pytest.approx(difference.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scheme", INT4)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_and_inf_are_refused_in_groups(scheme: QuantScheme, bad: float) -> None:
+    weight = normal(4, 8)
+    weight[1, 6] = bad
+    with pytest.raises(QuantError, match="NaN or Inf"):
+        quantize_weight(weight, scheme)
+
+
+def test_dequantize_with_zeros_by_hand() -> None:
+    q = torch.tensor([[1, -8, 7, 0], [2, 2, 2, 2]], dtype=torch.int8)
+    zeros = torch.tensor([[1, -2], [-8, 2]], dtype=torch.int8)
+    scales = torch.tensor([[0.5, 2.0], [1.0, 3.0]])
+    linear = QuantizedLinear(q, scales, replace(ASYM4, group_size=2), zeros)
+    assert dequantize(linear).tolist() == [[0.0, -4.5, 18.0, 4.0], [10.0, 10.0, 0.0, 0.0]]
+    # Nothing is rounded where no activations are.
+    x = torch.tensor([[1.0, 0.0, 0.25, 0.125]])
+    assert quantized_matmul(x, linear, torch.tensor([1.0, 2.0])).tolist() == [[6.0, 12.0]]
+
+
+GROUPS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8)
+
+
+@given(st.lists(GROUPS, min_size=1, max_size=3), st.sampled_from(INT4))
+@settings(max_examples=200, deadline=None)
+def test_int4_minmax_is_within_half_a_step(rows: list[list[float]], scheme: QuantScheme) -> None:
+    """Half a step, and what the outermost code loses because the scale was rounded for storage."""
+    weight = torch.tensor(rows, dtype=torch.float32)
+    quantized = quantize_weight(weight, scheme)
+    grouped = weight.double().view(len(rows), 2, 4)
+    low, high = grouped.amin(2), grouped.amax(2)
+    if scheme.symmetric:
+        exact, steps = torch.maximum(high / 7, low / -8), 8
+    else:
+        exact, steps = (high.clamp_min(0) - low.clamp_max(0)) / 15, 15
+    s = quantized.scales.double()
+    limit = s / 2 + steps * (exact - s).clamp_min(0)
+    error = (grouped - dequantize(quantized).double().view_as(grouped)).abs()
+    assert (error <= limit.unsqueeze(2) * (1 + 1e-5) + 1e-30).all()
+    assert quantized.qweight.min() >= -8 and quantized.qweight.max() <= 7
+    if quantized.zeros is not None:
+        assert quantized.zeros.min() >= -8 and quantized.zeros.max() <= 7
+
+
+@given(st.lists(st.floats(2.0**-40, 65504.0, width=32), min_size=1, max_size=20))
+@settings(max_examples=200, deadline=None)
+def test_stored_scales_are_the_same_number_in_every_format(scales: list[float]) -> None:
+    given_ = torch.tensor(scales)
+    stored = storable_scales(given_)
+    assert torch.equal(stored.to(torch.float16).float(), stored)
+    assert torch.equal(stored.to(torch.bfloat16).float(), stored)
+    assert (stored > 0).all() and stored.dtype == torch.float32
+    # Eight bits, or steps of 2^-24 where float16 is subnormal; what is smaller than that becomes the smallest.
+    limit = torch.maximum(given_.double() * 2.0**-8, torch.tensor(2.0**-24, dtype=torch.float64))
+    assert ((stored.double() - given_.double()).abs() <= limit).all()
+
+
+def test_stored_scales_by_hand() -> None:
+    # 1 + 2^-8 lies between two neighbours of bfloat16 and goes to the even one; 3 * 2^-25 is 1.5 steps of subnormals.
+    given_ = torch.tensor([1.0, 1 + 2**-7, 1 + 2**-8, 3 * 2**-25, 5 * 2**-25, 2**-30, 65504.0])
+    expected = [1.0, 1 + 2**-7, 1.0, 2 * 2**-24, 2 * 2**-24, 2**-24, 65280.0]
+    assert storable_scales(given_).tolist() == expected
+
+
+@pytest.mark.parametrize("scheme", INT4)
+def test_weights_of_almost_nothing_stay_finite(scheme: QuantScheme) -> None:
+    weight = torch.tensor([[1e-9, -1e-9, 1e-12, 0.0], [3e-8, -6e-8, 2e-7, 0.0], [1e-45, 0.0, 0.0, 0.0]])
+    quantized = quantize_weight(weight, scheme)
+    assert (quantized.scales >= 2.0**-24).all()
+    assert ((dequantize(quantized) - weight).abs() <= 2.0**-24).all()
+
+
+@pytest.mark.parametrize("scheme", INT4)
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_scale_beyond_float16_is_refused(scheme: QuantScheme, method: Any) -> None:
+    with pytest.raises(QuantError, match="65504") as caught:
+        quantize_weight(torch.tensor([[1e6, 0.0, 0.0, 1.0]]), replace(scheme, weight_method=method))
+    assert "exclude" in caught.value.hint
+
+
+# --- the clip search of groups -------------------------------------------------------------------------------
+
+
+def group_loss(row: list[float], scale: float, zero: int, h: Callable[[list[float]], float]) -> float:
+    """What `h` makes of the rounding errors of one group, in Python's doubles."""
+    codes = [min(7, max(-8, round(w / scale) + zero)) for w in row]
+    return h([(q - zero) * scale - w for q, w in zip(codes, row, strict=True)])
+
+
+def best_of_the_clips(row: list[float], symmetric: bool, h: Callable[[list[float]], float]) -> tuple[float, float]:
+    """(least loss, loss of the full range) over the clipped ranges."""
+    found = []
+    for share in arithmetic._GROUP_SHRINKS:
+        low, high = min(row) * share, max(row) * share
+        if symmetric:
+            scale, zero = max(high / 7, low / -8), 0
+        else:
+            low, high = min(low, 0.0), max(high, 0.0)
+            scale = (high - low) / 15
+        scale = storable_scales(torch.tensor([scale])).item()
+        if not symmetric:
+            zero = min(7, max(-8, round(-8 - low / scale)))
+        found.append(group_loss(row, scale, zero, h))
+    return min(found), found[0]
+
+
+IMPORTANCE = ("none", "inputs", "blocks")
+
+
+@pytest.mark.parametrize("kind", IMPORTANCE)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clip_search_finds_the_best_of_its_grid(kind: str, symmetric: bool) -> None:
+    """Against a loop over rows, groups and clips; the loss is the sum of d d, of h d d, or d H d."""
+    size, groups = 16, 3
+    weight = normal(10, groups * size, seed=3)
+    weight[::2, ::size] *= 4  # outliers, which are cheap or dear to clip
+    x = normal(40, groups, size, seed=4) * torch.rand((groups, size), generator=torch.Generator().manual_seed(5)) ** 3
+    blocks = torch.einsum("tgi,tgj->gij", x, x)
+    inputs = blocks.diagonal(dim1=1, dim2=2)
+    importance = {"none": None, "inputs": inputs, "blocks": blocks}[kind]
+    scheme = QuantScheme(4, None, "mse", size, symmetric)
+    clipped = quantize_weight(weight, scheme, importance)
+    plain = quantize_weight(weight, replace(scheme, weight_method="minmax"), importance)
+    assert not torch.equal(clipped.scales, plain.scales)
+
+    def loss(group: int) -> Callable[[list[float]], float]:
+        h = {"none": torch.eye(size), "inputs": inputs[group].diag(), "blocks": blocks[group]}[kind].double()
+        return lambda d: float(torch.tensor(d, dtype=torch.float64) @ h @ torch.tensor(d, dtype=torch.float64))
+
+    for row in range(10):
+        for group in range(groups):
+            columns = slice(group * size, group * size + size)
+            least, of_plain = best_of_the_clips(weight[row, columns].tolist(), symmetric, loss(group))
+            for quantized, expected in ((clipped, least), (plain, of_plain)):
+                found = dequantize(quantized)[row, columns] - weight[row, columns]
+                assert loss(group)(found.tolist()) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", INT4)
+def test_mse_of_groups_is_never_worse_than_minmax(scheme: QuantScheme) -> None:
+    weight = torch.cat([normal(40, 32), normal(40, 32, seed=1) ** 3, torch.eye(32)])
+    weight[:20, ::16] = 4.0
+    wide = replace(scheme, group_size=16)
+    errors = [
+        (dequantize(quantize_weight(weight, s)) - weight).double().view(-1, 2, 16).square().sum(2)
+        for s in (wide, replace(wide, weight_method="mse"))
+    ]
+    assert (errors[1] <= errors[0] * (1 + 1e-6)).all()
+    assert (errors[1][:20] < 0.95 * errors[0][:20]).sum() >= 5
+
+
+def test_a_clip_spares_what_matters() -> None:
+    """An outlier whose input is always zero is clipped for the others' sake; if it alone matters, it is exact."""
+    weight = torch.cat([torch.tensor([2.0]), torch.linspace(-1, 1, 15)])[None]
+    scheme = QuantScheme(4, None, "mse", 16, symmetric=True)
+    others = torch.ones(1, 16)
+    others[0, 0] = 0.0
+    full, clipped, kept = (
+        quantize_weight(weight, s, h)
+        for s, h in ((replace(scheme, weight_method="minmax"), None), (scheme, others), (scheme, 1 - others))
+    )
+    assert clipped.scales.item() < 0.8 * full.scales.item()
+    errors = [(dequantize(q) - weight)[0, 1:].square().sum().item() for q in (full, clipped)]
+    assert errors[1] < 0.7 * errors[0]
+    assert abs(dequantize(kept)[0, 0].item() - 2.0) <= abs(dequantize(full)[0, 0].item() - 2.0) < 0.02
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scheme", "name", "low"),
+    [
+        (QuantScheme(8, 8), "W8A8_DYNAMIC", -127),
+        (QuantScheme(4, None, "gptq", 128, symmetric=False), "W4A16_G128", -8),
+        (QuantScheme(4, None, "minmax", 32), "W4A16_G32_SYM", -8),
+    ],
+)
+def test_names_and_ranges_of_schemes(scheme: QuantScheme, name: str, low: int) -> None:
+    assert scheme.name == name
+    assert scheme.weight_range[0] == low
 
 
 # --- activations ---------------------------------------------------------------------------------------------

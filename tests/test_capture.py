@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_layer import SPEC, build, layer_weights, sample
+from tiny_layer import SPEC, build, layer_weights, record, sample, token_counts
 
 from msmodelslim_omni.capture import (
     ROWS_PER_MODALITY,
@@ -18,6 +20,8 @@ from msmodelslim_omni.capture import (
     input_stats,
     run_layer,
 )
+from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.gram import Gram
 from msmodelslim_omni.models.spec import MODALITIES
 
 
@@ -27,6 +31,7 @@ def all_rows(x: torch.Tensor) -> torch.Tensor:
 
 def assert_equal(a: InputStats, b: InputStats) -> None:
     assert torch.equal(a.absmax, b.absmax)
+    torch.testing.assert_close(a.abssum, b.abssum)
     assert torch.equal(a.count, b.count)
     assert torch.equal(a.rows, b.rows)
     assert torch.equal(a.row_modality, b.row_modality)
@@ -40,6 +45,7 @@ def test_stats_by_hand() -> None:
     modality = torch.tensor([0, 0, 3, 2], dtype=torch.int8)
     stats = input_stats(x, modality, torch.tensor([1, 3]))
     assert stats.absmax.tolist() == [[3.0, 5.0], [0.0, 0.0], [9.0, 0.0], [0.5, 0.5]]
+    assert stats.abssum.tolist() == [[4.0, 7.0], [0.0, 0.0], [9.0, 0.0], [0.5, 0.5]]
     assert stats.count.tolist() == [2, 0, 1, 1]
     assert stats.rows.tolist() == [[-3.0, 2.0], [-9.0, 0.0]]
     assert stats.row_modality.tolist() == [0, 2]
@@ -127,16 +133,16 @@ def test_recorder_sees_what_every_linear_of_a_group_reads(layer: torch.nn.Module
     for one in samples:
         recorder.begin(one.modality, torch.arange(len(one.modality)))
         run_layer(layer, one.inputs)
-    recorder.remove()
+    stats = recorder.finish()
     for hook in hooks:
         hook.remove()
 
-    assert set(recorder.stats) == {"qkv", "o", "gate_up", "down"}
+    assert set(stats) == {"qkv", "o", "gate_up", "down"}
     modality = torch.cat([one.modality for one in samples])
     for group in SPEC.groups:
         for linear in group.linears:
             true = torch.cat(seen[linear])
-            assert_equal(recorder.stats[group.name], input_stats(true, modality, all_rows(true)))
+            assert_equal(stats[group.name], input_stats(true, modality, all_rows(true)))
 
 
 def test_recorder_keeps_only_the_chosen_rows(layer: torch.nn.Module) -> None:
@@ -144,7 +150,7 @@ def test_recorder_keeps_only_the_chosen_rows(layer: torch.nn.Module) -> None:
     recorder = InputRecorder(layer, SPEC)
     recorder.begin(one.modality, torch.tensor([2, 5]))
     run_layer(layer, one.inputs)
-    stats = recorder.stats["down"]
+    stats = recorder.finish()["down"]
     assert stats.rows.shape == (2, SPEC.shapes["mlp.down_proj.weight"][1])
     assert stats.row_modality.tolist() == one.modality[[2, 5]].tolist()
     assert stats.count.tolist() == [2, 2, 2, 2]  # but all tokens are counted
@@ -154,7 +160,7 @@ def test_removed_recorder_records_nothing(layer: torch.nn.Module) -> None:
     recorder = InputRecorder(layer, SPEC)
     recorder.remove()
     run_layer(layer, sample().inputs)
-    assert recorder.stats == {}
+    assert recorder.finish() == {}
 
 
 def test_run_layer_gives_the_hidden_states(layer: torch.nn.Module) -> None:
@@ -162,3 +168,107 @@ def test_run_layer_gives_the_hidden_states(layer: torch.nn.Module) -> None:
     out = run_layer(layer, one.inputs)
     assert out.shape == one.inputs.hidden.shape
     assert not out.requires_grad
+
+
+# --- the second moment of the inputs -------------------------------------------------------------------------
+
+
+def test_recorder_keeps_the_second_moment_of_each_modality(layer: torch.nn.Module) -> None:
+    """Exact, by modality, and together that of all tokens."""
+    samples = [sample(tokens=90, seed=1), sample(tokens=31, seed=2), sample(tokens=2, seed=3)]
+    stats = record(layer_weights(), samples, grams=True)
+    modality = torch.cat([one.modality for one in samples])
+    assert token_counts(samples) == [32, 32, 30, 29]
+    for group in SPEC.groups:
+        mine = stats[group.name]
+        x = mine.rows.double()  # every token
+        assert set(mine.grams) == {0, 1, 2, 3}
+        for index, gram in mine.grams.items():
+            part = x[modality == index]
+            assert gram.tokens == len(part)
+            torch.testing.assert_close(gram.matrix.double(), part.T @ part, rtol=1e-4, atol=1e-4)
+        whole = mine.gram(dict.fromkeys(range(4), 1.0))
+        assert whole.tokens == len(x)
+        torch.testing.assert_close(whole.matrix.double(), x.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def test_few_tokens_are_kept_as_the_second_moment(layer: torch.nn.Module) -> None:
+    stats = record(layer_weights(), [sample(tokens=9, seed=1), sample(tokens=14, seed=2)], grams=True)["down"]
+    factors = [gram.factor for gram in stats.grams.values()]
+    assert all(gram.matrix is None and gram.error == 0.0 for gram in stats.grams.values())
+    for index, factor in enumerate(factors):
+        assert torch.equal(factor, stats.rows[stats.row_modality == index])
+
+
+def test_samples_may_be_kept_out_of_the_second_moment(layer: torch.nn.Module) -> None:
+    """Those that are to judge what is made of it; all else counts them."""
+    inside, outside = sample(tokens=90, seed=1), sample(tokens=12, seed=2)
+    recorder = InputRecorder(layer, SPEC, token_counts([inside]))
+    for one in (inside, outside):
+        recorder.begin(one.modality, torch.arange(len(one.modality)), in_gram=one is inside)
+        run_layer(layer, one.inputs)
+    mine, alone = recorder.finish()["qkv"], record(layer_weights(), [inside], grams=True)["qkv"]
+    assert [gram.tokens for gram in mine.grams.values()] == token_counts([inside])
+    assert torch.equal(mine.gram(dict.fromkeys(range(4), 1.0)).matrix, alone.gram(dict.fromkeys(range(4), 1.0)).matrix)
+    assert int(mine.count.sum()) == len(mine.rows) == 102
+
+
+def test_no_second_moment_where_nobody_asks_for_it(layer: torch.nn.Module) -> None:
+    assert all(stats.grams == {} for stats in record(layer_weights(), [sample()]).values())
+
+
+def by_hand() -> InputStats:
+    """Two text tokens and one video token."""
+    x = torch.tensor([[1.0, 2.0], [-3.0, 0.0], [4.0, -1.0]])
+    stats = input_stats(x, torch.tensor([0, 0, 3], dtype=torch.int8), all_rows(x))
+    text, video = Gram(x[:2].T @ x[:2], None, 2), Gram(x[2:].T @ x[2:], None, 1)
+    return replace(stats, grams={0: text, 3: video})
+
+
+def test_second_moment_by_importance_by_hand() -> None:
+    # Text: [[10, 2], [2, 4]], video: [[16, -4], [-4, 1]].
+    stats = by_hand()
+    assert stats.gram({0: 0.5, 3: 2.0}).matrix.tolist() == [[37.0, -7.0], [-7.0, 4.0]]
+    only = stats.gram({0: 0.0, 3: 1.0})
+    assert only.matrix.tolist() == [[16.0, -4.0], [-4.0, 1.0]] and only.tokens == 1
+    assert stats.grams[0].matrix.tolist() == [[10.0, 2.0], [2.0, 4.0]]
+
+
+def test_mean_magnitude_by_importance_by_hand() -> None:
+    # Sums of |x|: text (4, 2) over 2 tokens, video (4, 1) over 1.
+    stats = by_hand()
+    assert stats.mean_abs({0: 1 / 3, 3: 1 / 3}).tolist() == pytest.approx([8 / 3, 1.0])
+    assert stats.mean_abs({0: 0.25, 3: 0.5}).tolist() == pytest.approx([3.0, 1.0])  # the mean of the two means
+    assert stats.mean_abs({0: 0.0, 3: 1.0}).tolist() == [4.0, 1.0]
+
+
+def test_divided_inputs_by_hand() -> None:
+    divided = by_hand().divided(torch.tensor([2.0, 0.5]))
+    assert divided.absmax[0].tolist() == [1.5, 4.0] and divided.abssum[0].tolist() == [2.0, 4.0]
+    assert divided.rows.tolist() == [[0.5, 4.0], [-1.5, 0.0], [2.0, -2.0]]
+    assert divided.grams[0].matrix.tolist() == [[2.5, 2.0], [2.0, 16.0]]
+
+
+# --- NaN and Inf ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("poisoned", "first"),
+    [
+        ("input_layernorm.weight", "self_attn.q_proj"),
+        ("self_attn.v_proj.weight", "self_attn.o_proj"),
+        ("post_attention_layernorm.weight", "mlp.gate_proj"),
+        ("mlp.up_proj.weight", "mlp.down_proj"),
+    ],
+)
+@pytest.mark.parametrize("bad", [torch.nan, 1e38])
+def test_the_first_linear_that_nan_or_inf_reaches_is_named(poisoned: str, first: str, bad: float) -> None:
+    """1e38 is a number; only what comes of it is not."""
+    weights = layer_weights(torch.float32)
+    weights[poisoned][..., :] = bad
+    layer, one = build(weights), sample()
+    recorder = InputRecorder(layer, SPEC)
+    recorder.begin(one.modality, torch.arange(len(one.modality)))
+    with pytest.raises(QuantError, match=rf"^{re.escape(first)}: NaN or Inf in the activations") as caught:
+        run_layer(layer, replace(one.inputs, hidden=one.inputs.hidden * 1e3))
+    assert "float model" in caught.value.hint

@@ -601,11 +601,15 @@ def test_inspect_tells_float_and_both_formats(tiny: Path, smoothed: Path) -> Non
 
 def test_recipes_verbs(tmp_path: Path) -> None:
     listed = command("recipes", "list", "--json").done().json
-    assert [entry["name"] for entry in listed] == ["qwen2_5_omni_w8a8", MINMAX]
-    assert all(entry["quant_type"] == "w8a8" for entry in listed)
+    kinds = {entry["name"]: entry["quant_type"] for entry in listed}
+    assert {name: kinds[name] for name in ("qwen2_5_omni_w4a16", "qwen2_5_omni_w8a8", MINMAX)} == {
+        "qwen2_5_omni_w4a16": "w4a16", "qwen2_5_omni_w8a8": "w8a8", MINMAX: "w8a8",
+    }  # fmt: skip
+    assert all(name.startswith(f"qwen2_5_omni_{kind}") for name, kind in kinds.items())
+    (place,) = (entry["path"] for entry in listed if entry["name"] == MINMAX)
     assert MINMAX in command("recipes", "list").done().out
     shown = command("recipes", "show", MINMAX).done().out
-    assert shown == Path(listed[1]["path"]).read_text(encoding="utf-8")
+    assert shown == Path(place).read_text(encoding="utf-8")
     schema = command("recipes", "schema").done().json
     assert "spec" in schema["properties"] and "apiversion" in schema["required"]
     assert "valid" in command("recipes", "validate", "qwen2_5_omni_w8a8", MINMAX).done().out

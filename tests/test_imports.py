@@ -37,25 +37,51 @@ MAY_IMPORT: dict[str, set[str]] = {
     "safetensors_io": {"errors"},
     "checkpoint": {"errors", "safetensors_io"},
     "models.*": {"errors", "checkpoint"},
-    "capture": {"models.spec"},
+    "gram": set(),
+    "background": set(),
+    "capture": {"errors", "gram", "models.spec"},
     "calibration": {"digests", "errors", "media", "models.spec", "resources"},
     "sample_store": {"models.spec", "safetensors_io"},
-    "processors.*": BASIS | {"arithmetic", "capture", "device", "models.spec", "recipe"},
+    "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe"},
     "formats.*": BASIS | {"arithmetic", "safetensors_io"},
     "plan": BASIS
     | {"recipe", "recipe_yaml", "patterns", "checkpoint", "formats", "processors", "models", "models.spec"},
     "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
     "report": {"checkpoint", "formats.shards", "models.spec"},
     "forecast": BASIS
-    | {"assembly", "capture", "formats", "formats.shards", "models.spec", "plan", "report", "stream", "workspace"},
+    | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "stream"}
+    | {"workspace"},
     "workspace": {"digests", "errors", "checkpoint", "formats.shards", "safetensors_io"},
     "stream": BASIS
-    | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "sample_store"},
+    | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
+    | {"sample_store"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
+    "summary": {"", "device", "formats.job", "plan", "progress", "report", "stream"},
     "inspection": {"errors", "checkpoint", "formats", "models", "models.spec", "plan", "safetensors_io"},
+    "quantized": BASIS
+    | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.compressed_tensors"}
+    | {"formats.job", "formats.stored", "models", "models.spec", "plan", "safetensors_io"},
+    "export": BASIS
+    | {"assembly", "checkpoint", "device", "formats", "formats.job", "formats.shards", "models.running", "models.spec"}
+    | {"progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
+    "generate": BASIS
+    | {"arithmetic", "calibration", "checkpoint", "device", "formats.job", "models", "models.running", "models.spec"}
+    | {"progress", "quantized", "report", "safetensors_io"},
+    "doctor.*": BASIS | {"arithmetic", "checkpoint", "formats.nibbles", "models", "models.spec", "safetensors_io"},
     "terminal": {"progress", "device"},
     "pipeline": set(MODULES) - {"cli", "__main__", "evaluate", "terminal"},
-    "cli": {"errors", "recipe", "pipeline", "inspection", "report", "terminal", "workspace"},
+    "cli": {
+        "errors",
+        "recipe",
+        "pipeline",
+        "inspection",
+        "report",
+        "terminal",
+        "workspace",
+        "export",
+        "generate",
+        "doctor",
+    },
     "": {"errors", "recipe", "pipeline"},  # the package itself
     "__main__": {"cli"},
 }
@@ -120,7 +146,7 @@ def test_the_reader_of_imports_sees_them() -> None:
     assert own_imports("cli") >= {"errors", "pipeline"}  # those inside functions too
     assert "checkpoint" not in own_imports("models.spec")  # for type checkers only
     assert own_imports("") == {"errors", "recipe", "pipeline"}  # the last one inside a function
-    assert own_imports("formats") == {"formats.ascend", "formats.compressed_tensors", "formats.job"}
+    assert own_imports("formats") == {"formats.ascend", "formats.awq", "formats.compressed_tensors", "formats.job"}
 
 
 def test_nobody_imports_ours_by_its_full_name() -> None:
@@ -251,6 +277,8 @@ MAIN = "from msmodelslim_omni.cli import main; main()"
     [
         (["--help"], "recipes"),
         (["quant", "--help"], "--model_path"),
+        (["export", "--help"], "--save_format"),
+        (["generate", "--help"], "--speech"),
         (["recipes", "list"], "qwen2_5_omni_w8a8"),
         (["recipes", "show", "qwen2_5_omni_w8a8"], "apiversion"),
         (["recipes", "validate", "qwen2_5_omni_w8a8_minmax"], "valid"),

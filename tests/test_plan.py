@@ -235,7 +235,7 @@ def test_save_formats_override_and_keep_the_recipes_settings(tiny: Path) -> None
 
 def test_unknown_save_format(tiny: Path) -> None:
     error = fault(tiny, save_formats=["gguf"])
-    assert error.message == "unknown save_format 'gguf'. Known: ascendv1_saver, compressed_tensors"
+    assert error.message == "unknown save_format 'gguf'. Known: ascendv1_saver, compressed_tensors, awq"
 
 
 # --- the checkpoint against config.json ----------------------------------------------------------------------

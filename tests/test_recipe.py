@@ -83,7 +83,7 @@ def test_msmodelslims_own_recipe_runs_unchanged() -> None:
     assert recipe.metadata.verified_model_types == ("Qwen2.5-Omni-7B",)
     assert [saver.type for saver in recipe.spec.save] == ["ascendv1_saver"]
     assert recipe.spec.default_text == "What are the elements can you see and hear in these medias."
-    assert not PROCESSORS[config.type].needs_calibration(config)  # data-free
+    assert PROCESSORS[config.type].needs(config) == ""  # data-free
     assert recipe.text == THEIRS
 
 
@@ -158,7 +158,7 @@ def test_recipe_is_frozen() -> None:
 
 # --- faults --------------------------------------------------------------------------------------------------
 
-SUPPORTED = ("linear_quant", "smooth_quant", "iter_smooth", "group")
+SUPPORTED = ("linear_quant", "smooth_quant", "iter_smooth", "awq", "group")
 
 FAULTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     # what in MINIMAL, replaced by what; line and key; words of the message
@@ -168,14 +168,14 @@ FAULTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("act: {}", "act: {dtype: int4}", "my.yaml:8", ("act.dtype", "'int4'", "allowed: 'int8'")),
     ("act: {}", "act: {symmetric: False}", "my.yaml:8", ("act.symmetric", "False", "allowed: True")),
     ("act: {}", "act: {method: mse}", "my.yaml:8", ("act.method", "'mse'", "'minmax'")),
-    ("weight: {}", "weight: {method: ssz}", "my.yaml:9", ("weight.method", "'ssz'", "'minmax' or 'mse'")),
-    ("weight: {}", "weight: {scope: per_group}", "my.yaml:9", ("weight.scope", "'per_channel'")),
+    ("weight: {}", "weight: {method: ssz}", "my.yaml:9", ("weight.method", "'ssz'", "'minmax', 'mse' or 'gptq'")),
+    ("weight: {}", "weight: {scope: per_tensor}", "my.yaml:9", ("weight.scope", "'per_channel' or 'per_group'")),
     ("weight: {}", "weight: {ext: {step: 2}}", "my.yaml:9", ("weight.ext",)),
     ("      qconfig:", "      qkonfig:", "my.yaml:7: spec.process[0].qkonfig", ("unknown key", "'qconfig'")),
     ("        weight: {}\n", "", "my.yaml:7: spec.process[0].qconfig.weight", ("this key is missing",)),
     ("  save:\n    - type: ascendv1_saver\n", "", "my.yaml:4: spec.save", ("this key is missing",)),
     ("- type: linear_quant", "- type: linear_quantt", "my.yaml:6", (*SUPPORTED, "Did you mean 'linear_quant'?")),
-    ("- type: linear_quant", "- type: awq", "my.yaml:6: processor 'awq'", ("is not supported", *SUPPORTED)),
+    ("- type: linear_quant", "- type: quarot", "my.yaml:6: processor 'quarot'", ("is not supported", *SUPPORTED)),
     ("    - type: linear_quant\n      qconfig", "    - qconfig", "my.yaml:6", ("`type` is missing",)),
     ("ascendv1_saver", "ascend_saver", "my.yaml:11: saver 'ascend_saver'", ("compressed_tensors", "Did you mean")),
     ("ascendv1_saver", "mindie_format_saver", "my.yaml:11: saver 'mindie_format_saver'", ("not supported",)),
@@ -427,7 +427,7 @@ def test_every_shipped_recipe_validates() -> None:
 
 
 def needs_data(recipe: Recipe) -> bool:
-    return any(PROCESSORS[config.type].needs_calibration(config) for _, config in recipe.processors())
+    return any(PROCESSORS[config.type].needs(config) for _, config in recipe.processors())
 
 
 def test_minmax_is_data_free_and_the_default_is_not() -> None:
@@ -455,7 +455,7 @@ def test_unknown_quant_type(quant_type: str, model_type: str) -> None:
         find_recipe(model_type, quant_type)
     message = caught.value.message
     assert f"quant_type {quant_type!r} and model_type {model_type!r}" in message
-    assert "Quant types with a recipe: w8a8" in message
+    assert "Quant types with a recipe: w4a16, w8a8." in message
     assert "Did you mean 'w8a8'?" in message
     assert "--config_path" in caught.value.hint
 
@@ -498,7 +498,7 @@ def test_schema_for_editors() -> None:
     assert schema["additionalProperties"] is True  # keys that hold anchors
     blocks = schema["$defs"]
     assert all(block["additionalProperties"] is False for block in blocks.values())
-    assert set(blocks["WeightConfig"]["properties"]["method"]["enum"]) == {"minmax", "mse"}
+    assert set(blocks["WeightConfig"]["properties"]["method"]["enum"]) == {"minmax", "mse", "gptq"}
 
 
 def test_every_reference_of_the_schema_resolves() -> None:

@@ -13,8 +13,8 @@ from tiny_layer import CONFIG, HEAD_DIM, SPEC, W8A8, build, layer_work, output, 
 from msmodelslim_omni.arithmetic import quantize_weight, quantized_matmul
 from msmodelslim_omni.capture import InputStats, input_stats
 from msmodelslim_omni.models.spec import MODALITIES, LayerSpec, LinearGroup
-from msmodelslim_omni.processors import smooth
-from msmodelslim_omni.processors.smooth import repeated
+from msmodelslim_omni.processors import fold, smooth
+from msmodelslim_omni.processors.fold import repeated
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe import IterSmoothConfig, SmoothQuantConfig
 
@@ -120,11 +120,11 @@ def test_shared_and_repeated_by_hand() -> None:
     # 2 key-value heads of 2 channels, each read by 2 query heads: 8 inputs of o_proj, 4 channels of v_proj.
     group = LinearGroup("o", ("o",), "v", "ov", repeat=2, head_dim=2)
     per_input = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, 0.0, 6.0, 9.0])
-    assert smooth._shared(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
+    assert fold.shared_peak(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
     factors = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert repeated(factors, group).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
     plain = LinearGroup("g", ("a",), "norm", "norm-linear")
-    assert smooth._shared(per_input, plain).tolist() == per_input.tolist()
+    assert fold.shared_peak(per_input, plain).tolist() == per_input.tolist()
     assert repeated(factors, plain).tolist() == factors.tolist()
 
 
@@ -190,7 +190,7 @@ def test_a_float_previous_linear_with_a_bias_stays_exact(dtype: torch.dtype) -> 
 @settings(max_examples=200, deadline=None)
 def test_divide_rounded(values: list[float], factors: list[float], dtype: torch.dtype) -> None:
     vector, wanted = torch.tensor(values).to(dtype), torch.tensor(factors)
-    s, divided = smooth._divide_rounded(vector, wanted)
+    s, divided = fold._divide_rounded(vector, wanted)
     assert divided.dtype == dtype
     assert torch.isfinite(divided).all() and torch.isfinite(s).all() and (s > 0).all()
     torch.testing.assert_close(divided.double() * s.double(), vector.double(), rtol=2e-7, atol=0)

@@ -11,19 +11,24 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import tiny_layer
 import torch
+from command import int4_recipe, write_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from msmodelslim_omni.arithmetic import quantize_weight
 from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.capture import run_layer
 from msmodelslim_omni.checkpoint import Checkpoint, open_checkpoint
+from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
 from msmodelslim_omni.pipeline import Prepared, prepare
 from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.scheme import QuantScheme
-from msmodelslim_omni.stream import CalibrationStream, emulate
+from msmodelslim_omni.stream import CalibrationStream, LayerProbe, choose_judges, emulate, held_out, importance
 
 DATA = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
 SILENT, WITH_SOUND = str(DATA / "videos/bouncing ball.mp4"), str(DATA / "videos/cat_pan_zh.mp4")
@@ -380,9 +385,10 @@ def test_an_unquantized_layer_has_no_error(prepared: Prepared, tmp_path: Path) -
     checkpoint = prepared.plan.checkpoint
     for index in range(2):
         module = omni.build_layer(checkpoint.config, index, float_weights(checkpoint, index))
-        stats = stream.capture(index, module, prepared.plan.layer_spec)
-        assert sum(stream.tokens_by_modality().values()) == int(stats["qkv"].count.sum())
-        error = stream.advance(index, module)
+        seen = stream.capture(index, module, prepared.plan.layer_spec)
+        assert sum(stream.tokens_by_modality().values()) == int(seen.stats["qkv"].count.sum())
+        assert seen.stats["qkv"].grams == {}  # no processor of this recipe asks for them
+        error = stream.advance(index, module, seen.probe)
         assert error.overall == 0.0
         assert error.by_modality == dict.fromkeys(("text", "image", "audio", "video"), 0.0)
 
@@ -393,12 +399,12 @@ def test_the_next_layer_sees_the_quantized_layers_output(prepared: Prepared, tmp
     stream = open_stream(prepared, work)
     weights = float_weights(plan.checkpoint, 0)
     module = omni.build_layer(plan.checkpoint.config, 0, weights)
-    stream.capture(0, module, plan.layer_spec)
+    seen = stream.capture(0, module, plan.layer_spec)
     quantized = {
         name: quantize_weight(weights[f"{name}.weight"], QuantScheme(8, 8)) for name in plan.layer_spec.linears
     }
     emulate(module, quantized, weights)
-    error = stream.advance(0, module)
+    error = stream.advance(0, module, seen.probe)
     stored = load_file(work / "hidden-0001.safetensors")
 
     fake = omni.build_layer(plan.checkpoint.config, 0, rounded_per_channel(weights))
@@ -464,3 +470,231 @@ def counted(function: Any, calls: list[str]) -> Any:
         return function(*arguments)
 
     return call
+
+
+# --- what the float layer's forward shows --------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tiny: Path, tmp_path: Path) -> Prepared:
+    """Text alone, which needs no tower, for a recipe that asks for the most."""
+    index = write_index(tmp_path / "words", *({"text": f"Sentence {'very ' * n}long."} for n in (3, 40, 80)))
+    recipe = int4_recipe(tmp_path, propagate_error=True)
+    return prepare(tiny, device="cpu", config_path=str(recipe), dataset=str(index))
+
+
+def float_layer(prepared: Prepared, index: int = 0) -> torch.nn.Module:
+    checkpoint = prepared.plan.checkpoint
+    return omni.build_layer(checkpoint.config, index, float_weights(checkpoint, index))
+
+
+def test_second_moments_are_collected_where_the_recipe_asks_for_them(words: Prepared, tmp_path: Path) -> None:
+    stream, module = open_stream(words, tmp_path / "work"), float_layer(words)
+    seen = stream.capture(0, module, words.plan.layer_spec)
+    tokens = sum(stream.tokens_by_modality().values())
+    assert set(seen.stats) == {"qkv", "o", "gate_up", "down"}
+    for stats in seen.stats.values():
+        (gram,) = stats.grams.values()
+        # Where the others are enough, those that judge are kept out of it.
+        assert tokens / 2 < gram.tokens <= tokens == int(stats.count.sum())
+    assert sum(seen.importance.values()) * gram.tokens == pytest.approx(1.0)
+    assert seen.probe.layer_error(module) == 0.0
+
+
+def test_nan_names_layer_linear_and_sample(words: Prepared, tmp_path: Path) -> None:
+    stream = open_stream(words, tmp_path / "work")
+    stored = load_file(tmp_path / "work" / "hidden-0000.safetensors")
+    stored["000001"][0, 7, 3] = torch.nan
+    stream._hidden.write(stored.values())
+    stream.start_at(0)
+    with pytest.raises(QuantError) as caught:
+        stream.capture(0, float_layer(words), words.plan.layer_spec)
+    assert caught.value.message.startswith("layer 0, self_attn.q_proj: NaN or Inf in the activations")
+    assert caught.value.message.endswith(f"with sample {words.calib.samples[1].where}")
+    assert "index.jsonl:2" in caught.value.message
+    assert "leave the sample out" in caught.value.hint
+
+
+def test_inf_inside_a_layer_names_the_linear_that_it_reaches(words: Prepared, tmp_path: Path) -> None:
+    stream, weights = open_stream(words, tmp_path / "work"), float_weights(words.plan.checkpoint, 0)
+    weights["mlp.up_proj.weight"][5] = 3e38
+    module = omni.build_layer(words.plan.checkpoint.config, 2, weights)
+    with pytest.raises(QuantError) as caught:
+        stream.capture(2, module, words.plan.layer_spec)
+    assert caught.value.message.startswith("layer 2, mlp.down_proj: NaN or Inf in the activations")
+    assert words.calib.samples[0].where in caught.value.message
+
+
+def test_a_linear_that_no_token_reaches_is_named(words: Prepared, tmp_path: Path) -> None:
+    """A layer whose MLP passes everything by."""
+    stream, module = open_stream(words, tmp_path / "work"), float_layer(words)
+    module.mlp.forward = lambda x: x
+    with pytest.raises(QuantError, match=r"layer 3: mlp\.gate_proj never saw a token") as caught:
+        stream.capture(3, module, words.plan.layer_spec)
+    assert "exclude" in caught.value.hint
+
+
+@pytest.mark.parametrize("propagate", [True, False])
+def test_the_next_layer_sees_what_the_recipe_says(tiny: Path, tmp_path: Path, propagate: bool) -> None:
+    """The changed layer's outputs, or with `propagate_error: false` the float layer's."""
+    index = write_index(tmp_path / "words", {"text": "One sentence."}, {"text": f"Another {'very ' * 30}long one."})
+    recipe = int4_recipe(tmp_path, propagate_error=propagate)
+    prepared = prepare(tiny, device="cpu", config_path=str(recipe), dataset=str(index))
+    work = tmp_path / "work"
+    stream, module = open_stream(prepared, work), float_layer(prepared)
+    seen = stream.capture(0, module, prepared.plan.layer_spec)
+    weights = float_weights(prepared.plan.checkpoint, 0)
+    changed = omni.build_layer(
+        prepared.plan.checkpoint.config, 0, {**weights, "mlp.down_proj.weight": 0.9 * weights["mlp.down_proj.weight"]}
+    )
+    error = stream.advance(0, changed, seen.probe)
+    assert 0.001 < error.overall < 0.2 and set(error.by_modality) == {"text"}
+    stored = load_file(work / "hidden-0001.safetensors")
+    assert {file.name for file in work.glob("*.safetensors")} == {"hidden-0000.safetensors", "hidden-0001.safetensors"}
+    for number, hidden in enumerate(stored.values()):
+        inputs = stem_inputs(work / "stem" / f"{number:06d}.safetensors")
+        assert difference(hidden, run_layer(changed if propagate else module, inputs)) < 1e-6
+        assert difference(hidden, run_layer(module if propagate else changed, inputs)) > 1e-4
+    second = stream.capture(1, float_layer(prepared, 1), prepared.plan.layer_spec)
+    assert int(second.stats["qkv"].count.sum()) == sum(stream.tokens_by_modality().values())
+
+
+# --- the say of each modality --------------------------------------------------------------------------------
+
+
+def test_importance_by_hand() -> None:
+    counts = [10, 0, 5, 85]  # text, image, audio, video
+    assert importance("tokens", counts) == {0: 0.01, 2: 0.01, 3: 0.01}
+    balanced = importance("balanced", counts)
+    assert balanced == pytest.approx({0: 1 / 30, 2: 1 / 15, 3: 1 / 255})
+    said = importance({"text": 1.0, "audio": 3.0}, counts)
+    assert said == pytest.approx({0: 1 / 40, 2: 3 / 20, 3: 0.0})
+    for found in (balanced, said, importance("tokens", counts)):
+        assert sum(weight * counts[m] for m, weight in found.items()) == pytest.approx(1.0)
+    assert importance({"text": 7.0}, [3, 0, 0, 0]) == {0: pytest.approx(1 / 3)}
+
+
+# --- the samples that judge ----------------------------------------------------------------------------------
+
+
+def modalities_of(*samples: dict[int, int]) -> list[torch.Tensor]:
+    """Samples by their number of tokens of each modality."""
+    return [torch.tensor([m for m, count in one.items() for _ in range(count)], dtype=torch.int8) for one in samples]
+
+
+def test_judges_are_few_short_samples_of_every_modality() -> None:
+    text = [{0: 20 + n} for n in range(12)]
+    samples = modalities_of({0: 30, 3: 900}, *text, {0: 15, 2: 80}, {0: 30, 3: 400}, {0: 15, 2: 60})
+    judges = choose_judges(samples)
+    chosen = torch.cat([samples[i] for i in judges])
+    assert {0, 2, 3} <= set(chosen.tolist())
+    assert len(judges) < 6 and len(chosen) < 0.5 * sum(len(sample) for sample in samples)
+    assert 14 in judges and 0 not in judges  # of two videos the shorter one
+    assert 15 in judges and 13 not in judges  # and of two sounds
+    assert choose_judges(samples) == judges
+
+
+def test_judges_stop_at_enough_tokens() -> None:
+    samples = modalities_of(*({0: 100} for _ in range(50)))
+    assert choose_judges(samples, enough=250) == {0, 1, 2}
+    assert choose_judges(samples, enough=200) == {0, 1}
+    assert choose_judges(samples[:3]) == {0}  # a part of all tokens will do where there are few
+
+
+def test_one_sample_judges_alone() -> None:
+    assert choose_judges(modalities_of({0: 5, 1: 9})) == {0}
+
+
+@given(
+    st.lists(st.dictionaries(st.integers(0, 3), st.integers(1, 400), min_size=1, max_size=4), min_size=1, max_size=12)
+)
+@settings(max_examples=60, deadline=None)
+def test_judges_cover_every_modality_that_there_is(counts: list[dict[int, int]]) -> None:
+    samples = modalities_of(*counts)
+    judges = choose_judges(samples)
+    everything, judging = torch.cat(samples), torch.cat([samples[i] for i in judges])
+    for modality in range(4):
+        there, chosen = int((everything == modality).sum()), int((judging == modality).sum())
+        assert (chosen > 0) == (there > 0)
+    out = held_out(judges, samples)
+    assert out in (judges, frozenset())
+    left = torch.cat([torch.zeros(0, dtype=torch.int8), *(s for i, s in enumerate(samples) if i not in out)])
+    assert set(left.tolist()) == set(everything.tolist())  # no modality is known only from those held out
+
+
+def test_judges_are_held_out_only_where_the_others_are_many() -> None:
+    many = modalities_of(*({0: 100} for _ in range(9)))
+    assert held_out(frozenset({0, 1, 2}), many) == {0, 1, 2}
+    assert held_out(frozenset({0, 1, 2, 3}), many) == frozenset()
+    one_sound = [*many, *modalities_of({0: 10, 2: 5})]
+    assert held_out(frozenset({0, 9}), one_sound) == frozenset()
+
+
+# --- the probe -----------------------------------------------------------------------------------------------
+
+WEIGHT_OF = {0: 0.5, 1: 0.1, 2: 0.0, 3: 2.0}  # of a token of each modality
+
+
+def watched() -> tuple[dict[str, torch.Tensor], list[tiny_layer.Sample], LayerProbe]:
+    weights, samples = tiny_layer.layer_weights(torch.float32), [tiny_layer.sample(9, 1), tiny_layer.sample(14, 2)]
+    probe = LayerProbe(tiny_layer.build(weights), {"self_attn", "mlp"}, WEIGHT_OF)
+    for one in samples:
+        assert torch.equal(probe.watch(one.inputs, one.modality), tiny_layer.output(weights, one))
+    return weights, samples, probe
+
+
+def weighed(error: torch.Tensor, modality: torch.Tensor) -> float:
+    """The squared error [1, tokens, hidden], each token by its modality."""
+    return sum(
+        WEIGHT_OF[m] * float(e.double().square().sum()) for m, e in zip(modality.tolist(), error[0], strict=True)
+    )
+
+
+def test_probe_of_unchanged_weights_has_no_error() -> None:
+    weights, _, probe = watched()
+    for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+        same = {f"{block}.{name}_proj.weight": weights[f"{block}.{name}_proj.weight"].clone() for name in names}
+        assert probe.block_error(block, same) == 0.0
+    assert probe.layer_error(tiny_layer.build(weights)) == 0.0
+
+
+@pytest.mark.parametrize("block", ["self_attn", "mlp"])
+def test_probe_tells_a_blocks_true_error(block: str) -> None:
+    """Of the block's output on its true inputs, against the block built with the changed weights."""
+    weights, samples, probe = watched()
+    changed = dict(weights)
+    for name in [n for n in weights if n.startswith(block) and n.endswith(("q_proj.weight", "up_proj.weight"))]:
+        changed[name] = weights[name] + 0.1 * weights[name].flip(0)
+    expected = 0.0
+    exact, other = tiny_layer.build(weights), tiny_layer.build(changed)
+    calls: list[Any] = []
+    exact.get_submodule(block).register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    with torch.inference_mode():
+        for one in samples:
+            run_layer(exact, one.inputs)
+            arguments, keywords, out = calls.pop()
+            found = other.get_submodule(block)(*arguments, **keywords)
+            first = [o[0] if isinstance(o, tuple) else o for o in (found, out)]
+            expected += weighed(first[0] - first[1], one.modality)
+    given_ = {name: changed[name] for name in changed if changed[name] is not weights[name]}
+    assert len(given_) == 1 and expected > 0
+    assert probe.block_error(block, given_) == pytest.approx(expected, rel=1e-4)
+    assert probe.block_error(block, {}) == 0.0  # the layer itself was not changed by the question
+
+
+def test_probe_tells_a_layers_true_error() -> None:
+    weights, samples, probe = watched()
+    changed = {**weights, "mlp.down_proj.weight": 1.1 * weights["mlp.down_proj.weight"]}
+    expected = sum(
+        weighed(tiny_layer.output(changed, one) - tiny_layer.output(weights, one), one.modality) for one in samples
+    )
+    assert probe.layer_error(tiny_layer.build(changed)) == pytest.approx(expected, rel=1e-4)
+    error, signal = probe.errors(tiny_layer.build(changed))
+    for modality in range(4):
+        there = [(tiny_layer.output(changed, one), tiny_layer.output(weights, one), one) for one in samples]
+        by_hand = sum(float((a - b)[0, o.modality == modality].double().square().sum()) for a, b, o in there)
+        added = sum(
+            float((b - o.inputs.hidden)[0, o.modality == modality].double().square().sum()) for a, b, o in there
+        )
+        assert float(error[modality]) == pytest.approx(by_hand, rel=1e-4)
+        assert float(signal[modality]) == pytest.approx(added, rel=1e-4)

@@ -13,10 +13,11 @@ from make_tiny_omni import TINY, omni_config
 
 from msmodelslim_omni.capture import InputRecorder, InputStats, run_layer
 from msmodelslim_omni.models import qwen2_5_omni
-from msmodelslim_omni.models.spec import LayerInput, LayerSpec
+from msmodelslim_omni.models.spec import MODALITIES, LayerInput, LayerSpec
 from msmodelslim_omni.models.torchvision_shim import ensure_torchvision_imports
 from msmodelslim_omni.processors.work import LayerWork
 from msmodelslim_omni.scheme import QuantScheme
+from msmodelslim_omni.stream import importance
 
 ensure_torchvision_imports()
 
@@ -53,9 +54,18 @@ def layer_weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[st
 
 def layer_work(dtype: torch.dtype = torch.bfloat16, seed: int = 0, samples: list[Sample] | None = None) -> LayerWork:
     """A layer whose Linears are all to be quantized, with the statistics of the samples."""
-    weights = layer_weights(dtype, seed)
-    stats = record(weights, samples if samples is not None else [sample()])
-    return LayerWork(0, SPEC, dict.fromkeys(SPEC.linears, W8A8), weights, stats)
+    return work_of(layer_weights(dtype, seed), samples if samples is not None else [sample()])
+
+
+def work_of(weights: dict[str, torch.Tensor], samples: list[Sample], scheme: QuantScheme = W8A8) -> LayerWork:
+    """A layer with these weights; for a weight-only scheme the statistics hold the second moments too."""
+    stats = record(weights, samples, grams=scheme.act_bits is None)
+    weight = importance("balanced", token_counts(samples))
+    return LayerWork(0, SPEC, dict.fromkeys(SPEC.linears, scheme), weights, stats, weight)
+
+
+def token_counts(samples: list[Sample]) -> list[int]:
+    return torch.cat([one.modality for one in samples]).bincount(minlength=len(MODALITIES)).tolist()
 
 
 def sample(tokens: int = 24, seed: int = 0) -> Sample:
@@ -74,15 +84,14 @@ def build(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
     return qwen2_5_omni.build_layer(CONFIG, 0, as_float)
 
 
-def record(weights: dict[str, torch.Tensor], samples: list[Sample]) -> dict[str, InputStats]:
+def record(weights: dict[str, torch.Tensor], samples: list[Sample], grams: bool = False) -> dict[str, InputStats]:
     """Statistics of each group's input, every token kept."""
     layer = build(weights)
-    recorder = InputRecorder(layer, SPEC)
+    recorder = InputRecorder(layer, SPEC, token_counts(samples) if grams else None)
     for one in samples:
         recorder.begin(one.modality, torch.arange(len(one.modality)))
         run_layer(layer, one.inputs)
-    recorder.remove()
-    return recorder.stats
+    return recorder.finish()
 
 
 def output(weights: dict[str, torch.Tensor], one: Sample) -> torch.Tensor:

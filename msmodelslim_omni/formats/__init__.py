@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from . import ascend, compressed_tensors
+from . import ascend, awq, compressed_tensors
 from .job import Format
 
 FORMATS: dict[str, Format] = {
     "ascendv1_saver": ascend,
+    "awq": awq,
     "compressed_tensors": compressed_tensors,
 }

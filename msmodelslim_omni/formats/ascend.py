@@ -9,24 +9,27 @@ asks for and does not find there ends its loading.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ..safetensors_io import TensorSpec
+from ..errors import QuantError
+from ..safetensors_io import TensorInfo, TensorSpec, load_tensor
 from ..scheme import QuantScheme
 from .job import FLOAT, Data, OutLinear, OutputJob, OutTensor
+from .stored import FLOATS, PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
 
 weights_stem = "quant_model_weights"
 
 _DESCRIPTION_VERSION = "1.0.0"
 
 
-def refusal(scheme: QuantScheme) -> str:
-    if scheme.name == "W8A8_DYNAMIC":
-        return ""
-    return f"no Ascend runtime serves {scheme.name} for dense Linears"
+def refusal(schemes: frozenset[QuantScheme]) -> str:
+    others = sorted({scheme.name for scheme in schemes} - {"W8A8_DYNAMIC"})
+    # vLLM-Ascend registers W4A16 and W4A8_DYNAMIC for mixture-of-experts layers only.
+    return f"no Ascend runtime serves {' or '.join(others)} for dense Linears" if others else ""
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
@@ -62,3 +65,55 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
         "optional": {},
     }
     return {"quant_model_description.json": description, "config.json": job.config}
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+_W8A8 = "W8A8_DYNAMIC"
+_PARTS = ("weight", "weight_scale", "weight_offset")
+
+
+def read_linears(
+    settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
+) -> StoredLinears:
+    """See stored.Reader. `settings` is the description; of its kinds only W8A8_DYNAMIC is read."""
+    grouped = group_parts(tensors, _PARTS)
+    if other := sorted({str(settings.get(f"{name}.weight", FLOAT)) for name in grouped} - {FLOAT, _W8A8}):
+        raise QuantError(f"the description says {', '.join(other)[:200]}; read is {_W8A8} only")
+    linears: dict[str, StoredLinear] = {}
+    faults = []
+    for name, parts in grouped.items():
+        said = settings.get(f"{name}.weight")
+        if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and said != _W8A8:
+            continue  # a float Linear, a norm, an embedding
+        if why := missing_parts(parts, _PARTS) or _misfit(parts) or _mislabelled(said):
+            faults.append(PartFault(name, why))
+        else:
+            linears[name] = StoredLinear(_stored_linear(name, parts, float_dtype(name)), parts)
+    return StoredLinears(linears, tuple(faults))
+
+
+def _misfit(parts: Parts) -> str:
+    shape = parts["weight"].shape
+    if len(shape) != 2 or not parts["weight"].numel:
+        return f"weight has shape {list(shape)}, not [out, in]"
+    column = (shape[0], 1)
+    return wrong_parts(
+        parts, {"weight": (("I8",), shape), "weight_scale": (FLOATS, column), "weight_offset": (FLOATS, column)}
+    )
+
+
+def _mislabelled(said: object) -> str:
+    return "" if said == _W8A8 else f"the description says {said or 'nothing'} of it, not {_W8A8}"
+
+
+def _stored_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
+    rows, columns = parts["weight"].shape
+    return OutLinear(
+        name,
+        QuantScheme(8, 8),
+        (rows, columns),
+        float_dtype,
+        lambda: load_tensor(parts["weight"]),
+        lambda: load_tensor(parts["weight_scale"]).to(torch.float32),
+    )

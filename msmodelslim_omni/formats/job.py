@@ -28,9 +28,11 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class OutLinear:
-    """A quantized Linear. Nothing is read before `qweight` or `scales` is called.
+    """A quantized Linear. Nothing is read before `qweight`, `scales` or `zeros` is called.
 
     name: checkpoint name without `.weight`. shape: (out, in). float_dtype: of the checkpoint's weight, e.g. BF16.
+    qweight: int8 [out, in], signed. scales: float32 [out, groups]; those of a grouped scheme are exact in float16 and
+    in float_dtype. zeros: int8 [out, groups], signed, for an asymmetric scheme: W is near (qweight - zeros) * scales.
     """
 
     name: str
@@ -39,6 +41,7 @@ class OutLinear:
     float_dtype: str
     qweight: Callable[[], torch.Tensor]
     scales: Callable[[], torch.Tensor]
+    zeros: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Format(Protocol):
 
     weights_stem: str
 
-    def refusal(self, scheme: QuantScheme) -> str:
-        """Why this format cannot hold a scheme, or an empty string."""
+    def refusal(self, schemes: frozenset[QuantScheme]) -> str:
+        """Why this format cannot hold these schemes in one checkpoint, or an empty string."""
         ...
 
     def linear_tensors(self, linear: OutLinear) -> list[OutTensor]:

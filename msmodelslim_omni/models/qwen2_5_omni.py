@@ -60,7 +60,7 @@ def model_spec(model_type: str) -> ModelSpec:
         hf_model_type="qwen2_5_omni",
         layer_prefix=LAYER_PREFIX,
         parts=PARTS,
-        processors=frozenset({"linear_quant", "smooth_quant", "iter_smooth"}),
+        processors=frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq"}),
         ignore_patterns=IGNORE_PATTERNS,
         # vLLM and the full transformers class read the first, the thinker class the second.
         config_paths=((), ("thinker_config",)),

@@ -37,6 +37,11 @@ class LinearGroup:
     repeat: int = 1
     head_dim: int = 1
 
+    @property
+    def block(self) -> str:
+        """The module whose output the group's Linears serve: `self_attn`, `mlp`."""
+        return self.linears[0].split(".", 1)[0]
+
 
 @dataclass(frozen=True)
 class LayerSpec:

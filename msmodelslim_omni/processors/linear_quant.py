@@ -1,25 +1,50 @@
-"""linear_quant: round the weights of the matching Linears to integers. Needs no data."""
+"""linear_quant: round the weights of the matching Linears to integers. Only `gptq` needs data."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
-from ..arithmetic import quantize_weight
 from ..errors import QuantError
+from ..gram import Gram
+from ..models.spec import LinearGroup
 from ..recipe import LinearQuantConfig
+from .rounding import TOKENS_PER_INPUT, round_group, triangle_for
 from .work import LayerWork
 
 
-def needs_calibration(config: LinearQuantConfig) -> bool:
-    return False
+def needs(config: LinearQuantConfig) -> Literal["", "gram"]:
+    return "gram" if config.qconfig.weight.method == "gptq" else ""
 
 
 def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -> LayerWork:
     """Quantize `linears` (relative names that this processor is to handle) by their planned schemes."""
-    quantized = dict(work.quantized)
-    for linear in sorted(linears):
-        try:
-            quantized[linear] = quantize_weight(work.weights[f"{linear}.weight"], work.schemes[linear])
-        except QuantError as error:
-            raise QuantError(f"layer {work.index}, {linear}.weight: {error.message}", error.hint) from error
-    return replace(work, quantized=quantized)
+    ready = {linear: work.rounded[linear] for linear in linears if linear in work.rounded}
+    work = replace(work, quantized={**work.quantized, **ready})
+    for group in work.spec.groups:
+        if chosen := [linear for linear in group.linears if linear in linears - set(ready)]:
+            work = _quantize_group(work, group, chosen)
+    return work
+
+
+def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> LayerWork:
+    stats = work.stats[group.name] if work.stats is not None else None
+    triangle = work.triangles.get(group.name)
+    gram = stats.gram(work.importance) if stats is not None and stats.grams and triangle is None else None
+    weights = {linear: work.weights[f"{linear}.weight"] for linear in linears}
+    schemes = {linear: work.schemes[linear] for linear in linears}
+    triangle = triangle or triangle_for(schemes, gram)
+    try:
+        quantized = round_group(weights, schemes, gram, triangle)
+    except QuantError as error:
+        raise QuantError(f"layer {work.index}, {error.message}", error.hint) from error
+    if triangle is None and gram is not None and any(s.weight_method == "gptq" for s in schemes.values()):
+        work = replace(work, notes=(*work.notes, _too_few(group, gram)))
+    return replace(work, quantized={**work.quantized, **quantized})
+
+
+def _too_few(group: LinearGroup, gram: Gram) -> str:
+    return (
+        f"{group.name}: {gram.tokens} tokens are too few for GPTQ on {gram.in_features} inputs (it takes"
+        f" {round(TOKENS_PER_INPUT * gram.in_features)}); rounded to the nearest level on searched clips instead"
+    )

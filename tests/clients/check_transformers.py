@@ -1,4 +1,4 @@
-"""Load a compressed_tensors W8A8 checkpoint in real transformers and compare its logits with plain PyTorch.
+"""Load a compressed_tensors checkpoint, W8A8 or W4A16, in real transformers and compare with plain PyTorch.
 
     python check_transformers.py QUANTIZED_DIR [--run_compressed true|false|default] [--class full|thinker]
                                  [--dtype float32|bfloat16] [--activations int8|float|any] [--float_model DIR]
@@ -12,6 +12,9 @@ quantized Linear replaced by one of two emulations:
 
 - `int8`: activations rounded per token, exact integer product, times the two scales;
 - `float`: the weight dequantized, activations left alone (what transformers 5 computes with `run_compressed=False`).
+
+W4A16 has no activations to round. There `float` dequantizes in the dtype of the file's scale, `exact` without rounding:
+clients that load into float32 do the one or the other.
 
 The client must agree with one of them; `--activations` says with which. With `--float_model` its logits must also be
 near those of the checkpoint that was quantized.
@@ -31,6 +34,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -42,10 +46,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dequantizers import dequantize_packed, plain_codes
+
 Tensors = dict[str, Tensor]
 Inputs = dict[str, dict[str, Tensor]]
 
 LINEARS_PER_LAYER = 7  # q, k, v, o, gate, up, down
+LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 TOWERS = ("visual", "audio_tower", "talker", "token2wav", "lm_head")
 
 # Largest |client - reference| / |reference| of a Linear's input or output, or of the logits, in lockstep.
@@ -76,13 +84,24 @@ class Checkpoint:
         return sorted(name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale"))
 
     @property
+    def is_packed(self) -> bool:
+        """Whether the integers are 4-bit, eight to a word."""
+        return any(name.endswith(".weight_packed") for name in self.tensors)
+
+    @property
     def float_names(self) -> list[str]:
-        linears = set(self.quantized)
-        return [
-            name
-            for name in self.tensors
-            if not name.endswith(".weight_scale") and name.removesuffix(".weight") not in linears
-        ]
+        parts = {f"{name}.{part}" for name in self.quantized for part in LINEAR_PARTS}
+        return [name for name in self.tensors if name not in parts]
+
+    def dense(self, name: str) -> Tensor:
+        """The weight that a quantized Linear's integers stand for, [out, in] float32 and not rounded."""
+        scale = self.tensors[f"{name}.weight_scale"].float()
+        if not self.is_packed:
+            return self.tensors[f"{name}.weight"].float() * scale
+        packed, shape = self.tensors[f"{name}.weight_packed"], self.tensors[f"{name}.weight_shape"]
+        zero_point = self.tensors.get(f"{name}.weight_zero_point")
+        zeros = None if zero_point is None else zero_point.numpy()
+        return torch.from_numpy(dequantize_packed(packed.numpy(), scale.numpy(), shape.numpy(), zeros))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -126,8 +145,9 @@ class Int8ActLinear(nn.Module):
     model's dtype. (Kernels of runtimes use absmax / 127.)
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, bias: Tensor | None) -> None:
         super().__init__()
+        codes, scale = checkpoint.tensors[f"{name}.weight"], checkpoint.tensors[f"{name}.weight_scale"]
         self._codes, self._scale, self._bias = codes.double(), scale.float().flatten(), bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,23 +157,33 @@ class Int8ActLinear(nn.Module):
         return (y if self._bias is None else y + self._bias.float()).to(x.dtype)
 
 
-def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
-    return codes.to(scale.dtype) * scale
-
-
 class FloatActLinear(nn.Module):
-    """y = x @ (q_w * s_w)^T + b. transformers 5 multiplies in the dtype that the scale has in the file."""
+    """y = x @ Ŵ^T + b. transformers 5 dequantizes in the dtype that the scale has in the file."""
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, name: str, bias: Tensor | None) -> None:
         super().__init__()
-        self._weight, self._bias = dequantized(codes, scale).float(), bias
+        dtype = checkpoint.tensors[f"{name}.weight_scale"].dtype
+        self._weight, self._bias = self._rounded(checkpoint.dense(name), dtype), bias
+
+    @staticmethod
+    def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype).float()
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self._bias is None else self._bias.float()
         return F.linear(x.float(), self._weight, bias).to(x.dtype)
 
 
+class ExactFloatActLinear(FloatActLinear):
+    """The same with the weight dequantized in float32."""
+
+    @staticmethod
+    def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight
+
+
 REFERENCES: dict[str, type[nn.Module]] = {"int8": Int8ActLinear, "float": FloatActLinear}
+PACKED_REFERENCES: dict[str, type[nn.Module]] = {"float": FloatActLinear, "exact": ExactFloatActLinear}
 
 
 def thinker_class() -> Any:
@@ -166,7 +196,7 @@ def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Mod
     for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as from_pretrained leaves them
         parameter.data = parameter.data.to(dtype)
     for name in checkpoint.quantized:
-        _replace_linear(model, name, checkpoint.tensors, emulation)
+        _replace_linear(model, name, checkpoint, emulation)
     known = set(named_tensors(model))
     state = {}
     for name in checkpoint.float_names:
@@ -184,22 +214,33 @@ def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Mod
     return model
 
 
-def _replace_linear(model: nn.Module, name: str, tensors: Tensors, emulation: type[nn.Module]) -> None:
+def _replace_linear(model: nn.Module, name: str, checkpoint: Checkpoint, emulation: type[nn.Module]) -> None:
     inside = module_name(name, set(dict(model.named_modules())), "thinker.")
     if inside is None:
         raise CheckError(f"the float class has no {name}")
-    old = model.get_submodule(inside)
-    codes, scale, bias = (
-        tensors[f"{name}.weight"],
-        tensors[f"{name}.weight_scale"],
-        tensors.get(f"{name}.bias"),
-    )
-    if codes.dtype != torch.int8 or codes.shape != old.weight.shape or scale.shape != (codes.shape[0], 1):
-        raise CheckError(f"{name}: {codes.dtype} {tuple(codes.shape)}, scale {tuple(scale.shape)}")
+    old, bias = model.get_submodule(inside), checkpoint.tensors.get(f"{name}.bias")
+    _check_layout(name, checkpoint.tensors, old.weight.shape)
     if (bias is None) != (old.bias is None):
         raise CheckError(f"{name}: bias {'missing' if bias is None else 'too much'}")
     parent, _, child = inside.rpartition(".")
-    setattr(model.get_submodule(parent), child, emulation(codes, scale, bias))
+    setattr(model.get_submodule(parent), child, emulation(checkpoint, name, bias))
+
+
+def _check_layout(name: str, tensors: Tensors, shape: torch.Size) -> None:
+    """dtypes and shapes of the files, given the Linear's [out, in]."""
+    found = {part: tensors[key] for part in LINEAR_PARTS if (key := f"{name}.{part}") in tensors}
+    layout = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in found.items()}
+    groups = found["weight_scale"].shape[1]
+    wanted = {"weight_scale": (found["weight_scale"].dtype, (shape[0], groups))}
+    if "weight_packed" in found:
+        wanted["weight_packed"] = (torch.int32, (shape[0], shape[1] // 8))
+        wanted["weight_shape"] = (torch.int64, (2,))
+        if "weight_zero_point" in found:
+            wanted["weight_zero_point"] = (torch.int32, (shape[0] // 8, groups))
+    else:
+        wanted["weight"] = (torch.int8, tuple(shape))
+    if layout != wanted or ("weight" in found and groups != 1):
+        raise CheckError(f"{name}: {layout}, not {wanted}")
 
 
 # --- the client ---
@@ -236,34 +277,62 @@ def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[st
         is_int = any(not p.is_floating_point() for p in module.parameters(recurse=False))
         if (is_int or name in with_scheme) and set(name.split(".")) & set(TOWERS):
             raise CheckError(f"quantized by mistake: {name}")
-    as_int8 = sum(_check_weight(modules[inside], name, checkpoint.tensors) for inside, name in wanted.items())
+    as_integers = sum(_check_weight(modules[inside], name, checkpoint) for inside, name in wanted.items())
     floats = sum(isinstance(module, nn.Linear) for module in modules.values()) - len(wanted)
     return {
         "quantized": len(wanted),
         "with_scheme": len(with_scheme),
-        "int8": as_int8,
+        "held_as_integers": as_integers,
         "float_linears": floats,
     }
 
 
-def _check_weight(module: Any, name: str, tensors: Tensors) -> bool:
-    """Whether the weight is int8; raises unless codes and scale are the files', or the weight is their product."""
-    codes, scale = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"]
-    held = getattr(module, "weight_scale", None)
-    if held is not None and not torch.equal(held, scale.to(held.dtype)):
+def _check_weight(module: Any, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the module holds integers; raises unless they are the files', or the weight what those stand for."""
+    tensors = checkpoint.tensors
+    scale, held_scale = tensors[f"{name}.weight_scale"], getattr(module, "weight_scale", None)
+    if held_scale is not None and not torch.equal(held_scale, scale.to(held_scale.dtype)):
         raise CheckError(f"{name}: another weight_scale than in the files")
-    weight = module.weight.detach()
-    if weight.dtype == torch.int8:
-        if held is None or not torch.equal(weight, codes):
-            raise CheckError(f"{name}: other integers than in the files")
+    held = {part: tensor for part in LINEAR_PARTS if (tensor := getattr(module, part, None)) is not None}
+    weight = held.get("weight")
+    if weight is None or weight.dtype == torch.int8:
+        for part in set(held) - {"weight_scale", "weight_shape"}:
+            if not torch.equal(held[part], tensors[f"{name}.{part}"]):
+                raise CheckError(f"{name}: another {part} than in the files")
+        if held_scale is None or set(held) < {part for part in LINEAR_PARTS if f"{name}.{part}" in tensors}:
+            raise CheckError(f"{name}: integers without all that belongs to them: {sorted(held)}")
         return True
     # In bfloat16 (of the model, or of the scale as transformers 5 does it) scale and product are rounded: 2^-8 in all.
     rounded = torch.bfloat16 in (weight.dtype, scale.dtype)
-    dense = codes.float() * scale.float()
-    error = (weight.float() - dense).abs() - dense.abs() * (2**-7 if rounded else 1e-6)
+    dense = checkpoint.dense(name)
+    error = (weight.detach().float() - dense).abs() - dense.abs() * (2**-7 if rounded else 1e-6)
     if error.max() > 0:
-        raise CheckError(f"{name}: the dequantized weight is not codes * scale")
+        raise CheckError(f"{name}: the dequantized weight is not what the integers stand for")
     return False
+
+
+def check_words(checkpoint: Checkpoint) -> int:
+    """compressed-tensors' own packing agrees with the files' words, and ours with it; returns how many Linears."""
+    try:
+        library = import_module("compressed_tensors.compressors.pack_quantized.helpers")
+    except ModuleNotFoundError:  # before 0.14
+        library = import_module("compressed_tensors.compressors.quantized_compressors.pack_quantized")
+    tensors, names = checkpoint.tensors, checkpoint.quantized if checkpoint.is_packed else []
+    for name in names:
+        shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
+        groups = tensors[f"{name}.weight_scale"].shape[1]
+        for part, size, axis in (("weight_packed", shape, 1), ("weight_zero_point", (shape[0], groups), 0)):
+            words = tensors.get(f"{name}.{part}")
+            if words is None:
+                continue
+            codes = library.unpack_from_int32(words, 4, torch.Size(size), packed_dim=axis)
+            along = words.numpy() if axis == 1 else words.numpy().T.copy()
+            mine = torch.from_numpy(plain_codes(along, size[axis]))
+            if not torch.equal(codes.int() if axis == 1 else codes.int().T, mine):
+                raise CheckError(f"{name}.{part}: the library unpacks other integers")
+            if not torch.equal(library.pack_to_int32(codes, 4, packed_dim=axis), words):
+                raise CheckError(f"{name}.{part}: the library packs these integers otherwise")
+    return len(names)
 
 
 def check_floats(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> int:
@@ -417,7 +486,7 @@ def compare(
     # Twice: some versions decompress in the first forward and treat the weights otherwise from then on.
     runs = [(one, record(thinker, linears, one)) for _ in range(2) for one in inputs.values()]
     steps, alone = {}, {}
-    for name, emulation in REFERENCES.items():
+    for name, emulation in (PACKED_REFERENCES if checkpoint.is_packed else REFERENCES).items():
         model = reference(checkpoint, dtype, emulation)
         emulated = quantized_linears(model, checkpoint)
         steps[name] = Lockstep()
@@ -442,6 +511,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     model = load_client(arguments.quantized, arguments.kind, arguments.run_compressed, dtype)
     prefix = "thinker." if arguments.kind == "thinker" else ""
     counts = check_tree(model, checkpoint, prefix) | {"float_tensors": check_floats(model, checkpoint, prefix)}
+    counts["packed_alike"] = check_words(checkpoint)
     thinker = model if arguments.kind == "thinker" else model.thinker
     inputs = make_inputs(checkpoint.config.thinker_config)
     result = counts | compare(thinker, checkpoint, inputs, dtype, arguments.activations)

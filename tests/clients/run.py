@@ -1,9 +1,9 @@
-"""Load a freshly quantized tiny model in real transformers + compressed-tensors, one environment per client.
+"""Load freshly quantized tiny models in real transformers + compressed-tensors or AutoAWQ, an environment per client.
 
     python tests/clients/run.py [--cache DIR] [--client NAME ...] [--dtype float32 ...]
 
 Needs what quantizing needs and a package index for pip; the environments (1.5 GB each) are built once and kept in
-the cache folder. Prints one line per client, class, run_compressed and dtype; exit status 1 on a failure.
+the cache folder. Prints one line per model, client, class, run_compressed and dtype; exit status 1 on a failure.
 """
 
 from __future__ import annotations
@@ -43,8 +43,24 @@ CLIENTS = {
         "safetensors",
     ],
     "transformers-5.23.0-ct-0.20.0": ["transformers==5.23.0", "compressed-tensors==0.20.0", "safetensors"],
+    "transformers-4.57.3-autoawq-0.2.9": ["transformers==4.57.3", ACCELERATE, "safetensors", "datasets", "zstandard"],
 }
-RECIPE = "qwen2_5_omni_w8a8_minmax"
+# Without their dependencies: autoawq pins another torch, and with triton it would look for a GPU.
+BARE = {"transformers-4.57.3-autoawq-0.2.9": ["autoawq==0.2.9"]}
+
+INT8, ASYM, SYM = "w8a8", "w4a16", "w4a16_sym"
+AWQ = "w4a16 awq"  # the same run as ASYM, in the other format
+RECIPE = """
+apiversion: multimodal_vlm_modelslim_v1
+spec:
+  process: [{type: linear_quant, qconfig: QCONFIG}]
+  save: [SAVE]
+"""
+QCONFIGS = {
+    INT8: "{act: {}, weight: {}}",
+    ASYM: "{weight: {scope: per_group, dtype: int4, symmetric: False}}",
+    SYM: "{weight: {scope: per_group, dtype: int4}}",
+}
 LIMIT_SECONDS = 600
 
 
@@ -53,13 +69,15 @@ class Combination:
     """A way of loading that must work; activations: what the client makes of them, see check_transformers.py.
 
     compressed-tensors 0.20 decompresses when the top module's forward runs. The full class has none, so it is only
-    listed with run_compressed=false there.
+    listed with run_compressed=false there. Packed zero points are dequantized by transformers 5 only: 0.12.2 says that
+    it cannot, and elsewhere 0.20 expects them unpacked, though it packs them itself.
     """
 
     client: str
     kind: str
     run_compressed: str
     activations: str = "int8"
+    model: str = INT8
 
 
 COMBINATIONS = (
@@ -73,6 +91,16 @@ COMBINATIONS = (
     Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "float"),
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "default"),
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "false", "float"),
+    Combination("transformers-4.57.3-ct-0.12.2", "full", "default", "any", SYM),
+    Combination("transformers-4.57.3-ct-0.12.2", "thinker", "false", "any", SYM),
+    Combination("transformers-4.57.3-ct-0.20.0", "full", "false", "any", SYM),
+    Combination("transformers-4.57.3-ct-0.20.0", "thinker", "default", "any", SYM),
+    Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "any", SYM),
+    Combination("transformers-5.23.0-ct-0.20.0", "thinker", "default", "any", SYM),
+    Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "any", ASYM),
+    Combination("transformers-5.23.0-ct-0.20.0", "thinker", "false", "any", ASYM),
+    Combination("transformers-4.57.3-autoawq-0.2.9", "full", "default", "float", AWQ),
+    Combination("transformers-4.57.3-autoawq-0.2.9", "thinker", "default", "float", AWQ),
 )
 
 
@@ -80,7 +108,8 @@ def environment(name: str, cache: Path) -> Path:
     """The Python of a client's environment, built where it is missing, unfinished or of another requirement list."""
     folder = cache / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = json.dumps([TORCH, *CLIENTS[name]])
+    bare = BARE.get(name, [])
+    wanted = json.dumps([TORCH, *CLIENTS[name], *bare])
     stamp = folder / "requirements.json"
     if stamp.exists() and stamp.read_text() == wanted:
         return python
@@ -89,38 +118,44 @@ def environment(name: str, cache: Path) -> Path:
     venv.create(folder, with_pip=True)
     for requirements in ([TORCH], CLIENTS[name]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
+    if bare:
+        options = ["--no-deps", "--no-build-isolation"]
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *options, *bare], check=True)
     stamp.write_text(wanted)
     return python
 
 
-def quantized_model(folder: Path) -> tuple[Path, Path]:
-    """A tiny random model and its compressed_tensors output."""
-    model, out = folder / "tiny", folder / "quantized"
+def quantized_models(folder: Path) -> tuple[Path, dict[str, Path]]:
+    """A tiny random model, and what was made of it."""
+    model = folder / "tiny"
     with_package = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, ROOT / "examples" / "make_tiny_omni.py", model], check=True, env=with_package)
     program = (
         "import sys; from msmodelslim_omni.pipeline import quantize; "
-        "quantize(sys.argv[1], sys.argv[2], config_path=sys.argv[3], save_format=['compressed_tensors'])"
+        "quantize(sys.argv[1], sys.argv[2], config_path=sys.argv[3], device='cpu')"
     )
-    subprocess.run([sys.executable, "-c", program, model, out, RECIPE], check=True, env=with_package)
-    return model, next(out.rglob("config.json")).parent
+    for name, qconfig in QCONFIGS.items():
+        savers = "{type: compressed_tensors}, {type: awq}" if name == ASYM else "{type: compressed_tensors}"
+        recipe = folder / f"{name}.yaml"
+        recipe.write_text(RECIPE.replace("QCONFIG", qconfig).replace("SAVE", savers))
+        subprocess.run([sys.executable, "-c", program, model, folder / name, recipe], check=True, env=with_package)
+    both = folder / ASYM
+    return model, {
+        INT8: folder / INT8, SYM: folder / SYM, ASYM: both / "compressed_tensors", AWQ: both / "awq",
+    }  # fmt: skip
 
 
 def check(python: Path, combination: Combination, dtype: str, model: Path, quantized: Path) -> dict[str, Any]:
-    """The JSON line of check_transformers.py, or the reason why there is none."""
-    options = {
-        "--class": combination.kind,
-        "--run_compressed": combination.run_compressed,
-        "--activations": combination.activations,
-        "--dtype": dtype,
-        "--float_model": str(model),
-    }
-    command = [
-        python,
-        HERE / "check_transformers.py",
-        quantized,
-        *(word for pair in options.items() for word in pair),
-    ]
+    """The JSON line of check_transformers.py or check_awq.py, or the reason why there is none."""
+    script, options = "check_awq.py", {"--class": combination.kind, "--float_model": str(model)}
+    if combination.model != AWQ:
+        script = "check_transformers.py"
+        options |= {
+            "--run_compressed": combination.run_compressed,
+            "--activations": combination.activations,
+            "--dtype": dtype,
+        }
+    command = [python, HERE / script, quantized, *(word for pair in options.items() for word in pair)]
     # The client must see nothing of this interpreter's packages.
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     try:
@@ -137,11 +172,11 @@ def table_row(combination: Combination, dtype: str, result: dict[str, Any]) -> s
     columns = [
         f"torch {versions.get('torch', '?')}",
         f"transformers {versions.get('transformers', '?')}",
-        f"compressed-tensors {versions.get('compressed-tensors', '?')}",
-        f"{combination.kind:8}{combination.run_compressed:8}{combination.activations:6}{dtype:9}",
+        *(f"{name} {versions[name]}" for name in ("compressed-tensors", "autoawq") if name in versions),
+        f"{combination.model:10}{combination.kind:8}{combination.run_compressed:8}{combination.activations:6}{dtype:9}",
     ]
     if result["ok"]:
-        columns.append(f"ok  lockstep {result['difference']:.1e}  to float {result['to_float']:.1e}")
+        columns.append(f"ok  difference {result['difference']:.1e}  to float {result['to_float']:.1e}")
     else:
         columns.append(f"FAILED ({result['reason'][:300]})")
     return "  ".join(columns)
@@ -156,14 +191,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = arguments.cache.resolve()
     pythons = {name: environment(name, cache) for name in arguments.client}
     failures = 0
-    print("versions, class, run_compressed, activations, dtype, result")
+    print("versions, model, class, run_compressed, activations, dtype, result")
     with tempfile.TemporaryDirectory() as scratch:
-        model, quantized = quantized_model(Path(scratch))
+        model, quantized = quantized_models(Path(scratch))
         for combination in COMBINATIONS:
             if combination.client not in pythons:
                 continue
-            for dtype in arguments.dtype:
-                result = check(pythons[combination.client], combination, dtype, model, quantized)
+            # AutoAWQ computes in float16 whatever it is told.
+            for dtype in ["float16"] if combination.model == AWQ else arguments.dtype:
+                folder = quantized[combination.model]
+                result = check(pythons[combination.client], combination, dtype, model, folder)
                 failures += not result["ok"]
                 print(table_row(combination, dtype, result), flush=True)
     return 1 if failures else 0

@@ -1,0 +1,291 @@
+"""4-bit AWQ of the thinker by msmodelslim and by three peers: time, memory, and error on the same model and tokens.
+
+    python benchmarks/compare_awq.py install --environments DIR
+    python benchmarks/compare_awq.py run --environments DIR --work DIR [--layers 8] [--samples 16] [--tokens 256]
+        [--tools msmodelslim,llmcompressor,autoawq,autoround,autoround-rtn] [--out results.json]
+
+All work is asymmetric int4 in groups of 128, weights only, in float32 on the CPU. The model has random weights with
+outlier channels (awq_setup.py); every tool calibrates on the same token ids; awq_evaluate.py unpacks each result and
+measures it on other tokens. Tools run one after the other, each as a process of its own in an environment of its own,
+and nothing else should run meanwhile. A tool whose record is in the work folder already is not run again.
+
+This process loads no torch: what a process weighs before it starts its child counts as memory of the child.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import venv
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+# torch is installed first and alone, and then held, so that nothing else chooses its version or its build.
+TORCH = "torch==2.13.0"
+ENVIRONMENTS: dict[str, list[list[str]]] = {
+    "llmcompressor": [["llmcompressor==0.14.0.1"]],
+    # It would bring triton, which a CPU has no use for; its last release knows transformers up to 4.52.
+    "autoawq": [["transformers==4.52.4", "accelerate", "datasets", "safetensors"], ["--no-deps", "autoawq==0.2.9"]],
+    "autoround": [["auto-round==0.15.1"]],
+}
+
+OURS = "msmodelslim"
+ROUND_TO_NEAREST = "round to nearest"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A driver in peers/, the environment it runs in, and its own arguments."""
+
+    environment: str
+    driver: str
+    arguments: tuple[str, ...] = ()
+
+
+PEERS = {
+    "llmcompressor": Peer("llmcompressor", "run_llmcompressor.py"),
+    "autoawq": Peer("autoawq", "run_autoawq.py"),
+    "autoround": Peer("autoround", "run_autoround.py", ("--iters", "200")),
+    "autoround-rtn": Peer("autoround", "run_autoround.py", ("--iters", "0")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One tool's run. seconds: quantizing alone, as far as the tool lets it be told; process_seconds: from start to
+    exit of its process, imports, loading and saving included; weights: where the result lies.
+    """
+
+    tool: str
+    version: str
+    seconds: float
+    process_seconds: float
+    peak_rss_bytes: int
+    weights: str
+    note: str
+
+
+class ToolFailed(Exception):
+    """A process ended with an error; the message says which and where its output is."""
+
+
+def install(environments: Path, names: list[str]) -> None:
+    """Make the peers' environments, about 1.5 GB each; one that is complete is left as it is."""
+    for name in names:
+        folder = environments / name
+        done = folder / "installed.json"
+        if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == [TORCH, *ENVIRONMENTS[name]]:
+            continue
+        venv.create(folder, clear=True, with_pip=True)
+        constraints = folder / "constraints.txt"
+        constraints.write_text(TORCH + "\n", encoding="utf-8")
+        pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        for requirements in ([TORCH], *ENVIRONMENTS[name]):
+            print(f"{name}: pip install {' '.join(requirements)}", flush=True)
+            subprocess.run([*pip, "--constraint", str(constraints), *requirements], check=True)
+        done.write_text(json.dumps([TORCH, *ENVIRONMENTS[name]]) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+
+def run_process(command: list[str], threads: int, log: Path, **variables: str) -> tuple[float, int]:
+    """Run to the end: (wall seconds, peak resident bytes). Its output goes to ``log``."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    environment = {**inherited, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **variables}
+    start = time.perf_counter()
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - start
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        tail = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        raise ToolFailed(f"exit status {process.returncode}, see {log}: " + " | ".join(tail))
+    return seconds, usage.ru_maxrss * 1024  # kilobytes on Linux
+
+
+def run_ours(name: str, recipe: str | None, work: Path, folder: Path, args: argparse.Namespace) -> Run:
+    """The msmodelslim command of this repository, in the environment this script runs in."""
+    out = folder / "weights"
+    command = [sys.executable, "-m", "msmodelslim_omni", "quant", "--model_path", str(work / "model")]
+    command += ["--save_path", str(out), "--device", "cpu", "--dataset", str(work / "calibration" / "index.jsonl")]
+    command += ["--config_path", recipe] if recipe else ["--quant_type", "w4a16"]
+    command += ["--save_format", args.save_format] if args.save_format else []
+    seconds, peak = run_process(command, args.threads, folder / "log.txt", PYTHONPATH=str(ROOT))
+    report = json.loads(next(out.rglob("quant_report.json")).read_text(encoding="utf-8"))
+    version = next((v for name, v in report["versions"].items() if name.startswith("msmodelslim")), "")
+    note = f"recipe {report['recipe']}; seconds: the report's total, loading and saving included"
+    return Run(name, version, report["seconds"], seconds, peak, str(out), note)
+
+
+def run_peer(name: str, work: Path, folder: Path, args: argparse.Namespace) -> Run:
+    peer = PEERS[name]
+    python = args.environments / peer.environment / "bin" / "python"
+    if not python.is_file():
+        raise ToolFailed(f"{python} does not exist; make it with `compare_awq.py install`")
+    command = [str(python), str(HERE / "peers" / peer.driver), "--model", str(work / "model")]
+    command += ["--tokens", str(work / "calibration" / "tokens.safetensors"), "--out", str(folder), *peer.arguments]
+    seconds, peak = run_process(command, args.threads, folder / "log.txt")
+    record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    weights = str(folder / record["weights"])
+    return Run(name, record["version"], record["seconds"], seconds, peak, weights, record["note"])
+
+
+def set_up(work: Path, args: argparse.Namespace) -> None:
+    """Model and tokens in the work folder, unless they are there; refuses those of other settings."""
+    settings = {"layers": args.layers, "samples": args.samples, "tokens": args.tokens, "seed": args.seed}
+    file = work / "settings.json"
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored != settings:
+            sys.exit(f"{work} holds a comparison with {stored}; take another --work for {settings}")
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    if any(work.iterdir()):
+        sys.exit(f"{work} is not empty and holds no complete model; take another --work or remove it")
+    flags = [flag for name, value in settings.items() for flag in (f"--{name}", str(value))]
+    run_process([sys.executable, str(HERE / "awq_setup.py"), str(work), *flags], args.threads, work / "setup.txt")
+    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
+def _extra_recipes(args: argparse.Namespace) -> dict[str, str]:
+    """More runs of ours by the name of their row: --recipe awq_only.yaml is msmodelslim-awq_only."""
+    return {f"{OURS}-{Path(recipe).stem}": recipe for recipe in args.recipe}
+
+
+def run_tool(name: str, work: Path, args: argparse.Namespace) -> Run:
+    """Run one tool, or read the record of its earlier run."""
+    folder = work / "runs" / name
+    record = folder / "record.json"
+    if record.is_file():
+        print(f"{name}: already run, see {record}", flush=True)
+        return Run(**json.loads(record.read_text(encoding="utf-8")))
+    if folder.exists():
+        folder.rename(folder.with_name(f"{name}.failed-{time.time_ns()}"))
+    folder.mkdir(parents=True)
+    print(f"{name}: running, output in {folder / 'log.txt'}", flush=True)
+    recipes = {OURS: None, **_extra_recipes(args)}
+    is_ours = name in recipes
+    run = run_ours(name, recipes[name], work, folder, args) if is_ours else run_peer(name, work, folder, args)
+    record.write_text(json.dumps(asdict(run), indent=2) + "\n", encoding="utf-8")
+    return run
+
+
+# --------------------------------------------------------------------------------------------- result
+
+
+def as_rows(runs: list[Run], errors: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per tool with its errors, and the ratios of its seconds and layer error to ours where we ran."""
+    rows = [{"tool": ROUND_TO_NEAREST, **errors[ROUND_TO_NEAREST]}]
+    rows += [{**asdict(run), **errors[run.tool]} for run in runs]
+    ours = next((row for row in rows if row["tool"] == OURS), None)
+    for row in rows:
+        if ours is not None:
+            row["layer_error_to_ours"] = row["layer"] / ours["layer"]
+        if ours is not None and "seconds" in row:
+            row["seconds_to_ours"] = row["seconds"] / ours["seconds"]
+    return rows
+
+
+_COLUMNS = (
+    ("tool", "tool", "{}"),
+    ("version", "version", "{}"),
+    ("seconds", "quantize, s", "{:.1f}"),
+    ("process_seconds", "process, s", "{:.1f}"),
+    ("peak_rss_bytes", "peak RSS, GiB", "{:.2f}"),
+    ("hidden", "final hidden error", "{:.4f}"),
+    ("kl", "KL, nats", "{:.5f}"),
+    ("layer", "layer error", "{:.4f}"),
+    ("linears", "Linears", "{}"),
+    ("seconds_to_ours", "time / ours", "{:.2f}"),
+    ("layer_error_to_ours", "layer error / ours", "{:.3f}"),
+)
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """The table, with the tools' notes below it."""
+    lines = [[title for _, title, _ in _COLUMNS], ["---"] * 2 + ["--:"] * (len(_COLUMNS) - 2)]
+    for row in rows:
+        values = {**row, "peak_rss_bytes": row["peak_rss_bytes"] / 2**30} if "peak_rss_bytes" in row else row
+        lines.append([form.format(values[key]) if key in values else "-" for key, _, form in _COLUMNS])
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return table + "\n" + "".join(f"- {row['tool']}: {row['note']}\n" for row in rows if row.get("note"))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Set up, run the tools, measure, print; 1 if a tool failed."""
+    work = args.work.resolve()
+    set_up(work, args)
+    runs, failures = [], {}
+    for name in [*args.tools, *_extra_recipes(args)]:
+        try:
+            runs.append(run_tool(name, work, args))
+        except ToolFailed as failure:
+            failures[name] = str(failure)
+            print(f"{name}: failed: {failure}", flush=True)
+    results = [f"{run.tool}={run.weights}" for run in runs]
+    tokens = str(work / "heldout" / "tokens.safetensors")
+    command = [sys.executable, str(HERE / "awq_evaluate.py"), str(work / "model"), tokens, str(work / "errors.json")]
+    run_process([*command, *results], args.threads, work / "evaluate.txt")
+    rows = as_rows(runs, json.loads((work / "errors.json").read_text(encoding="utf-8")))
+    settings = json.loads((work / "settings.json").read_text(encoding="utf-8"))
+    machine = {"processors": os.cpu_count(), "threads": args.threads}
+    out = args.out or work / "results.json"
+    content = {"settings": settings, "machine": machine, "rows": rows, "failures": failures}
+    out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    table = as_markdown(rows) + "".join(f"- {name} failed: {reason}\n" for name, reason in failures.items())
+    out.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(f"\n{table}\n{out}")
+    return 1 if failures else 0
+
+
+def _names(known: list[str]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    installer = verbs.add_parser("install", help="make the peers' environments")
+    runner = verbs.add_parser("run", help="set up, run the tools, measure, print the table")
+    for verb in (installer, runner):
+        verb.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
+    known = list(ENVIRONMENTS)
+    installer.add_argument("--only", type=_names(known), default=known, help=f"some of {','.join(known)}")
+    runner.add_argument("--work", type=Path, required=True, help="folder for model, tokens, results and logs")
+    runner.add_argument("--layers", type=int, default=8, help="decoder layers of the thinker")
+    runner.add_argument("--samples", type=int, default=16, help="calibration samples")
+    runner.add_argument("--tokens", type=int, default=256, help="tokens of each")
+    runner.add_argument("--seed", type=int, default=0)
+    tools = [OURS, *PEERS]
+    runner.add_argument("--tools", type=_names(tools), default=tools, help=f"some of {','.join(tools)}")
+    runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")
+    runner.add_argument("--recipe", action="append", default=[], help="run ours with this recipe too; may be repeated")
+    runner.add_argument("--save_format", help="our output format, in place of the recipe's")
+    runner.add_argument("--out", type=Path, help="results.json to write, and a .md beside it; default: in --work")
+    args = parser.parse_args()
+    if args.verb == "install":
+        install(args.environments, args.only)
+        return 0
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

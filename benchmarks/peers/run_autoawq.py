@@ -1,0 +1,46 @@
+"""AutoAWQ: the whole Omni, of which it quantizes the thinker's decoder layers.
+
+The library's own loader wants a media processor, so the model is loaded by transformers and wrapped. The Omni class
+has no ``forward``, which the capture of the first layer's inputs calls: it gets that of the thinker.
+"""
+
+from __future__ import annotations
+
+import torch
+from driver import read_job, record, timed
+from safetensors.torch import save_file
+
+# transformers first: awq's import replaces parts of it
+from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration  # isort: skip
+from awq.models.base import AwqConfig
+from awq.models.qwen2_5_omni import Qwen2_5_OmniAWQForConditionalGeneration
+
+
+def _forward(self, input_ids=None, attention_mask=None, **kwargs):
+    return self.thinker(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+
+def main() -> None:
+    job = read_job()
+    Qwen2_5OmniForConditionalGeneration.forward = _forward
+    config = Qwen2_5OmniConfig.from_pretrained(job.model)
+    model = Qwen2_5OmniForConditionalGeneration.from_pretrained(
+        job.model, torch_dtype=torch.float32, device_map="cpu"
+    ).eval()
+    wrapped = Qwen2_5_OmniAWQForConditionalGeneration(model, "qwen2_5_omni", False, config, AwqConfig(), None)
+    _, seconds = timed(
+        lambda: wrapped.quantize(
+            tokenizer=None,
+            quant_config={"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"},
+            calib_data=job.tokens.tolist(),
+            max_calib_samples=len(job.tokens),
+            max_calib_seq_len=job.tokens.shape[1],
+        )
+    )
+    state = {f"thinker.{name}": value.contiguous() for name, value in model.thinker.state_dict().items()}
+    save_file({name: value for name, value in state.items() if ".model." in name}, job.out / "weights.safetensors")
+    record(job, "autoawq", seconds, "weights.safetensors", "whole Omni; duo scaling and clipping on, as by default")
+
+
+if __name__ == "__main__":
+    main()

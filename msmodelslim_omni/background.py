@@ -1,0 +1,36 @@
+"""One call at a time on a thread beside the main one: the next layer is read, the last one written, meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+
+class Background:
+    """A thread for one call. What the call raises is raised by `result`; leaving the block waits for its end."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._running: Future[Any] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a result is still to be taken."""
+        return self._running is not None
+
+    def start(self, call: Callable[..., Any], *arguments: Any) -> None:
+        assert self._running is None
+        self._running = self._thread.submit(call, *arguments)
+
+    def result(self) -> Any:
+        """Wait for the call."""
+        assert self._running is not None
+        running, self._running = self._running, None
+        return running.result()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)

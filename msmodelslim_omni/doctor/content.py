@@ -1,0 +1,216 @@
+"""What the integers, scales and zero points hold. One Linear is in memory at a time, as int8 and its packed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..arithmetic import QuantizedLinear, row_blocks
+from ..formats.nibbles import unpack_gemm, unpack_plain
+from ..safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, byte_view, load_tensor, read_bytes
+from ..scheme import QuantScheme
+from .findings import Finding, found
+from .linears import StoredLinear
+
+# Float tensors are looked through in pieces of this many elements.
+PIECE = 4 << 20
+
+# Of 4-bit integers clipped for the least error about a seventh lie at the ends, of 8-bit ones less than a hundredth.
+_SATURATED = {4: 0.35, 8: 0.05}
+# Integers less zero points average near zero, in steps: real weights by less than a tenth, a zero point off by one
+# makes it one. Per channel, without zero points, what counts is the share of their spread.
+_SHIFTED_STEPS, _SHIFTED_SHARE = 0.5, 0.5
+# How well a group's mean integer and its zero point go together: 0.9 and more in order, near 0 out of order.
+_RELATED, _LEAST_GROUPS, _LEAST_VARIANCE = 0.3, 64, 0.05
+_LISTED_ROWS = 5
+
+
+def is_readable(linear: StoredLinear) -> bool:
+    """Whether `load_integers` can: whole, of known shape, per channel or in consecutive groups, not static."""
+    return linear.sound and linear.quantized and "weight_g_idx" not in linear.tensors and _not_empty(linear)
+
+
+def _not_empty(linear: StoredLinear) -> bool:
+    return linear.shape is not None and min(linear.shape) > 0
+
+
+def load_integers(linear: StoredLinear) -> QuantizedLinear:
+    """qweight [out, in], scales [out, groups] and zeros of a Linear that is readable, whatever wrote it."""
+    tensors = {suffix: load_tensor(info) for suffix, info in linear.tensors.items() if suffix in _LOADED}
+    assert linear.shape is not None
+    rows, columns = linear.shape
+    if linear.form == "gemm":
+        scheme = QuantScheme(4, None, group_size=columns // linear.groups, symmetric=False)
+        scales, zeros = tensors["scales"].t().to(torch.float32).contiguous(), unpack_gemm(tensors["qzeros"])
+        return QuantizedLinear(unpack_gemm(tensors["qweight"])[:rows], scales, scheme, zeros[:rows])
+    if linear.form == "packed":
+        has_zeros = "weight_zero_point" in tensors
+        scheme = QuantScheme(4, None, group_size=columns // linear.groups, symmetric=not has_zeros)
+        packed_zeros = unpack_plain(tensors["weight_zero_point"], axis=0, size=rows) if has_zeros else None
+        integers = unpack_plain(tensors["weight_packed"], axis=1, size=columns)
+        return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), scheme, packed_zeros)
+    scale = tensors.get("weight_scale")
+    scale = torch.ones(rows, 1) if scale is None else scale.to(torch.float32)
+    return QuantizedLinear(tensors["weight"], scale, QuantScheme(8, 8), tensors.get("weight_zero_point"))
+
+
+_LOADED = {
+    "qweight", "qzeros", "scales", "weight", "weight_packed", "weight_scale", "weight_zero_point",
+}  # fmt: skip
+
+
+# --- scales --------------------------------------------------------------------------------------------------
+
+
+def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
+    """NaN, Inf, zero, negative and denormal scales; offsets that are not zero; weight_shape's content."""
+    for linear in linears:
+        if not linear.quantized:
+            continue
+        for suffix in ("scales", "weight_scale", "deq_scale", "input_scale"):
+            info = linear.tensors.get(suffix)
+            if info is not None and info.dtype in FLOAT_DTYPES:
+                yield from _scale_faults(info)
+        offset, shape = linear.tensors.get("weight_offset"), linear.tensors.get("weight_shape")
+        if offset is not None and (nonzero := int(load_tensor(offset).ne(0).sum())):
+            yield found("offset_not_zero", offset.name, f"{nonzero} of {offset.numel} are not zero")
+        if shape is not None and shape.shape == (2,) and linear.shape is not None:
+            said = [int(n) for n in load_tensor(shape)]
+            if said != list(linear.shape):
+                yield found("weight_shape_wrong", shape.name, f"holds {said}; the weight is {list(linear.shape)}")
+
+
+def _scale_faults(info: TensorInfo) -> Iterator[Finding]:
+    scales = load_tensor(info)
+    magnitude = scales.to(torch.float32).abs()
+    tiny = torch.finfo(scales.dtype).tiny
+    denormal = "scale_subnormal" if info.dtype == "F16" else "scale_denormal"
+    kinds = {
+        "scale_nan": torch.isnan(magnitude),
+        "scale_inf": torch.isinf(magnitude),
+        "scale_zero": scales == 0,
+        "scale_negative": scales < 0,
+        denormal: (scales != 0) & (magnitude < tiny),
+    }
+    for code, mask in kinds.items():
+        if count := int(mask.sum()):
+            place = [int(i) for i in mask.nonzero()[0]]
+            value = float(scales[tuple(place)])
+            yield found(code, info.name, f"{count} of {info.numel} scales, the first at {place}: {value:g}")
+
+
+# --- integers ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Tally:
+    """Sums over the row blocks of one Linear."""
+
+    count: int = 0
+    at_ends: int = 0
+    total: float = 0.0  # of q - z
+    squares: float = 0.0
+    low: int = 127
+    high: int = -128
+    zero_rows: tuple[int, ...] = ()
+    constant_rows: tuple[int, ...] = ()
+    groups: int = 0
+    moments: torch.Tensor | None = None  # sums of m, z, mm, zz, mz over the groups; m: mean integer of a group
+
+
+def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
+    """Constant and zero weights and rows, saturation, and zero points that do not belong to their integers."""
+    for linear in linears:
+        if is_readable(linear):
+            yield from _integer_faults(linear.name, load_integers(linear))
+
+
+def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
+    tally, bits = _Tally(), linear.scheme.weight_bits
+    for rows in row_blocks(linear.qweight):
+        _add_rows(tally, linear, rows)
+    if tally.low == tally.high:
+        code = "integers_all_zero" if not tally.squares else "integers_constant"
+        yield found(code, name, f"every integer is {tally.low}")
+        return
+    for code, numbers in (("row_constant", tally.constant_rows), ("row_zero", tally.zero_rows)):
+        if numbers:
+            listed = ", ".join(str(n) for n in numbers[:_LISTED_ROWS])
+            yield found(code, name, f"{len(numbers)} of {linear.qweight.shape[0]} rows, the first {listed}")
+    # Of few inputs one or two at the ends are a large share.
+    allowed = max(_SATURATED[bits], 4 / (linear.scheme.group_size or linear.qweight.shape[1]))
+    if (share := tally.at_ends / tally.count) > allowed:
+        yield found("saturated", name, f"{share:.0%} of the integers; more than {allowed:.0%} is unusual")
+    mean, spread = tally.total / tally.count, (tally.squares / tally.count) ** 0.5
+    limit = _SHIFTED_SHARE * spread if linear.zeros is None else _SHIFTED_STEPS
+    if abs(mean) > limit:
+        yield found("zero_point_shifted", name, f"by {mean:+.2f} steps on average, over {tally.count} integers")
+    elif (relation := _relation(tally)) is not None and relation < _RELATED:
+        told = f"correlation {relation:.2f} over {tally.groups} groups; near 1 is right"
+        yield found("zero_point_unrelated", name, told)
+
+
+def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice) -> None:
+    q = linear.qweight[rows]
+    low, high = q.amin(dim=1), q.amax(dim=1)
+    tally.low, tally.high = min(tally.low, int(low.min())), max(tally.high, int(high.max()))
+    top = 2 ** (linear.scheme.weight_bits - 1) - 1
+    tally.count += q.numel()
+    ends = (q >= top).sum() + (q <= (-top - 1 if linear.scheme.group_size else -top)).sum()
+    tally.at_ends += int(ends)
+    centered = q.to(torch.float32).view(q.shape[0], linear.scales.shape[1], -1)  # [rows, groups, g]
+    zeros = None if linear.zeros is None else linear.zeros[rows].to(torch.float32)
+    means = centered.mean(dim=2)
+    if zeros is not None:
+        centered = centered - zeros.unsqueeze(2)
+        m, z = means.flatten().to(torch.float64), zeros.flatten().to(torch.float64)
+        sums = torch.stack([m.sum(), z.sum(), (m * m).sum(), (z * z).sum(), (m * z).sum()])
+        tally.moments = sums if tally.moments is None else tally.moments + sums
+        tally.groups += m.numel()
+    tally.total += float(centered.sum(dtype=torch.float64))
+    tally.squares += float(centered.square().sum(dtype=torch.float64))
+    constant = low == high
+    dead = constant & (centered.flatten(1).abs().amax(dim=1) == 0)
+    first = rows.start
+    tally.constant_rows += tuple(first + int(i) for i in (constant & ~dead).nonzero().flatten())
+    tally.zero_rows += tuple(first + int(i) for i in dead.nonzero().flatten())
+
+
+def _relation(tally: _Tally) -> float | None:
+    """Correlation of mean integers and zero points; None where the zero points hardly vary or are few."""
+    if tally.moments is None or tally.groups < _LEAST_GROUPS:
+        return None
+    m, z, mm, zz, mz = (float(value) / tally.groups for value in tally.moments)
+    variance_m, variance_z = mm - m * m, zz - z * z
+    if variance_z < _LEAST_VARIANCE:
+        return None
+    return (mz - m * z) / math.sqrt(max(variance_m, 1e-9) * variance_z)
+
+
+# --- floats --------------------------------------------------------------------------------------------------
+
+
+def check_floats(tensors: Iterable[TensorInfo]) -> Iterator[Finding]:
+    """NaN and Inf in float tensors, piece by piece."""
+    for info in tensors:
+        if info.dtype in FLOAT_DTYPES and not all(_is_finite(piece) for piece in pieces(info)):
+            yield found("float_not_finite", info.name, "holds NaN or Inf")
+
+
+def _is_finite(piece: torch.Tensor) -> bool:
+    smallest, largest = torch.aminmax(piece)
+    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
+
+
+def pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """A tensor as flat pieces of PIECE elements (the last has fewer), in one buffer that is used again."""
+    size = TORCH_DTYPES[info.dtype].itemsize
+    buffer = torch.empty(min(PIECE, info.numel) * size, dtype=torch.uint8)
+    view = byte_view(buffer)
+    for first in range(0, info.nbytes, PIECE * size):
+        length = min(PIECE * size, info.nbytes - first)
+        read_bytes(info, first, view[:length])
+        yield buffer[:length].view(TORCH_DTYPES[info.dtype])

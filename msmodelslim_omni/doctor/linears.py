@@ -1,0 +1,245 @@
+"""In which form each Linear is stored, and whether all its tensors are there with their dtypes and shapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..safetensors_io import FLOAT_DTYPES, TensorInfo
+from .findings import Finding, found, some
+from .headers import Folder
+from .quantization import Declared
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Form -> suffixes of its tensors; the first tells the form. `?` marks one that may be absent.
+FORMS: dict[str, tuple[str, ...]] = {
+    "gemm": ("qweight", "qzeros", "scales"),
+    "packed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point?", "weight_g_idx?"),
+    "int8": ("weight", "weight_scale", "weight_zero_point?"),
+    "ascend": ("weight", "weight_scale", "weight_offset"),
+    "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
+                      "weight_offset?"),
+    "float": ("weight",),
+}  # fmt: skip
+
+# Which forms a format holds beside `float`.
+FORMS_OF = {
+    "awq": ("gemm",),
+    "compressed-tensors": ("packed", "int8"),
+    "ascend": ("ascend", "ascend_static"),
+}
+
+_PER_WORD = 8
+_SUFFIXES = {suffix.rstrip("?") for suffixes in FORMS.values() for suffix in suffixes}
+
+# Two-dimensional weights that are looked up, not multiplied.
+_LOOKED_UP = ("embed", "bos_eos_token")
+
+
+@dataclass(frozen=True)
+class StoredLinear:
+    """One Linear as its tensors show it. shape: (out, in) if known; sound: every tensor is there and fits."""
+
+    name: str
+    form: str
+    tensors: dict[str, TensorInfo]  # by suffix
+    shape: tuple[int, int] | None
+    sound: bool
+
+    @property
+    def quantized(self) -> bool:
+        return self.form != "float"
+
+    @property
+    def groups(self) -> int:
+        """Groups of inputs that share a scale; 1 per channel, 0 if it cannot be told."""
+        scales = self.tensors.get("scales") or self.tensors.get("weight_scale")
+        if scales is None or len(scales.shape) != 2:
+            return 1 if self.form == "ascend_static" else 0
+        return scales.shape[0 if self.form == "gemm" else 1]
+
+
+def linear_of(tensor: str) -> tuple[str, str]:
+    """`x.q_proj.weight_scale` -> (`x.q_proj`, `weight_scale`)."""
+    name, _, suffix = tensor.rpartition(".")
+    return name, suffix
+
+
+def expected_linears(expected: Shapes) -> dict[str, tuple[int, int]]:
+    """The Linears among the tensors that config.json implies: (out, in) by name."""
+    return {
+        name: (shape[0], shape[1])
+        for tensor, shape in expected.items()
+        for name, suffix in [linear_of(tensor)]
+        if suffix == "weight" and len(shape) == 2 and not any(word in name for word in _LOOKED_UP)
+    }
+
+
+def stored_linears(folder: Folder, expected: Shapes, declared: Declared) -> dict[str, StoredLinear]:
+    """Every Linear that is there or expected and at least begun, by name."""
+    shapes = expected_linears(expected)
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for tensor, info in folder.tensors.items():
+        name, suffix = linear_of(tensor)
+        if suffix in _SUFFIXES:
+            parts.setdefault(name, {})[suffix] = info
+    linears = {}
+    for name, tensors in parts.items():
+        form = _form(tensors, declared.format)
+        is_linear = form != "float" or name in shapes or (not shapes and _looks_like_one(name, tensors["weight"]))
+        if is_linear:
+            shape = shapes.get(name) or _own_shape(form, tensors)
+            missing = _missing(form, tensors, declared)
+            sound = not missing and shape is not None and not list(_misfits(name, form, tensors, shape))
+            linears[name] = StoredLinear(name, form, tensors, shape, sound)
+    return linears
+
+
+def _form(tensors: dict[str, TensorInfo], declared: str) -> str:
+    if "qweight" in tensors or "qzeros" in tensors:
+        return "gemm"
+    if "weight_packed" in tensors or "weight_shape" in tensors:
+        return "packed"
+    if "deq_scale" in tensors or "quant_bias" in tensors:
+        return "ascend_static"
+    weight = tensors.get("weight")
+    if weight is None and "scales" in tensors:
+        return "gemm"
+    quantized = weight is None or weight.dtype in ("I8", "U8", "I32") or "weight_scale" in tensors
+    if not quantized:
+        return "float"
+    return "ascend" if declared == "ascend" or "weight_offset" in tensors else "int8"
+
+
+def _looks_like_one(name: str, weight: TensorInfo) -> bool:
+    return len(weight.shape) == 2 and not any(word in name for word in _LOOKED_UP)
+
+
+def _own_shape(form: str, tensors: dict[str, TensorInfo]) -> tuple[int, int] | None:
+    """(out, in) as the tensors themselves say, for a Linear that config.json does not imply."""
+    first = tensors.get(FORMS[form][0])
+    if first is None or len(first.shape) != 2:
+        return None
+    rows, columns = first.shape
+    if form == "gemm":
+        return columns * _PER_WORD, rows
+    return rows, columns * _PER_WORD if form == "packed" else columns
+
+
+def _missing(form: str, tensors: dict[str, TensorInfo], declared: Declared) -> list[str]:
+    needed = [suffix for suffix in FORMS[form] if not suffix.endswith("?")]
+    if form == "packed" and declared.format == "compressed-tensors" and declared.symmetric is False:
+        needed.append("weight_zero_point")
+    return [suffix for suffix in needed if suffix not in tensors]
+
+
+def _wanted(form: str, shape: tuple[int, int], groups: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """dtypes and shape of each tensor of a Linear (out, in) with so many groups of inputs."""
+    rows, columns = shape
+    floats = tuple(sorted(FLOAT_DTYPES - {"F64"}))
+    packed = -(-columns // _PER_WORD)
+    match form:
+        case "gemm":
+            words = -(-rows // _PER_WORD)
+            return {
+                "qweight": (("I32",), (columns, words)),
+                "qzeros": (("I32",), (groups, words)),
+                "scales": (("F16", "BF16"), (groups, rows)),
+            }
+        case "packed":
+            return {
+                "weight_packed": (("I32",), (rows, packed)),
+                "weight_scale": (floats, (rows, groups)),
+                "weight_shape": (("I64", "I32"), (2,)),
+                "weight_zero_point": (("I32",), (-(-rows // _PER_WORD), groups)),
+                "weight_g_idx": (("I32",), (columns,)),
+            }
+        case "int8":
+            return {
+                "weight": (("I8",), (rows, columns)),
+                "weight_scale": (floats, (rows, 1)),
+                "weight_zero_point": (("I8",), (rows, 1)),
+            }
+        case "ascend":
+            return {
+                "weight": (("I8",), (rows, columns)),
+                "weight_scale": (("F32",), (rows, 1)),
+                "weight_offset": (("F32",), (rows, 1)),
+            }
+        case "ascend_static":
+            return {
+                "weight": (("I8",), (rows, columns)),
+                "input_scale": (floats, (1,)),
+                "input_offset": ((*floats, "I8"), (1,)),
+                "deq_scale": (("F32", "I64"), (rows,)),
+                "quant_bias": (("I32",), (rows,)),
+            }
+        case _:
+            return {"weight": (floats, (rows, columns))}
+
+
+def _misfits(name: str, form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> Iterator[Finding]:
+    groups = _group_count(form, tensors, shape)
+    for suffix, (dtypes, size) in _wanted(form, shape, groups).items():
+        info = tensors.get(suffix)
+        if info is None:
+            continue
+        if info.dtype not in dtypes:
+            yield found("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")
+        if info.shape != size:
+            yield found("tensor_shape", info.name, f"is {list(info.shape)}, not {list(size)}, for {list(shape)}")
+
+
+def _group_count(form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> int:
+    """How many groups the scales have, where that is a possible number; else one, which then misfits."""
+    info = tensors.get("scales" if form == "gemm" else "weight_scale")
+    if form not in ("gemm", "packed") or info is None or len(info.shape) != 2:
+        return 1
+    groups = info.shape[0 if form == "gemm" else 1]
+    return groups if groups and shape[1] % groups == 0 else 1
+
+
+# --- checks --------------------------------------------------------------------------------------------------
+
+
+def check_linears(linears: dict[str, StoredLinear], declared: Declared) -> Iterator[Finding]:
+    """Forms, completeness, dtypes, shapes; and the declared bits, group size and zero points against the tensors."""
+    quantized = [linear for linear in linears.values() if linear.quantized]
+    if not quantized:
+        yield found("not_quantized", "all Linears", "no Linear is stored quantized")
+    for linear in linears.values():
+        if linear.quantized and declared.format and linear.form not in FORMS_OF.get(declared.format, (linear.form,)):
+            yield found("form_foreign", linear.name, f"has {some(linear.tensors)}: not {declared.format}")
+        for suffix in _missing(linear.form, linear.tensors, declared):
+            yield found("linear_incomplete", f"{linear.name}.{suffix}", f"is missing; there is {some(linear.tensors)}")
+        if linear.shape is None:
+            yield found("tensor_shape", linear.name, "its tensors do not tell the shape of a weight")
+        else:
+            yield from _misfits(linear.name, linear.form, linear.tensors, linear.shape)
+    yield from _check_declared(quantized, declared)
+
+
+def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterator[Finding]:
+    """What config.json says of all Linears, against most of them; then those that differ from most."""
+    key = f"config.json: {declared.where}"
+    bits = {"gemm": 4, "packed": 4, "int8": 8, "ascend": 8, "ascend_static": 8}
+    forms = Counter(linear.form for linear in quantized)
+    if declared.bits is not None and forms and declared.bits != bits[forms.most_common(1)[0][0]]:
+        form = forms.most_common(1)[0][0]
+        yield found("bits_wrong", f"{key}.{declared.bits_key}", f"is {declared.bits}; {bits[form]} bits are stored")
+    grouped = [linear for linear in quantized if linear.form in ("gemm", "packed") and linear.shape and linear.sound]
+    if not grouped:
+        return
+    sizes = {linear.name: linear.shape[1] // linear.groups for linear in grouped if linear.shape and linear.groups}
+    # A Linear with one group as wide as the declared size, or per channel, cannot tell.
+    usual = Counter(sizes.values()).most_common(1)[0][0] if sizes else None
+    if declared.grouped and usual is not None and declared.group_size != usual:
+        yield found("group_size_wrong", f"{key}.group_size", f"is {declared.group_size}; {usual} inputs share a scale")
+    for name, size in sizes.items():
+        if size != usual:
+            yield found("tensor_shape", f"{name}.scales", f"groups of {size} inputs; the other Linears have {usual}")
+    with_zeros = {linear.name for linear in grouped if linear.form == "gemm" or "weight_zero_point" in linear.tensors}
+    if declared.symmetric is True and with_zeros:
+        yield found("symmetric_wrong", f"{key}.{declared.symmetric_key}", f"zero points are stored: {some(with_zeros)}")

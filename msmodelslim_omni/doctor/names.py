@@ -1,0 +1,248 @@
+"""What each loader would make of every Linear: its renaming of modules and its rule of what stays float.
+
+A loader is a name, a renaming (name on disk -> names of its modules) and a rule. Written from the sources of:
+
+- transformers 4.57: quantizers/quantizers_utils.py, and integrations/awq.py (a substring of the name);
+- transformers 5: quantizers_utils.py, should_convert_module (from the name's start up to a dot, or the name's end;
+  up to 5.17 without the dot, and with the module tree of 4.57);
+- AutoAWQ 0.2.9: models/base.py (Linears of decoder layers only, a substring of the name within the layer);
+- compressed-tensors: utils/match.py (`re:` from the name's start, else the exact name, or the class);
+- vLLM: models/qwen2_5_omni_thinker.py (hf_to_vllm_mapper), quantization/utils/quant_utils.py (is_layer_skipped),
+  compressed_tensors/utils.py (should_ignore_layer); fused modules ask for their parts.
+
+All names are those of Qwen2.5-Omni; a model type of another naming needs its own table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from time import monotonic
+
+Rename = Callable[[str], str | None]
+Skips = Callable[[str], bool]
+
+# A list of patterns is untrusted: matching is given up after this time, and a pattern that may backtrack without end
+# is not tried. Bounded repetitions of at most this number keep a single match fast.
+_MATCHING_SECONDS = 30.0
+_MAX_REPETITIONS = 5
+_MAX_PATTERN = 500
+_NESTED = re.compile(r"\([^()]*[*+|{][^()]*\)\s*[*+{]|\)\)+[*+{]")
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED_VISUAL = {"qkv": ("q", "k", "v")}
+
+_DECODER = re.compile(r"^thinker\.model\.layers\.\d+\.")
+
+
+def is_decoder_linear(name: str) -> bool:
+    return _DECODER.match(name) is not None
+
+
+# --- renamings -----------------------------------------------------------------------------------------------
+
+
+def full_class(name: str) -> str | None:
+    """transformers 4.57, Qwen2_5OmniForConditionalGeneration: as on disk."""
+    return name
+
+
+def thinker_class(name: str) -> str | None:
+    """transformers 4.57, Qwen2_5OmniThinkerForConditionalGeneration."""
+    return name.removeprefix("thinker.") if name.startswith("thinker.") else None
+
+
+def full_class_5(name: str) -> str | None:
+    """transformers 5: towers and layers one level deeper."""
+    name = re.sub(r"^thinker\.(visual|audio_tower)\.", r"thinker.model.\1.", name)
+    return re.sub(r"^thinker\.model\.layers\.", "thinker.model.language_model.layers.", name)
+
+
+def thinker_class_5(name: str) -> str | None:
+    return thinker_class(full_class_5(name) or "")
+
+
+def vllm_name(name: str) -> str | None:
+    """vLLM: talker and token2wav are not loaded, the audio tower is transformers' own and never quantized."""
+    if not name.startswith("thinker.") or name.startswith("thinker.audio_tower."):
+        return None
+    return mapped_by_vllm(name)
+
+
+def mapped_by_vllm(name: str) -> str:
+    """hf_to_vllm_mapper of Qwen2.5-Omni, for names of weights and for entries of lists."""
+    for theirs, ours in (
+        ("thinker.lm_head", "language_model.lm_head"),
+        ("thinker.model.", "language_model.model."),
+        ("thinker.", ""),
+    ):
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def fused_name(name: str) -> str:
+    """The vLLM module that a vLLM Linear is a part of, or itself."""
+    name = re.sub(r"\b[qkv]_proj$", "qkv_proj", re.sub(r"\b(gate|up)_proj$", "gate_up_proj", name))
+    return re.sub(r"^(visual\..*\.attn)\.[qkv]$", r"\1.qkv", name)
+
+
+# --- rules ---------------------------------------------------------------------------------------------------
+
+
+def refused_patterns(entries: Iterable[str]) -> list[str]:
+    """Entries that are not tried as regular expressions, since one could take for ever, or that are none."""
+    refused = []
+    for entry in entries:
+        pattern = entry.removeprefix("re:")
+        repetitions = sum(pattern.count(c) for c in "*+{")
+        if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or _NESTED.search(pattern):
+            refused.append(entry)
+            continue
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError):
+            refused.append(entry)
+    return refused
+
+
+def substring_rule(entries: Sequence[str]) -> Skips:
+    return lambda name: any(entry in name for entry in entries)
+
+
+def prefix_or_end_rule(entries: Sequence[str], whole_words: bool) -> Skips:
+    """transformers 5; `whole_words`: since 5.18 the match must end at a dot."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))" if whole_words else ""
+    patterns = [re.compile(f"(?:{entry}){boundary}") for entry in entries]
+    ends = tuple(entries)
+    return lambda name: name.endswith(ends) or any(pattern.match(name) for pattern in patterns)
+
+
+def listed_rule(entries: Sequence[str], class_name: str = "Linear") -> Skips:
+    """compressed-tensors: `re:` from the name's start, the exact name, or the class."""
+    patterns = [re.compile(entry[3:]) for entry in entries if entry.startswith("re:")]
+    exact = {entry for entry in entries if not entry.startswith("re:")}
+    everything = class_name in exact
+    return lambda name: everything or name in exact or any(pattern.match(name) for pattern in patterns)
+
+
+# --- loaders -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loader:
+    """name: as a finding tells it. in_thinker: it reads the quantization_config inside thinker_config."""
+
+    name: str
+    rename: Rename
+    skips: Skips
+    in_thinker: bool = False
+    fuses: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one loader takes for quantized among the Linears it knows; split: fused modules it finds half listed."""
+
+    loader: str
+    known: frozenset[str]
+    taken: frozenset[str]
+    split: tuple[tuple[str, tuple[str, ...]], ...] = ()
+
+
+def awq_loaders(entries: Sequence[str] | None, stored: Collection[str]) -> list[Loader]:
+    """Loaders of an awq checkpoint. entries: modules_to_not_convert; without it vLLM takes what the files hold."""
+    listed = list(entries or ())
+    tried = [entry for entry in listed if entry not in set(refused_patterns(listed))]
+    vllm_entries = [mapped_by_vllm(entry) for entry in listed if not entry.startswith(("talker.", "token2wav."))]
+    in_files = {mapped_by_vllm(name) for name in stored}
+    vllm_skips = substring_rule(vllm_entries) if listed else lambda name: name not in in_files
+    words = substring_rule(listed)
+    tf5, early_5 = prefix_or_end_rule(tried, True), prefix_or_end_rule(tried, False)
+    return [
+        Loader("AutoAWQ", _within_layer, words),
+        Loader("transformers 4.57, full class", full_class, words),
+        Loader("transformers 4.57, thinker class", thinker_class, words, in_thinker=True),
+        Loader("transformers 5.x, full class", full_class_5, tf5),
+        Loader("transformers 5.x, thinker class", thinker_class_5, tf5, in_thinker=True),
+        Loader("transformers 5.0 to 5.17, full class", full_class, early_5),
+        Loader("vLLM", vllm_name, vllm_skips, fuses=True),
+    ]
+
+
+def compressed_tensors_loaders(ignore: Sequence[str], targets: Sequence[str]) -> list[Loader]:
+    """Loaders of a compressed-tensors checkpoint: not ignored, and among the targets."""
+    refused = set(refused_patterns(entry for entry in [*ignore, *targets] if entry.startswith("re:")))
+    ignore = [entry for entry in ignore if entry not in refused]
+    targets = [entry for entry in targets if entry not in refused]
+
+    def rule(mapped: Callable[[str], str]) -> Skips:
+        ignored, targeted = listed_rule([mapped(e) for e in ignore]), listed_rule([mapped(e) for e in targets])
+        return lambda name: ignored(name) or not targeted(name)
+
+    plain = rule(lambda entry: entry)
+    in_vllm = rule(lambda entry: entry if entry.startswith("re:") or "." not in entry else mapped_by_vllm(entry))
+    return [
+        Loader("transformers 4.57, full class", full_class, plain),
+        Loader("transformers 4.57, thinker class", thinker_class, plain, in_thinker=True),
+        Loader("transformers 5.x, full class", full_class_5, plain),
+        Loader("transformers 5.x, thinker class", thinker_class_5, plain, in_thinker=True),
+        Loader("vLLM", _vllm_linear, in_vllm, fuses=True),
+    ]
+
+
+def _within_layer(name: str) -> str | None:
+    return _DECODER.sub("", name) if is_decoder_linear(name) else None
+
+
+def _vllm_linear(name: str) -> str | None:
+    """vLLM's lm_head is no Linear: the class `Linear` does not target it."""
+    return None if name == "thinker.lm_head" else vllm_name(name)
+
+
+def answers(loaders: Iterable[Loader], linears: Iterable[str]) -> Iterator[Answer]:
+    """What each loader takes for quantized, over the names on disk of all Linears."""
+    linears = sorted(linears)
+    deadline = monotonic() + _MATCHING_SECONDS
+    for loader in loaders:
+        known, skipped = {}, {}
+        for name in linears:
+            if (theirs := loader.rename(name)) is not None:
+                known[name] = theirs
+                skipped[name] = loader.skips(_asked_for(theirs) if loader.fuses else theirs)
+            if monotonic() > deadline:
+                raise TimeoutError(f"matching names took more than {_MATCHING_SECONDS:g} s; is the list hostile?")
+        yield Answer(
+            loader.name,
+            frozenset(known),
+            frozenset(name for name in known if not skipped[name]),
+            tuple(_split(known, skipped)) if loader.fuses else (),
+        )
+
+
+def _asked_for(name: str) -> str:
+    """vLLM knows the parts of the fused modules of its table; the visual qkv is asked for by its fused name."""
+    fused = fused_name(name)
+    return fused if fused.rpartition(".")[2] in FUSED_VISUAL else name
+
+
+def _split(known: dict[str, str], skipped: dict[str, bool]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    modules: dict[str, list[str]] = {}
+    for name, theirs in known.items():
+        modules.setdefault(fused_name(theirs), []).append(name)
+    for module, parts in modules.items():
+        if len({skipped[part] for part in parts}) > 1:
+            yield module, tuple(parts)
+
+
+# --- vLLM-Ascend ---------------------------------------------------------------------------------------------
+
+
+def ascend_modules(linears: Iterable[str]) -> dict[str, list[str]]:
+    """Modules that vLLM-Ascend looks up in the description, each with the names on disk of its parts."""
+    modules: dict[str, list[str]] = {}
+    for name in sorted(linears):
+        if (theirs := vllm_name(name)) is not None:
+            modules.setdefault(fused_name(theirs), []).append(name)
+    return modules

@@ -1,0 +1,101 @@
+"""What a checkpoint declares about its quantization: in config.json, or in msModelSlim's description file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+# The longest list of names that is looked at.
+MAX_ENTRIES = 20_000
+
+
+@dataclass(frozen=True)
+class Declared:
+    """format: awq, compressed-tensors, ascend, another method's name, or empty. None: not said, or not sayable.
+
+    entries: Linears left float (modules_to_not_convert, or ignore); None where the file leaves them out.
+    targets: compressed-tensors' targets. where, bits_key, symmetric_key: for findings.
+    """
+
+    format: str
+    bits: int | None = None
+    group_size: int | None = None
+    grouped: bool = False
+    symmetric: bool | None = None
+    entries: tuple[str, ...] | None = None
+    targets: tuple[str, ...] = ()
+    where: str = "quantization_config"
+    bits_key: str = "bits"
+    symmetric_key: str = "symmetric"
+
+
+def declared_quantization(block: Any, has_description: bool, stored: set[str]) -> Declared:
+    """block: config.json's quantization_config. stored: suffixes of the tensors, which decide where nothing is said."""
+    if has_description:
+        return Declared("ascend")
+    if not isinstance(block, dict):
+        return Declared(_format_of(stored))
+    method = block.get("quant_method")
+    if method == "awq":
+        return _declared_awq(block)
+    if method == "compressed-tensors":
+        return _declared_compressed(block)
+    return Declared(str(method)[:60] if method else "")
+
+
+def _format_of(stored: set[str]) -> str:
+    if stored & {"qweight", "qzeros"}:
+        return "awq"
+    if stored & {"weight_offset", "deq_scale"}:
+        return "ascend"
+    return "compressed-tensors" if stored & {"weight_packed", "weight_scale"} else ""
+
+
+def _declared_awq(block: dict[str, Any]) -> Declared:
+    zero_point = block.get("zero_point")
+    return Declared(
+        "awq",
+        bits=integer(block.get("bits", block.get("w_bit"))),
+        group_size=integer(block.get("group_size", block.get("q_group_size"))),
+        grouped=True,
+        symmetric=not zero_point if isinstance(zero_point, bool) else None,
+        entries=_names(block.get("modules_to_not_convert")),
+        symmetric_key="zero_point",
+    )
+
+
+def _declared_compressed(block: dict[str, Any]) -> Declared:
+    groups = config_groups(block)
+    first = next(iter(groups.values()), {})
+    weights = first.get("weights")
+    weights = weights if isinstance(weights, dict) else {}
+    symmetric = weights.get("symmetric")
+    targets = tuple(name for group in groups.values() for name in _names(group.get("targets")) or ())
+    return Declared(
+        "compressed-tensors",
+        bits=integer(weights.get("num_bits")),
+        group_size=integer(weights.get("group_size")),
+        grouped=weights.get("strategy") == "group",
+        symmetric=symmetric if isinstance(symmetric, bool) else None,
+        entries=_names(block.get("ignore")) or (),
+        targets=targets,
+        where="quantization_config.config_groups.*.weights",
+        bits_key="num_bits",
+    )
+
+
+def config_groups(block: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """compressed-tensors' groups that are objects."""
+    groups = block.get("config_groups")
+    return {k: v for k, v in groups.items() if isinstance(v, dict)} if isinstance(groups, dict) else {}
+
+
+def integer(value: Any) -> int | None:
+    return value if type(value) is int else None
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    """The strings of a list, or None if it is none or has no element."""
+    if not isinstance(value, list):
+        return None
+    return tuple(entry for entry in value[:MAX_ENTRIES] if isinstance(entry, str) and entry) or None

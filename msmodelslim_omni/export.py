@@ -1,0 +1,273 @@
+"""export(): one of our outputs in another format, without quantizing again.
+
+awq <-> compressed_tensors pack-quantized (asymmetric) moves the same integers, zero points and scales into another
+layout, and ascendv1_saver <-> compressed_tensors int8 the same integers: ascendv1_saver holds scales in float32,
+compressed_tensors in the checkpoint's dtype, so that one way rounds them as a direct run does, and the other keeps what
+is left of them. What a format cannot hold is refused before anything is written.
+
+The source is a finished output: the parts of a run are gone once it is finished. One tensor at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .assembly import _float_item
+from .checkpoint import Checkpoint
+from .device import peak_rss
+from .errors import QuantError
+from .formats import FORMATS
+from .formats.job import FLOAT, OutLinear, OutputJob, OutTensor
+from .formats.shards import format_tensors, write_output
+from .models.running import running
+from .models.spec import ModelSpec
+from .progress import Progress
+from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
+from .recipe import SAVER_CONFIGS
+from .report import PartSize, Report, human_bytes, read_report, write_report
+from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
+from .summary import versions
+from .workspace import REPORT_NAME, Workspace, check_save_path
+
+DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: sizes are of the tensors, in bytes; left_out those of the parts that speak."""
+
+    path: str
+    source: str
+    source_format: str
+    save_format: str
+    linears: int
+    source_bytes: int
+    output_bytes: int
+    left_out_bytes: int
+
+
+def export(
+    path: str | Path,
+    save_path: str | Path,
+    save_format: str,
+    *,
+    thinker_only: bool = False,
+    part_file_size: int = DEFAULT_PART_FILE_SIZE,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a quantized checkpoint in another format. Stopped at any moment, the same call goes on.
+
+    part_file_size: GB a shard, 0 for one file. thinker_only leaves out the parts that speak. Raises QuantError for what
+    is no whole quantized checkpoint, and for what `save_format` cannot hold.
+    """
+    progress = progress or Progress()
+    if save_format not in SAVER_CONFIGS:
+        raise QuantError(f"unknown save_format {save_format!r}. Known: {', '.join(SAVER_CONFIGS)}")
+    if part_file_size < 0:
+        raise QuantError(f"part_file_size is {part_file_size}", "give the GB of a shard, or 0 for one file")
+    source, target = open_quantized(path), Path(save_path)
+    check_save_path(target, source.path)
+    fmt = FORMATS[save_format]
+    if why := fmt.refusal(source.schemes):
+        raise QuantError(f"{save_format} cannot hold {source.path}: {why}")
+    job = make_export_job(source, save_format, thinker_only)
+    tensors = format_tensors(fmt, job)
+    _check_free(target, sum(tensor.spec.nbytes for tensor in tensors))
+    with Workspace(target, _fingerprint(source, save_format, thinker_only), overwrite=overwrite) as workspace:
+        if not workspace.is_committing():
+            folder = workspace.output_folder(save_format)
+            total = write_output(
+                fmt, job, folder, part_file_size, lambda i, n: progress.step(f"write {save_format}", i, n, "shards")
+            )
+            write_report(_report(source, job, tensors, save_format, target, total), folder)
+        workspace.commit([save_format])
+    return Exported(
+        str(target),
+        str(source.path),
+        source.saver,
+        save_format,
+        len(job.linears),
+        source.checkpoint.total_bytes,
+        sum(tensor.spec.nbytes for tensor in tensors),
+        sum(i.nbytes for n, i in source.floats.items() if n.startswith(_left_out(source, thinker_only))),
+    )
+
+
+def _left_out(source: QuantizedCheckpoint, thinker_only: bool) -> tuple[str, ...]:
+    """The beginnings of the names that are not written."""
+    return running(source.model).SPEECH_PREFIXES if thinker_only else ()
+
+
+def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only: bool) -> OutputJob:
+    """What the format writes: as after a run, in the order of the names, which is that of an index."""
+    config = without_quantization(source.checkpoint.config)
+    if thinker_only:
+        config = running(source.model).without_speech(config)
+    by_name: dict[str, OutTensor | OutLinear] = {}
+    for name, info in source.floats.items():
+        if name.startswith(_left_out(source, thinker_only)):
+            continue
+        linear = source.linears.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
+        by_name[name] = _float_item(None, info) if linear is None else _bias(info, linear.linear.float_dtype)
+    for name, stored in source.linears.items():
+        by_name[f"{name}.weight"] = _checked(stored.linear, save_format)
+    return OutputJob(
+        items=tuple(by_name[name] for name in sorted(by_name)),
+        float_linears=tuple(_float_linears(source.model, source.checkpoint, source.linears.keys())),
+        ignore_patterns=source.model.ignore_patterns,
+        config_paths=source.model.config_paths,
+        config=config,
+        source=source.path,
+        other_files=tuple(source.checkpoint.other_files()),
+    )
+
+
+def _float_linears(model: ModelSpec, checkpoint: Checkpoint, quantized: Collection[str]) -> list[str]:
+    """The Linears of decoder layers that are not quantized."""
+    config = checkpoint.config
+    layers = range(model.family.num_layers(config))
+    names = [model.layer_name(index, linear) for index in layers for linear in model.family.layer_spec(config).linears]
+    return [name for name in names if name not in quantized]
+
+
+def _bias(info: TensorInfo, float_dtype: str) -> OutTensor:
+    """A quantized Linear's bias in the checkpoint's dtype again, where it came from there: awq holds it in float16,
+    ascendv1_saver in float32. One that is no number of that dtype stays as it is.
+    """
+    if info.dtype == float_dtype or info.dtype not in FLOAT_DTYPES:
+        return _float_item(None, info)
+    stored = load_finite(info)
+    restored = stored.to(TORCH_DTYPES[float_dtype])
+    if not torch.equal(restored.to(torch.float64), stored.to(torch.float64)):
+        return _float_item(None, info)
+    return OutTensor(TensorSpec(info.name, float_dtype, info.shape), lambda: restored)
+
+
+def _checked(linear: OutLinear, save_format: str) -> OutLinear:
+    """A Linear whose scales are checked as they are read: finite, and where they belong to groups, exact in the dtype
+    that the format stores them in. Those of int8 channels are rounded, as by a direct run.
+    """
+    dtype = torch.float16 if save_format == "awq" else TORCH_DTYPES[linear.float_dtype]
+
+    def scales() -> torch.Tensor:
+        loaded = linear.scales()
+        if not bool(torch.isfinite(loaded).all()):
+            raise QuantError(f"{linear.name}: its scales hold NaN or Inf", "write or fetch the checkpoint again")
+        if linear.scheme.weight_bits == 4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
+            raise QuantError(
+                f"{linear.name}: its scales are no numbers of {str(dtype).removeprefix('torch.')}, in which"
+                f" {save_format} stores them",
+                "quantize the float checkpoint in that format instead",
+            )
+        return loaded
+
+    return replace(linear, scales=scales)
+
+
+def _check_free(save_path: Path, needed: int) -> None:
+    existing = next(folder for folder in (save_path, *save_path.absolute().parents) if folder.is_dir())
+    usage = shutil.disk_usage(existing)
+    there = sum(file.stat().st_size for file in save_path.rglob("*.safetensors*")) if save_path.is_dir() else 0
+    if usage.total and needed > usage.free + there:
+        raise QuantError(
+            f"{str(save_path)!r} needs {human_bytes(needed)}, free are {human_bytes(usage.free)}",
+            "free some space, or choose another disk",
+        )
+
+
+def _fingerprint(source: QuantizedCheckpoint, save_format: str, thinker_only: bool) -> dict[str, str]:
+    """What the output depends on; a stopped export of anything else is not gone on with."""
+    return {
+        **versions(),
+        "export of": source.checkpoint.identity()[:16],
+        "save_format": save_format,
+        "thinker_only": str(thinker_only),
+    }
+
+
+# --- the report ----------------------------------------------------------------------------------------------
+
+
+def _report(
+    source: QuantizedCheckpoint,
+    job: OutputJob,
+    tensors: list[OutTensor],
+    save_format: str,
+    save_path: Path,
+    total: int,
+) -> Report:
+    """The source's report with the new place and sizes, and a warning that says where it comes from.
+
+    Errors, time and memory stay those of the run that quantized. A checkpoint without a report of ours gets one that
+    says what is known of it.
+    """
+    note = f"exported from {source.path} ({source.saver}); errors, time and memory are of the run that quantized it"
+    report = _stored_report(source) or _bare_report(source)
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears)
+    return replace(
+        report,
+        savers={save_format: str(save_path)},
+        output_bytes={save_format: total},
+        parts=_parts(report, source.model, tensors),
+        bits_per_weight=8 * sum(t.spec.nbytes for t in tensors if t.kind != FLOAT) / weights,
+        warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),
+    )
+
+
+def _stored_report(source: QuantizedCheckpoint) -> Report | None:
+    if not (source.path / REPORT_NAME).is_file():
+        return None
+    try:
+        return read_report(source.path)
+    except (QuantError, KeyError, TypeError, AttributeError):
+        return None  # of another tool or version
+
+
+def _bare_report(source: QuantizedCheckpoint) -> Report:
+    sizes: dict[str, list[int]] = {}
+    for name, info in source.checkpoint.tensors.items():
+        sizes.setdefault(source.model.part_of(name).name, []).append(info.nbytes)
+    return Report(
+        model_type=source.model.model_type,
+        model_path=str(source.path),
+        quant_type=", ".join(sorted(scheme.name for scheme in source.schemes)),
+        recipe="unknown",
+        savers={},
+        versions=versions(),
+        device="unknown",
+        seed=0,
+        data_free=False,
+        samples=0,
+        tokens_by_modality={},
+        parts=tuple(PartSize(name, len(all_), sum(all_), 0, "") for name, all_ in sizes.items()),
+        output_bytes={},
+        source_bytes=source.checkpoint.total_bytes,
+        bits_per_weight=0.0,
+        layers=(),
+        seconds=0.0,
+        seconds_by_phase={},
+        resumed_at_layer=0,
+        peak_rss_bytes=peak_rss(),
+        peak_device_bytes=0,
+        warnings=("the source holds no report: sizes before are those of the source as it was quantized",),
+    )
+
+
+def _parts(report: Report, model: ModelSpec, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
+    after: dict[str, int] = {}
+    kinds: dict[str, set[str]] = {}
+    for tensor in tensors:
+        part = model.part_of(tensor.spec.name).name
+        after[part] = after.get(part, 0) + tensor.spec.nbytes
+        kinds.setdefault(part, set()).add(tensor.kind)
+    written = {name: ", ".join(sorted(found - {FLOAT})) or "float, unchanged" for name, found in kinds.items()}
+    return tuple(
+        replace(part, bytes_after=after.get(part.name, 0), scheme=written.get(part.name, "left out"))
+        for part in report.parts
+    )

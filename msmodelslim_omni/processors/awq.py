@@ -1,0 +1,185 @@
+"""awq: scale the channels of a Linear's input so that those that matter lose less to rounding.
+
+For a group of Linears with input X [tokens, in] each channel c gets a factor
+    s_c = x_c^r / w_c^(1 - r)    or, without duo scaling,    s_c = x_c^r                 (AWQ, arXiv 2306.00978, eq. 5)
+with x the mean |activation| of the channel, w the mean over the output channels of |weight| relative to the largest
+of its group, and s normalized by sqrt(max s * min s); X / s and W * s leave the product as it is. What differs:
+- r runs over a grid in which the identity (no scaling) always stands.
+- The error of a point needs no forward: it is Σ ΔW H ΔWᵀ (gram.py), or, where GPTQ is to round, what that leaves of
+  it, Σ L_ii² ΔW_i² (gptq.py); on spread output channels where all would cost too much.
+- Where an attention or an MLP stands between the Linears and the residual stream, the best points and the identity
+  are rounded in earnest and judged by that block's true output on some samples.
+- v -> o is scaled under GQA too, and all folds are exact in the stored dtype (fold.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from ..arithmetic import QuantizedLinear, dequantize, quantize_weight, relative_error
+from ..gram import Gram
+from ..models.spec import LinearGroup
+from ..recipe import AwqConfig
+from ..scheme import QuantScheme
+from .fold import folded, refusal, repeated, shared_mean, storable
+from .gptq import Triangle
+from .rounding import round_group, triangle_for
+from .work import LayerWork, Probe, SmoothingRecord
+
+_FINALISTS = 2  # beside the identity
+
+# Weights of each Linear that the search rounds at every point, but no fewer output channels than _LEAST_ROWS; with H as
+# a matrix the product counts too.
+_SEARCH_WEIGHTS = 1 << 18
+_LEAST_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of the grid: `factors` [channels of `previous`], as storage will really give them."""
+
+    ratio: float
+    duo: bool
+    factors: torch.Tensor
+
+    @property
+    def name(self) -> str:
+        if self.ratio == 0.0 and not self.duo:
+            return "identity"
+        return f"ratio {self.ratio:g}" + (", duo" if self.duo else "")
+
+
+def needs(config: AwqConfig) -> Literal["gram"]:
+    return "gram"
+
+
+def apply(work: LayerWork, config: AwqConfig, linears: frozenset[str]) -> LayerWork:
+    """Scale every group that the recipe selects; one that the identity serves best is left as it is.
+
+    From the last group to the first: those behind another Linear divide its rows, and are done before that one is.
+    """
+    for group in reversed(work.spec.groups):
+        why_not = refusal(work, group, config.enable_subgraph_type, linears)
+        if why_not is None:
+            work = _scale_group(work, group, config)
+        elif why_not:
+            work = work.recorded(SmoothingRecord(group.name, None, 1.0, why_not))
+    return work
+
+
+def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> LayerWork:
+    assert work.stats is not None  # the plan runs calibration for this processor
+    gram = work.stats[group.name].gram(work.importance)
+    weights = {linear: work.weights[f"{linear}.weight"].to(torch.float32) for linear in group.linears}
+    triangle = triangle_for({linear: work.schemes[linear] for linear in group.linears}, gram)
+    if triangle is not None:  # all that is needed of H from here on
+        without = replace(work.stats[group.name], grams={})
+        triangles = {**work.triangles, group.name: triangle}
+        work = replace(work, triangles=triangles, stats={**work.stats, group.name: without})
+    scheme = work.schemes[group.linears[0]]
+    candidates = list(_grid(work, group, list(weights.values()), scheme, config.n_grid))
+    losses = search_losses(candidates, group, list(weights.values()), scheme, gram, triangle)
+    ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
+    best, how = ranked[0], "the Linears"
+    if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
+        finalists = list(dict.fromkeys([0, *ranked[:_FINALISTS]]))
+        rounded = {i: _rounded(work, group, weights, gram, triangle, candidates[i]) for i in finalists}
+        losses = {i: _block_error(work.probe, group, rounded[i], candidates[i]) for i in finalists}
+        best, how = min(finalists, key=lambda i: (losses[i], i)), group.block
+        work = replace(work, rounded={**work.rounded, **rounded[best]})
+    if best == 0:
+        return work.recorded(SmoothingRecord(group.name, None, 1.0, f"the identity is best; H: {gram.kind}"))
+    chosen, gain = candidates[best], relative_error(losses[best], losses[0])
+    note = f"{chosen.name}; judged by the output of {how}; H: {gram.kind}"
+    return folded(work, group, chosen.factors).recorded(SmoothingRecord(group.name, chosen.ratio, gain, note))
+
+
+def _grid(
+    work: LayerWork, group: LinearGroup, weights: list[torch.Tensor], scheme: QuantScheme, n_grid: int
+) -> Iterator[Candidate]:
+    """The identity first, then n_grid ratios up to 1 with and without duo scaling."""
+    assert work.stats is not None
+    x = shared_mean(work.stats[group.name].mean_abs(work.importance), group)
+    w = shared_mean(_relative_magnitude(weights, scheme), group)
+    yield Candidate(0.0, False, torch.ones_like(x))
+    for step in range(n_grid + 1):
+        ratio = step / n_grid
+        for duo in (True, False) if step else (True,):
+            s = x.pow(ratio) / (w.pow(1 - ratio) + 1e-4) if duo else x.pow(ratio)
+            s = s.clamp_min(1e-4)
+            s = s / (s.max() * s.min()).sqrt()
+            s = torch.where(torch.isfinite(s) & (x > 0), s, torch.ones_like(s))
+            yield Candidate(ratio, duo, storable(work, group, s)[0])
+
+
+def _relative_magnitude(weights: list[torch.Tensor], scheme: QuantScheme) -> torch.Tensor:
+    """The mean over output channels of |w| over the largest |w| of its group: [in]."""
+    assert scheme.group_size is not None
+    total, count = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
+    for weight in weights:
+        magnitude = weight.abs().view(len(weight), -1, scheme.group_size)  # [out, groups, g]
+        total += (magnitude / (magnitude.amax(dim=2, keepdim=True) + 1e-6)).sum(dim=0).flatten()
+        count += len(weight)
+    return total / count
+
+
+def search_losses(
+    candidates: list[Candidate],
+    group: LinearGroup,
+    weights: list[torch.Tensor],
+    scheme: QuantScheme,
+    gram: Gram,
+    triangle: Triangle | None,
+) -> dict[int, float]:
+    """Each candidate's squared output error, each Linear's relative to its signal, summed over the Linears.
+
+    By plain rounding, or with a triangle by what GPTQ leaves of it. weights: [out, in] float32.
+    """
+    plain = replace(scheme, weight_method="minmax")
+    rows = max(_LEAST_ROWS, _SEARCH_WEIGHTS // gram.in_features)
+    spread = [_spread_rows(weight, rows) for weight in weights]
+    signals = [float(gram.output_error(weight).sum()) for weight in spread]
+    pivots = triangle.pivots() if triangle is not None else None
+    losses = {}
+    for number, candidate in enumerate(candidates):
+        factors = repeated(candidate.factors, group)
+        losses[number] = 0.0
+        for weight, signal in zip(spread, signals, strict=True):
+            change = dequantize(quantize_weight(weight * factors, plain)) / factors - weight
+            error = gram.output_error(change) if pivots is None else change.square() @ pivots
+            losses[number] += float(error.sum()) / signal if signal > 0 else 0.0
+    return losses
+
+
+def _spread_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
+    if len(weight) <= count:
+        return weight
+    return weight[torch.linspace(0, len(weight) - 1, count, device=weight.device).round().long()]
+
+
+def _rounded(
+    work: LayerWork,
+    group: LinearGroup,
+    weights: dict[str, torch.Tensor],
+    gram: Gram,
+    triangle: Triangle | None,
+    candidate: Candidate,
+) -> dict[str, QuantizedLinear]:
+    """The group rounded as linear_quant will do it after the candidate."""
+    factors = repeated(candidate.factors, group)
+    scaled = {linear: weight * factors for linear, weight in weights.items()}
+    schemes = {linear: work.schemes[linear] for linear in weights}
+    if triangle is None:
+        return round_group(scaled, schemes, gram.rescaled(factors), None)
+    return round_group(scaled, schemes, None, triangle.rescaled(factors))
+
+
+def _block_error(probe: Probe, group: LinearGroup, rounded: dict[str, QuantizedLinear], candidate: Candidate) -> float:
+    """The squared error of the block's output with the group rounded after the candidate, all else float."""
+    factors = repeated(candidate.factors, group)
+    weights = {f"{linear}.weight": dequantize(quantized) / factors for linear, quantized in rounded.items()}
+    return probe.block_error(group.block, weights)

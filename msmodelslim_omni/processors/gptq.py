@@ -1,0 +1,149 @@
+"""GPTQ: round a weight so that each rounding makes up for the errors of those before it.
+
+With Δ = Ŵ - W and H = LLᵀ, L lower triangular, the output error Δ H Δᵀ is |Δ L|²: taking the inputs from the last to
+the first, the error of input i is least where
+    ŵ_i = nearest level to t_i = w_i - (Σ_{j>i} Δ_j L_ji) / L_ii,
+and the output error in the end is Σ_i L_ii² (ŵ_i - t_i)²: what scales are searched for beforehand.
+This is GPTQ (Frantar et al., arXiv 2210.17323) written as Babai's nearest plane (arXiv 2507.18553): the same integers,
+with one factorization of H and no inverse. Inputs of the largest H_ii are rounded first, while the most others are
+left to make up for them; scales and zero points are fixed beforehand, so the order shows nowhere in the result.
+
+H + λ of a factor R [rows, in] (see gram.py) is factored without making H: with P = (I + Σ R_Bᵀ R_B / λ)^-1 over the
+blocks B before, L below the diagonal is R_Jᵀ V_B with V_B = P R_B L_BB^-T. That costs in * rows^2 instead of in^3.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..arithmetic import QuantizedLinear, linear_rows, round_to_grid
+from ..gram import Gram
+
+DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
+_BLOCK = 128
+_ROWS = 1024  # output channels rounded at once
+
+
+@dataclass(frozen=True)
+class Triangle:
+    """L of H + λ, its inputs in the order of `order`; the last are rounded first.
+
+    inner: the diagonal blocks of L, [size, size] each. below: for a matrix, what stands under each of them
+    [in - end, size]; for a factor, V_B [rows, size], with `factor` R in the same order.
+    """
+
+    order: torch.Tensor
+    inner: list[torch.Tensor]
+    below: list[torch.Tensor]
+    factor: torch.Tensor | None
+
+    def pivots(self) -> torch.Tensor:
+        """L_ii² of each input, [in] in its place: the output error that a rounding error of it leaves uncorrected."""
+        diagonal = torch.cat([block.diagonal() for block in self.inner]).square()
+        placed = torch.empty_like(diagonal)
+        placed[self.order] = diagonal
+        return placed
+
+    def rescaled(self, factors: torch.Tensor) -> Triangle:
+        """Of X / factors [in], the damping with it: D⁻¹ L."""
+        ordered = factors[self.order]
+        starts = range(0, len(ordered), _BLOCK)
+        inner = [block / ordered[i : i + _BLOCK, None] for i, block in zip(starts, self.inner, strict=True)]
+        if self.factor is not None:
+            return replace(self, inner=inner, factor=self.factor / ordered)
+        below = [block / ordered[i + _BLOCK :, None] for i, block in zip(starts, self.below, strict=True)]
+        return replace(self, inner=inner, below=below)
+
+
+def factorize(gram: Gram) -> Triangle:
+    """The Cholesky factor of H + λ, inputs ordered by H_ii; one that no token reached counts as the damping alone."""
+    diagonal = gram.diagonal()
+    damping = float(DAMPING * diagonal.mean().clamp_min(1e-20))
+    order = torch.argsort(diagonal, stable=True)
+    if gram.matrix is None:
+        assert gram.factor is not None
+        return _of_factor(gram.factor[:, order].contiguous(), order, damping)
+    h = gram.matrix[order][:, order]
+    h.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(h)
+    while int(failed) > 0:  # float32 lost the smallest eigenvalues
+        damping *= 10
+        h.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(h)
+    starts = range(0, len(order), _BLOCK)
+    inner = [lower[i : i + _BLOCK, i : i + _BLOCK] for i in starts]
+    return Triangle(order, inner, [lower[i + _BLOCK :, i : i + _BLOCK] for i in starts], None)
+
+
+def _of_factor(r: torch.Tensor, order: torch.Tensor, damping: float) -> Triangle:
+    """r: [rows, in] in the order of `order`."""
+    p = torch.eye(r.shape[0], dtype=torch.float32, device=r.device)
+    inner, below = [], []
+    for first in range(0, r.shape[1], _BLOCK):
+        block = r[:, first : first + _BLOCK]  # [rows, size]
+        passed = p @ block
+        square = block.T @ passed
+        square.diagonal().add_(damping)
+        lower = torch.linalg.cholesky((square + square.T) / 2)
+        v = torch.linalg.solve_triangular(lower, passed.T, upper=False).T  # P R_B L^-T, [rows, size]
+        p.addmm_(v, v.T, alpha=-1.0)
+        inner.append(lower)
+        below.append(v)
+    return Triangle(order, inner, below, r)
+
+
+def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> QuantizedLinear:
+    """The weight rounded to the levels of `grid`, whose own integers are not used. weight: [out, in] float32.
+
+    Output channels do not depend on one another: on the CPU each thread works on its own, since one column at a time is
+    too little for all of them together.
+    """
+
+    def part(first: int) -> torch.Tensor:
+        torch.set_num_threads(1)  # of this thread
+        rows = slice(first, first + _ROWS)
+        return _round_rows(weight[rows], linear_rows(grid, rows), triangle)
+
+    firsts = range(0, weight.shape[0], _ROWS)
+    if weight.device.type != "cpu":
+        parts = [_round_rows(weight[f : f + _ROWS], linear_rows(grid, slice(f, f + _ROWS)), triangle) for f in firsts]
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            parts = list(threads.map(part, firsts))
+    return replace(grid, qweight=torch.cat(parts))
+
+
+def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> torch.Tensor:
+    order = triangle.order
+    group_of = order // (weight.shape[1] // grid.scales.shape[1])  # of each input, in the order
+    w = weight.T[order]  # [in, out]: an input's weights side by side
+    scales = grid.scales.T.contiguous()  # [groups, out]
+    zeros = None if grid.zeros is None else grid.zeros.T.to(torch.float32).contiguous()
+    q = torch.empty_like(w)
+    delta = torch.empty_like(w)
+    rows = 0 if triangle.factor is None else triangle.factor.shape[0]
+    carried = torch.zeros((rows, w.shape[1]), dtype=torch.float32, device=w.device)  # R Δᵀ of what is rounded
+    groups = group_of.tolist()
+    for number in reversed(range(len(triangle.inner))):
+        first = number * _BLOCK
+        inner, below = triangle.inner[number], triangle.below[number]
+        block = slice(first, first + inner.shape[0])
+        # Σ_j Δ_j L_ji over the inputs rounded in earlier blocks, [size, out]
+        pull = below.T @ (delta[block.stop :] if triangle.factor is None else carried)
+        pivots = inner.diagonal().tolist()
+        for i in reversed(range(inner.shape[0])):
+            at = first + i
+            s, z = scales[groups[at]], None if zeros is None else zeros[groups[at]]
+            level = round_to_grid(torch.sub(w[at], pull[i], alpha=1.0 / pivots[i]), s, z, grid.scheme)
+            q[at] = level
+            error = ((level if z is None else level - z) * s).sub_(w[at])
+            delta[at] = error
+            pull[:i].addr_(inner[i, :i], error)
+        if triangle.factor is not None:
+            carried.addmm_(triangle.factor[:, block], delta[block])
+    restored = torch.empty_like(q)
+    restored[order] = q
+    return restored.T.to(torch.int8)

@@ -1,0 +1,93 @@
+"""What a finished run did, put together as its Report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from . import __version__
+from .device import Device, peak_device_memory, peak_rss
+from .formats.job import OutTensor
+from .plan import QuantPlan
+from .progress import Clock
+from .report import PartSize, Report, layer_record
+from .stream import CalibrationStream
+
+
+def make_report(
+    plan: QuantPlan,
+    *,
+    device: Device,
+    tensors: list[OutTensor],
+    places: dict[str, str],
+    output_bytes: dict[str, int],
+    layers: Sequence[dict[str, Any]],
+    stream: CalibrationStream | None,
+    clock: Clock,
+    resumed_at_layer: int,
+    warnings: tuple[str, ...],
+) -> Report:
+    """tensors: of the first format, whose sizes are the report's. layers: the records stored beside the parts."""
+    return Report(
+        model_type=plan.model.model_type,
+        model_path=str(plan.checkpoint.path),
+        quant_type=plan.recipe.quant_type or "custom",
+        recipe=plan.recipe.path.name,
+        savers=places,
+        versions=versions(),
+        device=device.name,
+        seed=plan.seed,
+        data_free=stream is None,
+        samples=len(stream) if stream is not None else 0,
+        tokens_by_modality=stream.tokens_by_modality() if stream is not None else {},
+        parts=_part_sizes(plan, tensors),
+        output_bytes=output_bytes,
+        source_bytes=plan.checkpoint.total_bytes,
+        bits_per_weight=_bits_per_weight(plan, tensors),
+        layers=tuple(layer_record(layer) for layer in layers),
+        seconds=clock.total(),
+        seconds_by_phase=clock.seconds,
+        resumed_at_layer=resumed_at_layer,
+        peak_rss_bytes=peak_rss(),
+        peak_device_bytes=peak_device_memory(device.torch),
+        warnings=(*plan.warnings, *warnings),
+    )
+
+
+def _part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
+    """Bytes of each part before and after."""
+    before: dict[str, list[int]] = {}
+    for name, info in plan.checkpoint.tensors.items():
+        before.setdefault(plan.model.part_of(name).name, []).append(info.nbytes)
+    after: dict[str, int] = {}
+    kinds: dict[str, set[str]] = {}
+    for tensor in tensors:
+        part = plan.model.part_of(tensor.spec.name).name
+        after[part] = after.get(part, 0) + tensor.spec.nbytes
+        kinds.setdefault(part, set()).add(tensor.kind)
+    return tuple(
+        PartSize(
+            part.name,
+            len(before[part.name]),
+            sum(before[part.name]),
+            after[part.name],
+            _kind(kinds[part.name]),
+        )
+        for part in plan.model.parts
+        if part.name in before
+    )
+
+
+def _kind(kinds: set[str]) -> str:
+    return ", ".join(sorted(kinds - {"FLOAT"})) or "float, unchanged"
+
+
+def _bits_per_weight(plan: QuantPlan, tensors: list[OutTensor]) -> float:
+    """Stored bits of the quantized Linears, scales included, over their weights."""
+    bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != "FLOAT")
+    return bits / sum(linear.shape[0] * linear.shape[1] for linear in plan.linears if linear.scheme is not None)
+
+
+def versions() -> dict[str, str]:
+    return {"msmodelslim_omni": __version__, **{name: version(name) for name in ("torch", "transformers")}}

