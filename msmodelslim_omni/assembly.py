@@ -41,7 +41,7 @@ def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
     for name, info in plan.checkpoint.tensors.items():
         linear = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if linear is None:
-            items.append(_float_item(changed.get(name), info))
+            items.append(float_item(changed.get(name), info))
             continue
         assert linear.scheme is not None
         qweight, scales, zeros = (_loader(changed.get(f"{linear.name}.{part}")) for part in PART_TENSORS)
@@ -71,7 +71,7 @@ def _loader(info: TensorInfo | None) -> Callable[[], torch.Tensor]:
     return load
 
 
-def _float_item(changed: TensorInfo | None, source: TensorInfo) -> OutTensor:
+def float_item(changed: TensorInfo | None, source: TensorInfo) -> OutTensor:
     """A float tensor: from the part where it was changed, else the source's bytes."""
     info = changed or source
     spec = TensorSpec(source.name, info.dtype, info.shape)

@@ -87,7 +87,7 @@ def load_calib_set(
     samples, faults = [], []
     for where, entry in _entries(index):
         try:
-            samples.append(_parse_sample(where, entry, index.parent, default_text))
+            samples.append(parse_sample(where, entry, index.parent, default_text))
         except QuantError as error:
             faults += [f"{where}: {line}" for line in error.message.split("\n")]
     if faults and on_bad_sample == "fail":
@@ -156,7 +156,7 @@ def _parse_json(text: str) -> Any:
 # --- one sample ----------------------------------------------------------------------------------------------
 
 
-def _parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> CalibSample:
+def parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> CalibSample:
     """Check one entry. Raises one QuantError whose message has a line per fault."""
     if isinstance(entry, QuantError):
         raise entry

@@ -75,7 +75,7 @@ def quant(
     ] = None,
     device: Annotated[str, typer.Option(help="auto (npu, else cuda, else cpu), cpu, cuda[:i], npu[:i].")] = "auto",
     quant_type: Annotated[
-        str | None, _flag("quant_type", "e.g. w8a8: the best shipped recipe of that type. Default w8a8.")
+        str | None, _flag("quant_type", "w8a8 or w4a16 (awq): the best shipped recipe of that type. Default w8a8.")
     ] = None,
     config_path: Annotated[
         str | None,
@@ -99,7 +99,8 @@ def quant(
         list[str] | None,
         _flag(
             "save_format",
-            "ascendv1_saver or compressed_tensors; repeat for several, each in SAVE_PATH/FORMAT. Overrides the recipe.",
+            "ascendv1_saver, compressed_tensors or awq; repeat for several, each in SAVE_PATH/FORMAT. Overrides the"
+            " recipe.",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="For the choice of samples.")] = 0,

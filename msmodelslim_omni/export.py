@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from .assembly import _float_item
+from .assembly import float_item
 from .checkpoint import Checkpoint
 from .device import peak_rss
 from .errors import QuantError
@@ -76,6 +76,7 @@ def export(
     fmt = FORMATS[save_format]
     if why := fmt.refusal(source.schemes):
         raise QuantError(f"{save_format} cannot hold {source.path}: {why}")
+    _refuse_other_linears(source)
     job = make_export_job(source, save_format, thinker_only)
     tensors = format_tensors(fmt, job)
     _check_free(target, sum(tensor.spec.nbytes for tensor in tensors))
@@ -99,6 +100,16 @@ def export(
     )
 
 
+def _refuse_other_linears(source: QuantizedCheckpoint) -> None:
+    """The formats' settings say that everything outside the decoder layers is float."""
+    layers = source.model.layer_prefix.split("{index}")[0]
+    if odd := [name for name in source.linears if not name.startswith(layers)]:
+        raise QuantError(
+            f"{source.path}: {odd[0]} is quantized, which is no Linear of a decoder layer",
+            "no format is written with any other quantized",
+        )
+
+
 def _left_out(source: QuantizedCheckpoint, thinker_only: bool) -> tuple[str, ...]:
     """The beginnings of the names that are not written."""
     return running(source.model).SPEECH_PREFIXES if thinker_only else ()
@@ -114,7 +125,7 @@ def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only:
         if name.startswith(_left_out(source, thinker_only)):
             continue
         linear = source.linears.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        by_name[name] = _float_item(None, info) if linear is None else _bias(info, linear.linear.float_dtype)
+        by_name[name] = float_item(None, info) if linear is None else _bias(info, linear.linear.float_dtype)
     for name, stored in source.linears.items():
         by_name[f"{name}.weight"] = _checked(stored.linear, save_format)
     return OutputJob(
@@ -141,11 +152,11 @@ def _bias(info: TensorInfo, float_dtype: str) -> OutTensor:
     ascendv1_saver in float32. One that is no number of that dtype stays as it is.
     """
     if info.dtype == float_dtype or info.dtype not in FLOAT_DTYPES:
-        return _float_item(None, info)
+        return float_item(None, info)
     stored = load_finite(info)
     restored = stored.to(TORCH_DTYPES[float_dtype])
     if not torch.equal(restored.to(torch.float64), stored.to(torch.float64)):
-        return _float_item(None, info)
+        return float_item(None, info)
     return OutTensor(TensorSpec(info.name, float_dtype, info.shape), lambda: restored)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .arithmetic import QuantizedLinear, dequantize, linear_rows, quantize_act, row_blocks
-from .calibration import CalibSample, _parse_sample, prepare_sample
+from .calibration import CalibSample, parse_sample, prepare_sample
 from .checkpoint import load_json_object, open_checkpoint
 from .device import OUT_OF_MEMORY, Device, resolve_device
 from .errors import QuantError, nearest
@@ -161,7 +161,7 @@ def _prompt(text: str, images: Sequence[str], audios: Sequence[str], videos: Seq
     parts += [{"type": "text", "text": text}] if text.strip() else []
     if not parts:
         raise QuantError("there is nothing to answer", "give --text, --image, --audio or --video")
-    return _parse_sample("prompt", {"messages": [{"role": "user", "content": parts}]}, Path.cwd(), "")
+    return parse_sample("prompt", {"messages": [{"role": "user", "content": parts}]}, Path.cwd(), "")
 
 
 def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:

@@ -312,6 +312,8 @@ def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
 
 def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe) -> LayerWork:
     """The layer as it is, if its true output error is below that of plain rounding; else plainly rounded."""
+    if not loaded.schemes:
+        return work
     plain = replace(
         loaded,
         quantized={
@@ -325,7 +327,9 @@ def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork,
     ratio = relative_error(error, of_plain)
     if error < of_plain:
         return replace(work, over_plain=ratio)
-    note = f"fell back to plain rounding: the search's output error would be {ratio:.3f}x of it"
+    note = "fell back to plain rounding: " + (
+        f"the search's output error would be {ratio:.3f}x of it" if of_plain > 0 else "it loses nothing here"
+    )
     return replace(plain, over_plain=1.0, notes=(*work.notes, note))
 
 

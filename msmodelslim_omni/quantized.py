@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .arithmetic import QuantizedLinear
-from .checkpoint import Checkpoint, _follow_index, load_json_object
+from .checkpoint import Checkpoint, follow_index, load_json_object
 from .errors import QuantError
 from .formats import ascend, awq, compressed_tensors
 from .formats.job import OutLinear
@@ -155,7 +155,7 @@ def read_shards(path: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
             weight_map = load_json_object(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
                 raise QuantError(f"{index}: has no weight_map {{tensor: file}}", "fetch or copy the file again")
-            return _follow_index(path, index, weight_map)
+            return follow_index(path, index, weight_map)
         if single.is_file():
             return read_header(single), (single,)
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS)

@@ -64,7 +64,21 @@ class CalibrationStream:
         self._chosen = choose_rows(self._modalities)
         self._judges = choose_judges(self._modalities)
         self._held_out = held_out(self._judges, self._modalities)
+        self._refuse_weightless()
         self._importance = importance(self._plan.calibration.modality_weights, self._counts(self._held_out))
+
+    def _refuse_weightless(self) -> None:
+        """Samples that were left out may have been the only ones of the modalities that weigh anything."""
+        weights = self._plan.calibration.modality_weights
+        if isinstance(weights, str):
+            return
+        weighed = [name for name, weight in weights.items() if weight > 0]
+        if not set(weighed) & set(self.tokens_by_modality()):
+            raise QuantError(
+                f"calibration.modality_weights counts {', '.join(weighed)} only, and no sample that could be used has"
+                f" that; they have {', '.join(self.tokens_by_modality())}\n" + "\n".join(self.warnings[:10]),
+                "mend the samples, or give a weight to what is there",
+            )
 
     def _run_stem(self, missing: list[int], progress: Progress) -> None:
         plan, family = self._plan, self._plan.model.family

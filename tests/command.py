@@ -84,11 +84,20 @@ def change_recipe(folder: Path, old: str, new: str, name: str = "qwen2_5_omni_w8
     return path
 
 
-def int4_recipe(folder: Path, *, method: str = "gptq", scale: bool = True, **calibration: object) -> Path:
-    """W4A16 in groups of 64 in both layouts; with a search over a few points, to be fast."""
-    weight = {"scope": "per_group", "dtype": "int4", "symmetric": False, "method": method, "ext": {"group_size": 64}}
+def int4_recipe(
+    folder: Path,
+    *,
+    method: str = "gptq",
+    scale: bool = True,
+    exclude: tuple[str, ...] = (),
+    group_size: int = 128,
+    **calibration: object,
+) -> Path:
+    """W4A16 in both layouts; with a search over a few points, to be fast."""
+    weight = {"scope": "per_group", "dtype": "int4", "symmetric": False, "method": method}
+    qconfig = {"weight": {**weight, "ext": {"group_size": group_size}}}
     process: list[dict[str, object]] = [{"type": "awq", "n_grid": 4}] if scale else []
-    process.append({"type": "linear_quant", "qconfig": {"weight": weight}})
+    process.append({"type": "linear_quant", "exclude": exclude, "qconfig": qconfig})
     savers = [{"type": "awq"}, {"type": "compressed_tensors"}]
     spec = {"process": process, "save": savers, "calibration": {"max_pixels": 50176, **calibration}}
     path = folder / "int4.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -58,7 +59,7 @@ def test_leaving_the_block_waits_for_the_call(by_fault: bool) -> None:
         time.sleep(0.2)
         done.append("written")
 
-    with pytest.raises(KeyboardInterrupt) if by_fault else Background(), Background() as background:
+    with pytest.raises(KeyboardInterrupt) if by_fault else nullcontext(), Background() as background:
         background.start(write)
         if by_fault:
             raise KeyboardInterrupt

@@ -240,6 +240,7 @@ def test_mean_magnitude_by_importance_by_hand() -> None:
     assert stats.mean_abs({0: 1 / 3, 3: 1 / 3}).tolist() == pytest.approx([8 / 3, 1.0])
     assert stats.mean_abs({0: 0.25, 3: 0.5}).tolist() == pytest.approx([3.0, 1.0])  # the mean of the two means
     assert stats.mean_abs({0: 0.0, 3: 1.0}).tolist() == [4.0, 1.0]
+    assert stats.mean_abs({0: 5.0, 3: 5.0}).tolist() == pytest.approx([8 / 3, 1.0])  # only their ratio counts
 
 
 def test_divided_inputs_by_hand() -> None:

@@ -201,6 +201,18 @@ def test_scales_that_would_change(outputs: dict[str, Path], tmp_path: Path, valu
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_quantized_tower(outputs: dict[str, Path], tmp_path: Path) -> None:
+    tower = "thinker.visual.blocks.0.mlp.down_proj"
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{tower}.weight"] = torch.zeros(tensors[f"{tower}.weight"].shape, dtype=torch.int8)
+        tensors[f"{tower}.weight_scale"] = torch.ones((len(tensors[f"{tower}.weight"]), 1))
+
+    source = edited(outputs["int8"], tmp_path / "source", change)
+    with pytest.raises(QuantError, match=f"{tower} is quantized"):
+        export(source, tmp_path / "out", "compressed_tensors")
+
+
 def test_part_file_size_below_nothing(outputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(QuantError, match="part_file_size is -1"):
         export(outputs["awq"], tmp_path / "out", "awq", part_file_size=-1)

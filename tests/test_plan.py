@@ -22,6 +22,7 @@ from msmodelslim_omni.pipeline import quantize
 from msmodelslim_omni.plan import QuantPlan, make_plan
 from msmodelslim_omni.recipe import Recipe, parse_recipe, shipped_recipes
 from msmodelslim_omni.safetensors_io import read_header
+from msmodelslim_omni.scheme import QuantScheme
 
 SEVEN, THREE = MODEL_TYPES["Qwen2.5-Omni-7B"], MODEL_TYPES["Qwen2.5-Omni-3B"]
 QCONFIG = {"act": {}, "weight": {}}
@@ -217,6 +218,141 @@ def test_processor_that_the_model_does_not_admit(tiny: Path) -> None:
         make_plan(recipe(linear_quant(), {"type": "iter_smooth"}), model, open_checkpoint(tiny))
     assert "my.yaml:6: Qwen2.5-Omni-7B does not admit the processor 'iter_smooth'" in caught.value.message
     assert "it admits: linear_quant" in caught.value.message
+
+
+# --- int4 ----------------------------------------------------------------------------------------------------
+
+
+def int4(**changes: Any) -> dict[str, Any]:
+    """A weight block; group_size stands in its ext."""
+    size = changes.pop("group_size", 128)
+    return {"scope": "per_group", "dtype": "int4", "symmetric": False, "method": "gptq", **changes} | {
+        "ext": {"group_size": size}
+    }
+
+
+def int4_quant(include: list[str] | None = None, **changes: Any) -> dict[str, Any]:
+    return {"type": "linear_quant", "include": include or ["*"], "qconfig": {"weight": int4(**changes)}}
+
+
+AWQ_SAVER = [{"type": "awq"}]
+
+
+def int4_plan(path: Path, *process: dict[str, Any], save: list[dict[str, Any]] = AWQ_SAVER) -> QuantPlan:
+    return make_plan(recipe(*process, save=save), SEVEN, open_checkpoint(path))
+
+
+def int4_fault(path: Path, *process: dict[str, Any], save: list[dict[str, Any]] = AWQ_SAVER) -> QuantError:
+    with pytest.raises(QuantError) as caught:
+        int4_plan(path, *process, save=save)
+    return caught.value
+
+
+def test_int4_scheme_is_what_the_recipe_says(tiny: Path) -> None:
+    plan = int4_plan(tiny, {"type": "awq"}, int4_quant(group_size=64))
+    schemes = {linear.scheme for linear in plan.linears}
+    assert schemes == {QuantScheme(4, None, "gptq", 64, symmetric=False)}
+    assert [step.processor for step in plan.layers[0].steps] == ["awq", "linear_quant"]
+    assert plan.dataset == "calibVideos" and plan.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("process", "statistics"),
+    [
+        ([linear_quant()], ""),
+        ([int4_quant(method="minmax")], ""),
+        ([int4_quant(method="mse")], ""),
+        ([int4_quant(method="gptq")], "gram"),
+        ([{"type": "awq"}, int4_quant(method="minmax")], "gram"),
+        ([{"type": "smooth_quant"}, linear_quant()], "inputs"),
+        ([{"type": "iter_smooth"}, int4_quant()], "gram"),
+    ],
+)
+def test_data_is_collected_as_the_processors_need_it(
+    tiny: Path, process: list[dict[str, Any]], statistics: str
+) -> None:
+    plan = int4_plan(tiny, *process, save=[{"type": "compressed_tensors"}])
+    assert plan.statistics == statistics
+    assert (plan.dataset is None) == (statistics == "")
+
+
+def with_intermediate_size(folder: Path, size: int) -> Path:
+    """The checkpoint with MLPs of another size, so that down_proj has this many inputs."""
+    edit_config(folder, intermediate_size=size)
+    for shard in folder.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(shard)
+        for name, tensor in tensors.items():
+            if name.startswith("thinker.model.layers.") and ".mlp." in name:
+                tensors[name] = (tensor[:, :size] if "down_proj" in name else tensor[:size]).contiguous()
+        safetensors.torch.save_file(tensors, shard, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("size", "group", "hint"),
+    [(480, 64, "use 32"), (448, 128, "use 32 or 64"), (500, 32, "no group size does; exclude this Linear")],
+)
+def test_group_size_that_does_not_divide(tiny_copy: Path, size: int, group: int, hint: str) -> None:
+    folder = with_intermediate_size(tiny_copy, size)
+    error = int4_fault(folder, {"type": "awq"}, int4_quant(group_size=group))
+    assert error.message == (
+        f"my.yaml:6: weight.ext.group_size {group} does not divide in_features {size} of"
+        " thinker.model.layers.0.mlp.down_proj"
+    )
+    assert error.hint == hint
+
+
+def test_group_size_of_the_processor_that_has_the_linear_is_named(tiny_copy: Path) -> None:
+    """With two linear_quant the second, which alone selects what does not fit."""
+    folder = with_intermediate_size(tiny_copy, 480)
+    first, second = int4_quant(["*.self_attn.*"], group_size=64), int4_quant(["*.mlp.*"], group_size=64)
+    assert int4_fault(folder, first, second).message.startswith("my.yaml:6: weight.ext.group_size 64")
+
+
+@pytest.mark.parametrize("scheme", ["all", "one layer"])
+def test_awq_before_int8_is_refused(tiny: Path, scheme: str) -> None:
+    quants = [linear_quant()] if scheme == "all" else [int4_quant(["*.layers.{0,1,3}.*"]), linear_quant()]
+    error = int4_fault(tiny, {"type": "awq"}, *quants, save=[{"type": "compressed_tensors"}])
+    if scheme == "all":
+        assert error.message == (
+            "my.yaml:5: awq is for int4 per_group weights; linear_quant makes W8A8_DYNAMIC of them"
+        )
+        assert "iter_smooth or smooth_quant" in error.hint
+
+
+@pytest.mark.parametrize("other", [{"group_size": 64}, {"symmetric": True}])
+def test_awq_that_searches_for_another_form_is_refused(tiny: Path, other: dict[str, Any]) -> None:
+    error = int4_fault(tiny, {"type": "awq", "weight_qconfig": int4(**other)}, int4_quant())
+    assert error.message == "my.yaml:5: weight_qconfig is not the form that linear_quant writes, W4A16_G128"
+    assert "leave weight_qconfig out" in error.hint
+    assert int4_plan(tiny, {"type": "awq", "weight_qconfig": int4(method="minmax")}, int4_quant()).warnings == ()
+
+
+def test_awq_after_rounding_is_refused(tiny: Path) -> None:
+    error = int4_fault(tiny, int4_quant(), {"type": "awq"})
+    assert error.message == "my.yaml:6: awq stands after linear_quant and would smooth rounded weights"
+    assert error.hint == "put it before linear_quant"
+
+
+@pytest.mark.parametrize(
+    ("saver", "quant", "words"),
+    [
+        ("ascendv1_saver", int4_quant(), "ascendv1_saver cannot hold this recipe's result"),
+        ("awq", int4_quant(symmetric=True), "set symmetric: false, or save as compressed_tensors"),
+        ("awq", linear_quant(), "it holds int4 weights per group with float activations, not W8A8_DYNAMIC"),
+    ],
+)
+def test_saver_that_cannot_hold_the_scheme(tiny: Path, saver: str, quant: dict[str, Any], words: str) -> None:
+    error = int4_fault(tiny, quant, save=[{"type": saver}])
+    assert error.message.startswith("my.yaml:3: ") and words in error.message
+    both = int4_fault(tiny, quant, save=[{"type": "compressed_tensors"}, {"type": saver}])
+    assert words in both.message
+
+
+def test_saver_named_on_the_command_line_is_refused_alike(tiny: Path) -> None:
+    with pytest.raises(QuantError, match="ascendv1_saver cannot hold this recipe's result"):
+        make_plan(recipe(int4_quant(), save=AWQ_SAVER), SEVEN, open_checkpoint(tiny), save_formats=["ascendv1_saver"])
+    assert plan_of(tiny, int4_quant(), save_formats=["awq"]).savers[0].type == "awq"
 
 
 # --- savers --------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.processors import PROCESSORS
 from msmodelslim_omni.recipe import (
     MAX_RECIPE_BYTES,
+    AwqConfig,
     GroupConfig,
     IterSmoothConfig,
     LinearQuantConfig,
@@ -109,6 +110,42 @@ def test_processor_defaults() -> None:
     assert isinstance(linear, LinearQuantConfig) and linear.include == ("*",)
 
 
+def test_int4_and_awq_defaults() -> None:
+    weight = {"scope": "per_group", "dtype": "int4"}
+    recipe = parse_recipe(with_process({"type": "awq"}, {"type": "linear_quant", "qconfig": {"weight": weight}}))
+    (_, awq), (_, linear) = recipe.processors()
+    assert isinstance(awq, AwqConfig) and awq.n_grid == 20 and awq.weight_qconfig is None
+    assert awq.enable_subgraph_type == ("norm-linear", "ov", "up-down")
+    assert isinstance(linear, LinearQuantConfig) and linear.qconfig.act is None
+    assert (linear.qconfig.weight.group_size, linear.qconfig.weight.symmetric) == (128, True)
+    assert linear.qconfig.weight.method == "minmax"
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+@pytest.mark.parametrize("method", ["minmax", "mse", "gptq"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_int4_in_all_its_forms(size: int, method: str, symmetric: bool) -> None:
+    weight = {"scope": "per_group", "dtype": "int4", "symmetric": symmetric, "method": method}
+    weight["ext"] = {"group_size": size}
+    text = with_process({"type": "linear_quant", "qconfig": {"weight": weight}})
+    ((_, config),) = parse_recipe(text).processors()
+    assert isinstance(config, LinearQuantConfig)
+    assert config.qconfig.weight.model_dump(exclude={"ext"}) == {k: v for k, v in weight.items() if k != "ext"}
+    assert config.qconfig.weight.group_size == size
+
+
+@pytest.mark.parametrize("weights", ["balanced", "tokens", {"text": 1.0, "audio": 0.0, "video": 2.5}, {"image": 1}])
+def test_modality_weights_that_are_accepted(weights: Any) -> None:
+    recipe = parse_recipe(with_spec(calibration={"modality_weights": weights}))
+    assert recipe.spec.calibration.modality_weights == weights
+
+
+@pytest.mark.parametrize("quant_type", ["w4a16", "W4A16", "awq", "AWQ"])
+def test_awq_is_another_name_of_w4a16(quant_type: str) -> None:
+    for model in ("Qwen2.5-Omni-7B", "Qwen2.5-Omni-3B"):
+        assert find_recipe(model, quant_type).metadata.config_id == "qwen2_5_omni_w4a16"
+
+
 def test_group_is_flattened_in_order_with_places() -> None:
     inner = [{"type": "smooth_quant", "alpha": "auto"}, {"type": "linear_quant", "qconfig": QCONFIG}]
     recipe = parse_recipe(with_process({"type": "iter_smooth"}, {"type": "group", "configs": inner}))
@@ -195,6 +232,7 @@ FAULTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("_saver\n", "_saver\n  calibration: {max_pixels: 100}\n", "my.yaml:12: spec.calibration.max_pixels", ("3136",)),
     ("_saver\n", "_saver\n  calibration: {video_fps: 0}\n", "my.yaml:12: spec.calibration.video_fps", ("'0'",)),
     ("_saver\n", "_saver\n  calibration: {video_fps: 31}\n", "my.yaml:12: spec.calibration.video_fps", ("30",)),
+    ("_saver\n", "_saver\n  calibration: {propagate_error: 1}\n", "my.yaml:12: spec.calibration", ("propagate_error",)),
     ("_saver\n", "_saver\n  calibration: {max_tokens: yes}\n", "my.yaml:12: spec.calibration.max_tokens", ("int",)),
     (
         "_saver\n",
@@ -230,6 +268,49 @@ def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("weight", "key", "words"),
+    [
+        ("{dtype: int4}", "weight", "int8 goes with scope per_channel, int4 with scope per_group"),
+        ("{scope: per_group}", "weight", "int8 goes with scope per_channel, int4 with scope per_group"),
+        ("{symmetric: False}", "weight", "int8 weights are symmetric"),
+        ("{method: gptq}", "weight", "gptq is for int4 per_group"),
+        ("{ext: {group_size: 64}}", "weight", "ext.group_size is for scope per_group"),
+        ("{scope: per_group, dtype: int4, ext: {group_size: 96}}", "weight.ext.group_size", "32, 64 or 128"),
+        ("{scope: per_group, dtype: int4, ext: {group_size: '64'}}", "weight.ext.group_size", "32, 64 or 128"),
+        ("{scope: per_group, dtype: int4, ext: {groupsize: 64}}", "weight.ext.groupsize", "'group_size'"),
+        ("{scope: per_group, dtype: int4, method: awq}", "weight.method", "'gptq'"),
+        ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8' or 'int4'"),
+    ],
+)
+def test_weight_fault(weight: str, key: str, words: str) -> None:
+    message = fault(MINIMAL.replace("weight: {}", f"weight: {weight}")).message
+    assert message.startswith(f"my.yaml:9: spec.process[0].qconfig.{key}") and words in message
+
+
+def test_int4_with_rounded_activations() -> None:
+    error = fault(MINIMAL.replace("weight: {}", "weight: {scope: per_group, dtype: int4}"))
+    assert error.message.startswith("my.yaml:7: spec.process[0].qconfig")
+    assert "int4 weights go with float activations; leave `act` out" in error.message
+
+
+@pytest.mark.parametrize(
+    ("weights", "key", "words"),
+    [
+        ("loud", " is 'loud'", "'balanced' or 'tokens'"),
+        ("[text]", " is \"['text']\"", "'balanced' or 'tokens'"),
+        ("{smell: 1}", ".smell", "'text', 'image', 'audio' or 'video'"),
+        ("{text: -1}", ".text is '-1'", "greater than or equal to 0"),
+        ("{text: .inf}", ".text is 'inf'", "finite"),
+        ("{text: much}", ".text is 'much'", "number"),
+    ],
+)
+def test_modality_weight_fault(weights: str, key: str, words: str) -> None:
+    message = fault(MINIMAL + f"  calibration: {{modality_weights: {weights}}}\n").message
+    assert message.startswith(f"my.yaml:12: spec.calibration.modality_weights{key}")
+    assert words in message and "dict[" not in message
+
+
+@pytest.mark.parametrize(
     ("processor", "words"),
     [
         ({"type": "iter_smooth", "alpha": 1.5}, ("alpha", "'1.5'", "1", "'auto'")),
@@ -245,6 +326,13 @@ def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
         ({"type": "group"}, ("configs", "missing")),
         ({"type": "group", "configs": [{"type": "group", "configs": []}]}, ("'group'", "not supported")),
         ({"type": "group", "configs": [{"type": "gptq"}]}, ("processor 'gptq'", "linear_quant")),
+        ({"type": "awq", "n_grid": 0}, ("n_grid", "'0'", "greater than or equal to 1")),
+        ({"type": "awq", "n_grid": 1000}, ("n_grid", "100")),
+        ({"type": "awq", "enable_subgraph_type": ["linear-linear"]}, ("enable_subgraph_type", "'ov'", "'up-down'")),
+        ({"type": "awq", "alpha": 0.5}, ("alpha", "unknown key", "n_grid")),
+        ({"type": "awq", "weight_qconfig": {"dtype": "int4"}}, ("weight_qconfig", "int4 with scope per_group")),
+        ({"type": "awq", "include": []}, ("include", "at least one")),
+        ({"type": "linear_quant", "qconfig": {"weight": {}}}, ("qconfig", "int8 activations", "`act: {}`")),
         ({"type": "linear_quant"}, ("qconfig", "missing")),
         ({"type": "linear_quant", "qconfig": None}, ("qconfig",)),
         ({"type": ["linear_quant"]}, ("processor", "is not supported", "linear_quant")),

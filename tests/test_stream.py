@@ -478,7 +478,7 @@ def counted(function: Any, calls: list[str]) -> Any:
 @pytest.fixture
 def words(tiny: Path, tmp_path: Path) -> Prepared:
     """Text alone, which needs no tower, for a recipe that asks for the most."""
-    index = write_index(tmp_path / "words", *({"text": f"Sentence {'very ' * n}long."} for n in (3, 40, 80)))
+    index = write_index(tmp_path / "words", *({"text": f"Sentence {n}."} for n in range(4)))
     recipe = int4_recipe(tmp_path, propagate_error=True)
     return prepare(tiny, device="cpu", config_path=str(recipe), dataset=str(index))
 
@@ -495,8 +495,9 @@ def test_second_moments_are_collected_where_the_recipe_asks_for_them(words: Prep
     assert set(seen.stats) == {"qkv", "o", "gate_up", "down"}
     for stats in seen.stats.values():
         (gram,) = stats.grams.values()
-        # Where the others are enough, those that judge are kept out of it.
-        assert tokens / 2 < gram.tokens <= tokens == int(stats.count.sum())
+        # The shortest sample judges, and since the others are enough it is kept out of H.
+        assert tokens / 2 < gram.tokens < tokens == int(stats.count.sum())
+        assert gram.factor is None or len(gram.factor) == gram.tokens
     assert sum(seen.importance.values()) * gram.tokens == pytest.approx(1.0)
     assert seen.probe.layer_error(module) == 0.0
 

@@ -9,7 +9,7 @@ VLLM, ASCEND, AUTOAWQ = "vLLM", "vLLM-Ascend", "AutoAWQ"
 TF4, TF5 = "transformers 4.57", "transformers 5.x"
 TRANSFORMERS = (TF4, TF5)
 ALL = (VLLM, ASCEND, TF4, TF5, AUTOAWQ)
-CUDA_SIDE = (VLLM, TF4, TF5, AUTOAWQ)
+CONFIG_READERS = (VLLM, TF4, TF5, AUTOAWQ)
 
 _COPY = "copy or fetch the file again"
 _AGAIN = "quantize again"
@@ -169,7 +169,7 @@ _CONFIG_KINDS = {
     "config_unbuildable": _error("transformers cannot build a model of it; names and shapes are not checked", ALL,
                                  _CONFIG),
     "not_quantized": _error("nothing in this checkpoint is quantized", ALL, _AGAIN),
-    "quantization_config_missing": _error("integers are loaded as if they were float weights", CUDA_SIDE, _CONFIG),
+    "quantization_config_missing": _error("integers are loaded as if they were float weights", CONFIG_READERS, _CONFIG),
     "quantization_config_not_in_thinker": _warning(
         "the thinker class reads it there alone; 5.x then loads integers as weights without an error", TRANSFORMERS,
         "copy it into thinker_config, or load the full class only",
@@ -186,11 +186,11 @@ _CONFIG_KINDS = {
     "quantization_config_no_method": _error("vLLM-Ascend takes it for the description itself, others fail", ALL,
                                             _CONFIG),
     "quantization_method_unknown": _error("this method is not examined", ALL, "use awq, compressed-tensors or ascend"),
-    "quantization_field": _error("loaders refuse it, or multiply with wrong numbers", CUDA_SIDE, _CONFIG),
-    "bits_wrong": _error("integers are unpacked with the wrong width", CUDA_SIDE, _CONFIG),
-    "group_size_wrong": _error("scales are taken for other groups, or have the wrong shape", CUDA_SIDE, _CONFIG),
-    "symmetric_wrong": _error("zero points are ignored, or asked for and not there", CUDA_SIDE, _CONFIG),
-    "list_unmatched": _warning("an exact name of the list is no Linear of the model and covers nothing", CUDA_SIDE,
+    "quantization_field": _error("loaders refuse it, or multiply with wrong numbers", CONFIG_READERS, _CONFIG),
+    "bits_wrong": _error("integers are unpacked with the wrong width", CONFIG_READERS, _CONFIG),
+    "group_size_wrong": _error("scales are taken for other groups, or have the wrong shape", CONFIG_READERS, _CONFIG),
+    "symmetric_wrong": _error("zero points are ignored, or asked for and not there", CONFIG_READERS, _CONFIG),
+    "list_unmatched": _warning("an exact name of the list is no Linear of the model and covers nothing", CONFIG_READERS,
                                "remove or correct it"),
 }  # fmt: skip
 

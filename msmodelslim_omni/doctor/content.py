@@ -129,11 +129,15 @@ def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
 
 
 def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
-    tally, bits = _Tally(), linear.scheme.weight_bits
-    for rows in row_blocks(linear.qweight):
-        _add_rows(tally, linear, rows)
+    tally, bits, blocks = _Tally(), linear.scheme.weight_bits, row_blocks(linear.qweight)
+    # The same memory for every block: allocating it anew takes longer than all the arithmetic.
+    floats = torch.empty(linear.qweight[blocks[0]].shape)
+    marks = torch.empty_like(floats)
+    for rows in blocks:
+        count = linear.qweight[rows].shape[0]
+        _add_rows(tally, linear, rows, floats[:count], marks[:count])
     if tally.low == tally.high:
-        code = "integers_all_zero" if not tally.squares else "integers_constant"
+        code = "integers_all_zero" if abs(tally.squares) < 0.5 else "integers_constant"
         yield found(code, name, f"every integer is {tally.low}")
         return
     for code, numbers in (("row_constant", tally.constant_rows), ("row_zero", tally.zero_rows)):
@@ -144,7 +148,7 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
     allowed = max(_SATURATED[bits], 4 / (linear.scheme.group_size or linear.qweight.shape[1]))
     if (share := tally.at_ends / tally.count) > allowed:
         yield found("saturated", name, f"{share:.0%} of the integers; more than {allowed:.0%} is unusual")
-    mean, spread = tally.total / tally.count, (tally.squares / tally.count) ** 0.5
+    mean, spread = tally.total / tally.count, math.sqrt(max(0.0, tally.squares) / tally.count)
     limit = _SHIFTED_SHARE * spread if linear.zeros is None else _SHIFTED_STEPS
     if abs(mean) > limit:
         yield found("zero_point_shifted", name, f"by {mean:+.2f} steps on average, over {tally.count} integers")
@@ -153,30 +157,36 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
         yield found("zero_point_unrelated", name, told)
 
 
-def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice) -> None:
-    q = linear.qweight[rows]
-    low, high = q.amin(dim=1), q.amax(dim=1)
+def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor, marks: torch.Tensor) -> None:
+    """q, marks: float32 of the block's shape, to be overwritten."""
+    integers = linear.qweight[rows]
+    q.copy_(integers)
+    low, high = integers.amin(dim=1), integers.amax(dim=1)
     tally.low, tally.high = min(tally.low, int(low.min())), max(tally.high, int(high.max()))
     top = 2 ** (linear.scheme.weight_bits - 1) - 1
+    bottom = -top - 1 if linear.scheme.group_size else -top
     tally.count += q.numel()
-    ends = (q >= top).sum() + (q <= (-top - 1 if linear.scheme.group_size else -top)).sum()
-    tally.at_ends += int(ends)
-    centered = q.to(torch.float32).view(q.shape[0], linear.scales.shape[1], -1)  # [rows, groups, g]
-    zeros = None if linear.zeros is None else linear.zeros[rows].to(torch.float32)
-    means = centered.mean(dim=2)
-    if zeros is not None:
-        centered = centered - zeros.unsqueeze(2)
-        m, z = means.flatten().to(torch.float64), zeros.flatten().to(torch.float64)
-        sums = torch.stack([m.sum(), z.sum(), (m * m).sum(), (z * z).sum(), (m * z).sum()])
-        tally.moments = sums if tally.moments is None else tally.moments + sums
+    tally.at_ends += int(torch.ge(q, top, out=marks).sum()) + int(torch.le(q, bottom, out=marks).sum())
+    sums = q.view(q.shape[0], linear.scales.shape[1], -1).sum(dim=2)  # [rows, groups], of whole numbers: exact
+    size = q.shape[1] // linear.scales.shape[1]
+    total = float(sums.sum(dtype=torch.float64))
+    squares = float(torch.linalg.vector_norm(q, dim=1).to(torch.float64).square().sum())
+    dead = low == high
+    if linear.zeros is not None:
+        z = linear.zeros[rows].to(torch.float64)
+        m = sums.to(torch.float64) / size
+        moments = torch.stack([m.sum(), z.sum(), (m * m).sum(), (z * z).sum(), (m * z).sum()])
+        tally.moments = moments if tally.moments is None else tally.moments + moments
         tally.groups += m.numel()
-    tally.total += float(centered.sum(dtype=torch.float64))
-    tally.squares += float(centered.square().sum(dtype=torch.float64))
-    constant = low == high
-    dead = constant & (centered.flatten(1).abs().amax(dim=1) == 0)
-    first = rows.start
-    tally.constant_rows += tuple(first + int(i) for i in (constant & ~dead).nonzero().flatten())
-    tally.zero_rows += tuple(first + int(i) for i in dead.nonzero().flatten())
+        total -= size * float(moments[1])  # of q - z
+        squares += size * float(moments[3] - 2 * moments[4])
+        dead = dead & (z == low[:, None]).all(dim=1)
+    else:
+        dead = dead & (low == 0)
+    tally.total += total
+    tally.squares += squares
+    tally.constant_rows += tuple(rows.start + int(i) for i in ((low == high) & ~dead).nonzero().flatten())
+    tally.zero_rows += tuple(rows.start + int(i) for i in dead.nonzero().flatten())
 
 
 def _relation(tally: _Tally) -> float | None:
@@ -202,11 +212,13 @@ def check_floats(tensors: Iterable[TensorInfo]) -> Iterator[Finding]:
 
 def _is_finite(piece: torch.Tensor) -> bool:
     smallest, largest = torch.aminmax(piece)
-    return bool(torch.isfinite(smallest) and torch.isfinite(largest))
+    return math.isfinite(smallest.item()) and math.isfinite(largest.item())
 
 
 def pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
     """A tensor as flat pieces of PIECE elements (the last has fewer), in one buffer that is used again."""
+    if not info.nbytes:
+        return
     size = TORCH_DTYPES[info.dtype].itemsize
     buffer = torch.empty(min(PIECE, info.numel) * size, dtype=torch.uint8)
     view = byte_view(buffer)

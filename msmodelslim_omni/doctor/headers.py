@@ -12,8 +12,8 @@ from ..errors import QuantError
 from ..safetensors_io import TensorInfo, read_header
 from .findings import Finding, found, some
 
-# A JSON file takes up to some twenty times its size once parsed; those of real checkpoints stay below 4 MiB.
-MAX_JSON_BYTES = 16 << 20
+# A JSON file takes up to some thirty times its size once parsed; those of real checkpoints stay below this.
+MAX_JSON_BYTES = 8 << 20
 
 INDEX_SUFFIX = ".safetensors.index.json"
 DESCRIPTION = "quant_model_description.json"
@@ -68,15 +68,21 @@ def read_folder(path: Path) -> Folder:
     tensors: dict[str, TensorInfo] = {}
     twice, broken = {}, {}
     for file in files:
-        try:
-            header = _read_header(file)
-        except QuantError as error:
-            broken[file.name] = found(_kind_of_break(file), file.name, error.message.removeprefix(f"{file}: "))
+        header, fault = _header_or_fault(file)
+        if fault:  # only now is what was parsed of the header gone from memory
+            broken[file.name] = found(_kind_of_break(file), file.name, fault)
             continue
         twice.update({name: file.name for name in header if name in tensors})
-        tensors.update(header)
+        tensors = {**header, **tensors}
     index_name, weight_map, faults = _read_index(path, {file.name for file in files}, tensors)
     return Folder(path, tensors, tuple(f.name for f in files), twice, broken, index_name, weight_map, tuple(faults))
+
+
+def _header_or_fault(file: Path) -> tuple[dict[str, TensorInfo], str]:
+    try:
+        return _read_header(file), ""
+    except QuantError as error:
+        return {}, error.message.removeprefix(f"{file}: ")
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
@@ -158,8 +164,9 @@ def check_files(folder: Folder) -> Iterator[Finding]:
     if not folder.files:
         yield found("no_weights", str(folder.path), "no *.safetensors file")
     yield from folder.broken.values()
-    for name, file in folder.twice.items():
-        yield found("tensor_twice", name, f"in {folder.tensors[name].file.name} and in another file ({file})")
+    for file in sorted(set(folder.twice.values())):
+        names = [name for name, second in folder.twice.items() if second == file]
+        yield found("tensor_twice", file, f"{len(names)} of its tensors are in other files too: {some(names)}")
     work = folder.path / _WORK_FOLDER
     if work.exists() and any(work.iterdir() if work.is_dir() else [work]):
         yield found("unfinished_run", _WORK_FOLDER, "the work folder of a run that did not finish")

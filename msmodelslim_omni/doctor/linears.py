@@ -35,7 +35,7 @@ _PER_WORD = 8
 _SUFFIXES = {suffix.rstrip("?") for suffixes in FORMS.values() for suffix in suffixes}
 
 # Two-dimensional weights that are looked up, not multiplied.
-_LOOKED_UP = ("embed", "bos_eos_token")
+_LOOKED_UP = ("embed_tokens", "codec_embed", "bos_eos_token")
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def expected_linears(expected: Shapes) -> dict[str, tuple[int, int]]:
         name: (shape[0], shape[1])
         for tensor, shape in expected.items()
         for name, suffix in [linear_of(tensor)]
-        if suffix == "weight" and len(shape) == 2 and not any(word in name for word in _LOOKED_UP)
+        if suffix == "weight" and len(shape) == 2 and not name.endswith(_LOOKED_UP)
     }
 
 
@@ -114,7 +114,7 @@ def _form(tensors: dict[str, TensorInfo], declared: str) -> str:
 
 
 def _looks_like_one(name: str, weight: TensorInfo) -> bool:
-    return len(weight.shape) == 2 and not any(word in name for word in _LOOKED_UP)
+    return len(weight.shape) == 2 and not name.endswith(_LOOKED_UP)
 
 
 def _own_shape(form: str, tensors: dict[str, TensorInfo]) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from typing import Any
 from .findings import Finding, found, some
 from .linears import StoredLinear, linear_of
 from .names import (
+    MAX_NAME,
     Answer,
     answers,
     ascend_modules,
@@ -19,6 +20,7 @@ from .names import (
     vllm_name,
 )
 from .quantization import Declared
+from .tensors import PREFIXES
 
 FLOAT = "FLOAT"
 
@@ -36,7 +38,7 @@ def check_groups(linears: dict[str, StoredLinear]) -> Iterator[Finding]:
     for linear in linears.values():
         if (theirs := vllm_name(linear.name)) is not None:
             modules.setdefault(fused_name(theirs), []).append(linear)
-        if linear.quantized and not is_decoder_linear(linear.name):
+        if linear.quantized and linear.name.startswith(PREFIXES) and not is_decoder_linear(linear.name):
             yield found("tower_quantized", linear.name, f"is stored as {linear.form}")
     for parts in modules.values():
         forms = {part.name: _form(part) for part in parts}
@@ -59,13 +61,14 @@ def check_lists(
     stored = {name for name, linear in linears.items() if linear.quantized}
     if declared.format == "awq":
         loaders = awq_loaders(declared.entries, stored)
-        suspicious = [entry for entry in declared.entries or () if "*" in entry or "+" in entry]
+        suspicious = list(declared.entries or ())
     else:
         loaders = compressed_tensors_loaders(declared.entries or (), declared.targets or ("Linear",))
         suspicious = [e for e in (*(declared.entries or ()), *declared.targets) if e.startswith("re:")]
     for entry in refused_patterns(suspicious):
         yield found("pattern_refused", "config.json: quantization_config", repr(entry))
-    for answer in answers((loader for loader in loaders if in_thinker or not loader.in_thinker), all_linears):
+    names = [name for name in all_linears if len(name) <= MAX_NAME]
+    for answer in answers((loader for loader in loaders if in_thinker or not loader.in_thinker), names):
         yield from _differences(answer, stored)
 
 

@@ -24,11 +24,11 @@ Rename = Callable[[str], str | None]
 Skips = Callable[[str], bool]
 
 # A list of patterns is untrusted: matching is given up after this time, and a pattern that may backtrack without end
-# is not tried. Bounded repetitions of at most this number keep a single match fast.
+# is not tried. Few repetitions in it and names of this length keep a single match fast.
 _MATCHING_SECONDS = 30.0
-_MAX_REPETITIONS = 5
+_MAX_REPETITIONS = 4
 _MAX_PATTERN = 500
-_NESTED = re.compile(r"\([^()]*[*+|{][^()]*\)\s*[*+{]|\)\)+[*+{]")
+MAX_NAME = 200
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_VISUAL = {"qkv": ("q", "k", "v")}
@@ -96,8 +96,8 @@ def refused_patterns(entries: Iterable[str]) -> list[str]:
     refused = []
     for entry in entries:
         pattern = entry.removeprefix("re:")
-        repetitions = sum(pattern.count(c) for c in "*+{")
-        if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or _NESTED.search(pattern):
+        repetitions = sum(pattern.count(c) for c in "*+{?") - pattern.count("(?")
+        if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or _repeats_repetitions(pattern):
             refused.append(entry)
             continue
         try:
@@ -107,24 +107,61 @@ def refused_patterns(entries: Iterable[str]) -> list[str]:
     return refused
 
 
+def _repeats_repetitions(pattern: str) -> bool:
+    """Whether a repeated group holds a repetition or a choice, as in (a+)+ or (a|a)*: such can match in 2^n ways."""
+    groups: list[bool] = []  # of each open group, whether it holds one
+    escaped = False
+    for character, following in zip(pattern, pattern[1:] + " ", strict=True):
+        if escaped:
+            escaped = False
+        elif character == "\\":
+            escaped = True
+        elif character == "(":
+            groups.append(False)
+        elif character in "*+{|":
+            groups = [True] * len(groups)
+        elif character == ")" and groups and groups.pop() and following in "*+{":
+            return True
+    return False
+
+
+class Deadline:
+    """Raises TimeoutError once matching has taken too long."""
+
+    def __init__(self) -> None:
+        self._end = monotonic() + _MATCHING_SECONDS
+
+    def check(self) -> None:
+        if monotonic() > self._end:
+            raise TimeoutError(f"matching names takes more than {_MATCHING_SECONDS:g} s; is the list hostile?")
+
+    def matches(self, patterns: Iterable[re.Pattern[str]], name: str) -> bool:
+        """Whether any pattern fits from the start of the name."""
+        for pattern in patterns:
+            self.check()
+            if pattern.match(name):
+                return True
+        return False
+
+
 def substring_rule(entries: Sequence[str]) -> Skips:
     return lambda name: any(entry in name for entry in entries)
 
 
-def prefix_or_end_rule(entries: Sequence[str], whole_words: bool) -> Skips:
+def prefix_or_end_rule(entries: Sequence[str], whole_words: bool, deadline: Deadline) -> Skips:
     """transformers 5; `whole_words`: since 5.18 the match must end at a dot."""
     boundary = r"(?:(?<=\.)|(?=\.|$))" if whole_words else ""
     patterns = [re.compile(f"(?:{entry}){boundary}") for entry in entries]
     ends = tuple(entries)
-    return lambda name: name.endswith(ends) or any(pattern.match(name) for pattern in patterns)
+    return lambda name: name.endswith(ends) or deadline.matches(patterns, name)
 
 
-def listed_rule(entries: Sequence[str], class_name: str = "Linear") -> Skips:
-    """compressed-tensors: `re:` from the name's start, the exact name, or the class."""
+def listed_rule(entries: Sequence[str], deadline: Deadline) -> Skips:
+    """compressed-tensors: `re:` from the name's start, the exact name, or the class, which is Linear here."""
     patterns = [re.compile(entry[3:]) for entry in entries if entry.startswith("re:")]
     exact = {entry for entry in entries if not entry.startswith("re:")}
-    everything = class_name in exact
-    return lambda name: everything or name in exact or any(pattern.match(name) for pattern in patterns)
+    everything = "Linear" in exact
+    return lambda name: everything or name in exact or deadline.matches(patterns, name)
 
 
 # --- loaders -------------------------------------------------------------------------------------------------
@@ -152,33 +189,39 @@ class Answer:
 
 
 def awq_loaders(entries: Sequence[str] | None, stored: Collection[str]) -> list[Loader]:
-    """Loaders of an awq checkpoint. entries: modules_to_not_convert; without it vLLM takes what the files hold."""
-    listed = list(entries or ())
-    tried = [entry for entry in listed if entry not in set(refused_patterns(listed))]
+    """Loaders of an awq checkpoint. entries: modules_to_not_convert; without it vLLM takes what the files hold.
+
+    transformers 5 is left out where an entry is not safe to try as a pattern.
+    """
+    listed, deadline = list(entries or ()), Deadline()
     vllm_entries = [mapped_by_vllm(entry) for entry in listed if not entry.startswith(("talker.", "token2wav."))]
     in_files = {mapped_by_vllm(name) for name in stored}
-    vllm_skips = substring_rule(vllm_entries) if listed else lambda name: name not in in_files
-    words = substring_rule(listed)
-    tf5, early_5 = prefix_or_end_rule(tried, True), prefix_or_end_rule(tried, False)
-    return [
+    words, in_vllm = substring_rule(listed), substring_rule(vllm_entries)
+    loaders = [
         Loader("AutoAWQ", _within_layer, words),
         Loader("transformers 4.57, full class", full_class, words),
         Loader("transformers 4.57, thinker class", thinker_class, words, in_thinker=True),
-        Loader("transformers 5.x, full class", full_class_5, tf5),
-        Loader("transformers 5.x, thinker class", thinker_class_5, tf5, in_thinker=True),
-        Loader("transformers 5.0 to 5.17, full class", full_class, early_5),
-        Loader("vLLM", vllm_name, vllm_skips, fuses=True),
+        Loader("vLLM", _vllm_linear, in_vllm if listed else lambda name: name not in in_files, fuses=True),
     ]
+    if not refused_patterns(listed):
+        tf5, early_5 = prefix_or_end_rule(listed, True, deadline), prefix_or_end_rule(listed, False, deadline)
+        loaders += [
+            Loader("transformers 5.x, full class", full_class_5, tf5),
+            Loader("transformers 5.x, thinker class", thinker_class_5, tf5, in_thinker=True),
+            Loader("transformers 5.0 to 5.17, full class", full_class, early_5),
+        ]
+    return loaders
 
 
 def compressed_tensors_loaders(ignore: Sequence[str], targets: Sequence[str]) -> list[Loader]:
-    """Loaders of a compressed-tensors checkpoint: not ignored, and among the targets."""
-    refused = set(refused_patterns(entry for entry in [*ignore, *targets] if entry.startswith("re:")))
-    ignore = [entry for entry in ignore if entry not in refused]
-    targets = [entry for entry in targets if entry not in refused]
+    """Loaders of a compressed-tensors checkpoint: not ignored, and among the targets. None if a pattern is unsafe."""
+    if refused_patterns(entry for entry in [*ignore, *targets] if entry.startswith("re:")):
+        return []
+    deadline = Deadline()
 
     def rule(mapped: Callable[[str], str]) -> Skips:
-        ignored, targeted = listed_rule([mapped(e) for e in ignore]), listed_rule([mapped(e) for e in targets])
+        ignored = listed_rule([mapped(entry) for entry in ignore], deadline)
+        targeted = listed_rule([mapped(entry) for entry in targets], deadline)
         return lambda name: ignored(name) or not targeted(name)
 
     plain = rule(lambda entry: entry)
@@ -197,22 +240,20 @@ def _within_layer(name: str) -> str | None:
 
 
 def _vllm_linear(name: str) -> str | None:
-    """vLLM's lm_head is no Linear: the class `Linear` does not target it."""
+    """vLLM's lm_head is of a class of its own, quantized only where it is asked for by name."""
     return None if name == "thinker.lm_head" else vllm_name(name)
 
 
 def answers(loaders: Iterable[Loader], linears: Iterable[str]) -> Iterator[Answer]:
     """What each loader takes for quantized, over the names on disk of all Linears."""
-    linears = sorted(linears)
-    deadline = monotonic() + _MATCHING_SECONDS
+    linears, deadline = sorted(linears), Deadline()
     for loader in loaders:
         known, skipped = {}, {}
         for name in linears:
             if (theirs := loader.rename(name)) is not None:
                 known[name] = theirs
                 skipped[name] = loader.skips(_asked_for(theirs) if loader.fuses else theirs)
-            if monotonic() > deadline:
-                raise TimeoutError(f"matching names took more than {_MATCHING_SECONDS:g} s; is the list hostile?")
+            deadline.check()
         yield Answer(
             loader.name,
             frozenset(known),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 # The longest list of names that is looked at.
-MAX_ENTRIES = 20_000
+MAX_ENTRIES = 5_000
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..arithmetic import QuantizedLinear, dequantize, linear_rows, relative_error, row_blocks
+from ..arithmetic import QuantizedLinear, dequantize, linear_rows, relative_error
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import QuantError
 from ..models.spec import LinearGroup, ModelSpec
@@ -36,6 +36,7 @@ _SHIFTED = 0.3
 # How far factors may be from what undoes them, as RMS weighted by the columns' energy: rounding averages out over the
 # rows, but small columns of a group that has large ones shrink at 4 bits.
 _FACTOR_BOUND = {4: 0.2, 8: 0.05, 16: 0.05}
+_BLOCK_ELEMENTS = 1 << 17
 _EXEMPT = {"enable_audio_output", "enable_talker"}
 # Files that a run writes, or that differ between float and quantized for good reason.
 _OWN_FILES = {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md", "README.md"}
@@ -162,9 +163,10 @@ def _check_floats(
 def _same_numbers(info: TensorInfo, theirs: TensorInfo) -> bool:
     """The same bytes; of another dtype, the same numbers once the source's are cast."""
     dtype = TORCH_DTYPES[info.dtype]
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize, torch.uint8)
     for mine, original in zip(pieces(info), pieces(theirs), strict=True):
         cast = original if info.dtype == theirs.dtype else original.to(dtype)
-        if not torch.equal(mine.view(torch.uint8), cast.view(torch.uint8)):
+        if not torch.equal(mine.view(bits), cast.view(bits)):  # NaN and -0 too
             return False
     return True
 
@@ -266,7 +268,9 @@ def _rows(info: TensorInfo, rows: slice) -> torch.Tensor:
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:
-    return row_blocks(torch.empty(shape, device="meta"))
+    """Slices over the rows, small enough that the several float32 copies of a block stay in the cache."""
+    step = max(1, _BLOCK_ELEMENTS // shape[1])
+    return [slice(first, first + step) for first in range(0, shape[0], step)]
 
 
 def _estimated_columns(stored: _Stored, weight: TensorInfo, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ from .quantization import Declared
 
 # Parts that may be left out as a whole: without them the model does not speak.
 SPEECH_PARTS = ("talker.", "token2wav.")
-_PREFIXES = ("thinker.", *SPEECH_PARTS)
+PREFIXES = ("thinker.", *SPEECH_PARTS)
 
 # dtypes of a quantized Linear's bias by format.
 _BIAS_DTYPES = {"ascend": ("F32",), "awq": ("F16", "BF16")}
@@ -30,9 +30,9 @@ def check_tensors(
     """Names first, then shapes and dtypes of all that is not a quantized Linear's own."""
     owned = {info.name for linear in linears.values() if linear.quantized for info in linear.tensors.values()}
     missing = _missing(folder, expected, optional, linears)
-    surplus = {name for name in folder.tensors if name not in expected and name not in owned}
-    dropped = {name for name in surplus if not name.startswith(_PREFIXES)}
-    prefixed = {f"thinker.{name}" for name in folder.tensors if not name.startswith(_PREFIXES)}
+    surplus = folder.tensors.keys() - expected.keys() - owned - optional
+    dropped = {name for name in surplus if not name.startswith(PREFIXES)}
+    prefixed = {f"thinker.{name}" for name in folder.tensors if not name.startswith(PREFIXES)}
     if dropped and prefixed & (missing | {f"{name}.weight" for name in linears} | set(expected)):
         yield found("prefix_dropped", some(dropped), f"{len(dropped)} names without thinker., talker. or token2wav.")
         surplus -= dropped

@@ -15,7 +15,6 @@ A float Linear is one that modules_to_not_convert names, and no two loaders read
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -87,13 +86,7 @@ def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
 
 
 def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
-    config = copy.deepcopy(job.config)
-    for path in job.config_paths:
-        block = config
-        for key in path:
-            block = block[key]
-        block["quantization_config"] = quantization_config(job)
-    return {"config.json": config}
+    return {"config.json": job.config_with(quantization_config(job))}
 
 
 def quantization_config(job: OutputJob) -> dict[str, Any]:

@@ -12,7 +12,6 @@ the modules.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -82,13 +81,7 @@ def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
 
 
 def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
-    config = copy.deepcopy(job.config)
-    for path in job.config_paths:
-        block = config
-        for key in path:
-            block = block[key]
-        block["quantization_config"] = quantization_config(job)
-    return {"config.json": config}
+    return {"config.json": job.config_with(quantization_config(job))}
 
 
 def quantization_config(job: OutputJob) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,16 @@ class OutputJob:
     @property
     def linears(self) -> list[OutLinear]:
         return [item for item in self.items if isinstance(item, OutLinear)]
+
+    def config_with(self, quantization: dict[str, Any]) -> dict[str, Any]:
+        """config.json with this quantization_config wherever a loader looks for it."""
+        config = copy.deepcopy(self.config)
+        for path in self.config_paths:
+            block = config
+            for key in path:
+                block = block[key]
+            block["quantization_config"] = quantization
+        return config
 
     @property
     def quantized_biases(self) -> frozenset[str]:

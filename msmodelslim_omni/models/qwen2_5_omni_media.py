@@ -29,13 +29,14 @@ class OmniMediaProcessor:
 
     def __init__(self, path: Path, limits: MediaLimits, trust_remote_code: bool) -> None:
         ensure_torchvision_imports()
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import Qwen2_5OmniProcessor
 
         try:
             self._processor: Any = Qwen2_5OmniProcessor.from_pretrained(
                 str(path), trust_remote_code=trust_remote_code, local_files_only=True
             )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        except (OSError, ValueError, ImportError, KeyError, TypeError, StrictDataclassError) as error:
             raise QuantError(
                 f"{path}: the processor (tokenizer, preprocessor_config.json, chat template) cannot be loaded: {error}",
                 "fetch the checkpoint's other files too; a data-free recipe (`_minmax`) does without them",

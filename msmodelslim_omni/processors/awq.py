@@ -76,26 +76,27 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
     gram = work.stats[group.name].gram(work.importance)
     weights = {linear: work.weights[f"{linear}.weight"].to(torch.float32) for linear in group.linears}
     triangle = triangle_for({linear: work.schemes[linear] for linear in group.linears}, gram)
-    if triangle is not None:  # all that is needed of H from here on
-        without = replace(work.stats[group.name], grams={})
-        triangles = {**work.triangles, group.name: triangle}
-        work = replace(work, triangles=triangles, stats={**work.stats, group.name: without})
+    if triangle is not None:
+        work = replace(work, triangles={**work.triangles, group.name: triangle})
     scheme = work.schemes[group.linears[0]]
     candidates = list(_grid(work, group, list(weights.values()), scheme, config.n_grid))
     losses = search_losses(candidates, group, list(weights.values()), scheme, gram, triangle)
     ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
-    best, how = ranked[0], "the Linears"
+    best, how, ready = ranked[0], "the Linears", {}
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
         finalists = list(dict.fromkeys([0, *ranked[:_FINALISTS]]))
         rounded = {i: _rounded(work, group, weights, gram, triangle, candidates[i]) for i in finalists}
         losses = {i: _block_error(work.probe, group, rounded[i], candidates[i]) for i in finalists}
         best, how = min(finalists, key=lambda i: (losses[i], i)), group.block
-        work = replace(work, rounded={**work.rounded, **rounded[best]})
+        ready = rounded[best]
     if best == 0:
-        return work.recorded(SmoothingRecord(group.name, None, 1.0, f"the identity is best; H: {gram.kind}"))
-    chosen, gain = candidates[best], relative_error(losses[best], losses[0])
-    note = f"{chosen.name}; judged by the output of {how}; H: {gram.kind}"
-    return folded(work, group, chosen.factors).recorded(SmoothingRecord(group.name, chosen.ratio, gain, note))
+        record = SmoothingRecord(group.name, None, 1.0, f"the identity is best; H: {gram.kind}")
+    else:
+        chosen, gain = candidates[best], relative_error(losses[best], losses[0])
+        note = f"{chosen.name}; judged by the output of {how}; H: {gram.kind}"
+        record = SmoothingRecord(group.name, chosen.ratio, gain, note)
+        work = folded(work, group, chosen.factors)
+    return replace(work, rounded={**work.rounded, **ready}).recorded(record)
 
 
 def _grid(

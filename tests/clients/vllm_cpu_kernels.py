@@ -34,14 +34,14 @@ def gemm_wna16(
     pack_factor: int,
     isa_hint: str,
 ) -> Tensor:
-    """x @ ((q - z) * s) + b; q_weight in blocks of 16 output channels, scales [groups, out], zeros [groups, out / 8]."""
+    """x @ ((q - z) * s) + b; q_weight in blocks of 16 outputs, scales [groups, out], zeros [groups, out / 8]."""
     inputs = input.shape[-1]
     blocks = q_weight.reshape(-1, inputs, BLOCK // pack_factor)  # [out / 16, in, 2]
     codes = unpack_words(blocks, pack_factor).permute(1, 0, 2).reshape(inputs, -1)  # [in, out]
-    zero = torch.tensor(8) if zeros is None else unpack_words(zeros, pack_factor)  # [groups, out]
-    spread = inputs // scales.shape[0]
-    weight = (codes - zero.expand(scales.shape).repeat_interleave(spread, 0)) * scales.float().repeat_interleave(spread, 0)
-    y = input.float() @ weight
+    zero = torch.full(scales.shape, 8) if zeros is None else unpack_words(zeros, pack_factor)  # [groups, out]
+    grouped = codes.unflatten(0, (scales.shape[0], -1))  # [groups, group size, out]
+    weight = (grouped - zero.unsqueeze(1)) * scales.float().unsqueeze(1)
+    y = input.float() @ weight.flatten(0, 1)
     return (y if bias is None else y + bias.float()).to(input.dtype)
 
 
