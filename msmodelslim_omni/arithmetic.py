@@ -110,6 +110,15 @@ def group_grid(
     return best_s, best_z
 
 
+def grouped_rounding_error(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """Ŵ - W of plain rounding in groups, without making integers of it: [out, in] float32 -> the same."""
+    assert scheme.group_size is not None
+    grouped = weight.view(len(weight), -1, scheme.group_size)  # [out, groups, g]
+    s, z = _grid_of_range(grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True), scheme)
+    q = round_to_grid(grouped, s, z, scheme)
+    return (q if z is None else q.sub_(z)).mul_(s).sub_(grouped).flatten(1)
+
+
 def _grid_of_range(
     low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme
 ) -> tuple[torch.Tensor, torch.Tensor | None]:

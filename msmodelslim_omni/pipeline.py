@@ -198,7 +198,13 @@ def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progr
     with Workspace(save_path, _fingerprint(prepared), overwrite=overwrite) as workspace:
         if workspace.is_committing():
             return _finish_commit(prepared.plan, workspace, progress)
-        return _run_layers(prepared, workspace, progress)
+        # Sums over threads depend on their number: a resumed run uses as many as the one that began.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(workspace.remember("threads", threads))
+        try:
+            return _run_layers(prepared, workspace, progress)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _finish_commit(plan: QuantPlan, workspace: Workspace, progress: Progress) -> Report:
@@ -216,8 +222,6 @@ def _finish_commit(plan: QuantPlan, workspace: Workspace, progress: Progress) ->
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan, device = prepared.plan, prepared.device
     clock = Clock()
-    # Sums over threads depend on their number: a resumed run uses as many as the one that began.
-    torch.set_num_threads(workspace.remember("threads", torch.get_num_threads()))
 
     stream = None
     if prepared.calib is not None:
@@ -320,7 +324,9 @@ def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork,
             linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"))
             for linear, scheme in loaded.schemes.items()
         },
-        smoothing=work.smoothing,
+        smoothing=tuple(
+            replace(record, alpha=None, gain=1.0, reason=f"taken back: {record.reason}") for record in work.smoothing
+        ),
         notes=work.notes,
     )
     error, of_plain = probe.layer_error(_module(plan, work)), probe.layer_error(_module(plan, plain))

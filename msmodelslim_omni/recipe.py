@@ -410,7 +410,7 @@ def _dotted(location: Location) -> str:
 def _user_location(location: Location) -> Location:
     """Without the union tags that pydantic inserts after a list index."""
     tags = {"linear_quant", "smooth_quant", "iter_smooth", "awq", "group", *SAVER_CONFIGS}
-    noise = re.compile(r"^(constrained-|literal\[|function-|float$|int$|tuple\[)")
+    noise = re.compile(r"^(constrained-|dict\[|\[key\]$|literal\[|function-|float$|int$|tuple\[)")
     return tuple(s for s in location if not (isinstance(s, str) and (s in tags or noise.match(s))))
 
 

@@ -220,7 +220,7 @@ class Captured:
 
 
 def importance(weights: str | Mapping[Modality, float], counts: Sequence[int]) -> dict[int, float]:
-    """The weight of one token of each modality that has any; over all tokens they sum to one.
+    """The weight of one token of each modality that has any; over all tokens counted they sum to one.
 
     balanced: every modality has the same say; tokens: every token; a mapping: every modality the say that is given.
     """

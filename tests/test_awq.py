@@ -455,7 +455,7 @@ def test_with_the_real_layer_the_blocks_true_error_is_never_worse_than_unscaled(
         ratio = (probe.block_error(group.block, back) / probe.block_error(group.block, plain)) ** 0.5
         assert records(scaled)[name].alpha is not None  # outliers that large are worth it
         assert ratio == pytest.approx(records(scaled)[name].gain, rel=1e-3)
-        assert ratio < 0.95
+        assert ratio < 0.98
 
 
 # --- rounding afterwards -------------------------------------------------------------------------------------

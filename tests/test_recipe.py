@@ -297,7 +297,7 @@ def test_int4_with_rounded_activations() -> None:
     ("weights", "key", "words"),
     [
         ("loud", " is 'loud'", "'balanced' or 'tokens'"),
-        ("[text]", " is \"['text']\"", "'balanced' or 'tokens'"),
+        ("[text]", " is ['text']", "'balanced' or 'tokens'"),
         ("{smell: 1}", ".smell", "'text', 'image', 'audio' or 'video'"),
         ("{text: -1}", ".text is '-1'", "greater than or equal to 0"),
         ("{text: .inf}", ".text is 'inf'", "finite"),

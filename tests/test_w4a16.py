@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, load_thinker, logits, relative
 from test_plan import _remembered_shapes  # noqa: F401
 from test_resume import finished_layers, start
+from tiny_layer import arguments
 
 from msmodelslim_omni import pipeline
 from msmodelslim_omni.arithmetic import quantize_weight
 from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.models import qwen2_5_omni as omni
-from msmodelslim_omni.models.spec import MediaLimits
+from msmodelslim_omni.models.spec import LayerInput, MediaLimits
 from msmodelslim_omni.pipeline import prepare
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
@@ -295,10 +296,9 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=importance("tokens", [40, 0, 0, 0]))
     module = pipeline._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)
-    hidden = torch.randn((1, 40, 256), generator=torch.Generator().manual_seed(0))
-    angles = torch.rand((3, 1, 40, 64), generator=torch.Generator().manual_seed(1))
-    arguments = {"attention_mask": None, "position_embeddings": (angles.cos(), angles.sin())}
-    probe.watch(omni.LayerInput(hidden, arguments), torch.zeros(40, dtype=torch.int8))
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn((1, 40, 256), generator=generator)
+    probe.watch(LayerInput(hidden, arguments(40, 64, generator)), torch.zeros(40, dtype=torch.int8))
     return plan, loaded, probe
 
 
@@ -316,7 +316,8 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
     )
 
     found = pipeline._no_worse_than_rounding(plan, loaded, worse, probe)
-    assert found.over_plain == 1.0 and found.smoothing == (record,)
+    assert found.over_plain == 1.0
+    assert found.smoothing == (SmoothingRecord("qkv", None, 1.0, "taken back: as searched"),)
     assert found.weights is loaded.weights and not found.changed  # norms and biases of the checkpoint, no factors
     for linear, quantized in found.quantized.items():
         assert torch.equal(quantized.qweight, plain[linear].qweight)
@@ -375,7 +376,7 @@ def test_the_only_weighed_modality_may_be_left_out_with_its_samples(small: Path,
     limits = {"max_tokens": 50, "on_bad_sample": "skip"}
     recipe = int4_recipe(tmp_path, modality_weights={"audio": 1.0}, **limits)
     message = quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index).fault()
-    assert "audio" in message
+    assert "modality_weights" in message and "index.jsonl:2" in message
 
 
 # --- other ways to the same scheme ---------------------------------------------------------------------------

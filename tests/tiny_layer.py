@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from make_tiny_omni import TINY, omni_config
 
 from msmodelslim_omni.capture import InputRecorder, InputStats, run_layer
@@ -72,10 +73,18 @@ def sample(tokens: int = 24, seed: int = 0) -> Sample:
     """Hidden states of text, image, audio and video tokens in turn."""
     generator = torch.Generator().manual_seed(1000 + seed)
     hidden = torch.randn((1, tokens, HIDDEN), generator=generator)
-    angles = torch.rand((3, 1, tokens, HEAD_DIM // 2), generator=generator) * 6
+    return Sample(
+        LayerInput(hidden, arguments(tokens, HEAD_DIM, generator)), torch.arange(tokens, dtype=torch.int8) % 4
+    )
+
+
+def arguments(tokens: int, head_dim: int, generator: torch.Generator) -> dict[str, Any]:
+    """What a layer takes beside the hidden states: rotary tables of the three axes, in transformers 5 made one."""
+    angles = torch.rand((3, 1, tokens, head_dim // 2), generator=generator) * 6
     angles = torch.cat([angles, angles], dim=-1)
-    arguments = {"attention_mask": None, "position_embeddings": (angles.cos(), angles.sin())}
-    return Sample(LayerInput(hidden, arguments), torch.arange(tokens, dtype=torch.int8) % 4)
+    if not transformers.__version__.startswith("4."):
+        angles = angles[0]
+    return {"attention_mask": None, "position_embeddings": (angles.cos(), angles.sin())}
 
 
 def build(weights: dict[str, torch.Tensor]) -> torch.nn.Module:

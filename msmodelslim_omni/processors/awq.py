@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from ..arithmetic import QuantizedLinear, dequantize, quantize_weight, relative_error
+from ..arithmetic import QuantizedLinear, dequantize, grouped_rounding_error, relative_error
 from ..gram import Gram
 from ..models.spec import LinearGroup
 from ..recipe import AwqConfig
@@ -34,7 +34,7 @@ _FINALISTS = 2  # beside the identity
 
 # Weights of each Linear that the search rounds at every point, but no fewer output channels than _LEAST_ROWS; with H as
 # a matrix the product counts too.
-_SEARCH_WEIGHTS = 1 << 18
+_SEARCH_WEIGHTS = 1 << 17
 _LEAST_ROWS = 32
 
 
@@ -140,7 +140,6 @@ def search_losses(
 
     By plain rounding, or with a triangle by what GPTQ leaves of it. weights: [out, in] float32.
     """
-    plain = replace(scheme, weight_method="minmax")
     rows = max(_LEAST_ROWS, _SEARCH_WEIGHTS // gram.in_features)
     spread = [_spread_rows(weight, rows) for weight in weights]
     signals = [float(gram.output_error(weight).sum()) for weight in spread]
@@ -150,7 +149,7 @@ def search_losses(
         factors = repeated(candidate.factors, group)
         losses[number] = 0.0
         for weight, signal in zip(spread, signals, strict=True):
-            change = dequantize(quantize_weight(weight * factors, plain)) / factors - weight
+            change = grouped_rounding_error(weight * factors, scheme).div_(factors)
             error = gram.output_error(change) if pivots is None else change.square() @ pivots
             losses[number] += float(error.sum()) / signal if signal > 0 else 0.0
     return losses

@@ -24,7 +24,8 @@ from ..gram import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128
-_ROWS = 1024  # output channels rounded at once
+_STRIP = 32  # of a block, within which errors are handed on one by one; to the rest of it all at once
+_ROWS = 2048  # output channels rounded at once
 
 
 @dataclass(frozen=True)
@@ -134,14 +135,17 @@ def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle)
         # Σ_j Δ_j L_ji over the inputs rounded in earlier blocks, [size, out]
         pull = below.T @ (delta[block.stop :] if triangle.factor is None else carried)
         pivots = inner.diagonal().tolist()
-        for i in reversed(range(inner.shape[0])):
-            at = first + i
-            s, z = scales[groups[at]], None if zeros is None else zeros[groups[at]]
-            level = round_to_grid(torch.sub(w[at], pull[i], alpha=1.0 / pivots[i]), s, z, grid.scheme)
-            q[at] = level
-            error = ((level if z is None else level - z) * s).sub_(w[at])
-            delta[at] = error
-            pull[:i].addr_(inner[i, :i], error)
+        for end in range(inner.shape[0], 0, -_STRIP):
+            start = max(0, end - _STRIP)
+            for i in reversed(range(start, end)):
+                at = first + i
+                s, z = scales[groups[at]], None if zeros is None else zeros[groups[at]]
+                level = round_to_grid(torch.sub(w[at], pull[i], alpha=1.0 / pivots[i]), s, z, grid.scheme)
+                q[at] = level
+                error = ((level if z is None else level - z) * s).sub_(w[at])
+                delta[at] = error
+                pull[start:i].addr_(inner[i, start:i], error)
+            pull[:start].addmm_(inner[start:end, :start].T, delta[first + start : first + end])
         if triangle.factor is not None:
             carried.addmm_(triangle.factor[:, block], delta[block])
     restored = torch.empty_like(q)
