@@ -26,7 +26,7 @@ demo: install
 		--device cpu --quant_type w8a8
 
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-full: install
 	$(RUN) -m pytest -m full
