@@ -121,13 +121,14 @@ def _read_shards(path: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
                 "only safetensors checkpoints are read; convert .bin files with transformers' save_pretrained",
             )
         return read_header(single), (single,)
+    return follow_index(path, index)
+
+
+def follow_index(path: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
+    """The headers of all shards that an index file names, each tensor where the index says, and none beside them."""
     weight_map = load_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise QuantError(f"{index}: has no weight_map {{tensor: file}}", "fetch or copy the file again")
-    return follow_index(path, index, weight_map)
-
-
-def follow_index(path: Path, index: Path, weight_map: dict[str, str]) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
         if Path(file).name != file or not file.endswith(".safetensors"):

@@ -22,7 +22,7 @@ from .checkpoint import Checkpoint
 from .device import peak_rss
 from .errors import QuantError
 from .formats import FORMATS
-from .formats.job import FLOAT, OutLinear, OutputJob, OutTensor
+from .formats.job import OutLinear, OutputJob, OutTensor
 from .formats.shards import format_tensors, write_output
 from .models.running import running
 from .models.spec import ModelSpec
@@ -31,7 +31,7 @@ from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
 from .recipe import SAVER_CONFIGS
 from .report import PartSize, Report, human_bytes, read_report, write_report
 from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
-from .summary import versions
+from .summary import bits_per_weight, versions, written_parts
 from .workspace import REPORT_NAME, Workspace, check_save_path
 
 DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
@@ -220,13 +220,13 @@ def _report(
     """
     note = f"exported from {source.path} ({source.saver}); errors, time and memory are of the run that quantized it"
     report = _stored_report(source) or _bare_report(source)
-    weights = sum(linear.shape[0] * linear.shape[1] for linear in job.linears)
+    written = written_parts(source.model, tensors)
     return replace(
         report,
         savers={save_format: str(save_path)},
         output_bytes={save_format: total},
-        parts=_parts(report, source.model, tensors),
-        bits_per_weight=8 * sum(t.spec.nbytes for t in tensors if t.kind != FLOAT) / weights,
+        parts=tuple(_written(part, written.get(part.name, (0, "left out"))) for part in report.parts),
+        bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
         warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),
     )
 
@@ -270,15 +270,5 @@ def _bare_report(source: QuantizedCheckpoint) -> Report:
     )
 
 
-def _parts(report: Report, model: ModelSpec, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
-    after: dict[str, int] = {}
-    kinds: dict[str, set[str]] = {}
-    for tensor in tensors:
-        part = model.part_of(tensor.spec.name).name
-        after[part] = after.get(part, 0) + tensor.spec.nbytes
-        kinds.setdefault(part, set()).add(tensor.kind)
-    written = {name: ", ".join(sorted(found - {FLOAT})) or "float, unchanged" for name, found in kinds.items()}
-    return tuple(
-        replace(part, bytes_after=after.get(part.name, 0), scheme=written.get(part.name, "left out"))
-        for part in report.parts
-    )
+def _written(part: PartSize, sizes: tuple[int, str]) -> PartSize:
+    return replace(part, bytes_after=sizes[0], scheme=sizes[1])

@@ -9,12 +9,11 @@ from typing import Any
 from .checkpoint import load_json_object
 from .errors import QuantError
 from .formats import FORMATS
+from .formats.ascend import DESCRIPTION_FILE
 from .models import derive_model_type
 from .models.spec import ModelSpec
 from .plan import quantization_of
 from .safetensors_io import TensorInfo, read_header
-
-DESCRIPTION = "quant_model_description.json"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _all_tensors(path: Path) -> tuple[dict[str, TensorInfo], int]:
 
 
 def _description(path: Path) -> dict[str, Any]:
-    return load_json_object(path / DESCRIPTION) if (path / DESCRIPTION).is_file() else {}
+    return load_json_object(path / DESCRIPTION_FILE) if (path / DESCRIPTION_FILE).is_file() else {}
 
 
 def _scheme(config: dict[str, Any], description: dict[str, Any]) -> str:

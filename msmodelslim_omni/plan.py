@@ -9,6 +9,7 @@ from typing import Any
 from .checkpoint import Checkpoint
 from .errors import QuantError
 from .formats import FORMATS
+from .formats.ascend import DESCRIPTION_FILE
 from .models.spec import LayerSpec, ModelSpec, Part
 from .patterns import matches
 from .processors import PROCESSORS
@@ -153,7 +154,7 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
     quantization = quantization_of(checkpoint.config)
-    if quantization is not None or (checkpoint.path / "quant_model_description.json").exists():
+    if quantization is not None or (checkpoint.path / DESCRIPTION_FILE).exists():
         scheme = (quantization or {}).get("quant_method", "ascend")
         raise QuantError(
             f"{checkpoint.path} is already quantized ({scheme})", "give the float checkpoint it was made from"

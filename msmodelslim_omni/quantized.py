@@ -27,8 +27,6 @@ from .plan import quantization_of
 from .safetensors_io import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, load_tensor, read_header
 from .scheme import QuantScheme
 
-DESCRIPTION = "quant_model_description.json"
-
 READERS: dict[str, Reader] = {
     "ascendv1_saver": ascend.read_linears,
     "awq": awq.read_linears,
@@ -85,7 +83,7 @@ def load_linear(linear: OutLinear) -> QuantizedLinear:
 
 def is_quantized(path: Path, config: dict[str, Any]) -> bool:
     """Whether a folder says that it is quantized, by any tool."""
-    return quantization_of(config) is not None or (path / DESCRIPTION).is_file()
+    return quantization_of(config) is not None or (path / ascend.DESCRIPTION_FILE).is_file()
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
@@ -142,8 +140,8 @@ def identify(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if method not in _SAVER_OF_METHOD:
             raise QuantError(f"{path} is quantized as {str(method)[:80]!r}, a format that is not read", _READ)
         return _SAVER_OF_METHOD[str(method)], quantization
-    if (path / DESCRIPTION).is_file():
-        return "ascendv1_saver", load_json_object(path / DESCRIPTION)
+    if (path / ascend.DESCRIPTION_FILE).is_file():
+        return "ascendv1_saver", load_json_object(path / ascend.DESCRIPTION_FILE)
     raise QuantError(f"{path} is a float checkpoint, or of a format that is not read", _READ)
 
 
@@ -152,10 +150,7 @@ def read_shards(path: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
     for stem in _STEMS:
         index, single = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
         if index.is_file():
-            weight_map = load_json_object(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-                raise QuantError(f"{index}: has no weight_map {{tensor: file}}", "fetch or copy the file again")
-            return follow_index(path, index, weight_map)
+            return follow_index(path, index)
         if single.is_file():
             return read_header(single), (single,)
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
 from . import __version__
 from .device import Device, peak_device_memory, peak_rss
-from .formats.job import OutTensor
+from .formats.job import FLOAT, OutTensor
+from .models.spec import ModelSpec
 from .plan import QuantPlan
 from .progress import Clock
 from .report import PartSize, Report, layer_record
@@ -44,7 +45,7 @@ def make_report(
         parts=_part_sizes(plan, tensors),
         output_bytes=output_bytes,
         source_bytes=plan.checkpoint.total_bytes,
-        bits_per_weight=_bits_per_weight(plan, tensors),
+        bits_per_weight=bits_per_weight((lin.shape for lin in plan.linears if lin.scheme is not None), tensors),
         layers=tuple(layer_record(layer) for layer in layers),
         seconds=clock.total(),
         seconds_by_phase=clock.seconds,
@@ -60,33 +61,31 @@ def _part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ..
     before: dict[str, list[int]] = {}
     for name, info in plan.checkpoint.tensors.items():
         before.setdefault(plan.model.part_of(name).name, []).append(info.nbytes)
-    after: dict[str, int] = {}
-    kinds: dict[str, set[str]] = {}
-    for tensor in tensors:
-        part = plan.model.part_of(tensor.spec.name).name
-        after[part] = after.get(part, 0) + tensor.spec.nbytes
-        kinds.setdefault(part, set()).add(tensor.kind)
+    written = written_parts(plan.model, tensors)
     return tuple(
-        PartSize(
-            part.name,
-            len(before[part.name]),
-            sum(before[part.name]),
-            after[part.name],
-            _kind(kinds[part.name]),
-        )
+        PartSize(part.name, len(before[part.name]), sum(before[part.name]), *written[part.name])
         for part in plan.model.parts
         if part.name in before
     )
 
 
-def _kind(kinds: set[str]) -> str:
-    return ", ".join(sorted(kinds - {"FLOAT"})) or "float, unchanged"
+def written_parts(model: ModelSpec, tensors: Sequence[OutTensor]) -> dict[str, tuple[int, str]]:
+    """Bytes and schemes of each part as it is written, by the part's name."""
+    sizes: dict[str, int] = {}
+    kinds: dict[str, set[str]] = {}
+    for tensor in tensors:
+        part = model.part_of(tensor.spec.name).name
+        sizes[part] = sizes.get(part, 0) + tensor.spec.nbytes
+        kinds.setdefault(part, set()).add(tensor.kind)
+    return {
+        part: (size, ", ".join(sorted(kinds[part] - {FLOAT})) or "float, unchanged") for part, size in sizes.items()
+    }
 
 
-def _bits_per_weight(plan: QuantPlan, tensors: list[OutTensor]) -> float:
-    """Stored bits of the quantized Linears, scales included, over their weights."""
-    bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != "FLOAT")
-    return bits / sum(linear.shape[0] * linear.shape[1] for linear in plan.linears if linear.scheme is not None)
+def bits_per_weight(shapes: Iterable[tuple[int, int]], tensors: Sequence[OutTensor]) -> float:
+    """Stored bits of the quantized Linears, scales included, over their weights. shapes: (out, in) of each of them."""
+    bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != FLOAT)
+    return bits / sum(out_features * in_features for out_features, in_features in shapes)
 
 
 def versions() -> dict[str, str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from grams import FORMS, Form, as_factor, as_matrix
 
 from msmodelslim_omni.arithmetic import QuantizedLinear, dequantize, quantize_weight
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.gram import Gram
 from msmodelslim_omni.processors import gptq
 from msmodelslim_omni.processors.gptq import DAMPING, Triangle, factorize, round_in_order
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, enough_for_gptq, round_group, triangle_for
@@ -32,18 +31,6 @@ def tokens(count: int, seed: int = 0, width: int = IN) -> torch.Tensor:
     directions = normal(width // 8, width, seed=1000)
     size = normal(width, seed=1001).exp()
     return (normal(count, width // 8, seed=seed) @ directions + normal(count, width, seed=seed + 500)) * size
-
-
-def as_matrix(x: torch.Tensor) -> Gram:
-    return Gram((x.double().T @ x.double()).float(), None, len(x))
-
-
-def as_factor(x: torch.Tensor) -> Gram:
-    return Gram(None, x, len(x))
-
-
-FORMS = pytest.mark.parametrize("form", [as_matrix, as_factor])
-Form = Callable[[torch.Tensor], Gram]
 
 
 def output_error(x: torch.Tensor, weight: torch.Tensor, linear: QuantizedLinear) -> float:

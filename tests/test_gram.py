@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from grams import FORMS, Form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,18 +25,6 @@ def tokens(count: int, width: int = IN, seed: int = 0) -> torch.Tensor:
     x[:, 3] *= 40
     x[:, 5] = 0.0
     return x
-
-
-def as_matrix(x: torch.Tensor) -> Gram:
-    return Gram((x.double().T @ x.double()).float(), None, len(x))
-
-
-def as_factor(x: torch.Tensor) -> Gram:
-    return Gram(None, x, len(x))
-
-
-FORMS = pytest.mark.parametrize("form", [as_matrix, as_factor])
-Form = Callable[[torch.Tensor], Gram]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, rel: float = 1e-5) -> None:

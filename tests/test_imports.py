@@ -45,7 +45,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe"},
     "formats.*": BASIS | {"arithmetic", "safetensors_io"},
     "plan": BASIS
-    | {"recipe", "recipe_yaml", "patterns", "checkpoint", "formats", "processors", "models", "models.spec"},
+    | {
+        "recipe",
+        "recipe_yaml",
+        "patterns",
+        "checkpoint",
+        "formats",
+        "formats.ascend",
+        "processors",
+        "models",
+        "models.spec",
+    },
     "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
     "report": {"checkpoint", "formats.shards", "models.spec"},
     "forecast": BASIS
@@ -56,8 +66,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
     | {"sample_store"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
-    "summary": {"", "device", "formats.job", "plan", "progress", "report", "stream"},
-    "inspection": {"errors", "checkpoint", "formats", "models", "models.spec", "plan", "safetensors_io"},
+    "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "stream"},
+    "inspection": {
+        "errors",
+        "checkpoint",
+        "formats",
+        "formats.ascend",
+        "models",
+        "models.spec",
+        "plan",
+        "safetensors_io",
+    },
     "quantized": BASIS
     | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.compressed_tensors"}
     | {"formats.job", "formats.stored", "models", "models.spec", "plan", "safetensors_io"},
@@ -67,7 +86,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": BASIS
     | {"arithmetic", "calibration", "checkpoint", "device", "formats.job", "models", "models.running", "models.spec"}
     | {"progress", "quantized", "report", "safetensors_io"},
-    "doctor.*": BASIS | {"arithmetic", "checkpoint", "formats.nibbles", "models", "models.spec", "safetensors_io"},
+    "doctor.*": BASIS
+    | {"arithmetic", "checkpoint", "formats.ascend", "formats.nibbles", "models", "models.spec", "safetensors_io"}
+    | {"workspace"},
     "terminal": {"progress", "device"},
     "pipeline": set(MODULES) - {"cli", "__main__", "evaluate", "terminal"},
     "cli": {

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from ..formats.ascend import DESCRIPTION_FILE
 from .findings import Finding, found, some
-from .headers import DESCRIPTION, read_json
+from .headers import read_json
 from .quantization import Declared, config_groups
 
 KEY = "quantization_config"
@@ -32,12 +33,12 @@ def read_config(path: Path) -> tuple[dict[str, Any], tuple[Finding, ...]]:
 
 def read_description(path: Path) -> tuple[dict[str, Any] | None, tuple[Finding, ...]]:
     """msModelSlim's description if there is one; an empty object if it cannot be read."""
-    if not (path / DESCRIPTION).is_file():
+    if not (path / DESCRIPTION_FILE).is_file():
         return None, ()
     try:
-        return read_json(path / DESCRIPTION), ()
+        return read_json(path / DESCRIPTION_FILE), ()
     except QuantError as error:
-        return {}, (found("json_broken", DESCRIPTION, error.message),)
+        return {}, (found("json_broken", DESCRIPTION_FILE, error.message),)
 
 
 def blocks(config: dict[str, Any]) -> dict[str, Any]:
@@ -64,11 +65,11 @@ def check_config(config: dict[str, Any], has_description: bool, declared: Declar
     if has_description:
         for place, block in ((KEY, top), (f"{THINKER}.{KEY}", inner)):
             if block is not None:
-                yield found("quantization_config_stale", f"config.json: {place}", f"stands beside {DESCRIPTION}")
+                yield found("quantization_config_stale", f"config.json: {place}", f"stands beside {DESCRIPTION_FILE}")
         return
     if top is None and inner is None:
         if declared.format == "ascend":
-            yield found("quantization_config_missing", DESCRIPTION, "is missing; tensors are of the ascend format")
+            yield found("quantization_config_missing", DESCRIPTION_FILE, "is missing; tensors are of the ascend format")
         elif declared.format:
             yield found("quantization_config_missing", f"config.json: {KEY}", f"tensors look like {declared.format}")
         return

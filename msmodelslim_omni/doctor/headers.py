@@ -10,16 +10,15 @@ from typing import Any
 
 from ..errors import QuantError
 from ..safetensors_io import TensorInfo, read_header
+from ..workspace import WORK_FOLDER
 from .findings import Finding, found, some
 
 # A JSON file takes up to some thirty times its size once parsed; those of real checkpoints stay below this.
 MAX_JSON_BYTES = 8 << 20
 
 INDEX_SUFFIX = ".safetensors.index.json"
-DESCRIPTION = "quant_model_description.json"
 
 _LEFTOVERS = ("*.partial", "*.incomplete", "*.tmp")
-_WORK_FOLDER = ".msmodelslim_work"
 
 
 @dataclass(frozen=True)
@@ -167,9 +166,9 @@ def check_files(folder: Folder) -> Iterator[Finding]:
     for file in sorted(set(folder.twice.values())):
         names = [name for name, second in folder.twice.items() if second == file]
         yield found("tensor_twice", file, f"{len(names)} of its tensors are in other files too: {some(names)}")
-    work = folder.path / _WORK_FOLDER
+    work = folder.path / WORK_FOLDER
     if work.exists() and any(work.iterdir() if work.is_dir() else [work]):
-        yield found("unfinished_run", _WORK_FOLDER, "the work folder of a run that did not finish")
+        yield found("unfinished_run", WORK_FOLDER, "the work folder of a run that did not finish")
     for pattern in _LEFTOVERS:
         for leftover in sorted(folder.path.glob(pattern)):
             yield found("unfinished_run", leftover.name, "a half-written file")

@@ -22,6 +22,7 @@ from .job import FLOAT, Data, OutLinear, OutputJob, OutTensor
 from .stored import FLOATS, PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
 
 weights_stem = "quant_model_weights"
+DESCRIPTION_FILE = "quant_model_description.json"
 
 _DESCRIPTION_VERSION = "1.0.0"
 
@@ -64,7 +65,7 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
         "group_size": 0,
         "optional": {},
     }
-    return {"quant_model_description.json": description, "config.json": job.config}
+    return {DESCRIPTION_FILE: description, "config.json": job.config}
 
 
 # --- reading -------------------------------------------------------------------------------------------------

@@ -32,8 +32,7 @@ from .work import LayerWork, Probe, SmoothingRecord
 
 _FINALISTS = 2  # beside the identity
 
-# Weights of each Linear that the search rounds at every point, but no fewer output channels than _LEAST_ROWS; with H as
-# a matrix the product counts too.
+# Weights of each Linear that the search rounds at every point, but no fewer output channels than _LEAST_ROWS.
 _SEARCH_WEIGHTS = 1 << 17
 _LEAST_ROWS = 32
 

@@ -37,19 +37,21 @@ def round_group(
     Clips are searched for what they leave of the output's error: after GPTQ its pivots say so, otherwise the diagonal
     blocks of H, and without data the error of the weight itself.
     """
+    pivots = triangle.pivots() if triangle is not None else None
     quantized = {}
     for name, weight in weights.items():
         scheme = schemes[name]
         importance = None
         if scheme.group_size is not None and scheme.weight_method != "minmax":
-            if triangle is not None:
-                importance = triangle.pivots().view(-1, scheme.group_size)  # [groups, g]
+            if pivots is not None:
+                importance = pivots.view(-1, scheme.group_size)  # [groups, g]
             elif gram is not None:
                 importance = gram.diagonal_blocks(scheme.group_size)
         try:
             grid = quantize_weight(weight, scheme, importance)
         except QuantError as error:
             raise QuantError(f"{name}.weight: {error.message}", error.hint) from error
-        by_gptq = triangle is not None and scheme.weight_method == "gptq"
-        quantized[name] = round_in_order(weight.to(torch.float32), grid, triangle) if by_gptq and triangle else grid
+        if triangle is not None and scheme.weight_method == "gptq":
+            grid = round_in_order(weight.to(torch.float32), grid, triangle)
+        quantized[name] = grid
     return quantized
