@@ -13,7 +13,7 @@ import pytest
 import torch
 from make_tiny_omni import make_tiny_omni
 
-from msmodelslim_omni.cli import quiet_libraries
+from msmodelslim_omni.commands.shell import quiet_libraries
 
 quiet_libraries()
 torch.set_num_threads(1)  # tensors here are tiny: a second thread only waits, the more so on a busy machine

@@ -1,0 +1,173 @@
+"""`quant`: quantize a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .shell import (
+    Debug,
+    Device,
+    Json,
+    LogLevel,
+    TrueFalse,
+    TrustRemoteCode,
+    flag,
+    guarded,
+    messages,
+    print_json,
+    quiet_libraries,
+    results,
+)
+
+if TYPE_CHECKING:
+    from ..pipeline import Prepared
+    from ..report import Report
+
+
+def quant(
+    model_path: Annotated[Path, flag("model_path", "Folder of the float checkpoint (config.json, safetensors).")],
+    save_path: Annotated[Path, flag("save_path", "Folder to write; empty, new, or that of a stopped run.")],
+    model_type: Annotated[
+        str | None, flag("model_type", "e.g. Qwen2.5-Omni-7B; left out: derived from config.json.")
+    ] = None,
+    device: Device = "auto",
+    quant_type: Annotated[
+        str | None, flag("quant_type", "w8a8 or w4a16 (awq): the best shipped recipe of that type. Default w8a8.")
+    ] = None,
+    config_path: Annotated[
+        str | None,
+        flag("config_path", "A recipe: a YAML file or the name of a shipped one. Excludes --quant_type."),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = TrueFalse.false,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="index.jsonl, its folder, or a name under lab_calib/; overrides the recipe. Media: jpg png webp,"
+            " wav mp3 flac m4a, mp4 mkv mov webm; at most 1 GiB, 64 megapixels, 600 s each."
+        ),
+    ] = None,
+    max_samples: Annotated[
+        int | None, flag("max_samples", "Use at most this many samples, a seeded choice.", min=1)
+    ] = None,
+    save_format: Annotated[
+        list[str] | None,
+        flag(
+            "save_format",
+            "ascendv1_saver, compressed_tensors or awq; repeat for several, each in SAVE_PATH/FORMAT. Overrides the"
+            " recipe.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="For the choice of samples.")] = 0,
+    dry_run: Annotated[bool, flag("dry_run", "Print the plan and stop.", is_flag=True)] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in SAVE_PATH.")] = False,
+    log_level: Annotated[LogLevel, flag("log_level", "How much to say while working.")] = LogLevel.info,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a checkpoint. Stopped at any moment, the same command goes on where it was."""
+    if quant_type and config_path:
+        raise typer.BadParameter("--quant_type and --config_path exclude each other; give one of them")
+    from ..terminal import TerminalProgress
+
+    progress = TerminalProgress(messages, log_level.value)
+    # transformers' and the media libraries' own remarks are not about what the user does
+    quiet_libraries()
+
+    def work() -> None:
+        from ..pipeline import prepare, run_guarded
+        from ..workspace import check_save_path
+
+        check_save_path(save_path, model_path)
+        prepared = prepare(
+            model_path,
+            model_type=model_type,
+            device=device,
+            quant_type=quant_type,
+            config_path=config_path,
+            dataset=dataset,
+            max_samples=max_samples,
+            save_format=save_format or (),
+            seed=seed,
+            trust_remote_code=trust_remote_code is TrueFalse.true,
+            progress=progress,
+        )
+        if dry_run:
+            _show_plan(prepared, as_json)
+            return
+        report = run_guarded(prepared, save_path, overwrite=overwrite, progress=progress)
+        progress.close()
+        _show_report(report, as_json)
+
+    try:
+        guarded(work, debug, stopped=f"run the same command again to go on; the work so far is in {save_path}")
+    finally:
+        progress.close()
+
+
+def _show_plan(prepared: Prepared, as_json: bool) -> None:
+    from ..report import human_bytes
+    from ..terminal import table
+
+    plan, expected = prepared.plan, prepared.forecast
+    linears = [
+        (linear.name, list(linear.shape), linear.scheme.name if linear.scheme else "FLOAT", linear.reason)
+        for linear in plan.linears
+    ]
+    kept = [(part.name, part.why_float, size) for part, size in plan.kept_parts()]
+    if as_json:
+        plan_json = {
+            "model_type": plan.model.model_type,
+            "recipe": str(plan.recipe.path),
+            "device": prepared.device.name,
+            "dataset": plan.dataset,
+            "samples": len(prepared.calib.samples) if prepared.calib else 0,
+            "linears": [dict(zip(("name", "shape", "scheme", "reason"), entry, strict=True)) for entry in linears],
+            "kept_float": [dict(zip(("part", "why", "bytes"), entry, strict=True)) for entry in kept],
+            "output_bytes": expected.output_bytes,
+            "disk_bytes": expected.disk_bytes,
+            "peak_memory_bytes": expected.peak_memory_bytes,
+            "warnings": list(plan.warnings),
+        }
+        print_json(plan_json)
+        return
+    rows = [[name, f"{shape[0]} x {shape[1]}", scheme, reason] for name, shape, scheme, reason in linears]
+    results.print(table("Linears of the decoder layers", ["Linear", "out x in", "scheme", "why float"], rows, 9))
+    rows = [[name, why, human_bytes(size)] for name, why, size in kept]
+    results.print(table("Kept float, written unchanged", ["part", "why", "bytes"], rows, numeric=2))
+    rows = [
+        ["source", human_bytes(plan.checkpoint.total_bytes)],
+        *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
+        ["disk needed, work folder included", human_bytes(expected.disk_bytes)],
+        ["peak memory, about", human_bytes(expected.peak_memory_bytes)],
+        ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
+    ]
+    results.print(table("Forecast", ["what", "how much"], rows, numeric=1))
+
+
+def _show_report(report: Report, as_json: bool) -> None:
+    from ..report import human_bytes, part_errors
+    from ..terminal import table
+
+    if as_json:
+        print_json(asdict(report))
+        return
+    rows = [[p.name, p.scheme, human_bytes(p.bytes_before), human_bytes(p.bytes_after)] for p in report.parts]
+    before, after = report.source_bytes, sum(part.bytes_after for part in report.parts)
+    rows.append(["total", f"{after / before:.1%} of the source", human_bytes(before), human_bytes(after)])
+    results.print(table("Sizes", ["part", "scheme", "before", "after"], rows, numeric=2))
+    kind = "weight" if report.data_free else "output"
+    rows = [[name, f"{error:.4f}"] for name, error in part_errors(report).items()]
+    results.print(table(f"Relative {kind} error, RMS over the layers", ["Linear", "error"], rows, numeric=1))
+    rows = [
+        ["bits per weight, scales included", f"{report.bits_per_weight:.3f}"],
+        ["time", f"{report.seconds:.1f} s"],
+        ["peak memory", human_bytes(report.peak_rss_bytes)],
+        *([["peak device memory", human_bytes(report.peak_device_bytes)]] if report.peak_device_bytes else []),
+        *([saver, place] for saver, place in report.savers.items()),
+        ["report", f"{next(iter(report.savers.values()))}/quant_report.md"],
+    ]
+    results.print(table("Result", ["what", "value"], rows, numeric=9))

@@ -1,0 +1,86 @@
+"""What all verbs share: where they print, how their flags are spelled, and how a fault is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ..errors import QuantError
+
+# Progress and messages go to stderr, results to stdout.
+messages = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
+
+
+class TrueFalse(str, Enum):
+    true = "True"
+    false = "False"
+
+
+class LogLevel(str, Enum):
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+# Flags have msModelSlim's underscores; hyphens are accepted too.
+EITHER_SPELLING = {"token_normalize_func": lambda token: token.replace("-", "_")}
+
+
+def flag(name: str, help_text: str, **more: Any) -> Any:
+    """An option under msModelSlim's spelling."""
+    return typer.Option(f"--{name}", help=help_text, **more)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fault.")]
+
+Device = Annotated[str, typer.Option(help="auto (npu, else cuda, else cpu), cpu, cuda[:i], npu[:i].")]
+TrustRemoteCode = Annotated[
+    TrueFalse, flag("trust_remote_code", "Whether code from the checkpoint may run.", case_sensitive=False)
+]
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def guarded(work: Callable[[], None], debug: bool, stopped: str = "") -> None:
+    """Run a verb; a fault becomes one message and exit code 1."""
+    try:
+        work()
+    except QuantError as error:
+        if debug:
+            traceback.print_exc()
+        messages.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+        if error.hint:
+            messages.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except OSError as error:  # a path too long, a folder that may not be read
+        if debug:
+            traceback.print_exc()
+        messages.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        messages.print(f"[bold]stopped[/] {escape(stopped)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' remarks off the screen; what the user sets stands."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    logging.getLogger().setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
