@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models.*": {"errors", "checkpoint"},
     "gram": set(),
     "background": set(),
+    "fidelity": set(),
     "capture": {"errors", "gram", "models.spec"},
     "calibration": {"digests", "errors", "media", "models.spec", "resources"},
     "sample_store": {"models.spec", "safetensors_io"},
