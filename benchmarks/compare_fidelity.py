@@ -1,0 +1,199 @@
+"""What W8A8 and W4A16 cost a model that reads, sees and hears: this tool and its peers, on samples none has seen.
+
+    python benchmarks/compare_fidelity.py install --environments DIR
+    python benchmarks/compare_fidelity.py run --environments DIR --work DIR --model MODEL --calibration INDEX
+        --heldout INDEX [--tools msmodelslim-w8a8,...] [--text_only] [--out results.json]
+
+Every tool calibrates on the same samples; this tool reads their media, the peers, which take token ids only, read
+media tokens through an enlarged embedding (fidelity_setup.py). With --text_only all calibrate on the samples without
+media. Peers work in float32 on the CPU, asymmetric int4 in groups of 128, each at its defaults. Then `msmodelslim eval`
+compares each result with the float model, per modality; a peer's is unpacked by awq_evaluate.py first.
+
+This process loads no torch: what a process weighs before it starts its child counts as memory of the child.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from tool_runs import (
+    ENVIRONMENTS,
+    HERE,
+    OURS,
+    PEERS,
+    ROOT,
+    Run,
+    ToolFailed,
+    install,
+    recorded,
+    run_ours,
+    run_peer,
+    run_process,
+)
+
+RECIPES = {
+    f"{OURS}-w8a8": ["--quant_type", "w8a8", "--save_format", "compressed_tensors"],
+    "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_rounded.yaml")],
+    f"{OURS}-w4a16": ["--quant_type", "w4a16"],
+}
+TOOLS = [*RECIPES, *PEERS]
+MEDIA = ("image", "audio", "video")
+
+
+def calibration_index(index: Path, text_only: bool, work: Path) -> Path:
+    """The index that all tools calibrate on; of text alone beside the work, since text has no files to be found."""
+    if not text_only:
+        return index
+    lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
+    chosen = [line for line in lines if not any(kind in json.loads(line) for kind in MEDIA)]
+    if not chosen:
+        sys.exit(f"{index} has no sample of text alone")
+    out = work / "text" / "index.jsonl"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return out
+
+
+def twin(index: Path, work: Path, args: argparse.Namespace) -> Path:
+    """The peers' model and tokens, made once."""
+    out = work / "twin"
+    if not (out / "tokens.safetensors").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+        command = [sys.executable, str(HERE / "fidelity_setup.py"), "twin", str(args.model), str(index), str(out)]
+        run_process([*command, "--length", str(args.length)], args.threads, work / "twin.txt")
+    return out
+
+
+def run_tool(name: str, index: Path, work: Path, args: argparse.Namespace) -> Run:
+    folder = work / "runs" / name
+    if name in RECIPES:
+        return recorded(folder, lambda: run_ours(name, RECIPES[name], args.model, index, folder, args.threads))
+    made = twin(index, work, args)
+    tokens = made / "tokens.safetensors"
+    return recorded(folder, lambda: run_peer(name, args.environments, made / "model", tokens, folder, args.threads))
+
+
+def evaluate(run: Run, work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """eval_report.json of a tool's result; of a peer's, after its weights are back in the whole model."""
+    folder = work / "eval" / run.tool
+    report = folder / "eval_report.json"
+    if not report.is_file():
+        quantized = Path(run.weights)
+        if run.tool not in RECIPES:
+            quantized = work / "assembled" / run.tool
+            shutil.rmtree(quantized, ignore_errors=True)
+            setup = [sys.executable, str(HERE / "fidelity_setup.py"), "assemble", str(args.model), run.weights]
+            run_process([*setup, str(quantized)], args.threads, work / f"assemble-{run.tool}.txt")
+        command = [sys.executable, "-m", "msmodelslim_omni", "eval", "--float", str(args.model)]
+        command += ["--quant", str(quantized), "--dataset", str(args.heldout), "--save_path", str(folder)]
+        command += ["--device", "cpu"]
+        run_process(command, args.threads, work / f"eval-{run.tool}.txt", PYTHONPATH=str(ROOT))
+    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
+
+
+# --------------------------------------------------------------------------------------------- result
+
+
+def as_row(run: Run, found: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table: KL and accuracy overall and by modality, worst modality against their mean."""
+    groups = {"all": found["overall"], **found["by_modality"]}
+    row: dict[str, Any] = {"tool": run.tool, "version": run.version, "seconds": run.process_seconds, "note": run.note}
+    for group, fidelity in groups.items():
+        row[f"kl {group}"] = fidelity["kl_mean"]["value"]
+        if fidelity["exact_change"] is not None:
+            row[f"accuracy {group}"] = fidelity["exact_quant"]["value"]
+            row[f"float {group}"] = fidelity["exact_float"]["value"]
+    kls = [fidelity["kl_mean"]["value"] for fidelity in found["by_modality"].values()]
+    row["worst / mean"] = max(kls) / (sum(kls) / len(kls)) if max(kls) > 0 else 1.0
+    row["top-1"] = found["overall"]["top1"]["value"]
+    row["perplexity"] = found["overall"]["perplexity_quant"]["value"]
+    row["hidden error"] = found["overall"]["hidden_error"]
+    return row
+
+
+def as_markdown(rows: list[dict[str, Any]]) -> str:
+    """KL in thousandths of a nat, accuracy in percent, beside it the float model's."""
+    groups = [key.removeprefix("kl ") for key in rows[0] if key.startswith("kl ")]
+    head = ["tool", "version", "s", *(f"KL {g}, 1e-3" for g in groups), "worst / mean", "top-1", "perplexity"]
+    head += ["hidden error", *(f"exact {g}" for g in groups if f"accuracy {g}" in rows[0])]
+    lines = [head, ["---"] * 2 + ["--:"] * (len(head) - 2)]
+    for row in rows:
+        cells = [row["tool"], row["version"], f"{row['seconds']:.0f}"]
+        cells += [f"{1000 * row[f'kl {g}']:.2f}" for g in groups]
+        cells += [f"{row['worst / mean']:.2f}", f"{row['top-1']:.4f}", f"{row['perplexity']:.3f}"]
+        cells += [f"{row['hidden error']:.4f}"]
+        cells += [f"{row[f'accuracy {g}']:.1%} ({row[f'float {g}']:.1%})" for g in groups if f"accuracy {g}" in row]
+        lines.append(cells)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the tools, measure, print; 1 if a tool failed."""
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    settings = {"model": str(args.model), "calibration": str(args.calibration), "text_only": args.text_only}
+    settings |= {"heldout": str(args.heldout), "length": args.length}
+    kept = work / "settings.json"
+    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != settings:
+        sys.exit(f"{work} holds another comparison; take another --work")
+    kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    index = calibration_index(args.calibration, args.text_only, work)
+    rows, failures = [], {}
+    for name in args.tools:
+        try:
+            done = run_tool(name, index, work, args)
+            rows.append(as_row(done, evaluate(done, work, args)))
+        except ToolFailed as failure:
+            failures[name] = str(failure)
+            print(f"{name}: failed: {failure}", flush=True)
+    machine = {"processors": os.cpu_count(), "threads": args.threads}
+    content = {"settings": settings, "machine": machine, "rows": rows, "failures": failures}
+    out = args.out or work / "results.json"
+    out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    table = as_markdown(rows) if rows else ""
+    table += "".join(f"- {name} failed: {reason}\n" for name, reason in failures.items())
+    out.with_suffix(".md").write_text(table, encoding="utf-8")
+    print(f"\n{table}\n{out}")
+    return 1 if failures else 0
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := sorted(set(names) - set(TOOLS)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(TOOLS)}")
+    return names
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    installer = verbs.add_parser("install", help="make the peers' environments")
+    runner = verbs.add_parser("run", help="run the tools, measure, print the table")
+    for verb in (installer, runner):
+        verb.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
+    runner.add_argument("--work", type=Path, required=True, help="folder for results and logs")
+    runner.add_argument("--model", type=Path, required=True, help="the float checkpoint")
+    runner.add_argument("--calibration", type=Path, required=True, help="index.jsonl to calibrate on")
+    runner.add_argument("--heldout", type=Path, required=True, help="index.jsonl to measure on, with answers")
+    runner.add_argument("--tools", type=_names, default=TOOLS, help=f"some of {','.join(TOOLS)}")
+    runner.add_argument("--text_only", action="store_true", help="calibrate on the samples without media")
+    runner.add_argument("--length", type=int, default=256, help="tokens of the peers' blocks")
+    runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")
+    runner.add_argument("--out", type=Path, help="results.json to write, and a .md beside it; default: in --work")
+    args = parser.parse_args()
+    if args.verb == "install":
+        install(args.environments, list(ENVIRONMENTS))
+        return 0
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
