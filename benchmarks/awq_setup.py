@@ -151,10 +151,11 @@ def write_samples(checkpoint: Path, folder: Path, samples: int, tokens: int, see
     The ids are what the quantizer itself makes of the index: through its reader, chat template and tokenizer.
     """
     from msmodelslim_omni.calibration import load_calib_set, prepare_sample
-    from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
+    from msmodelslim_omni.models import MODEL_TYPES
     from msmodelslim_omni.models.spec import MediaLimits
 
-    processor = open_media_processor(checkpoint, MediaLimits(1 << 20, None, 2.0), False)
+    spec = MODEL_TYPES["Qwen2.5-Omni-7B"]
+    processor = spec.family.open_media_processor(checkpoint, MediaLimits(1 << 20, None, 2.0), False)
 
     def prepared_length(text: str) -> int:
         messages = [
@@ -172,7 +173,8 @@ def write_samples(checkpoint: Path, folder: Path, samples: int, tokens: int, see
     ]
     index = folder / "index.jsonl"
     index.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    prepared = [prepare_sample(s, processor).tensors["input_ids"][0] for s in load_calib_set(str(index), "").samples]
+    calib = load_calib_set(str(index), "", spec)
+    prepared = [prepare_sample(sample, processor).tensors["input_ids"][0] for sample in calib.samples]
     ids = torch.stack(prepared)  # [samples, tokens]; fails if a length differs
     if ids.shape != (samples, tokens):
         raise RuntimeError(f"samples of shape {tuple(ids.shape)} came out, {(samples, tokens)} were meant")

@@ -40,12 +40,13 @@ def media_rows(model: Path, index: Path) -> tuple[list[Tensor], Tensor]:
     from msmodelslim_omni.models.spec import MediaLimits
 
     checkpoint = open_checkpoint(model)
-    family = derive_model_type(checkpoint.config).family
+    spec = derive_model_type(checkpoint.config)
+    family = spec.family
     processor = family.open_media_processor(model, MediaLimits(8192, MAX_PIXELS, 2.0), False)
     stem = family.open_stem(checkpoint, torch.device("cpu"))
     following = checkpoint.config["thinker_config"]["text_config"]["vocab_size"]
     samples, rows = [], []
-    for sample in load_calib_set(str(index), DEFAULT_TEXT).samples:
+    for sample in load_calib_set(str(index), DEFAULT_TEXT, spec).samples:
         inputs = prepare_sample(sample, processor)
         ids = inputs.tensors["input_ids"][0].clone()
         media = inputs.modality != 0

@@ -59,6 +59,7 @@ def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
         config=plan.checkpoint.config,
         source=plan.checkpoint.path,
         other_files=tuple(plan.checkpoint.other_files()),
+        tied=tuple(plan.model.family.tied_tensors(plan.checkpoint.config)),
     )
 
 

@@ -1,4 +1,4 @@
-"""index.jsonl -> CalibSample -> model inputs, one sample at a time.
+"""index.jsonl, or a list of prompts -> CalibSample -> model inputs, one sample at a time.
 
 Every fault of the whole index (JSON, keys, files, media) is found and listed with its line before anything else is
 done. A sample is any non-empty subset of text, image, audio and video, or a whole conversation.
@@ -17,14 +17,9 @@ from typing import Any, Literal
 from . import media
 from .digests import file_digest
 from .errors import QuantError, nearest
-from .models.spec import MediaProcessor, ModelInputs
+from .models.spec import MediaProcessor, ModelInputs, ModelSpec
 from .resources import shipped_folder
 
-# The wording the models were trained with; any other makes the talker's voice unreliable.
-DEFAULT_SYSTEM = (
-    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
-    "visual inputs, as well as generating text and speech."
-)
 MEDIA_KINDS = ("image", "audio", "video")
 KEYS = ("text", *MEDIA_KINDS, "use_audio_in_video", "system", "answer", "messages")
 MAX_TEXT_CHARACTERS = 200_000
@@ -74,6 +69,7 @@ class CalibSet:
 def load_calib_set(
     dataset: str,
     default_text: str,
+    model: ModelSpec,
     *,
     max_samples: int | None = None,
     seed: int = 0,
@@ -81,13 +77,15 @@ def load_calib_set(
 ) -> CalibSet:
     """Read and check a whole index. More than max_samples: a seeded choice of them, in their order.
 
+    model: its system turn stands before conversations that have none, and what it does not take is a fault.
+
     Raises QuantError listing all faults with their lines; with on_bad_sample "skip" they become warnings.
     """
     index = find_index(dataset)
     samples, faults = [], []
     for where, entry in _entries(index):
         try:
-            samples.append(parse_sample(where, entry, index.parent, default_text))
+            samples.append(parse_sample(where, entry, index.parent, default_text, model))
         except QuantError as error:
             faults += [f"{where}: {line}" for line in error.message.split("\n")]
     if faults and on_bad_sample == "fail":
@@ -116,7 +114,7 @@ def find_index(dataset: str) -> Path:
         shipped = sorted(p.name for p in shipped_folder("lab_calib").glob("*") if p.is_dir())
         raise QuantError(
             f"dataset {dataset!r} does not exist. Shipped: {', '.join(shipped)}.{nearest(dataset, shipped)}",
-            "give an index.json, an index.jsonl, or a folder that holds one",
+            "give an index.json, an index.jsonl, a folder that holds one, or a .txt with a prompt a line",
         )
     if found.is_file():
         return found
@@ -141,8 +139,10 @@ def _entries(index: Path) -> list[tuple[str, Any]]:
             raise QuantError(f"{index}: {value.message}", "an index.json is one object or a list of objects")
         entries = value if isinstance(value, list) else [value]
         return [(f"{index.name}[{i}]", entry) for i, entry in enumerate(entries)]
-    lines = text.split("\n")
-    return [(f"{index.name}:{n}", _parse_json(line)) for n, line in enumerate(lines, 1) if line.strip()]
+    lines = [(f"{index.name}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if index.suffix == ".txt":
+        return [(where, {"text": line.strip()}) for where, line in lines]
+    return [(where, _parse_json(line)) for where, line in lines]
 
 
 def _parse_json(text: str) -> Any:
@@ -156,7 +156,7 @@ def _parse_json(text: str) -> Any:
 # --- one sample ----------------------------------------------------------------------------------------------
 
 
-def parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> CalibSample:
+def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model: ModelSpec) -> CalibSample:
     """Check one entry. Raises one QuantError whose message has a line per fault."""
     if isinstance(entry, QuantError):
         raise entry
@@ -167,19 +167,22 @@ def parse_sample(where: str, entry: Any, folder: Path, default_text: str) -> Cal
         guess = nearest(key, KEYS, cutoff=0.7)
         if key not in KEYS and guess:  # other keys (id, source, licence) are the user's own
             faults.append(f"unknown key {key!r}.{guess}")
-    messages = (
-        _conversation(entry, default_text, faults) if "messages" in entry else _turns(entry, default_text, faults)
-    )
+    messages = _conversation(entry, faults) if "messages" in entry else _turns(entry, default_text, faults)
+    if messages and messages[0]["role"] != "system":
+        messages.insert(0, _message("system", [_text_part(model.system)]))
+    kinds = {part["type"] for message in messages for part in message["content"]}
+    for kind in sorted(kinds - set(model.modalities)):
+        faults.append(f"{kind}: {model.model_type} does not take it; it takes {', '.join(model.modalities)}")
     tracks = [_check_part(part, folder, faults) for message in messages for part in message["content"]]
     has_sound = [track for track in tracks if track is not None]
-    use_audio = _sound_choice(entry, has_sound, faults)
+    use_audio = _sound_choice(entry, has_sound, faults) and "audio" in model.modalities
     if faults:
         raise QuantError("\n".join(faults))
     return CalibSample(where, tuple(messages), use_audio)
 
 
 def _turns(entry: dict[str, Any], default_text: str, faults: list[str]) -> list[dict[str, Any]]:
-    """system, user (media, then text), and the answer where there is one."""
+    """user (media, then text), the system turn before it and the answer after it where there is one."""
     parts = []
     for kind in MEDIA_KINDS:
         value = entry.get(kind)
@@ -187,11 +190,12 @@ def _turns(entry: dict[str, Any], default_text: str, faults: list[str]) -> list[
             parts.append({"type": kind, kind: file})
     question = _text_of(entry, "text", faults) or default_text
     answer = _text_of(entry, "answer", faults)
-    messages = [
-        _message("system", [_text_part(_text_of(entry, "system", faults) or DEFAULT_SYSTEM)]),
+    system = _text_of(entry, "system", faults)
+    return [
+        *([_message("system", [_text_part(system)])] if system else []),
         _message("user", [*parts, _text_part(question)]),
+        *([_message("assistant", [_text_part(answer)])] if answer else []),
     ]
-    return messages + ([_message("assistant", [_text_part(answer)])] if answer else [])
 
 
 def _text_of(entry: dict[str, Any], key: str, faults: list[str]) -> str:
@@ -212,8 +216,8 @@ def _message(role: str, content: list[dict[str, Any]]) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _conversation(entry: dict[str, Any], default_text: str, faults: list[str]) -> list[dict[str, Any]]:
-    """`messages` as chat templates take them, with string contents made parts and a system turn put first."""
+def _conversation(entry: dict[str, Any], faults: list[str]) -> list[dict[str, Any]]:
+    """`messages` as chat templates take them, with string contents made parts."""
     beside = [key for key in ("text", "answer", "system", *MEDIA_KINDS) if key in entry]
     if beside:
         faults.append(f"messages stands beside {', '.join(beside)}; give the one or the others")
@@ -235,8 +239,6 @@ def _conversation(entry: dict[str, Any], default_text: str, faults: list[str]) -
         messages.append(_message(role, [{key: part[key] for key in ("type", part["type"])} for part in parts]))
     if messages and all(message["role"] == "system" for message in messages):
         faults.append("messages holds no user turn")
-    if messages and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", [_text_part(DEFAULT_SYSTEM)]))
     return messages
 
 

@@ -98,6 +98,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, config, tensors, shards)
 
 
+def config_block(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """The block of a config.json at a path of keys, () for all of it; empty where there is no such object."""
+    block: Any = config
+    for key in path:
+        block = block.get(key) if isinstance(block, dict) else None
+    return block if isinstance(block, dict) else {}
+
+
 def load_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size."""
     try:

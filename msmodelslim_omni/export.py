@@ -24,7 +24,6 @@ from .errors import QuantError
 from .formats import FORMATS
 from .formats.job import OutLinear, OutputJob, OutTensor
 from .formats.shards import format_tensors, write_output
-from .models.running import running
 from .models.spec import ModelSpec
 from .progress import Progress
 from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
@@ -73,6 +72,8 @@ def export(
         raise QuantError(f"part_file_size is {part_file_size}", "give the GB of a shard, or 0 for one file")
     source, target = open_quantized(path), Path(save_path)
     check_save_path(target, source.path)
+    if thinker_only and source.model.speaking is None:
+        raise QuantError(f"{source.path}: a {source.model.hf_model_type} has no parts that speak", "leave that out")
     fmt = FORMATS[save_format]
     if why := fmt.refusal(source.schemes):
         raise QuantError(f"{save_format} cannot hold {source.path}: {why}")
@@ -102,8 +103,7 @@ def export(
 
 def _refuse_other_linears(source: QuantizedCheckpoint) -> None:
     """The formats' settings say that everything outside the decoder layers is float."""
-    layers = source.model.layer_prefix.split("{index}")[0]
-    if odd := [name for name in source.linears if not name.startswith(layers)]:
+    if odd := [name for name in source.linears if not name.startswith(source.model.layers_prefix)]:
         raise QuantError(
             f"{source.path}: {odd[0]} is quantized, which is no Linear of a decoder layer",
             "no format is written with any other quantized",
@@ -112,14 +112,14 @@ def _refuse_other_linears(source: QuantizedCheckpoint) -> None:
 
 def _left_out(source: QuantizedCheckpoint, thinker_only: bool) -> tuple[str, ...]:
     """The beginnings of the names that are not written."""
-    return running(source.model).SPEECH_PREFIXES if thinker_only else ()
+    return source.model.speech_prefixes if thinker_only else ()
 
 
 def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only: bool) -> OutputJob:
     """What the format writes: as after a run, in the order of the names, which is that of an index."""
     config = without_quantization(source.checkpoint.config)
-    if thinker_only:
-        config = running(source.model).without_speech(config)
+    if thinker_only and source.model.speaking is not None:
+        config = source.model.speaking.without_speech(config)
     by_name: dict[str, OutTensor | OutLinear] = {}
     for name, info in source.floats.items():
         if name.startswith(_left_out(source, thinker_only)):
@@ -136,6 +136,7 @@ def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only:
         config=config,
         source=source.path,
         other_files=tuple(source.checkpoint.other_files()),
+        tied=tuple(source.model.family.tied_tensors(source.checkpoint.config)),
     )
 
 

@@ -13,7 +13,7 @@ import wave
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -24,7 +24,7 @@ from .device import OUT_OF_MEMORY, Device, resolve_device
 from .errors import QuantError, nearest
 from .formats.job import OutLinear
 from .models import derive_model_type
-from .models.running import RunnableModel, Running, running
+from .models.running import RunnableModel, Running, Speaking, SpeakingModel
 from .models.spec import MediaLimits, ModelInputs, ModelSpec
 from .progress import Progress
 from .quantized import is_quantized, load_linear, open_quantized, without_quantization
@@ -91,10 +91,8 @@ def generate(
         raise QuantError(f"max_new_tokens is {max_new_tokens}", "give at least 1, and 2 with --speech")
     chosen = resolve_device(device)
     source = open_source(path)
-    runs = running(source.model)
-    if speech:
-        _check_speech(source, runs, speaker, Path(speech))
-    sample = _prompt(text, images, audios, videos)
+    speaking = _check_speech(source, speaker, Path(speech)) if speech else None
+    sample = _prompt(source.model, text, images, audios, videos)
     model = open_model(source, bool(speech))
     inputs = prepare_sample(sample, source.model.family.open_media_processor(source.path, _LIMITS, trust_remote_code))
     started = time.perf_counter()
@@ -108,15 +106,16 @@ def generate(
             on_text(piece)
 
         with torch.inference_mode():
-            if not speech:
+            if speech is None or speaking is None:
                 tokens = model.answer(inputs, source.path, max_new_tokens, heard)
                 return Answer("".join(pieces), tokens, time.perf_counter() - started)
-            tokens, samples = model.speak(inputs, source.path, speaker, max_new_tokens, heard)
+            speaks = cast(SpeakingModel, model)  # opened with its speech
+            tokens, samples = speaks.speak(inputs, source.path, speaker, max_new_tokens, heard)
     except OUT_OF_MEMORY as error:
         reason = next(iter(str(error).splitlines()), "no reason given")
         raise QuantError(f"out of memory on {chosen.name}: {reason}", "give smaller media, or --device cpu") from error
-    write_wav(Path(speech), samples, runs.SPEECH_RATE)
-    seconds = len(samples) / runs.SPEECH_RATE
+    write_wav(Path(speech), samples, speaking.SPEECH_RATE)
+    seconds = len(samples) / speaking.SPEECH_RATE
     return Answer("".join(pieces), tokens, time.perf_counter() - started, str(speech), seconds)
 
 
@@ -138,20 +137,26 @@ def open_source(path: str | Path) -> Source:
     return Source(folder, checkpoint.config, derive_model_type(checkpoint.config), checkpoint.tensors, {}, sizes)
 
 
-def _check_speech(source: Source, runs: Running, speaker: str, file: Path) -> None:
-    there = any(name.startswith(runs.SPEECH_PREFIXES) for name in source.floats)
-    if not runs.speaks(source.config) or not there:
+def _check_speech(source: Source, speaker: str, file: Path) -> Speaking:
+    speaking = source.model.speaking
+    if speaking is None:
+        raise QuantError(f"{source.path}: a {source.model.hf_model_type} answers in text alone", "leave --speech out")
+    there = any(name.startswith(source.model.speech_prefixes) for name in source.floats)
+    if not speaking.speaks(source.config) or not there:
         raise QuantError(f"{source.path} holds no parts that speak", "leave --speech out, or use the whole checkpoint")
-    known = runs.speakers(source.path)
+    known = speaking.speakers(source.path)
     if speaker not in known:
         raise QuantError(f"unknown speaker {speaker!r}. Known: {', '.join(known)}.{nearest(speaker, known)}")
     if file.suffix.lower() != ".wav":
         raise QuantError(f"--speech {str(file)!r} is no .wav file", "speech is written as wav")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise QuantError(f"--speech {str(file)!r} cannot be written there", "give a file in a folder that exists")
+    return speaking
 
 
-def _prompt(text: str, images: Sequence[str], audios: Sequence[str], videos: Sequence[str]) -> CalibSample:
+def _prompt(
+    model: ModelSpec, text: str, images: Sequence[str], audios: Sequence[str], videos: Sequence[str]
+) -> CalibSample:
     """The prompt under the same checks as a calibration sample, media before the text. No URL is fetched."""
     parts = [
         {"type": kind, kind: file}
@@ -161,7 +166,7 @@ def _prompt(text: str, images: Sequence[str], audios: Sequence[str], videos: Seq
     parts += [{"type": "text", "text": text}] if text.strip() else []
     if not parts:
         raise QuantError("there is nothing to answer", "give --text, --image, --audio or --video")
-    return parse_sample("prompt", {"messages": [{"role": "user", "content": parts}]}, Path.cwd(), "")
+    return parse_sample("prompt", {"messages": [{"role": "user", "content": parts}]}, Path.cwd(), "", model)
 
 
 def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
@@ -174,7 +179,7 @@ def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
 
 def open_model(source: Source, speech: bool) -> RunnableModel:
     """The library's model, still without weights. Raises QuantError where the checkpoint lacks one, or its shape."""
-    model = running(source.model).open_model(source.config, speech)
+    model = source.model.running.open_model(source.config, speech)
     expected = model.module.state_dict()
     for name, disk in model.slots().items():
         shape = _shape(source, disk)
@@ -190,7 +195,7 @@ def open_model(source: Source, speech: bool) -> RunnableModel:
 
 def fill_model(model: RunnableModel, source: Source, device: Device, progress: Progress) -> None:
     """Load the weights in a dtype that fits. Says what that takes."""
-    runs, slots = running(source.model), model.slots()
+    runs, slots = source.model.running, model.slots()
     dtype, needed = _choose_dtype(source, device, runs, set(slots.values()))
     on_disk = sum(source.disk_bytes[disk] for disk in set(slots.values()))
     kept = "; int8 activations are emulated" if any(lin.scheme.act_bits for lin in source.linears.values()) else ""
@@ -199,9 +204,14 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
         f" {human_bytes(needed)} of memory"
         + (f", dequantized, for {human_bytes(on_disk)} on disk{kept}" if source.linears else "")
     )
+    filled: dict[str, str] = {}
     for done, (name, disk) in enumerate(slots.items(), 1):
-        wanted = torch.float32 if disk.startswith(runs.FLOAT32_PREFIXES) else dtype
-        _fill(model.module, name, disk, source, wanted, device.torch)
+        if disk in filled:
+            _share(model.module, filled[disk], name)
+        else:
+            wanted = torch.float32 if disk.startswith(runs.FLOAT32_PREFIXES) else dtype
+            _fill(model.module, name, disk, source, wanted, device.torch)
+            filled[disk] = name
         progress.step("load", done, len(slots), "tensors")
     for module in model.module.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -273,6 +283,12 @@ def _fill(
         return
     parent, _, child = owner_name.rpartition(".")
     setattr(module.get_submodule(parent), child, RoundingLinear(loaded, owner.bias, dtype, device))
+
+
+def _share(module: torch.nn.Module, one: str, other: str) -> None:
+    """Let another place of the model hold what is in one, as an lm_head holds the embedding it is tied to."""
+    owner, _, attribute = other.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, module.get_parameter(one))
 
 
 def dequantized(linear: QuantizedLinear, dtype: torch.dtype) -> torch.Tensor:

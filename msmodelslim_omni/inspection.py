@@ -9,10 +9,9 @@ from typing import Any
 from .checkpoint import load_json_object
 from .errors import QuantError
 from .formats import FORMATS
-from .formats.ascend import DESCRIPTION_FILE
 from .models import derive_model_type
 from .models.spec import ModelSpec
-from .plan import quantization_of
+from .plan import declared_scheme
 from .safetensors_io import TensorInfo, read_header
 
 
@@ -55,8 +54,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     config = load_json_object(path / "config.json")
     model = derive_model_type(config)
     tensors, files = _all_tensors(path)
-    kinds = _description(path)
-    scheme = _scheme(config, kinds)
+    scheme = declared_scheme(path, config)
     parts: dict[str, list[TensorInfo]] = {}
     for name, info in tensors.items():
         parts.setdefault(model.part_of(name).name, []).append(info)
@@ -74,19 +72,6 @@ def _all_tensors(path: Path) -> tuple[dict[str, TensorInfo], int]:
     for file in files:
         tensors |= read_header(file)
     return tensors, len(files)
-
-
-def _description(path: Path) -> dict[str, Any]:
-    return load_json_object(path / DESCRIPTION_FILE) if (path / DESCRIPTION_FILE).is_file() else {}
-
-
-def _scheme(config: dict[str, Any], description: dict[str, Any]) -> str:
-    if description:
-        return f"ascend {description.get('model_quant_type', 'unknown')}"
-    quantization = quantization_of(config)
-    if quantization is None:
-        return "float"
-    return " ".join(str(quantization[key]) for key in ("quant_method", "format") if key in quantization)
 
 
 def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartContent:

@@ -165,6 +165,7 @@ def _load_calibration(plan: QuantPlan) -> CalibSet | None:
     calib = load_calib_set(
         plan.dataset,
         plan.recipe.spec.default_text,
+        plan.model,
         max_samples=plan.calibration.max_samples,
         seed=plan.seed,
         on_bad_sample=plan.calibration.on_bad_sample,

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, load_json_object
 from .errors import QuantError
 from .formats import FORMATS
 from .formats.ascend import DESCRIPTION_FILE
+from .models import MODEL_TYPES, derive_model_type
 from .models.spec import LayerSpec, ModelSpec, Part
 from .patterns import matches
 from .processors import PROCESSORS
@@ -152,10 +155,22 @@ def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
     return next((q for q in found if isinstance(q, dict)), None)
 
 
+def declared_scheme(path: Path, config: dict[str, Any]) -> str:
+    """How a checkpoint says it is quantized: `awq 4 bits`, `ascend W8A8_DYNAMIC`; `float` for one that says nothing."""
+    quantization = quantization_of(config)
+    if (path / DESCRIPTION_FILE).is_file():
+        said = ["ascend", load_json_object(path / DESCRIPTION_FILE).get("model_quant_type")]
+    elif quantization is None:
+        return "float"
+    else:
+        bits = quantization.get("bits", quantization.get("w_bit"))
+        said = [quantization.get("quant_method", "unknown"), quantization.get("format"), bits and f"{bits} bits"]
+    return " ".join(str(word)[:80] for word in said if word)
+
+
 def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    quantization = quantization_of(checkpoint.config)
-    if quantization is not None or (checkpoint.path / DESCRIPTION_FILE).exists():
-        scheme = (quantization or {}).get("quant_method", "ascend")
+    scheme = declared_scheme(checkpoint.path, checkpoint.config)
+    if scheme != "float":
         raise QuantError(
             f"{checkpoint.path} is already quantized ({scheme})", "give the float checkpoint it was made from"
         )
@@ -163,12 +178,7 @@ def _refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
     """Names, shapes and dtypes against config.json; surplus tensors outside the layers are warned of and kept."""
-    if checkpoint.config.get("model_type") != model.hf_model_type:
-        raise QuantError(
-            f"config.json has model_type {checkpoint.config.get('model_type')!r}; {model.model_type} is"
-            f" {model.hf_model_type!r}",
-            "give the checkpoint that belongs to --model_type, or leave --model_type out",
-        )
+    _check_type(model, checkpoint)
     expected, optional = model.family.expected_tensors(checkpoint.config)
     found = checkpoint.tensors
     missing = sorted(set(expected) - set(found) - optional)
@@ -185,7 +195,7 @@ def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
             f" config.json implies {list(expected[first])} ({len(wrong)} such)",
             "config.json and the weights are of different models",
         )
-    layers = model.layer_prefix.split("{index}")[0]
+    layers = model.layers_prefix
     surplus = sorted(set(found) - set(expected) - optional)
     if in_layers := [name for name in surplus if name.startswith(layers)]:
         raise QuantError(
@@ -200,6 +210,28 @@ def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
     if shape and shape != model.model_type:
         warnings.append(f"config.json has the shape of {shape}, not of {model.model_type}; its shape is what counts")
     return warnings
+
+
+def _check_type(model: ModelSpec, checkpoint: Checkpoint) -> None:
+    """config.json and the names of the tensors are of this model type; where they are of another, that one is named."""
+    said = checkpoint.config.get("model_type")
+    if said != model.hf_model_type:
+        right = "give the checkpoint that belongs to --model_type"
+        with suppress(QuantError):  # of no model that is read, or without the shape that tells which
+            right = f"give --model_type {derive_model_type(checkpoint.config).model_type}"
+        raise QuantError(
+            f"config.json has model_type {said!r}; {model.model_type} is {model.hf_model_type!r}",
+            f"{right}, or leave --model_type out",
+        )
+    if any(name.startswith(model.layers_prefix) for name in checkpoint.tensors):
+        return
+    for spec in MODEL_TYPES.values():
+        if all(spec.part_of(name).prefix for name in checkpoint.tensors):
+            raise QuantError(
+                f"config.json has model_type {said!r}, but the tensors are named as those of {spec.hf_model_type!r}"
+                f" ({min(checkpoint.tensors)})",
+                f"fetch the config.json of this checkpoint; it is a {spec.model_type} or of that family",
+            )
 
 
 def _named(names: list[str]) -> str:
@@ -221,10 +253,11 @@ Selection = tuple[Location, ProcessorConfig, frozenset[str]]  # place in the fil
 
 def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnings: list[str]) -> list[Selection]:
     """For each processor the decoder Linears it selects; the first linear_quant that selects a Linear has it."""
-    layer_prefix = model.layer_prefix.split("{index}")[0]
     relatives = {f".{name}" for name in model.family.layer_spec(checkpoint.config).linears}
-    linear_like = [n.removesuffix(".weight") for n, i in checkpoint.tensors.items() if len(i.shape) == 2]
-    decoder = {n for n in linear_like if n.startswith(layer_prefix) and any(map(n.endswith, relatives))}
+    tied = model.family.tied_tensors(checkpoint.config)
+    matrices = [*(n for n, info in checkpoint.tensors.items() if len(info.shape) == 2), *tied]
+    linear_like = [name.removesuffix(".weight") for name in dict.fromkeys(matrices)]
+    decoder = {n for n in linear_like if n.startswith(model.layers_prefix) and any(map(n.endswith, relatives))}
     selections: list[Selection] = []
     taken: set[str] = set()
     quantized_before = False
@@ -235,7 +268,7 @@ def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnin
                 f"{recipe.where((*place, 'type'))}: {model.model_type} does not admit the processor {config.type!r};"
                 f" it admits: {admitted}"
             )
-        _check_patterns(recipe, place, config, model, decoder, linear_like, warnings)
+        _check_patterns(recipe, place, config, model, decoder, linear_like, tied, warnings)
         chosen = {n for n in decoder if matches(n, config.include) and not matches(n, config.exclude)}
         if isinstance(config, LinearQuantConfig):
             chosen -= taken
@@ -257,6 +290,7 @@ def _check_patterns(
     model: ModelSpec,
     decoder: set[str],
     linear_like: list[str],
+    tied: dict[str, str],
     warnings: list[str],
 ) -> None:
     """A pattern that matches nothing is a warning; an include that asks for what stays float is an error."""
@@ -267,10 +301,12 @@ def _check_patterns(
             if not hits:
                 warnings.append(f"{where}: {key} pattern {pattern!r} matches no Linear; names look like {min(decoder)}")
             elif key == "include" and not decoder.intersection(hits):
-                part = model.part_of(f"{hits[0]}.weight")
+                weight = f"{hits[0]}.weight"
+                part = model.part_of(weight)
+                why = f"it is tied to {tied[weight]}, and stored as that alone" if weight in tied else part.why_float
                 raise QuantError(
                     f"{where}: include pattern {pattern!r} asks for {hits[0]} ({part.name}),"
-                    f" which {model.model_type} keeps float: {part.why_float}",
+                    f" which {model.model_type} keeps float: {why}",
                     f"only Linears of decoder layers are quantized, e.g. {min(decoder)}",
                 )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .arithmetic import QuantizedLinear
-from .checkpoint import Checkpoint, follow_index, load_json_object
+from .checkpoint import Checkpoint, config_block, follow_index, load_json_object
 from .errors import QuantError
 from .formats import ascend, awq, compressed_tensors
 from .formats.job import OutLinear
@@ -119,7 +119,7 @@ def read_quantized(path: str | Path) -> QuantizedCheckpoint:
     model = derive_model_type(config)
     saver, settings = identify(path, config)
     tensors, shards = read_shards(path)
-    dtypes = _layer_dtypes(tensors, config)
+    dtypes = _layer_dtypes(tensors, config, model)
     found = READERS[saver](settings, tensors, lambda name: dtypes.get(_layer_of(name), dtypes[""]))
     parts = {info.name for stored in found.linears.values() for info in stored.parts.values()}
     floats = {name: info for name, info in tensors.items() if name not in parts}
@@ -166,18 +166,17 @@ def _layer_of(name: str) -> str:
     return match[0] if match else ""
 
 
-def _layer_dtypes(tensors: Mapping[str, TensorInfo], config: dict[str, Any]) -> dict[str, str]:
+def _layer_dtypes(tensors: Mapping[str, TensorInfo], config: dict[str, Any], model: ModelSpec) -> dict[str, str]:
     """The float dtype of each layer, as its norms have it; under "" that of the whole, as config.json says.
 
     Norms, since every format keeps them as they were, while it may store scales and biases in a dtype of its own.
     """
-    thinker = config.get("thinker_config")
     said = next(
         (
             str(value)
-            for block in (config, thinker if isinstance(thinker, dict) else {})
+            for path in model.config_paths
             for key in ("dtype", "torch_dtype")
-            if (value := block.get(key)) is not None
+            if (value := config_block(config, path).get(key)) is not None
         ),
         "bfloat16",
     )

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from msmodelslim_omni.calibration import (
-    DEFAULT_SYSTEM,
     MAX_INDEX_BYTES,
     MAX_TEXT_CHARACTERS,
     CalibSample,
@@ -25,9 +24,11 @@ from msmodelslim_omni.calibration import (
     prepare_sample,
 )
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models.spec import MediaLimits
 from msmodelslim_omni.resources import shipped_folder
 
+OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
 SHIPPED = shipped_folder("lab_calib") / "calibVideos"
 
 
@@ -65,7 +66,7 @@ def write_lines(folder: Path, *entries: Any, name: str = "index.jsonl") -> str:
 
 
 def load(folder: Path, *entries: Any, **options: Any) -> CalibSet:
-    return load_calib_set(write_lines(folder, *entries), "Default?", **options)
+    return load_calib_set(write_lines(folder, *entries), "Default?", OMNI, **options)
 
 
 def faults(folder: Path, *entries: Any) -> list[str]:
@@ -93,7 +94,7 @@ def text(words: str) -> dict[str, str]:
 def test_plain_text(folder: Path) -> None:
     (sample,) = load(folder, {"text": "Hello"}).samples
     assert sample.messages == (
-        {"role": "system", "content": [text(DEFAULT_SYSTEM)]},
+        {"role": "system", "content": [text(OMNI.system)]},
         {"role": "user", "content": [text("Hello")]},
     )
     assert sample.where == "index.jsonl:1"
@@ -156,7 +157,7 @@ def test_messages(folder: Path) -> None:
     ]
     (sample,) = load(folder, {"messages": turns}).samples
     assert sample.messages == (
-        {"role": "system", "content": [text(DEFAULT_SYSTEM)]},
+        {"role": "system", "content": [text(OMNI.system)]},
         {"role": "user", "content": [{"type": "image", "image": folder / "red.png"}, text("What?")]},
         {"role": "assistant", "content": [text("Red.")]},
         {"role": "user", "content": [text("Sure?")]},
@@ -181,7 +182,7 @@ def test_users_own_keys_are_left_alone(folder: Path) -> None:
 )
 def test_index_json(folder: Path, value: Any, count: int) -> None:
     (folder / "index.json").write_text(json.dumps(value, indent=2))
-    samples = load_calib_set(str(folder / "index.json"), "D").samples
+    samples = load_calib_set(str(folder / "index.json"), "D", OMNI).samples
     assert len(samples) == count
     assert samples[-1].where == f"index.json[{count - 1}]"
 
@@ -207,13 +208,13 @@ def test_empty_index(folder: Path, content: bytes) -> None:
 def test_empty_list(folder: Path) -> None:
     (folder / "index.json").write_text("[]")
     with pytest.raises(QuantError, match="no usable sample"):
-        load_calib_set(str(folder / "index.json"), "D")
+        load_calib_set(str(folder / "index.json"), "D", OMNI)
 
 
 def test_index_json_that_is_none(folder: Path) -> None:
     (folder / "index.json").write_text('{"text": ')
     with pytest.raises(QuantError, match=r"index\.json: not valid JSON: Expecting value") as caught:
-        load_calib_set(str(folder / "index.json"), "D")
+        load_calib_set(str(folder / "index.json"), "D", OMNI)
     assert "one object or a list" in caught.value.hint
 
 
@@ -227,7 +228,7 @@ def test_enormous_index(folder: Path) -> None:
     with (folder / "index.jsonl").open("wb") as stream:
         stream.truncate(MAX_INDEX_BYTES + 1)
     with pytest.raises(QuantError, match=f"larger than {MAX_INDEX_BYTES} bytes"):
-        load_calib_set(str(folder / "index.jsonl"), "D")
+        load_calib_set(str(folder / "index.jsonl"), "D", OMNI)
 
 
 # --- where the index is --------------------------------------------------------------------------------------
@@ -394,7 +395,7 @@ JSON_VALUES = st.recursive(
 def test_fuzz_entries(folder: Path, entry: dict[str, Any]) -> None:
     (folder / "index.jsonl").write_text(json.dumps(entry))
     try:
-        load_calib_set(str(folder / "index.jsonl"), "D")
+        load_calib_set(str(folder / "index.jsonl"), "D", OMNI)
     except QuantError as error:
         assert error.message
 
@@ -493,7 +494,7 @@ def test_checkpoint_without_a_processor(tmp_path: Path) -> None:
 
 def test_shipped_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    calib = load_calib_set("calibVideos", "Default?")
+    calib = load_calib_set("calibVideos", "Default?", OMNI)
     assert len(calib.samples) >= 32
     assert calib.warnings == ()
     kinds = [frozenset(p["type"] for p in content_of_all(sample)) - {"text"} for sample in calib.samples]
@@ -511,7 +512,7 @@ def content_of_all(sample: CalibSample) -> list[dict[str, Any]]:
 
 
 def test_every_shipped_file_is_used_and_credited() -> None:
-    used = {file.resolve() for sample in load_calib_set("calibVideos", "D").samples for file in sample.files()}
+    used = {file.resolve() for sample in load_calib_set("calibVideos", "D", OMNI).samples for file in sample.files()}
     there = {f for kind in ("images", "audio", "videos") for f in (SHIPPED / kind).iterdir()}
     assert {file.resolve() for file in there} == used
     assert (SHIPPED / "ATTRIBUTION.md").is_file()

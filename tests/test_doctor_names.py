@@ -9,7 +9,7 @@ import test_loader_rules as by_hand
 from make_checkpoint import SHAPES
 from make_tiny_omni import omni_config
 from test_formats import LOADERS, is_ignored
-from test_loader_rules import AWQ_RULES, DECODER, FLOATS, linears, output_job
+from test_loader_rules import AWQ_RULES, DECODER, FLOATS, SPEC, linears, output_job
 
 from msmodelslim_omni.doctor.linears import expected_linears
 from msmodelslim_omni.doctor.names import (
@@ -61,16 +61,16 @@ def test_every_loader_converts_the_decoder_of_the_real_models_alone(real: list[s
     assert len(decoder(real)) in (28 * 7, 36 * 7)
     job = output_job(real, ())
     lists = compressed_tensors.quantization_config(job)["ignore"]
-    found = by_loader(answers(awq_loaders(awq.modules_to_not_convert(job), decoder(real)), real))
+    found = by_loader(answers(awq_loaders(SPEC, awq.modules_to_not_convert(job), decoder(real)), real))
     assert len(found) == 7
-    found_ct = by_loader(answers(compressed_tensors_loaders(lists, ["Linear"]), real))
+    found_ct = by_loader(answers(compressed_tensors_loaders(SPEC, lists, ["Linear"]), real))
     assert len(found_ct) == 5
     for answer in (*found.values(), *found_ct.values()):
         assert answer.taken == decoder(real) and not answer.split, answer.loader
 
 
 def test_ascend_asks_for_every_linear_of_tower_and_decoder(real: list[str]) -> None:
-    modules = ascend_modules(real)
+    modules = ascend_modules(SPEC, real)
     asked = {name for parts in modules.values() for name in parts}
     assert asked == {n for n in real if n.startswith(("thinker.model.", "thinker.visual.", "thinker.lm_head"))}
     assert modules["visual.blocks.0.attn.qkv"] == [f"thinker.visual.blocks.0.attn.{x}" for x in "kqv"]
@@ -90,7 +90,7 @@ LISTS = (
 @pytest.mark.parametrize("entries", LISTS)
 @pytest.mark.parametrize("loader", OURS_OF)
 def test_awq_rules_agree_with_the_other_emulation(linears: list[str], loader: str, entries: list[str]) -> None:
-    ours = by_loader(answers(awq_loaders(entries, set()), linears))[OURS_OF[loader]].taken
+    ours = by_loader(answers(awq_loaders(SPEC, entries, set()), linears))[OURS_OF[loader]].taken
     theirs = AWQ_RULES[loader](linears, entries)
     assert ours == (theirs - {"thinker.lm_head"} if loader == "vllm" else theirs)
 
@@ -103,7 +103,7 @@ def test_compressed_tensors_rules_agree_with_the_other_emulation(linears: list[s
         ["lm_head", "thinker.visual.blocks.0.attn.q", "re:talker.*"],
     ]
     for ignore in lists:
-        ours = list(answers(compressed_tensors_loaders(ignore, ["Linear"]), linears))
+        ours = list(answers(compressed_tensors_loaders(SPEC, ignore, ["Linear"]), linears))
         for rename, answer in zip(LOADERS[:4], ours[:4], strict=True):
             theirs = {n for n in linears for name in rename(n) if not is_ignored(name, ignore)}
             assert answer.taken == theirs, answer.loader
@@ -111,21 +111,21 @@ def test_compressed_tensors_rules_agree_with_the_other_emulation(linears: list[s
 
 def test_exact_names_miss_the_fused_visual_modules_of_vllm() -> None:
     parts = [f"thinker.visual.blocks.0.attn.{x}" for x in "qkv"]
-    vllm = by_loader(answers(compressed_tensors_loaders(parts, ["Linear"]), parts))["vLLM"]
+    vllm = by_loader(answers(compressed_tensors_loaders(SPEC, parts, ["Linear"]), parts))["vLLM"]
     assert vllm.taken == set(parts)
-    vllm = by_loader(answers(compressed_tensors_loaders(["re:visual.*"], ["Linear"]), parts))["vLLM"]
+    vllm = by_loader(answers(compressed_tensors_loaders(SPEC, ["re:visual.*"], ["Linear"]), parts))["vLLM"]
     assert not vllm.taken
 
 
 def test_a_list_that_names_one_part_of_a_fused_module() -> None:
     parts = [f"{DECODER}0.self_attn.{x}_proj" for x in "qkv"]
-    vllm = by_loader(answers(compressed_tensors_loaders([parts[1]], ["Linear"]), parts))["vLLM"]
+    vllm = by_loader(answers(compressed_tensors_loaders(SPEC, [parts[1]], ["Linear"]), parts))["vLLM"]
     assert vllm.split == (("language_model.model.layers.0.self_attn.qkv_proj", tuple(sorted(parts))),)
 
 
 def test_awq_without_a_list() -> None:
     names = [f"{DECODER}0.mlp.up_proj", f"{DECODER}0.mlp.gate_proj", "thinker.visual.blocks.0.attn.q"]
-    found = by_loader(answers(awq_loaders(None, set(names[:2])), names))
+    found = by_loader(answers(awq_loaders(SPEC, None, set(names[:2])), names))
     assert found["vLLM"].taken == set(names[:2])  # it looks into the files
     assert found["transformers 4.57, full class"].taken == set(names)
 
@@ -152,7 +152,7 @@ def test_patterns_that_are_not_tried(pattern: str, refused: bool) -> None:
 
 def test_hostile_patterns_are_not_tried_by_any_loader() -> None:
     name = DECODER + "0." + "a" * 60 + "!"
-    assert not compressed_tensors_loaders(["re:.*(a+)+$"], ["Linear"])
-    assert {a.loader for a in answers(awq_loaders([".*(a+)+$"], set()), [name])} == {
+    assert not compressed_tensors_loaders(SPEC, ["re:.*(a+)+$"], ["Linear"])
+    assert {a.loader for a in answers(awq_loaders(SPEC, [".*(a+)+$"], set()), [name])} == {
         "AutoAWQ", "transformers 4.57, full class", "transformers 4.57, thinker class", "vLLM",
     }  # fmt: skip

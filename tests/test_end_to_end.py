@@ -251,7 +251,8 @@ def emulated_linear(written: Tensors, name: str) -> torch.nn.Module:
 def samples(tiny: Path, index: Path) -> list[dict[str, Any]]:
     """The calibration samples as keyword arguments of the thinker."""
     media = omni.open_media_processor(tiny, MediaLimits(8192, 200704, 2.0), False)
-    prepared = [prepare_sample(sample, media) for sample in load_calib_set(str(index), "Describe.").samples]
+    found = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
+    prepared = [prepare_sample(sample, media) for sample in found.samples]
     return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in prepared]
 
 

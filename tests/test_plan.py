@@ -542,7 +542,7 @@ def test_unknown_architecture(model_type: Any) -> None:
 def test_unknown_model_type_names_the_nearest() -> None:
     with pytest.raises(QuantError) as caught:
         named_model_type("Qwen2.5-Omni-8B")
-    assert "Known: Qwen2.5-Omni-7B, Qwen2.5-Omni-3B." in caught.value.message
+    assert "Known: Qwen2.5-Omni-7B, Qwen2.5-Omni-3B, Qwen2.5-VL-7B-Instruct, Qwen2.5-VL-3B" in caught.value.message
     assert "Did you mean 'Qwen2.5-Omni-" in caught.value.message
     assert "--model_type" in caught.value.hint
 

@@ -98,7 +98,7 @@ def our_inputs(entry: dict[str, Any], media: MediaProcessor, folder: Path) -> Mo
     """One entry through index, checks, decoding and processor, as the pipeline takes it."""
     index = folder / "index.jsonl"
     index.write_text(json.dumps(entry, ensure_ascii=False), encoding="utf-8")
-    (sample,) = load_calib_set(str(index), "Describe.").samples
+    (sample,) = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B")).samples
     return prepare_sample(sample, media)
 
 

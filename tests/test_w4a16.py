@@ -127,7 +127,8 @@ def test_both_layouts_hold_the_same_weights(tiny: Path, both: Path) -> None:
 def samples(tiny: Path, index: Path) -> list[dict[str, Any]]:
     """Those of the calibration, and one that it has not seen, as keyword arguments of the thinker."""
     media = omni.open_media_processor(tiny, MediaLimits(8192, 50176, 2.0), False)
-    entries = [prepare_sample(sample, media) for sample in load_calib_set(str(index), "Describe.").samples]
+    found = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
+    entries = [prepare_sample(sample, media) for sample in found.samples]
     return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in entries]
 
 

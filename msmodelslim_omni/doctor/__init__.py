@@ -14,11 +14,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import config_block
 from ..errors import QuantError
 from ..models import derive_model_type
 from ..models.spec import ModelSpec
 from .companions import check_companions
-from .config import KEY, THINKER, blocks, check_config, read_config, read_description
+from .config import KEY, blocks, check_config, read_config, read_description
 from .content import check_floats, check_integers, check_scales
 from .findings import Collector, Diagnosis, Finding, found
 from .headers import check_files, check_index, read_folder
@@ -46,10 +47,10 @@ def examine(
     description, description_faults = read_description(path)
     folder = read_folder(path)
     names = set(folder.tensors)
-    declared = declared_quantization(
-        config.get(KEY, _inner_block(config)), description is not None, {linear_of(name)[1] for name in names}
-    )
     model, expected, optional, model_faults = _implied(config)
+    declared = declared_quantization(
+        _declared_block(config, model), description is not None, {linear_of(name)[1] for name in names}
+    )
     linears = stored_linears(folder, expected, declared)
     quantized = [linear for linear in linears.values() if linear.quantized]
     all_linears = sorted(linears.keys() | expected_linears(expected).keys())
@@ -59,20 +60,23 @@ def examine(
     collector.run("index", check_index(folder), listed, folder.index_name)
     config_check = [*config_faults, *description_faults, *model_faults]
     if config:
-        config_check += check_config(config, description is not None, declared)
+        config_check += check_config(config, model, description is not None, declared)
     collector.run("config", iter(config_check), f"{declared.format}, architecture kept whole", "config.json")
-    collector.run("companions", check_companions(path), "tokenizer, processor, chat template, voices", str(path))
-    if expected:
-        tensors = check_tensors(folder, config, expected, optional, linears, declared)
+    speaks = model is None or bool(model.speech_prefixes)
+    companions = "tokenizer, processor, chat template" + ", voices" * speaks
+    collector.run("companions", check_companions(path, speaks), companions, str(path))
+    if model is not None and expected:
+        tensors = check_tensors(folder, config, model, expected, optional, linears, declared)
         collector.run("tensors", tensors, f"{len(names)} names, as config.json implies", "all")
     collector.run("linears", check_linears(linears, declared), f"{len(quantized)} quantized, all tensors fit", "all")
-    collector.run("groups", check_groups(linears), "q, k, v and gate, up of one form; towers float", "all")
-    if declared.format == "ascend":
+    if model is not None:
+        collector.run("groups", check_groups(model, linears), "q, k, v and gate, up of one form; towers float", "all")
+    if model is not None and declared.format == "ascend":
         if description:
-            found_names = check_description(linears, description, sorted(names), all_linears)
+            found_names = check_description(model, linears, description, sorted(names), optional, all_linears)
             collector.run("names", found_names, "vLLM-Ascend finds an entry for each Linear", "description")
-    elif declared.format in ("awq", "compressed-tensors") and config:
-        lists = check_lists(linears, declared, _inner_block(config) is not None, all_linears)
+    elif model is not None and declared.format in ("awq", "compressed-tensors"):
+        lists = check_lists(model, linears, declared, config, all_linears)
         collector.run("names", lists, f"every loader converts these {len(quantized)} Linears alone", "config.json")
     collector.run("scales", check_scales(linears.values()), "finite, positive, no denormals", "all")
     collector.run("integers", check_integers(linears.values()), "no constant rows, zero points fit", "all")
@@ -98,9 +102,10 @@ def _folder(path: str | Path) -> Path:
     return path
 
 
-def _inner_block(config: dict[str, Any]) -> Any:
-    thinker = config.get(THINKER)
-    return thinker.get(KEY) if isinstance(thinker, dict) else None
+def _declared_block(config: dict[str, Any], model: ModelSpec | None) -> Any:
+    """The first quantization_config where a loader looks for it."""
+    paths = ((),) if model is None else model.config_paths
+    return next((block[KEY] for path in paths if KEY in (block := config_block(config, path))), None)
 
 
 def _implied(config: dict[str, Any]) -> tuple[ModelSpec | None, Shapes, frozenset[str], tuple[Finding, ...]]:

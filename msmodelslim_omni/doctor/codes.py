@@ -79,8 +79,8 @@ _TENSORS = {
     ),
     "tensor_unexpected": _error("vLLM refuses names that the model has not", (VLLM, ASCEND), "rename or remove it"),
     "prefix_dropped": _error(
-        "names must begin with thinker., talker. or token2wav.: vLLM's mapper and the full class find none of these",
-        (VLLM, ASCEND, *TRANSFORMERS), "save the whole model's names, thinker. before those of the thinker",
+        "names must begin as the whole model's do: vLLM's mapper and the full class find none of these",
+        (VLLM, ASCEND, *TRANSFORMERS), "save the whole model's names, e.g. thinker. before those of an Omni's thinker",
     ),
     "part_missing": _warning("no speech can be made with this checkpoint, though its config offers it", TRANSFORMERS,
                              "set enable_audio_output to false, or quantize again from a whole checkpoint"),
@@ -159,7 +159,7 @@ _NAMES = {
 _CONFIG_KINDS = {
     "config_missing": _error("nothing can be loaded without it", ALL, "copy config.json from the source"),
     "config_foreign": _error("this is no model that this tool quantizes; names and shapes are not checked", ALL,
-                             "give a checkpoint of Qwen2.5-Omni"),
+                             "give a checkpoint of Qwen2.5-Omni or Qwen2.5-VL"),
     "config_thinker_only": _error(
         "vLLM knows only the whole model's architecture and reads hf_config.thinker_config", (VLLM, ASCEND),
         "keep the source's whole config.json, also when talker and token2wav are left out",

@@ -20,8 +20,8 @@ _TEMPLATES = ("chat_template.json", "chat_template.jinja")
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def check_companions(path: Path) -> Iterator[Finding]:
-    """Everything that a processor, a tokenizer and the full class read besides the weights."""
+def check_companions(path: Path, speaks: bool) -> Iterator[Finding]:
+    """Everything that a processor, a tokenizer and the full class read besides the weights; the voices if it speaks."""
     names = {file.name for file in path.iterdir() if file.is_file()}
     if "tokenizer_config.json" not in names:
         yield found("tokenizer_missing", "tokenizer_config.json", "is missing")
@@ -33,7 +33,8 @@ def check_companions(path: Path) -> Iterator[Finding]:
         yield found("chat_template_missing", _TEMPLATES[0], "is missing")
     if "generation_config.json" not in names:
         yield found("generation_config_missing", "generation_config.json", "is missing")
-    yield from _check_voices(path)
+    if speaks:
+        yield from _check_voices(path)
     for name in sorted(names):
         yield from _check_file(path / name)
 

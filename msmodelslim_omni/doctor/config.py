@@ -6,18 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import config_block
 from ..errors import QuantError
 from ..formats.ascend import DESCRIPTION_FILE
+from ..models import MODEL_TYPES
+from ..models.spec import ModelSpec
 from .findings import Finding, found, some
 from .headers import read_json
 from .quantization import Declared, config_groups
 
 KEY = "quantization_config"
-THINKER = "thinker_config"
 
-# Architectures of the whole model that vLLM knows.
-_ARCHITECTURES = ("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel")
-_THINKER_PARTS = ("text_config", "vision_config", "audio_config")
 _METHODS = ("awq", "compressed-tensors")
 
 
@@ -55,32 +54,43 @@ def blocks(config: dict[str, Any]) -> dict[str, Any]:
     return found_blocks
 
 
-def check_config(config: dict[str, Any], has_description: bool, declared: Declared) -> Iterator[Finding]:
+def check_config(
+    config: dict[str, Any], model: ModelSpec | None, has_description: bool, declared: Declared
+) -> Iterator[Finding]:
     """Architecture and parts, then the places of quantization_config and its fields."""
-    yield from _check_architecture(config)
+    yield from _check_architecture(config, model)
     places = blocks(config)
-    top, inner = places.pop(KEY, None), places.pop(f"{THINKER}.{KEY}", None)
+    top = places.pop(KEY, None)
+    inner = {place: places.pop(place, None) for place in _inner_places(model)}
     for place in places:
         yield found("quantization_config_stray", f"config.json: {place}", "stands beside what loaders read")
     if has_description:
-        for place, block in ((KEY, top), (f"{THINKER}.{KEY}", inner)):
+        for place, block in ((KEY, top), *inner.items()):
             if block is not None:
                 yield found("quantization_config_stale", f"config.json: {place}", f"stands beside {DESCRIPTION_FILE}")
         return
-    if top is None and inner is None:
+    only = next((block for block in inner.values() if block is not None), None)
+    if top is None and only is None:
         if declared.format == "ascend":
             yield found("quantization_config_missing", DESCRIPTION_FILE, "is missing; tensors are of the ascend format")
         elif declared.format:
             yield found("quantization_config_missing", f"config.json: {KEY}", f"tensors look like {declared.format}")
         return
-    if top is None:
-        yield found("quantization_config_only_in_thinker", f"config.json: {THINKER}.{KEY}", "not at the top level")
-    elif inner is None:
-        yield found("quantization_config_not_in_thinker", f"config.json: {THINKER}.{KEY}", "is missing")
-    elif top != inner:
-        told = f"other than at the top level: {_differing(top, inner)}"
-        yield found("quantization_config_differs", f"config.json: {THINKER}.{KEY}", told)
-    yield from _check_block(top if top is not None else inner, declared)
+    for place, block in inner.items():
+        if top is None:
+            yield found("quantization_config_only_in_thinker", f"config.json: {place}", "not at the top level")
+        elif block is None:
+            yield found("quantization_config_not_in_thinker", f"config.json: {place}", "is missing")
+        elif top != block:
+            told = f"other than at the top level: {_differing(top, block)}"
+            yield found("quantization_config_differs", f"config.json: {place}", told)
+    yield from _check_block(top if top is not None else only, declared)
+
+
+def _inner_places(model: ModelSpec | None) -> list[str]:
+    """Where loaders look for quantization_config besides the top level."""
+    paths = () if model is None else model.config_paths
+    return [".".join([*path, KEY]) for path in paths if path]
 
 
 def _differing(one: Any, other: Any) -> str:
@@ -89,20 +99,27 @@ def _differing(one: Any, other: Any) -> str:
     return some(str(key) for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
-def _check_architecture(config: dict[str, Any]) -> Iterator[Finding]:
+def _check_architecture(config: dict[str, Any], model: ModelSpec | None) -> Iterator[Finding]:
     names, model_type = config.get("architectures"), config.get("model_type")
-    thinker = config.get(THINKER)
-    if "thinker" in str(model_type) or (isinstance(names, list) and any("Thinker" in str(name) for name in names)):
+    if _is_part_of_a_model(names, model_type):
         yield found("config_thinker_only", "config.json", f"model_type {model_type!r}, architectures {names!r}")
         return
-    if not isinstance(names, list) or not any(name in _ARCHITECTURES for name in names):
-        yield found("config_architecture", "config.json: architectures", f"is {names!r}; known are {_ARCHITECTURES}")
-    if not isinstance(thinker, dict):
-        yield found("config_part_missing", f"config.json: {THINKER}", "is missing")
-        return
-    for part in _THINKER_PARTS:
-        if not isinstance(thinker.get(part), dict):
-            yield found("config_part_missing", f"config.json: {THINKER}.{part}", "is missing")
+    if model is None:
+        return  # told by the check of what config.json implies
+    known = model.loaders.architectures
+    if not isinstance(names, list) or not any(name in known for name in names):
+        yield found("config_architecture", "config.json: architectures", f"is {names!r}; known are {known}")
+    for path in model.loaders.config_parts:
+        if not config_block(config, path):
+            yield found("config_part_missing", f"config.json: {'.'.join(path)}", "is missing")
+
+
+def _is_part_of_a_model(names: Any, model_type: Any) -> bool:
+    """Whether config.json is that of a part, e.g. of the thinker alone."""
+    specs = MODEL_TYPES.values()
+    parts = {loaded.architecture for spec in specs for loaded in spec.loaders.classes if loaded.config_path}
+    of_part = isinstance(names, list) and any(str(name) in parts for name in names)
+    return of_part or any(str(model_type).startswith(f"{spec.hf_model_type}_") for spec in specs)
 
 
 def _check_block(block: Any, declared: Declared) -> Iterator[Finding]:

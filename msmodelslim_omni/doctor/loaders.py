@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+from ..checkpoint import config_block
+from ..models.spec import ModelSpec
+from .config import KEY
 from .findings import Finding, found, some
 from .linears import StoredLinear, linear_of
 from .names import (
@@ -20,7 +23,6 @@ from .names import (
     vllm_name,
 )
 from .quantization import Declared
-from .tensors import PREFIXES
 
 FLOAT = "FLOAT"
 
@@ -32,13 +34,13 @@ _ASCEND_TYPES = {
 _FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A8": "ascend_static"}
 
 
-def check_groups(linears: dict[str, StoredLinear]) -> Iterator[Finding]:
+def check_groups(model: ModelSpec, linears: dict[str, StoredLinear]) -> Iterator[Finding]:
     """Parts of what runtimes fuse have one form, one group size and zero points all or none; towers stay float."""
     modules: dict[str, list[StoredLinear]] = {}
     for linear in linears.values():
-        if (theirs := vllm_name(linear.name)) is not None:
+        if (theirs := vllm_name(model, linear.name)) is not None:
             modules.setdefault(fused_name(theirs), []).append(linear)
-        if linear.quantized and linear.name.startswith(PREFIXES) and not is_decoder_linear(linear.name):
+        if linear.quantized and model.part_of(linear.name).prefix and not is_decoder_linear(model, linear.name):
             yield found("tower_quantized", linear.name, f"is stored as {linear.form}")
     for parts in modules.values():
         forms = {part.name: _form(part) for part in parts}
@@ -55,20 +57,25 @@ def _form(linear: StoredLinear) -> str:
 
 
 def check_lists(
-    linears: dict[str, StoredLinear], declared: Declared, in_thinker: bool, all_linears: Sequence[str]
+    model: ModelSpec,
+    linears: dict[str, StoredLinear],
+    declared: Declared,
+    config: dict[str, Any],
+    all_linears: Sequence[str],
 ) -> Iterator[Finding]:
     """What each loader of awq or compressed-tensors takes for quantized, against what is stored."""
     stored = {name for name, linear in linears.items() if linear.quantized}
     if declared.format == "awq":
-        loaders = awq_loaders(declared.entries, stored)
+        loaders = awq_loaders(model, declared.entries, stored)
         suspicious = list(declared.entries or ())
     else:
-        loaders = compressed_tensors_loaders(declared.entries or (), declared.targets or ("Linear",))
+        loaders = compressed_tensors_loaders(model, declared.entries or (), declared.targets or ("Linear",))
         suspicious = [e for e in (*(declared.entries or ()), *declared.targets) if e.startswith("re:")]
     for entry in refused_patterns(suspicious):
         yield found("pattern_refused", "config.json: quantization_config", repr(entry))
     names = [name for name in all_linears if len(name) <= MAX_NAME]
-    for answer in answers((loader for loader in loaders if in_thinker or not loader.in_thinker), names):
+    asked = [loader for loader in loaders if not loader.config_path or KEY in config_block(config, loader.config_path)]
+    for answer in answers(asked, names):
         yield from _differences(answer, stored)
 
 
@@ -97,11 +104,19 @@ def _inner(name: str) -> str:
 
 
 def check_description(
-    linears: dict[str, StoredLinear], description: dict[str, Any], tensors: Sequence[str], all_linears: Sequence[str]
+    model: ModelSpec,
+    linears: dict[str, StoredLinear],
+    description: dict[str, Any],
+    tensors: Sequence[str],
+    optional: Collection[str],
+    all_linears: Sequence[str],
 ) -> Iterator[Finding]:
-    """quant_model_description.json: an entry for every tensor, of the stored type; one type per fused module."""
+    """quant_model_description.json: an entry for every tensor, of the stored type; one type per fused module.
+
+    optional: tensors that need not be there; a tied lm_head has an entry all the same.
+    """
     entries = {name: value for name, value in description.items() if isinstance(value, str)}
-    asked = ascend_modules(all_linears)
+    asked = ascend_modules(model, all_linears)
     missing = {f"{part}.weight" for parts in asked.values() for part in parts} - entries.keys()
     for name in sorted(missing):
         yield found("description_missing_entry", name, "has no entry in quant_model_description.json")
@@ -109,7 +124,7 @@ def check_description(
         yield found("description_incomplete", some(others), f"{len(others)} tensors have no entry")
     is_there = set(tensors)
     of_tensors = {name for name in entries if name.endswith((".weight", ".bias", "_scale", "_offset"))}
-    stale = of_tensors - is_there
+    stale = of_tensors - is_there - set(optional)
     if stale:
         yield found("description_stale", some(stale), f"{len(stale)} entries for tensors that are not there")
     for name in sorted(entries.keys() & is_there):

@@ -7,10 +7,10 @@ A loader is a name, a renaming (name on disk -> names of its modules) and a rule
   up to 5.17 without the dot, and with the module tree of 4.57);
 - AutoAWQ 0.2.9: models/base.py (Linears of decoder layers only, a substring of the name within the layer);
 - compressed-tensors: utils/match.py (`re:` from the name's start, else the exact name, or the class);
-- vLLM: models/qwen2_5_omni_thinker.py (hf_to_vllm_mapper), quantization/utils/quant_utils.py (is_layer_skipped),
+- vLLM: the model's hf_to_vllm_mapper, quantization/utils/quant_utils.py (is_layer_skipped),
   compressed_tensors/utils.py (should_ignore_layer); fused modules ask for their parts.
 
-All names are those of Qwen2.5-Omni; a model type of another naming needs its own table.
+What the modules are called is the model type's own: see models/spec.py, LoaderNames.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
+
+from ..models.spec import ModelSpec, Renaming, renamed
 
 Rename = Callable[[str], str | None]
 Skips = Callable[[str], bool]
@@ -33,53 +35,21 @@ MAX_NAME = 200
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_VISUAL = {"qkv": ("q", "k", "v")}
 
-_DECODER = re.compile(r"^thinker\.model\.layers\.\d+\.")
-
-
-def is_decoder_linear(name: str) -> bool:
-    return _DECODER.match(name) is not None
-
 
 # --- renamings -----------------------------------------------------------------------------------------------
 
 
-def full_class(name: str) -> str | None:
-    """transformers 4.57, Qwen2_5OmniForConditionalGeneration: as on disk."""
-    return name
+def to_modules(renaming: Renaming) -> Rename:
+    return lambda name: renamed(name, renaming)
 
 
-def thinker_class(name: str) -> str | None:
-    """transformers 4.57, Qwen2_5OmniThinkerForConditionalGeneration."""
-    return name.removeprefix("thinker.") if name.startswith("thinker.") else None
+def mapped_by_vllm(model: ModelSpec, entry: str) -> str:
+    """An entry of a list as vLLM's mapper leaves it: what is not loaded there matches nothing in any case."""
+    return renamed(entry, model.loaders.vllm) or entry
 
 
-def full_class_5(name: str) -> str | None:
-    """transformers 5: towers and layers one level deeper."""
-    name = re.sub(r"^thinker\.(visual|audio_tower)\.", r"thinker.model.\1.", name)
-    return re.sub(r"^thinker\.model\.layers\.", "thinker.model.language_model.layers.", name)
-
-
-def thinker_class_5(name: str) -> str | None:
-    return thinker_class(full_class_5(name) or "")
-
-
-def vllm_name(name: str) -> str | None:
-    """vLLM: talker and token2wav are not loaded, the audio tower is transformers' own and never quantized."""
-    if not name.startswith("thinker.") or name.startswith("thinker.audio_tower."):
-        return None
-    return mapped_by_vllm(name)
-
-
-def mapped_by_vllm(name: str) -> str:
-    """hf_to_vllm_mapper of Qwen2.5-Omni, for names of weights and for entries of lists."""
-    for theirs, ours in (
-        ("thinker.lm_head", "language_model.lm_head"),
-        ("thinker.model.", "language_model.model."),
-        ("thinker.", ""),
-    ):
-        if name.startswith(theirs):
-            return ours + name.removeprefix(theirs)
-    return name
+def vllm_name(model: ModelSpec, name: str) -> str | None:
+    return renamed(name, model.loaders.vllm)
 
 
 def fused_name(name: str) -> str:
@@ -169,12 +139,12 @@ def listed_rule(entries: Sequence[str], deadline: Deadline) -> Skips:
 
 @dataclass(frozen=True)
 class Loader:
-    """name: as a finding tells it. in_thinker: it reads the quantization_config inside thinker_config."""
+    """name: as a finding tells it. config_path: the block of config.json whose quantization_config it reads."""
 
     name: str
     rename: Rename
     skips: Skips
-    in_thinker: bool = False
+    config_path: tuple[str, ...] = ()
     fuses: bool = False
 
 
@@ -188,32 +158,29 @@ class Answer:
     split: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
-def awq_loaders(entries: Sequence[str] | None, stored: Collection[str]) -> list[Loader]:
+def awq_loaders(model: ModelSpec, entries: Sequence[str] | None, stored: Collection[str]) -> list[Loader]:
     """Loaders of an awq checkpoint. entries: modules_to_not_convert; without it vLLM takes what the files hold.
 
     transformers 5 is left out where an entry is not safe to try as a pattern.
     """
     listed, deadline = list(entries or ()), Deadline()
-    vllm_entries = [mapped_by_vllm(entry) for entry in listed if not entry.startswith(("talker.", "token2wav."))]
-    in_files = {mapped_by_vllm(name) for name in stored}
-    words, in_vllm = substring_rule(listed), substring_rule(vllm_entries)
+    in_files = {vllm_name(model, name) for name in stored}
+    words = substring_rule(listed)
+    in_vllm = substring_rule([mapped_by_vllm(model, entry) for entry in listed])
     loaders = [
-        Loader("AutoAWQ", _within_layer, words),
-        Loader("transformers 4.57, full class", full_class, words),
-        Loader("transformers 4.57, thinker class", thinker_class, words, in_thinker=True),
-        Loader("vLLM", _vllm_linear, in_vllm if listed else lambda name: name not in in_files, fuses=True),
+        Loader("AutoAWQ", _within_layer(model), words),
+        *_library_loaders(model, "4.57", words),
+        Loader("vLLM", _vllm_linear(model), in_vllm if listed else lambda name: name not in in_files, fuses=True),
     ]
     if not refused_patterns(listed):
         tf5, early_5 = prefix_or_end_rule(listed, True, deadline), prefix_or_end_rule(listed, False, deadline)
-        loaders += [
-            Loader("transformers 5.x, full class", full_class_5, tf5),
-            Loader("transformers 5.x, thinker class", thinker_class_5, tf5, in_thinker=True),
-            Loader("transformers 5.0 to 5.17, full class", full_class, early_5),
-        ]
+        full = model.loaders.classes[0]
+        loaders += _library_loaders(model, "5.x", tf5)
+        loaders.append(Loader(f"transformers 5.0 to 5.17, {full.name}", to_modules(full.modules), early_5))
     return loaders
 
 
-def compressed_tensors_loaders(ignore: Sequence[str], targets: Sequence[str]) -> list[Loader]:
+def compressed_tensors_loaders(model: ModelSpec, ignore: Sequence[str], targets: Sequence[str]) -> list[Loader]:
     """Loaders of a compressed-tensors checkpoint: not ignored, and among the targets. None if a pattern is unsafe."""
     if refused_patterns(entry for entry in [*ignore, *targets] if entry.startswith("re:")):
         return []
@@ -224,24 +191,44 @@ def compressed_tensors_loaders(ignore: Sequence[str], targets: Sequence[str]) ->
         targeted = listed_rule([mapped(entry) for entry in targets], deadline)
         return lambda name: ignored(name) or not targeted(name)
 
+    def in_vllm(entry: str) -> str:
+        return entry if entry.startswith("re:") or "." not in entry else mapped_by_vllm(model, entry)
+
     plain = rule(lambda entry: entry)
-    in_vllm = rule(lambda entry: entry if entry.startswith("re:") or "." not in entry else mapped_by_vllm(entry))
     return [
-        Loader("transformers 4.57, full class", full_class, plain),
-        Loader("transformers 4.57, thinker class", thinker_class, plain, in_thinker=True),
-        Loader("transformers 5.x, full class", full_class_5, plain),
-        Loader("transformers 5.x, thinker class", thinker_class_5, plain, in_thinker=True),
-        Loader("vLLM", _vllm_linear, in_vllm, fuses=True),
+        *_library_loaders(model, "4.57", plain),
+        *_library_loaders(model, "5.x", plain),
+        Loader("vLLM", _vllm_linear(model), rule(in_vllm), fuses=True),
     ]
 
 
-def _within_layer(name: str) -> str | None:
-    return _DECODER.sub("", name) if is_decoder_linear(name) else None
+def _library_loaders(model: ModelSpec, version: str, skips: Skips) -> list[Loader]:
+    """A loader for each class of transformers 4.57 or 5.x."""
+    return [
+        Loader(
+            f"transformers {version}, {loaded.name}",
+            to_modules(loaded.modules if version == "4.57" else loaded.modules_5),
+            skips,
+            loaded.config_path,
+        )
+        for loaded in model.loaders.classes
+    ]
 
 
-def _vllm_linear(name: str) -> str | None:
+def _within_layer(model: ModelSpec) -> Rename:
+    def rename(name: str) -> str | None:
+        return name.removeprefix(model.layers_prefix).partition(".")[2] if is_decoder_linear(model, name) else None
+
+    return rename
+
+
+def is_decoder_linear(model: ModelSpec, name: str) -> bool:
+    return name.startswith(model.layers_prefix)
+
+
+def _vllm_linear(model: ModelSpec) -> Rename:
     """vLLM's lm_head is of a class of its own, quantized only where it is asked for by name."""
-    return None if name == "thinker.lm_head" else vllm_name(name)
+    return lambda name: None if f"{name}.weight" == model.head else vllm_name(model, name)
 
 
 def answers(loaders: Iterable[Loader], linears: Iterable[str]) -> Iterator[Answer]:
@@ -280,10 +267,10 @@ def _split(known: dict[str, str], skipped: dict[str, bool]) -> Iterator[tuple[st
 # --- vLLM-Ascend ---------------------------------------------------------------------------------------------
 
 
-def ascend_modules(linears: Iterable[str]) -> dict[str, list[str]]:
+def ascend_modules(model: ModelSpec, linears: Iterable[str]) -> dict[str, list[str]]:
     """Modules that vLLM-Ascend looks up in the description, each with the names on disk of its parts."""
     modules: dict[str, list[str]] = {}
     for name in sorted(linears):
-        if (theirs := vllm_name(name)) is not None:
+        if (theirs := vllm_name(model, name)) is not None:
             modules.setdefault(fused_name(theirs), []).append(name)
     return modules

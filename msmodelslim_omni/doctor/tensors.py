@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from ..models.spec import ModelSpec
 from ..safetensors_io import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, found, some
 from .headers import Folder
 from .linears import Shapes, StoredLinear, linear_of
 from .quantization import Declared
-
-# Parts that may be left out as a whole: without them the model does not speak.
-SPEECH_PARTS = ("talker.", "token2wav.")
-PREFIXES = ("thinker.", *SPEECH_PARTS)
 
 # dtypes of a quantized Linear's bias by format.
 _BIAS_DTYPES = {"ascend": ("F32",), "awq": ("F16", "BF16")}
@@ -22,6 +19,7 @@ _BIAS_DTYPES = {"ascend": ("F32",), "awq": ("F16", "BF16")}
 def check_tensors(
     folder: Folder,
     config: dict[str, Any],
+    model: ModelSpec,
     expected: Shapes,
     optional: frozenset[str],
     linears: dict[str, StoredLinear],
@@ -31,15 +29,16 @@ def check_tensors(
     owned = {info.name for linear in linears.values() if linear.quantized for info in linear.tensors.values()}
     missing = _missing(folder, expected, optional, linears)
     surplus = folder.tensors.keys() - expected.keys() - owned - optional
-    dropped = {name for name in surplus if not name.startswith(PREFIXES)}
-    prefixed = {f"thinker.{name}" for name in folder.tensors if not name.startswith(PREFIXES)}
+    foreign = {name for name in folder.tensors if not model.part_of(name).prefix}
+    prefix = f"{model.layer_prefix.partition('.')[0]}."
+    dropped, prefixed = surplus & foreign, {prefix + name for name in foreign}
     if dropped and prefixed & (missing | {f"{name}.weight" for name in linears} | set(expected)):
-        yield found("prefix_dropped", some(dropped), f"{len(dropped)} names without thinker., talker. or token2wav.")
+        yield found("prefix_dropped", some(dropped), f"{len(dropped)} names without {prefix}")
         surplus -= dropped
         missing -= prefixed
     for name in sorted(surplus):
         yield found("tensor_unexpected", name, "config.json implies no such tensor")
-    for part in SPEECH_PARTS:
+    for part in model.speech_prefixes:
         of_part = {name for name in expected if name.startswith(part)} - optional
         if of_part and of_part <= missing:
             missing -= of_part

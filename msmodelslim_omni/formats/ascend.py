@@ -3,8 +3,8 @@
 W8A8_DYNAMIC per Linear [out, in]: `.weight` int8 [out, in], `.weight_scale` float32 [out, 1], `.weight_offset`
 float32 zeros [out, 1] (loaded but not used in the product, hence zero), `.bias` float32. All names are the
 checkpoint's, which vLLM's mapper expects; config.json holds no quantization_config, since the file
-quant_model_description.json is what selects the method. It has an entry for every tensor: a Linear that the runtime
-asks for and does not find there ends its loading.
+quant_model_description.json is what selects the method. It has an entry for every tensor, and for an lm_head that is
+tied to the embedding: a Linear that the runtime asks for and does not find there ends its loading.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
 
 
 def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
-    kinds = {tensor.spec.name: tensor.kind for tensor in tensors}
+    kinds = {**dict.fromkeys(job.tied, FLOAT), **{tensor.spec.name: tensor.kind for tensor in tensors}}
     description: dict[str, Any] = {
         **dict(sorted(kinds.items())),
         "version": _DESCRIPTION_VERSION,

@@ -51,6 +51,7 @@ class OutputJob:
 
     items: float tensors and quantized Linears in the checkpoint's order; a Linear's bias is among the floats.
     float_linears: decoder Linears that stay float, by name; ignore_patterns and config_paths: see ModelSpec.
+    tied: tensors that are another one and may not be in the files, though loaders have a module for them.
     """
 
     items: tuple[OutTensor | OutLinear, ...]
@@ -60,6 +61,7 @@ class OutputJob:
     config: dict[str, Any]
     source: Path
     other_files: tuple[Path, ...]
+    tied: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[OutLinear]:

@@ -1,27 +1,36 @@
-"""The model types: a new one is one file here and a line in this table."""
+"""The model types: a new one is one file here and its lines in these tables."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ..errors import QuantError, nearest
-from . import qwen2_5_omni
+from . import qwen2_5_omni, qwen2_5_vl
 from .spec import ModelSpec
 
 MODEL_TYPES: dict[str, ModelSpec] = {
     "Qwen2.5-Omni-7B": qwen2_5_omni.model_spec("Qwen2.5-Omni-7B"),
     "Qwen2.5-Omni-3B": qwen2_5_omni.model_spec("Qwen2.5-Omni-3B"),
+    "Qwen2.5-VL-7B-Instruct": qwen2_5_vl.model_spec("Qwen2.5-VL-7B-Instruct"),
+    "Qwen2.5-VL-3B-Instruct": qwen2_5_vl.model_spec("Qwen2.5-VL-3B-Instruct"),
+}
+
+# Other names under which users know a model type.
+MODEL_TYPE_ALIASES = {
+    "Qwen2.5-VL-7B": "Qwen2.5-VL-7B-Instruct",
+    "Qwen2.5-VL-3B": "Qwen2.5-VL-3B-Instruct",
 }
 
 
 def named_model_type(name: str) -> ModelSpec:
     """The model type a user names. Raises QuantError listing what exists."""
-    if name not in MODEL_TYPES:
+    full_name = MODEL_TYPE_ALIASES.get(name, name)
+    if full_name not in MODEL_TYPES:
         raise QuantError(
             f"unknown model_type {name!r}. Known: {', '.join(MODEL_TYPES)}.{nearest(name, MODEL_TYPES)}",
             "leave --model_type out to derive it from config.json",
         )
-    return MODEL_TYPES[name]
+    return MODEL_TYPES[full_name]
 
 
 def derive_model_type(config: dict[str, Any]) -> ModelSpec:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import load_json_object
 from ..errors import QuantError
-from .qwen2_5_omni import _disk_name, _library, _parameters_on_meta, _refuse_depth
+from .qwen2_5 import library
+from .qwen2_5_generate import answer_tokens, build_model, greedy, new_tokens, open_tokenizer, text_streamer
+from .qwen2_5_omni_names import disk_name
 from .spec import ModelInputs
 
-SPEECH_PREFIXES: tuple[str, ...] = ("talker.", "token2wav.")
 FLOAT32_PREFIXES: tuple[str, ...] = ("token2wav.",)
 SPEECH_RATE = 24_000
 
@@ -52,7 +52,7 @@ def _load_speakers(model: Any, path: Path) -> None:
     if not file.is_file():
         raise QuantError(f"{path} holds no spk_dict.pt, the voices", "copy it from the float checkpoint")
     try:
-        _library().Qwen2_5OmniForConditionalGeneration.load_speakers(model, str(file))
+        library().Qwen2_5OmniForConditionalGeneration.load_speakers(model, str(file))
         known = model.speaker_map.values()
         whole = bool(known) and all(
             isinstance(voice, dict) and {"bos_token", "cond", "ref_mel"} <= set(voice) for voice in known
@@ -68,41 +68,31 @@ def open_model(config: dict[str, Any], speech: bool) -> OmniModel:
 
 
 class OmniModel:
-    """See running.RunnableModel."""
+    """See running.SpeakingModel."""
 
     def __init__(self, config: dict[str, Any], speech: bool) -> None:
-        _refuse_depth(config)
-        library = _library()
         wanted = copy.deepcopy(config)  # transformers 5 writes into what it is given
         wanted["enable_audio_output"] = speech
-        try:
-            built = library.Qwen2_5OmniConfig.from_dict(wanted)
-            with _parameters_on_meta():
-                self.module: Any = library.Qwen2_5OmniForConditionalGeneration(built).eval()
-        except Exception as error:  # whatever a config.json of another shape makes the library raise
-            raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
-        self._config = built
+
+        def build() -> Any:
+            self._config = library().Qwen2_5OmniConfig.from_dict(wanted)
+            return library().Qwen2_5OmniForConditionalGeneration(self._config)
+
+        self.module: Any = build_model(config, build)
 
     def slots(self) -> dict[str, str]:
-        return {name: _disk_name(name) for name in self.module.state_dict()}
+        return {name: disk_name(name) for name in self.module.state_dict()}
 
     def answer(self, inputs: ModelInputs, path: Path, max_new_tokens: int, on_text: Callable[[str], None]) -> list[int]:
-        tokenizer = _tokenizer(path)
-        sequences = self.module.thinker.generate(
-            **inputs.tensors,
-            use_audio_in_video=inputs.use_audio_in_video,
-            max_new_tokens=max_new_tokens,
-            **_greedy(tokenizer, path),
-            streamer=_streamer(tokenizer, on_text),
-        )
-        return _new_tokens(sequences, inputs)
+        options = {"use_audio_in_video": inputs.use_audio_in_video}
+        return answer_tokens(self.module.thinker, inputs, path, max_new_tokens, on_text, options)
 
     def speak(
         self, inputs: ModelInputs, path: Path, speaker: str, max_new_tokens: int, on_text: Callable[[str], None]
     ) -> tuple[list[int], Any]:
         import torch
 
-        tokenizer = _tokenizer(path)
+        tokenizer = open_tokenizer(path)
         _load_speakers(self.module, path)
         talker = self._config.talker_config
         torch.manual_seed(_SEED)
@@ -112,40 +102,9 @@ class OmniModel:
             speaker=speaker,
             thinker_max_new_tokens=max_new_tokens,
             thinker_min_new_tokens=2,  # of a single one the library has no hidden states to speak from
-            **{f"thinker_{name}": value for name, value in _greedy(tokenizer, path).items()},
-            thinker_streamer=_streamer(tokenizer, on_text),
+            **{f"thinker_{name}": value for name, value in greedy(tokenizer, path).items()},
+            thinker_streamer=text_streamer(tokenizer, on_text),
             talker_max_new_tokens=min(_MOST_CODES, _CODES_PER_TOKEN * (max_new_tokens + 1)),
             talker_eos_token_id=[talker.tts_codec_pad_token_id, talker.tts_codec_end_token_id],
         )
-        return _new_tokens(sequences, inputs), wave.reshape(-1).float().cpu()
-
-
-def _new_tokens(sequences: Any, inputs: ModelInputs) -> list[int]:
-    ids = getattr(sequences, "sequences", sequences)[0]
-    new: list[int] = ids[inputs.tensors["input_ids"].shape[1] :].tolist()
-    return new
-
-
-def _tokenizer(path: Path) -> Any:
-    try:
-        return _library().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise QuantError(f"{path}: the tokenizer cannot be loaded: {error}") from error
-
-
-def _greedy(tokenizer: Any, path: Path) -> dict[str, Any]:
-    """Arguments of the thinker's generate: no sampling, and what ends an answer."""
-    file = path / "generation_config.json"
-    said = load_json_object(file).get("eos_token_id") if file.is_file() else None
-    ends = tokenizer.eos_token_id if said is None else said
-    return {"do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
-
-
-def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            on_text(text)
-
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        return new_tokens(sequences, inputs), wave.reshape(-1).float().cpu()

@@ -1,4 +1,4 @@
-"""What `generate` and `export` must know of a model type beyond ModelSpec; and the table of who knows it."""
+"""What `generate` and `export` must know of a model type beyond data: protocols of what its models/ modules offer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import qwen2_5_omni_generate
-from .spec import ModelInputs, ModelSpec
+from .spec import ModelInputs
 
 if TYPE_CHECKING:
     import torch
@@ -19,13 +18,15 @@ class RunnableModel(Protocol):
     module: torch.nn.Module
 
     def slots(self) -> dict[str, str]:
-        """Every name of the module's state dict -> the checkpoint's name of that tensor."""
+        """Every name of the module's state dict -> the checkpoint's name of that tensor; tied ones share theirs."""
         ...
 
     def answer(self, inputs: ModelInputs, path: Path, max_new_tokens: int, on_text: Callable[[str], None]) -> list[int]:
         """Greedy tokens of the answer, its text handed to `on_text` as it comes. `path`: of tokenizer and settings."""
         ...
 
+
+class SpeakingModel(RunnableModel, Protocol):
     def speak(
         self, inputs: ModelInputs, path: Path, speaker: str, max_new_tokens: int, on_text: Callable[[str], None]
     ) -> tuple[list[int], torch.Tensor]:
@@ -36,12 +37,22 @@ class RunnableModel(Protocol):
 class Running(Protocol):
     """The functions of a models/ module that runs a whole model.
 
-    SPEECH_PREFIXES: of the tensors that speak. FLOAT32_PREFIXES: of those that compute in float32 whatever is asked.
-    SPEECH_RATE: samples a second.
+    FLOAT32_PREFIXES: of the tensors that compute in float32 whatever is asked.
     """
 
-    SPEECH_PREFIXES: tuple[str, ...]
     FLOAT32_PREFIXES: tuple[str, ...]
+
+    def open_model(self, config: dict[str, Any], speech: bool) -> RunnableModel:
+        """The library's model in evaluation mode, its parameters still without memory.
+
+        speech: with the parts that speak, as a SpeakingModel; asked for only where ModelSpec.speaking is there.
+        """
+        ...
+
+
+class Speaking(Protocol):
+    """The functions of a models/ module whose model speaks. SPEECH_RATE: samples a second."""
+
     SPEECH_RATE: int
 
     def speaks(self, config: dict[str, Any]) -> bool:
@@ -52,17 +63,6 @@ class Running(Protocol):
         """A config.json for a checkpoint without the parts that speak, which loaders of the whole model still take."""
         ...
 
-    def open_model(self, config: dict[str, Any], speech: bool) -> RunnableModel:
-        """The library's model in evaluation mode, its parameters still without memory."""
-        ...
-
     def speakers(self, path: Path) -> list[str]:
         """The voices that a checkpoint brings. Raises QuantError where there are none."""
         ...
-
-
-_RUNNING: dict[str, Running] = {"qwen2_5_omni": qwen2_5_omni_generate}
-
-
-def running(model: ModelSpec) -> Running:
-    return _RUNNING[model.hf_model_type]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..checkpoint import Checkpoint
+    from .running import Running, Speaking
 
 Subgraph = Literal["norm-linear", "ov", "up-down"]
 
@@ -64,18 +65,90 @@ class Part:
     why_float: str
 
 
+# Beginnings of names, and what they become; the first that fits counts. None: not loaded.
+Renaming = tuple[tuple[str, str | None], ...]
+
+
+def renamed(name: str, renaming: Renaming) -> str | None:
+    """The name with its beginning replaced; None where no beginning fits, or where it is not loaded."""
+    for old, new in renaming:
+        if name.startswith(old):
+            return None if new is None else new + name.removeprefix(old)
+    return None
+
+
+@dataclass(frozen=True)
+class LibraryClass:
+    """A class of transformers that loads the checkpoint.
+
+    name: as doctor tells it. modules, modules_5: names on disk -> of its modules, in transformers 4.57 and 5.
+    config_path: the block of config.json whose quantization_config it reads; () is the top level.
+    """
+
+    name: str
+    architecture: str
+    modules: Renaming
+    modules_5: Renaming
+    config_path: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LoaderNames:
+    """What the loaders of a checkpoint ask of its names and config.json.
+
+    classes: the first loads the whole model. vllm: names on disk -> of the modules that vLLM can quantize, lm_head
+    included. architectures: those by which vLLM knows the whole model. config_parts: the blocks that config.json must
+    have.
+    """
+
+    classes: tuple[LibraryClass, ...]
+    vllm: Renaming
+    architectures: tuple[str, ...]
+    config_parts: tuple[tuple[str, ...], ...]
+
+    @property
+    def config_paths(self) -> tuple[tuple[str, ...], ...]:
+        """Where in config.json loaders look for quantization_config, the top level first."""
+        return tuple(dict.fromkeys([(), *(loaded.config_path for loaded in self.classes)]))
+
+
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model type: data for the plan, and the module that knows the library's classes."""
+    """One model type: data for the plan, and the module that knows the library's classes.
+
+    system: the system turn of a conversation that has none. modalities: what a sample may hold, of MODALITIES.
+    speech_prefixes: of the tensors that speak; speaking: None for a model that answers in text alone.
+    """
 
     model_type: str
     hf_model_type: str
+    system: str
+    modalities: tuple[str, ...]
     layer_prefix: str  # with {index}
     parts: tuple[Part, ...]  # the first prefix that fits names a tensor's part
     processors: frozenset[str]  # recipe processors that this model type admits
     ignore_patterns: tuple[str, ...]  # `re:` patterns of the modules a runtime must leave float
-    config_paths: tuple[tuple[str, ...], ...]  # where in config.json loaders look for quantization_config
+    loaders: LoaderNames
+    speech_prefixes: tuple[str, ...]
+    stem_prefixes: tuple[str, ...]  # of the tensors in front of the decoder layers: towers and embedding
+    norm: str  # the tensors behind them: the final norm's weight, and lm_head [vocabulary, hidden]
+    head: str
     family: ModelFamily
+    running: Running
+    speaking: Speaking | None
+
+    @property
+    def config_paths(self) -> tuple[tuple[str, ...], ...]:
+        return self.loaders.config_paths
+
+    @property
+    def layers_prefix(self) -> str:
+        """What the names of all decoder layers begin with."""
+        return self.layer_prefix.split("{index}")[0]
+
+    def head_of(self, config: dict[str, Any]) -> str:
+        """The tensor on disk that is lm_head's weight: its own, or the embedding it is tied to."""
+        return self.family.tied_tensors(config).get(self.head, self.head)
 
     def layer_name(self, index: int, relative: str) -> str:
         return self.layer_prefix.format(index=index) + relative
@@ -99,8 +172,16 @@ class ModelFamily(Protocol):
         """Shapes by checkpoint name as config.json implies them, and the names that may be absent."""
         ...
 
+    def tied_tensors(self, config: dict[str, Any]) -> dict[str, str]:
+        """Tensors that are another one, with the names on disk of those. A checkpoint may leave them out."""
+        ...
+
     def build_layer(self, config: dict[str, Any], index: int, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
         """The library's decoder layer with these weights (relative names)."""
+        ...
+
+    def build_norm(self, config: dict[str, Any], weight: torch.Tensor) -> torch.nn.Module:
+        """The library's norm between the last decoder layer and lm_head."""
         ...
 
     def open_stem(self, checkpoint: Checkpoint, device: torch.device) -> Stem: ...
@@ -119,11 +200,16 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One sample as the model's forward takes it. `modality`: int8 [tokens], an index into MODALITIES."""
+    """One sample as the model's forward takes it. `modality`: int8 [tokens], an index into MODALITIES.
+
+    answer: the positions [first, end) of the last assistant turn's tokens, the token that ends it included; None for a
+    sample without one, or with media in it.
+    """
 
     tensors: dict[str, torch.Tensor]
     use_audio_in_video: bool
     modality: torch.Tensor
+    answer: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""Qwen2.5-Omni's names: parts of the checkpoint, and what loaders call its modules. Data only.
+
+Written from transformers 4.57 and 5.23 (modeling_qwen2_5_omni.py) and vLLM 0.32 (models/qwen2_5_omni_thinker.py,
+hf_to_vllm_mapper): talker and token2wav are not loaded there, the audio tower is transformers' own, never quantized.
+"""
+
+from __future__ import annotations
+
+from .spec import LibraryClass, LoaderNames, Part
+
+LAYER_PREFIX = "thinker.model.layers.{index}."
+EMBEDDING = "thinker.model.embed_tokens.weight"
+TOWERS = ("thinker.visual.", "thinker.audio_tower.")
+SPEECH = ("talker.", "token2wav.")
+
+PARTS = (
+    Part("decoder layers", "thinker.model.layers.", "not a Linear of a decoder layer"),
+    Part("embedding", "thinker.model.embed_tokens.", "looked up, not multiplied"),
+    Part("final norm", "thinker.model.norm.", "a norm"),
+    Part("lm_head", "thinker.lm_head.", "decides the token; kept for quality"),
+    Part("visual tower", "thinker.visual.", "towers are kept for quality"),
+    Part("audio tower", "thinker.audio_tower.", "towers are kept for quality"),
+    Part("talker", "talker.", "speech quality depends on it"),
+    Part("token2wav", "token2wav.", "speech quality depends on it"),
+    Part("other", "", "not part of a decoder layer"),
+)
+
+# Modules that a runtime must leave float, as `re:` patterns: exact names miss vLLM's fused visual qkv, and prefixes
+# differ between transformers 4, 5 and vLLM.
+IGNORE_PATTERNS = (
+    "re:.*visual.*",
+    "re:.*audio_tower.*",
+    "re:.*lm_head",
+    "re:talker.*",
+    "re:token2wav.*",
+)
+
+_THINKER_IN_5 = (
+    ("thinker.visual.", "model.visual."),
+    ("thinker.audio_tower.", "model.audio_tower."),
+    ("thinker.model.", "model.language_model."),
+    ("thinker.", ""),
+)
+
+LOADERS = LoaderNames(
+    classes=(
+        LibraryClass(
+            "full class",
+            "Qwen2_5OmniForConditionalGeneration",
+            modules=(("", ""),),
+            modules_5=(*((disk, f"thinker.{module}") for disk, module in _THINKER_IN_5), ("", "")),
+        ),
+        LibraryClass(
+            "thinker class",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+            modules=(("thinker.", ""),),
+            modules_5=_THINKER_IN_5,
+            config_path=("thinker_config",),
+        ),
+    ),
+    vllm=(
+        ("thinker.audio_tower.", None),
+        ("thinker.lm_head", "language_model.lm_head"),
+        ("thinker.model.", "language_model.model."),
+        ("thinker.", ""),
+    ),
+    architectures=("Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniModel"),
+    config_parts=(
+        ("thinker_config",),
+        ("thinker_config", "text_config"),
+        ("thinker_config", "vision_config"),
+        ("thinker_config", "audio_config"),
+    ),
+)
+
+
+def disk_name(module_name: str) -> str:
+    """transformers 5 nests the thinker's parts one level deeper than they are saved."""
+    return (
+        module_name.replace("thinker.model.language_model.", "thinker.model.")
+        .replace("thinker.model.visual.", "thinker.visual.")
+        .replace("thinker.model.audio_tower.", "thinker.audio_tower.")
+    )

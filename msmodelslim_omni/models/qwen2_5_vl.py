@@ -1,0 +1,209 @@
+"""Qwen2.5-VL 3B and 7B: names, shapes, the library's own classes, media, and answers.
+
+Pictures and clips in, text out. transformers 4.57 and 5 alike nest the modules one level deeper than they are saved;
+the published config.json is flat, one that transformers saves has a text_config. The 3B's lm_head is its embedding, and
+not in its files. The vision tower has one Linear for q, k and v. Quantized are the Linears of the decoder layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ..errors import QuantError
+from . import qwen2_5
+from .qwen2_5 import DecoderStem, TextBlock, changed, library, with_weights
+from .qwen2_5_generate import answer_tokens, build_model
+from .qwen2_5_media import Messages, VisionProcessor, open_processor
+from .running import Running
+from .spec import LayerSpec, LibraryClass, LoaderNames, MediaLimits, ModelFamily, ModelInputs, ModelSpec, Part
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+FLOAT32_PREFIXES: tuple[str, ...] = ()
+
+_LAYER_PREFIX = "model.layers.{index}."
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_TOWERS = ("visual.",)
+
+_PARTS = (
+    Part("decoder layers", "model.layers.", "not a Linear of a decoder layer"),
+    Part("embedding", "model.embed_tokens.", "looked up, not multiplied"),
+    Part("final norm", "model.norm.", "a norm"),
+    Part("lm_head", "lm_head.", "decides the token; kept for quality"),
+    Part("visual tower", "visual.", "towers are kept for quality"),
+    Part("other", "", "not part of a decoder layer"),
+)
+
+# Of transformers 4.57 and 5.23, modeling_qwen2_5_vl.py.
+_MODULES = (("visual.", "model.visual."), ("model.", "model.language_model."), ("", ""))
+
+_LOADERS = LoaderNames(
+    classes=(LibraryClass("full class", "Qwen2_5_VLForConditionalGeneration", _MODULES, _MODULES),),
+    # vLLM 0.32, models/qwen2_5_vl.py, hf_to_vllm_mapper
+    vllm=(("lm_head", "language_model.lm_head"), ("model.", "language_model.model."), ("visual.", "visual.")),
+    architectures=("Qwen2_5_VLForConditionalGeneration",),
+    config_parts=(("vision_config",),),
+)
+
+# (hidden, layers) of the published models.
+_PUBLISHED_SHAPES = {(2048, 36): "Qwen2.5-VL-3B-Instruct", (3584, 28): "Qwen2.5-VL-7B-Instruct"}
+
+
+def model_spec(model_type: str) -> ModelSpec:
+    module = sys.modules[__name__]
+    return ModelSpec(
+        model_type=model_type,
+        hf_model_type="qwen2_5_vl",
+        system="You are a helpful assistant.",  # as the chat template has it
+        modalities=("text", "image", "video"),
+        layer_prefix=_LAYER_PREFIX,
+        parts=_PARTS,
+        processors=qwen2_5.PROCESSORS,
+        ignore_patterns=("re:.*visual.*", "re:.*lm_head"),
+        loaders=_LOADERS,
+        speech_prefixes=(),
+        stem_prefixes=(*_TOWERS, "model.embed_tokens."),
+        norm="model.norm.weight",
+        head=_HEAD,
+        family=cast(ModelFamily, module),
+        running=cast(Running, module),
+        speaking=None,
+    )
+
+
+# --- shapes --------------------------------------------------------------------------------------------------
+
+
+def _text(config: dict[str, Any]) -> TextBlock:
+    nested = config.get("text_config")
+    return TextBlock(nested, "text_config.") if isinstance(nested, dict) else TextBlock(config, "")
+
+
+def num_layers(config: dict[str, Any]) -> int:
+    return qwen2_5.num_layers(_text(config))
+
+
+def layer_spec(config: dict[str, Any]) -> LayerSpec:
+    return qwen2_5.layer_spec(_text(config))
+
+
+def shape_name(config: dict[str, Any]) -> str:
+    return qwen2_5.published_name(_text(config), _PUBLISHED_SHAPES)
+
+
+def tied_tensors(config: dict[str, Any]) -> dict[str, str]:
+    tied = any(block.get("tie_word_embeddings") is True for block in (config, _text(config).values))
+    return {_HEAD: _EMBEDDING} if tied else {}
+
+
+def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
+    def build() -> Any:
+        return library().Qwen2_5_VLForConditionalGeneration(_library_config(_one_layer(config)))
+
+    shapes = qwen2_5.expected_shapes(config, _text(config), _LAYER_PREFIX, _disk_name, build)
+    return shapes, frozenset(tied_tensors(config))
+
+
+def _disk_name(module_name: str) -> str:
+    for prefix, saved in (("model.language_model.", "model."), ("model.visual.", "visual.")):
+        if module_name.startswith(prefix):
+            return saved + module_name.removeprefix(prefix)
+    return module_name
+
+
+def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with one decoder layer."""
+    one = changed(_text(config).values, {"num_hidden_layers": 1, "layer_types": None})
+    return {**config, "text_config": one} if isinstance(config.get("text_config"), dict) else one
+
+
+# --- the library's classes -----------------------------------------------------------------------------------
+
+
+def _library_config(config: dict[str, Any]) -> Any:
+    built = library().Qwen2_5_VLConfig.from_dict(copy.deepcopy(config))  # the library writes into what it is given
+    for part in (built, built.text_config, built.vision_config):
+        part._attn_implementation = "sdpa"
+    return built
+
+
+def _layer(config: dict[str, Any], index: int) -> Any:
+    library()
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
+
+    return Qwen2_5_VLDecoderLayer(_library_config(config).text_config, index)
+
+
+def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:
+    """The library's decoder layer `index` holding these weights (relative names, float32), in evaluation mode."""
+    return with_weights(lambda: _layer(config, index), weights)
+
+
+def build_norm(config: dict[str, Any], weight: Any) -> Any:
+    """The library's RMSNorm behind the last decoder layer, which is the one within them."""
+    return with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
+
+
+def open_stem(checkpoint: Checkpoint, device: Any) -> DecoderStem:
+    import torch
+
+    config = checkpoint.config
+
+    def build() -> Any:
+        one_layer = _library_config(_one_layer(config))
+        return library().Qwen2_5_VLForConditionalGeneration._from_config(one_layer, dtype=torch.float32)
+
+    return DecoderStem(checkpoint, device, _text(config), build, _disk_name, _TOWERS, _EMBEDDING)
+
+
+# --- media ---------------------------------------------------------------------------------------------------
+
+
+def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: bool) -> VlMediaProcessor:
+    return VlMediaProcessor(open_processor("Qwen2_5_VLProcessor", path, trust_remote_code), limits)
+
+
+class VlMediaProcessor(VisionProcessor):
+    def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
+        if any(part["type"] == "audio" for m in messages if isinstance(m["content"], list) for part in m["content"]):
+            raise QuantError("the sample has audio, which Qwen2.5-VL does not hear", "leave it out")
+        videos: dict[str, Any] = {"do_sample_frames": False}
+        if size := self.pixel_limits("shortest_edge", "longest_edge"):
+            videos["size"] = size  # else the processor's own would enlarge what was fetched smaller
+        if fps and hasattr(self._processor, "replace_video_token"):  # transformers 5 asks the clips' metadata
+            videos["video_metadata"] = [{"fps": rate, "total_num_frames": 1, "frames_indices": [0]} for rate in fps]
+        elif fps:
+            videos["fps"] = fps
+        return {"videos_kwargs": videos}
+
+
+# --- answers -------------------------------------------------------------------------------------------------
+
+
+def open_model(config: dict[str, Any], speech: bool) -> VlModel:
+    return VlModel(config)
+
+
+class VlModel:
+    """See running.RunnableModel."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._tied = tied_tensors(config)
+
+        def build() -> Any:
+            return library().Qwen2_5_VLForConditionalGeneration(_library_config(config))
+
+        self.module: Any = build_model(config, build)
+
+    def slots(self) -> dict[str, str]:
+        names = {name: _disk_name(name) for name in self.module.state_dict()}
+        return {name: self._tied.get(disk, disk) for name, disk in names.items()}
+
+    def answer(self, inputs: ModelInputs, path: Path, max_new_tokens: int, on_text: Callable[[str], None]) -> list[int]:
+        return answer_tokens(self.module, inputs, path, max_new_tokens, on_text, {})
