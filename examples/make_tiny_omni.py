@@ -196,9 +196,9 @@ def _decoder(sizes: Json) -> Json:
     }
 
 
-def special_ids(endoftext_id: int) -> dict[str, int]:
+def special_ids(endoftext_id: int, tokens: Sequence[str] = SPECIAL_TOKENS) -> dict[str, int]:
     """Ids of the special tokens, by their text."""
-    return {token: endoftext_id + n for n, token in enumerate(SPECIAL_TOKENS)}
+    return {token: endoftext_id + n for n, token in enumerate(tokens)}
 
 
 def omni_config(shape: OmniShape, dtype: str) -> Json:
@@ -274,9 +274,9 @@ def omni_config(shape: OmniShape, dtype: str) -> Json:
     }
 
 
-def generation_config(shape: OmniShape) -> Json:
+def generation_config(endoftext_id: int) -> Json:
     """generation_config.json: the stop and padding tokens."""
-    ids = special_ids(shape.endoftext_id)
+    ids = special_ids(endoftext_id)
     return {
         "bos_token_id": ids["<|im_start|>"],
         "eos_token_id": [ids["<|im_end|>"], ids["<|endoftext|>"]],
@@ -347,7 +347,7 @@ def tokenizer_json(vocab: dict[str, int], merges: Sequence[tuple[str, str]], ids
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": index, **_added_token(token)} for token, index in ids.items()],
+        "added_tokens": [{"id": index, **token} for index, token in added_tokens(ids).items()],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": {
             "type": "Sequence",
@@ -373,12 +373,14 @@ def tokenizer_json(vocab: dict[str, int], merges: Sequence[tuple[str, str]], ids
     }
 
 
-def _added_token(token: str) -> Json:
-    """Settings of one special token as tokenizer.json and tokenizer_config.json spell them."""
-    special = token in SPECIAL_TOKENS[:N_TRUE_SPECIAL]
+def added_tokens(ids: dict[str, int]) -> dict[int, Json]:
+    """Settings of the special tokens by id, as tokenizer.json and tokenizer_config.json spell them."""
     return {
-        "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-        "special": special,
+        index: {
+            "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": number < N_TRUE_SPECIAL,
+        }
+        for number, (token, index) in enumerate(ids.items())
     }  # fmt: skip
 
 
@@ -387,7 +389,7 @@ def tokenizer_config(ids: dict[str, int]) -> Json:
     return {
         "add_bos_token": False,
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(index): _added_token(token) for token, index in ids.items()},
+        "added_tokens_decoder": {str(index): token for index, token in added_tokens(ids).items()},
         "additional_special_tokens": list(SPECIAL_TOKENS[1:N_TRUE_SPECIAL]),
         **PROCESSOR_TOKENS,
         "bos_token": None,
@@ -410,14 +412,26 @@ def special_tokens_map() -> Json:
     return {
         "additional_special_tokens": list(SPECIAL_TOKENS[1:N_TRUE_SPECIAL]),
         **PROCESSOR_TOKENS,
-        "eos_token": _plain_token("<|im_end|>"),
-        "pad_token": _plain_token("<|endoftext|>"),
+        "eos_token": plain_token("<|im_end|>"),
+        "pad_token": plain_token("<|endoftext|>"),
     }
 
 
-def _plain_token(token: str) -> Json:
+def plain_token(token: str) -> Json:
     """One token in special_tokens_map.json."""
     return {"content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+
+
+IMAGE_SETTINGS: Json = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "merge_size": 2,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+}
 
 
 def preprocessor_config(audio_seconds: int) -> Json:
@@ -428,15 +442,8 @@ def preprocessor_config(audio_seconds: int) -> Json:
     sampling_rate, hop_length = 16000, 160
     return {
         "processor_class": "Qwen2_5OmniProcessor",
-        "image_processor_type": "Qwen2VLImageProcessor",
         "feature_extractor_type": "WhisperFeatureExtractor",
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-        "min_pixels": 3136,
-        "max_pixels": 12845056,
-        "merge_size": 2,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
+        **IMAGE_SETTINGS,
         "chunk_length": audio_seconds,
         "dither": 0.0,
         "feature_size": 128,
@@ -454,14 +461,19 @@ def preprocessor_config(audio_seconds: int) -> Json:
 def write_processor(out: Path, shape: OmniShape) -> None:
     """Write the tokenizer, processor and chat template files into ``out``."""
     ids = special_ids(shape.endoftext_id)
-    vocab, merges = train_bpe(BPE_SIZE)
-    vocab = pad_vocab(vocab, shape.endoftext_id)
-    write_json(out / "tokenizer.json", tokenizer_json(vocab, merges, ids))
+    write_vocabulary(out, ids)
     write_json(out / "tokenizer_config.json", tokenizer_config(ids))
-    write_json(out / "added_tokens.json", ids)
     write_json(out / "special_tokens_map.json", special_tokens_map())
     write_json(out / "preprocessor_config.json", preprocessor_config(shape.audio_seconds))
     write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
+
+
+def write_vocabulary(out: Path, ids: dict[str, int]) -> None:
+    """Write the tokenizer's files of text tokens, with these special tokens behind them."""
+    vocab, merges = train_bpe(BPE_SIZE)
+    vocab = pad_vocab(vocab, min(ids.values()))
+    write_json(out / "tokenizer.json", tokenizer_json(vocab, merges, ids))
+    write_json(out / "added_tokens.json", ids)
     (out / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (out / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -575,26 +587,33 @@ def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
     with torch.device("meta"):
         model = Qwen2_5OmniForConditionalGeneration(config)
     specs = {}
-    for prefix, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = disk_name(f"{prefix}.{leaf}")
-            shape = tuple(parameter.shape)
-            # The official files keep the vocoder part in float32; the library runs it so in any case.
-            stored = torch.float32 if name.startswith("token2wav.") else dtype
-            mean, std = value_range(module, leaf, shape)
-            if name.startswith(_VOCODER) and len(shape) > 1:
-                std *= _VOCODER_GAIN
-            specs[name] = TensorSpec(name, shape, stored, mean, std)
+    for spec in parameter_specs(model, disk_name, dtype):
+        # The official files keep the vocoder part in float32; the library runs it so in any case.
+        stored = torch.float32 if spec.name.startswith("token2wav.") else dtype
+        gain = _VOCODER_GAIN if spec.name.startswith(_VOCODER) and len(spec.shape) > 1 else 1.0
+        specs[spec.name] = replace(spec, dtype=stored, std=spec.std * gain)
     # The only buffer in the official files; transformers 5 no longer has it as such.
     half_head = config.token2wav_config.dit_config.head_dim // 2
     specs[_DIT_INV_FREQ] = TensorSpec(_DIT_INV_FREQ, (half_head,), torch.float32, 0.0, 0.0)
     return sorted(specs.values(), key=_storage_order)
 
 
+def parameter_specs(model: nn.Module, named: Callable[[str], str], dtype: torch.dtype) -> Iterator[TensorSpec]:
+    """Every parameter of ``model`` under its name in the files; one that two modules share comes twice."""
+    for prefix, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            shape = tuple(parameter.shape)
+            yield TensorSpec(named(f"{prefix}.{leaf}"), shape, dtype, *value_range(module, leaf, shape))
+
+
 def _storage_order(spec: TensorSpec) -> tuple[Any, ...]:
     """Sort key: thinker, talker, token2wav; within them by name, numbers by value."""
-    part = ("thinker", "talker", "token2wav").index(spec.name.split(".")[0])
-    return part, [(int(s), "") if s.isdigit() else (-1, s) for s in re.split(r"[.]", spec.name)]
+    return ("thinker", "talker", "token2wav").index(spec.name.split(".")[0]), name_order(spec.name)
+
+
+def name_order(name: str) -> list[tuple[int, str]]:
+    """Sort key of a name, its numbers by value."""
+    return [(int(s), "") if s.isdigit() else (-1, s) for s in name.split(".")]
 
 
 # --------------------------------------------------------------------------------------------- values
@@ -631,7 +650,7 @@ def outlier_gains(tag: str, size: int, seed: int) -> Tensor:
     return gains
 
 
-_LAYER_KEY = re.compile(r"(thinker\.model\.layers\.\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight")
+_LAYER_KEY = re.compile(r"((?:thinker\.)?model\.layers\.\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight")
 # Which tensor's rows are multiplied and which columns are divided by the gains of which activation.
 _ROW_GAINS = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in", "up_proj": "mlp_inner"}
 _COLUMN_GAINS = {
@@ -643,7 +662,7 @@ _COLUMN_GAINS = {
 def outlier_factors(spec: TensorSpec, seed: int) -> tuple[Tensor | None, Tensor | None]:
     """Factors for the rows (shape[0],) and the columns (shape[1],) of a tensor; None where there are none.
 
-    In the thinker's decoder layers a few channels of each norm's output, and a few of down_proj's input, are
+    In the thinker's (or VL's) decoder layers a few channels of each norm's output, and a few of down_proj's input, are
     made 16 or 32 times larger and the weights that read them as much smaller. The factors are powers of two,
     so the model computes the same, but its activations have outlier channels as those of real LLMs do.
     """
@@ -760,19 +779,28 @@ def write_checkpoint(
     ``dtype`` is that of thinker and talker (token2wav is always float32); ``normal`` gives the values. The
     tensors go into ``shards`` files, by default as many as it takes to have about ``shard_bytes`` in each.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.glob("*.safetensors")):
-        raise FileExistsError(f"{out} already holds a checkpoint")
+    make_folder(out)
     write_json(out / "config.json", omni_config(shape, dtype))
-    write_json(out / "generation_config.json", generation_config(shape))
+    write_json(out / "generation_config.json", generation_config(shape.endoftext_id))
     write_processor(out, shape)
     write_speakers(out, shape, seed)
     specs = tensor_specs(out, getattr(torch, dtype))
     outlier_seed = seed if outliers else None
-    if shards is None:
-        shards = max(1, math.ceil(sum(spec.nbytes for spec in specs) / shard_bytes))
-    write_weights(out, specs, shards, lambda spec: tensor_blocks(spec, normal, outlier_seed))
+    count = shard_count(specs, shard_bytes) if shards is None else shards
+    write_weights(out, specs, count, lambda spec: tensor_blocks(spec, normal, outlier_seed))
     return specs
+
+
+def make_folder(out: Path) -> None:
+    """Create ``out``, which must hold no checkpoint yet."""
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.glob("*.safetensors")):
+        raise FileExistsError(f"{out} already holds a checkpoint")
+
+
+def shard_count(specs: Sequence[TensorSpec], shard_bytes: float) -> int:
+    """How many files it takes to have about ``shard_bytes`` in each."""
+    return max(1, math.ceil(sum(spec.nbytes for spec in specs) / shard_bytes))
 
 
 def make_tiny_omni(
