@@ -1,10 +1,11 @@
-"""Write a random-weight Qwen2.5-Omni checkpoint with the exact shapes of the 3B or the 7B model.
+"""Write a random-weight Qwen2.5-Omni or Qwen2.5-VL checkpoint with the exact shapes of the 3B or the 7B model.
 
-    python benchmarks/make_checkpoint.py {3b,7b} OUT [--layers N] [--seed 0]
+    python benchmarks/make_checkpoint.py {3b,7b,vl-3b,vl-7b} OUT [--layers N] [--seed 0]
 
 For measuring time, memory and disk where the real weights are not at hand: same tensor names, shapes, dtypes,
-token ids, number of shards and kinds of files as the official repository, 12.0 GB (3b) and 22.4 GB (7b). The
-values are stretches of one pool of normal numbers: the disk sets the pace, and half a GB of memory is enough.
+token ids, number of shards and kinds of files as the official repository, 12.0 GB (3b), 22.4 GB (7b), 7.5 GB (vl-3b)
+and 16.6 GB (vl-7b). The values are stretches of one pool of normal numbers: the disk sets the pace, and half a GB of
+memory is enough.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,22 +31,36 @@ from make_tiny_omni import (
     stable_hash,
     write_checkpoint,
 )
+from make_tiny_vl import VlShape
+from make_tiny_vl import write_checkpoint as write_vl_checkpoint
 
 POOL_SIZE = 16_777_213  # a prime, so that the rows of a large matrix do not repeat
 SHARD_BYTES = 4.5e9
 
 ENDOFTEXT_ID = 151643
 
+_VISION: Json = {
+    "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}  # fmt: skip
+_TEXT: dict[str, Json] = {
+    "3b": {
+        "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
+        "num_key_value_heads": 2, "vocab_size": 151936, "mrope_section": [16, 24, 24],
+    },
+    "7b": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "mrope_section": [16, 24, 24],
+    },
+}  # fmt: skip
+
 
 def _real_shape(text: Json, talker: Json) -> OmniShape:
     """Shape of a published model; 3B and 7B have the same towers and token2wav up to the thinker's width."""
     hidden = text["hidden_size"]
     return OmniShape(
-        text={**text, "mrope_section": [16, 24, 24]},
-        vision={
-            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16,
-            "fullatt_block_indexes": [7, 15, 23, 31], "out_hidden_size": hidden,
-        },
+        text=text,
+        vision={**_VISION, "out_hidden_size": hidden},
         audio={
             "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
             "output_dim": hidden,
@@ -69,26 +85,32 @@ def _real_shape(text: Json, talker: Json) -> OmniShape:
 
 SHAPES = {
     "3b": _real_shape(
-        text={
-            "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
-            "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
-        },
+        text=_TEXT["3b"],
         talker={
             "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64,
             "mrope_section": [16, 16, 0],
         },
     ),
     "7b": _real_shape(
-        text={
-            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064,
-        },
+        text=_TEXT["7b"],
         talker={
             "intermediate_size": 18944, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 128,
             "mrope_section": [16, 24, 24],
         },
     ),
 }  # fmt: skip
+
+
+# The 3B's lm_head is its embedding.
+VL_SHAPES = {
+    f"vl-{size}": VlShape(
+        text=text,
+        vision={**_VISION, "out_hidden_size": text["hidden_size"]},
+        tied=size == "3b",
+        endoftext_id=ENDOFTEXT_ID,
+    )
+    for size, text in _TEXT.items()
+}
 
 
 class PooledNormal:
@@ -109,26 +131,31 @@ class PooledNormal:
 
 
 def count_parameters(specs: list[TensorSpec]) -> dict[str, int]:
-    """Number of parameters of thinker, talker and token2wav (its one buffer not counted)."""
-    counts = {"thinker": 0, "talker": 0, "token2wav": 0}
+    """Number of parameters of thinker, talker and token2wav (its one buffer not counted), or of VL's parts."""
+    counts: Counter[str] = Counter()
     for spec in specs:
         if not spec.name.endswith(".inv_freq"):
             counts[spec.name.split(".")[0]] += spec.numel
-    return counts
+    return dict(counts)
 
 
 def make_checkpoint(name: str, out: Path, *, layers: int | None = None, seed: int = 0) -> list[TensorSpec]:
-    """Write the model called ``name`` (3b, 7b) into ``out``, with ``layers`` thinker layers if given."""
-    shape = SHAPES[name].with_layers(layers)
-    return write_checkpoint(out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=PooledNormal(seed))
+    """Write the model called ``name`` (3b, vl-7b) into ``out``, with ``layers`` decoder layers if given."""
+    normal = PooledNormal(seed)
+    if name in VL_SHAPES:
+        shape = VL_SHAPES[name].with_layers(layers)
+        return write_vl_checkpoint(out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=normal)
+    return write_checkpoint(
+        out, SHAPES[name].with_layers(layers), dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=normal
+    )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Write a random Qwen2.5-Omni of real size.")
-    parser.add_argument("model", choices=sorted(SHAPES), help="whose shapes to use")
+    parser = argparse.ArgumentParser(description="Write a random Qwen2.5-Omni or Qwen2.5-VL of real size.")
+    parser.add_argument("model", choices=sorted([*SHAPES, *VL_SHAPES]), help="whose shapes to use")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint into")
-    parser.add_argument("--layers", type=int, help="decoder layers of the thinker (default: all)")
+    parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     start = time.perf_counter()

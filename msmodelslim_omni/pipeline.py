@@ -30,7 +30,7 @@ from .formats.shards import format_tensors, write_output
 from .measure import record_layer
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
-from .plan import LayerPlan, QuantPlan, make_plan
+from .plan import LayerPlan, QuantPlan, make_plan, refuse_quantized
 from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
@@ -128,6 +128,7 @@ def prepare(
     chosen = resolve_device(device)
     progress.say(f"device {chosen.name} ({chosen.reason})")
     named = named_model_type(model_type) if model_type else None
+    refuse_quantized(Path(model_path))  # first, since one for Ascend has no weights of the name that is opened
     checkpoint = open_checkpoint(model_path)
     model = named or derive_model_type(checkpoint.config)
     if named is None:

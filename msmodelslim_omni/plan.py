@@ -105,7 +105,7 @@ def make_plan(
 
     Raises QuantError for what cannot be done, with the recipe's file:line where the recipe says so.
     """
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint.path)
     warnings = _check_tensors(model, checkpoint)
     selections = _selections(recipe, model, checkpoint, warnings)
     layer_spec = model.family.layer_spec(checkpoint.config)
@@ -168,12 +168,12 @@ def declared_scheme(path: Path, config: dict[str, Any]) -> str:
     return " ".join(str(word)[:80] for word in said if word)
 
 
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    scheme = declared_scheme(checkpoint.path, checkpoint.config)
+def refuse_quantized(path: Path) -> None:
+    """Raises QuantError for a folder that says that it is quantized, by any tool, naming how."""
+    config = load_json_object(path / "config.json") if (path / "config.json").is_file() else {}
+    scheme = declared_scheme(path, config)
     if scheme != "float":
-        raise QuantError(
-            f"{checkpoint.path} is already quantized ({scheme})", "give the float checkpoint it was made from"
-        )
+        raise QuantError(f"{path} is already quantized ({scheme})", "give the float checkpoint it was made from")
 
 
 def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:

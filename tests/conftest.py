@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Qwen2.5-Omni of the real classes, made once a session."""
+"""Shared fixtures: a tiny Qwen2.5-Omni and tiny Qwen2.5-VL of the real classes, made once a session."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import pytest
 import torch
 from make_tiny_omni import make_tiny_omni
+from make_tiny_vl import make_tiny_vl
 
 from msmodelslim_omni.commands.shell import quiet_libraries
 
@@ -23,6 +24,18 @@ torch.set_num_threads(1)  # tensors here are tiny: a second thread only waits, t
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Omni in bfloat16, two shards, with talker, token2wav, processor and spk_dict.pt. Never change it."""
     return make_tiny_omni(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny VL in bfloat16, two shards, with an lm_head of its own as the 7B. Never change it."""
+    return make_tiny_vl(tmp_path_factory.mktemp("models") / "tiny_vl")
+
+
+@pytest.fixture(scope="session")
+def tied_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in one file, with an lm_head that is the embedding as the 3B's, and not in the file. Never change it."""
+    return make_tiny_vl(tmp_path_factory.mktemp("models") / "tied_vl", tied=True, shards=1)
 
 
 @pytest.fixture

@@ -21,23 +21,23 @@ LINEARS = 4 * 7 - 1
 INT8 = "{act: {scope: per_token, dtype: int8}, weight: {scope: per_channel, dtype: int8}}"
 INT4 = "{weight: {scope: per_group, dtype: int4, symmetric: SYMMETRIC, ext: {group_size: 64}}}"
 
-RECIPE = f"""apiversion: multimodal_vlm_modelslim_v1
-metadata: {{config_id: test}}
+RECIPE = """apiversion: multimodal_vlm_modelslim_v1
+metadata: {config_id: test}
 spec:
   process:
-    - {{type: linear_quant, qconfig: QCONFIG, include: ["*"], exclude: ["*{FLOAT_LINEAR}"]}}
-  save: [{{type: compressed_tensors}}]
+    - {type: linear_quant, qconfig: QCONFIG, include: ["*"], exclude: ["*FLOAT_LINEAR"]}
+  save: [{type: compressed_tensors}]
 """
 
 
-def write_recipe(folder: Path, name: str, qconfig: str) -> Path:
+def write_recipe(folder: Path, name: str, qconfig: str, float_linear: str) -> Path:
     path = folder / f"{name}.yaml"
-    path.write_text(RECIPE.replace("QCONFIG", qconfig), encoding="utf-8")
+    path.write_text(RECIPE.replace("QCONFIG", qconfig).replace("FLOAT_LINEAR", float_linear), encoding="utf-8")
     return path
 
 
 @functools.cache
-def quantize_all(model: Path, folder: Path) -> dict[str, Path]:
+def quantize_all(model: Path, folder: Path, float_linear: str = FLOAT_LINEAR) -> dict[str, Path]:
     """Made once for all tests, which never change them.
 
     `ascend` and `int8` hold the same integers, `awq` and `packed` (asymmetric) too; `symmetric` is packed int4.
@@ -49,7 +49,7 @@ def quantize_all(model: Path, folder: Path) -> dict[str, Path]:
         "symmetric": (INT4.replace("SYMMETRIC", "True"), ["compressed_tensors"]),
     }
     for name, (qconfig, savers) in recipes.items():
-        recipe = write_recipe(folder, name, qconfig)
+        recipe = write_recipe(folder, name, qconfig, float_linear)
         quantize(model, folder / name, config_path=str(recipe), save_format=savers, device="cpu")
     return {
         "ascend": folder / "int8" / "ascendv1_saver",

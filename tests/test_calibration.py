@@ -276,7 +276,7 @@ def test_short_names_lead_nowhere_else(name: str, folder: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     with pytest.raises(QuantError) as caught:
         find_index(name)
-    assert f"dataset {name!r} does not exist. Shipped: calibVideos." in caught.value.message
+    assert f"dataset {name!r} does not exist. Shipped: calibVideos, prompts." in caught.value.message
     if name == "calibVideo":
         assert "Did you mean 'calibVideos'?" in caught.value.message
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.processors import PROCESSORS
 from msmodelslim_omni.recipe import (
     MAX_RECIPE_BYTES,
@@ -511,7 +512,7 @@ def test_every_shipped_recipe_validates() -> None:
     assert {"qwen2_5_omni_w8a8", "qwen2_5_omni_w8a8_minmax"} <= files
     for recipe in names.values():
         assert recipe.quant_type
-        assert set(recipe.metadata.verified_model_types) <= {"Qwen2.5-Omni-7B", "Qwen2.5-Omni-3B"}
+        assert set(recipe.metadata.verified_model_types) <= set(MODEL_TYPES)
 
 
 def needs_data(recipe: Recipe) -> bool:
