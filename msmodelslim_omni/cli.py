@@ -17,7 +17,7 @@ from .commands.shell import EITHER_SPELLING
 
 app = typer.Typer(
     name="msmodelslim",
-    help="Quantize multimodal models, first of all Qwen2.5-Omni 3B and 7B.",
+    help="Quantize multimodal models, Qwen2.5-Omni and Qwen2.5-VL, 3B and 7B.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

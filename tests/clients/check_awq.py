@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 import transformers.activations
-from check_transformers import CheckError, make_inputs, module_name, relative, thinker_class
+from check_transformers import FAMILIES, CheckError, make_inputs, module_name, relative
 from dequantizers import dequantize_gemm
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -140,11 +140,11 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(arguments.float_model)
     check_choice(config, settings["modules_to_not_convert"], set(weights))
     is_thinker = arguments.kind == "thinker"
-    cls = thinker_class() if is_thinker else transformers.Qwen2_5OmniForConditionalGeneration
+    cls = FAMILIES["qwen2_5_omni"].answering_class() if is_thinker else transformers.Qwen2_5OmniForConditionalGeneration
     model = load(cls, arguments.quantized)
     result: dict[str, Any] = check_tree(model, tensors, set(weights), "thinker." if is_thinker else "")
     thinker = model if is_thinker else model.thinker
-    original = load(thinker_class(), arguments.float_model)
+    original = load(FAMILIES["qwen2_5_omni"].answering_class(), arguments.float_model)
     inputs = make_inputs(config.thinker_config).values()
     mine, float_logits = [logits(thinker, one) for one in inputs], [logits(original, one) for one in inputs]
     reference = put_weights(original, weights)

@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -79,6 +80,14 @@ class Checkpoint:
     config: Any
 
     @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
+
+    @property
+    def answering_config(self) -> Any:
+        return self.family.config_of(self.config)
+
+    @property
     def quantized(self) -> list[str]:
         """Names on disk of the quantized Linears."""
         return sorted(name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale"))
@@ -104,14 +113,46 @@ class Checkpoint:
         return torch.from_numpy(dequantize_packed(packed.numpy(), scale.numpy(), shape.numpy(), zeros))
 
 
+@dataclass(frozen=True)
+class Family:
+    """What differs between the models that are checked.
+
+    full: the class of the whole model. answering: that of the part which makes text of text and media, a part of the
+    full class's called `inner`, with a prefix to its names on disk; where the whole model is that, all are empty.
+    """
+
+    full: str
+    answering: str
+    inner: str = ""
+
+    @property
+    def prefix(self) -> str:
+        return f"{self.inner}." if self.inner else ""
+
+    def answering_class(self) -> Any:
+        return getattr(transformers, self.answering)
+
+    def config_of(self, config: Any) -> Any:
+        """The part's config within that of the whole."""
+        return getattr(config, f"{self.inner}_config") if self.inner else config
+
+
+FAMILIES = {
+    "qwen2_5_omni": Family(
+        "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration", "thinker"
+    ),
+    "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+}
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(path)
     config = transformers.AutoConfig.from_pretrained(folder)
-    for block in (config, config.thinker_config):
-        if hasattr(block, "quantization_config"):
-            del block.quantization_config
+    inner = FAMILIES[config.model_type].config_of(config)
+    for block in (config, inner, inner.text_config):  # of a flat config.json the last has all that stands in it
+        vars(block).pop("quantization_config", None)
     return Checkpoint(folder, tensors, config)
 
 
@@ -121,12 +162,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def module_name(disk_name: str, known: set[str], prefix: str = "") -> str | None:
     """The name in a model of what a file calls `disk_name`, or None where the model has no such thing.
 
-    transformers 5 moved decoder and towers below `thinker.model`; the thinker class has no leading `thinker.`, which
-    `prefix` takes away.
+    transformers 5 moved decoder and towers below `thinker.model`, and has those of VL below `model`, as 4.57 has; the
+    thinker class has no leading `thinker.`, which `prefix` takes away.
     """
-    moved = disk_name.replace("thinker.model.", "thinker.model.language_model.")
-    towers = disk_name.replace("thinker.visual.", "thinker.model.visual.")
-    towers = towers.replace("thinker.audio_tower.", "thinker.model.audio_tower.")
+    moved = re.sub(r"^(thinker\.)?model\.", r"\1model.language_model.", disk_name)
+    towers = re.sub(r"^(thinker\.)?(visual|audio_tower)\.", r"\1model.\2.", disk_name)
     candidates = (name.removeprefix(prefix) for name in (disk_name, moved, towers))
     return next((name for name in candidates if name in known), None)
 
@@ -186,13 +226,10 @@ REFERENCES: dict[str, type[nn.Module]] = {"int8": Int8ActLinear, "float": FloatA
 PACKED_REFERENCES: dict[str, type[nn.Module]] = {"float": FloatActLinear, "exact": ExactFloatActLinear}
 
 
-def thinker_class() -> Any:
-    return transformers.Qwen2_5OmniThinkerForConditionalGeneration
-
-
 def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Module]) -> nn.Module:
-    """The float thinker with the files' float weights and emulated Linears."""
-    model = thinker_class()(copy.deepcopy(checkpoint.config.thinker_config)).eval()
+    """The float class with the files' float weights and emulated Linears."""
+    family = checkpoint.family
+    model = family.answering_class()(copy.deepcopy(checkpoint.answering_config)).eval()
     for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as from_pretrained leaves them
         parameter.data = parameter.data.to(dtype)
     for name in checkpoint.quantized:
@@ -200,8 +237,8 @@ def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Mod
     known = set(named_tensors(model))
     state = {}
     for name in checkpoint.float_names:
-        if name.startswith("thinker."):
-            inside = module_name(name, known, "thinker.")
+        if name.startswith(family.prefix):
+            inside = module_name(name, known, family.prefix)
             # Biases of quantized Linears already sit in their emulation.
             if inside is None and name.removesuffix(".bias") not in checkpoint.quantized:
                 raise CheckError(f"the float class has no {name}")
@@ -215,7 +252,7 @@ def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Mod
 
 
 def _replace_linear(model: nn.Module, name: str, checkpoint: Checkpoint, emulation: type[nn.Module]) -> None:
-    inside = module_name(name, set(dict(model.named_modules())), "thinker.")
+    inside = module_name(name, set(dict(model.named_modules())), checkpoint.family.prefix)
     if inside is None:
         raise CheckError(f"the float class has no {name}")
     old, bias = model.get_submodule(inside), checkpoint.tensors.get(f"{name}.bias")
@@ -246,13 +283,14 @@ def _check_layout(name: str, tensors: Tensors, shape: torch.Size) -> None:
 # --- the client ---
 
 
-def load_client(folder: Path, kind: str, run_compressed: str, dtype: torch.dtype) -> nn.Module:
+def load_client(checkpoint: Checkpoint, kind: str, run_compressed: str, dtype: torch.dtype) -> nn.Module:
     """from_pretrained as a user calls it."""
-    cls = thinker_class() if kind == "thinker" else transformers.Qwen2_5OmniForConditionalGeneration
+    family = checkpoint.family
+    cls = getattr(transformers, family.answering if kind == "thinker" else family.full)
     options: dict[str, Any] = {}
     if run_compressed != "default":
         options["quantization_config"] = CompressedTensorsConfig(run_compressed=run_compressed == "true")
-    return cls.from_pretrained(folder, dtype=dtype, **options).eval()
+    return cls.from_pretrained(checkpoint.folder, dtype=dtype, **options).eval()
 
 
 def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[str, int]:
@@ -267,7 +305,7 @@ def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[st
         if inside is None:
             raise CheckError(f"the client has no {name}")
         wanted[inside] = name
-    layers = checkpoint.config.thinker_config.text_config.num_hidden_layers
+    layers = checkpoint.answering_config.text_config.num_hidden_layers
     if len(wanted) != LINEARS_PER_LAYER * layers:
         raise CheckError(f"{len(wanted)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}")
     with_scheme = {name for name, module in modules.items() if getattr(module, "quantization_scheme", None)}
@@ -363,11 +401,13 @@ def check_floats(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> int:
 
 
 def make_inputs(config: Any, seed: int = 0) -> Inputs:
-    """Text only, and text around an image made of noise; `config` is the thinker's."""
+    """Text only, and text around an image made of noise; `config` is that of the answering class."""
     generator = torch.Generator().manual_seed(seed)
-    image, start = config.image_token_index, config.vision_start_token_id
-    end = config.vision_end_token_id
-    ordinary = min(image, start, end, config.audio_token_index, config.video_token_index, config.pad_token_id)
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    image = getattr(config, "image_token_index", None) or config.image_token_id
+    special = (f"{kind}_token_{ending}" for kind in ("audio", "video") for ending in ("index", "id"))
+    ids = [getattr(config, name, None) for name in (*special, "bos_token_id", "pad_token_id")]
+    ordinary = min(image, start, end, *(i for i in ids if isinstance(i, int)))
 
     def text(length: int) -> list[int]:
         return torch.randint(0, ordinary, (length,), generator=generator).tolist()
@@ -467,7 +507,7 @@ class Lockstep:
 def quantized_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """The quantized Linears of a thinker by their name on disk."""
     modules = dict(model.named_modules())
-    found = {name: module_name(name, set(modules), "thinker.") for name in checkpoint.quantized}
+    found = {name: module_name(name, set(modules), checkpoint.family.prefix) for name in checkpoint.quantized}
     return {name: modules[inside] for name, inside in found.items() if inside is not None}
 
 
@@ -508,15 +548,16 @@ def compare(
 def check(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, arguments.dtype)
     checkpoint = read_checkpoint(arguments.quantized)
-    model = load_client(arguments.quantized, arguments.kind, arguments.run_compressed, dtype)
-    prefix = "thinker." if arguments.kind == "thinker" else ""
+    model = load_client(checkpoint, arguments.kind, arguments.run_compressed, dtype)
+    family = checkpoint.family
+    prefix = family.prefix if arguments.kind == "thinker" else ""
     counts = check_tree(model, checkpoint, prefix) | {"float_tensors": check_floats(model, checkpoint, prefix)}
     counts["packed_alike"] = check_words(checkpoint)
-    thinker = model if arguments.kind == "thinker" else model.thinker
-    inputs = make_inputs(checkpoint.config.thinker_config)
+    thinker = getattr(model, family.inner) if family.inner and arguments.kind == "full" else model
+    inputs = make_inputs(checkpoint.answering_config)
     result = counts | compare(thinker, checkpoint, inputs, dtype, arguments.activations)
     if arguments.float_model:
-        original = thinker_class().from_pretrained(arguments.float_model, dtype=dtype).eval()
+        original = family.answering_class().from_pretrained(arguments.float_model, dtype=dtype).eval()
         result["to_float"] = left_alone(thinker, original, inputs)
         if result["to_float"] > FLOAT_TOLERANCE:
             raise CheckError(f"difference to the float model {result['to_float']:.2e}: {json.dumps(result)}")

