@@ -73,7 +73,9 @@ def export(
     source, target = open_quantized(path), Path(save_path)
     check_save_path(target, source.path)
     if thinker_only and source.model.speaking is None:
-        raise QuantError(f"{source.path}: a {source.model.hf_model_type} has no parts that speak", "leave that out")
+        raise QuantError(
+            f"{source.path}: a {source.model.hf_model_type} has no parts that speak", "leave --thinker_only out"
+        )
     fmt = FORMATS[save_format]
     if why := fmt.refusal(source.schemes):
         raise QuantError(f"{save_format} cannot hold {source.path}: {why}")

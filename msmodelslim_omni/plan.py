@@ -217,21 +217,20 @@ def _check_type(model: ModelSpec, checkpoint: Checkpoint) -> None:
     said = checkpoint.config.get("model_type")
     if said != model.hf_model_type:
         right = "give the checkpoint that belongs to --model_type"
-        with suppress(QuantError):  # of no model that is read, or without the shape that tells which
+        with suppress(QuantError):  # of no model that is read
             right = f"give --model_type {derive_model_type(checkpoint.config).model_type}"
         raise QuantError(
             f"config.json has model_type {said!r}; {model.model_type} is {model.hf_model_type!r}",
             f"{right}, or leave --model_type out",
         )
-    if any(name.startswith(model.layers_prefix) for name in checkpoint.tensors):
-        return
-    for spec in MODEL_TYPES.values():
-        if all(spec.part_of(name).prefix for name in checkpoint.tensors):
-            raise QuantError(
-                f"config.json has model_type {said!r}, but the tensors are named as those of {spec.hf_model_type!r}"
-                f" ({min(checkpoint.tensors)})",
-                f"fetch the config.json of this checkpoint; it is a {spec.model_type} or of that family",
-            )
+    names = checkpoint.tensors.keys()
+    others = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type != said and names]
+    if other := next((spec for spec in others if all(spec.part_of(n).prefix for n in names)), None):
+        raise QuantError(
+            f"config.json has model_type {said!r}, but the tensors are named as those of {other.hf_model_type!r}"
+            f" ({min(names)})",
+            f"fetch the config.json of this checkpoint; it is a {other.model_type} or of that family",
+        )
 
 
 def _named(names: list[str]) -> str:

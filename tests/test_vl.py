@@ -373,6 +373,14 @@ def test_config_of_the_other_family(weights: str, tiny: Path, tied_vl: Path, tmp
     assert {"vl": "Qwen2.5-VL", "omni": "Qwen2.5-Omni"}[weights] in error.hint
 
 
+@pytest.mark.parametrize("weights", ["vl", "omni"])
+def test_model_type_of_the_other_family_in_a_config(weights: str, tiny: Path, tied_vl: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tied_vl if weights == "vl" else tiny, tmp_path / "copy")
+    said, real = ("qwen2_5_omni", "qwen2_5_vl") if weights == "vl" else ("qwen2_5_vl", "qwen2_5_omni")
+    edit_config(copy, lambda config: config.update(model_type=said))
+    assert f"'{said}', but the tensors are named as those of '{real}'" in fault_of(copy).message
+
+
 @pytest.mark.parametrize("more", [{}, {"image": IMAGE, "text": "Both?"}])
 def test_audio_is_refused_with_the_line(more: dict[str, str], tiny_vl: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path, {"text": "Hello"}, {"audio": SOUND, **more})

@@ -34,7 +34,10 @@ def named_model_type(name: str) -> ModelSpec:
 
 
 def derive_model_type(config: dict[str, Any]) -> ModelSpec:
-    """The model type of a config.json: the one of its published shape, else the first of its architecture."""
+    """The model type of a config.json: the one of its published shape, else the first of its architecture.
+
+    A config.json without a readable shape has the first too: what needs the shape says what is wrong with it.
+    """
     hf_model_type = config.get("model_type")
     candidates = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type == hf_model_type]
     if not candidates:
@@ -43,5 +46,8 @@ def derive_model_type(config: dict[str, Any]) -> ModelSpec:
             f"config.json has model_type {hf_model_type!r}; supported: {', '.join(known)}",
             "thinker-only checkpoints are not read either: give the folder of the whole model",
         )
-    shape = candidates[0].family.shape_name(config)
+    try:
+        shape = candidates[0].family.shape_name(config)
+    except QuantError:
+        shape = ""
     return next((spec for spec in candidates if spec.model_type == shape), candidates[0])
