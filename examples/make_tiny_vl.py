@@ -170,8 +170,10 @@ def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     specs = {spec.name: spec for spec in parameter_specs(model, disk_name, dtype)}
-    if config.tie_word_embeddings:
-        del specs["lm_head.weight"]
+    if config.tie_word_embeddings:  # multiplied with hidden states too: values as an lm_head has them
+        head = specs.pop("lm_head.weight")
+        embedding = "model.embed_tokens.weight"
+        specs[embedding] = replace(specs[embedding], std=head.shape[1] ** -0.5)
     return sorted(specs.values(), key=lambda spec: name_order(spec.name))
 
 

@@ -606,7 +606,7 @@ def test_recipes_verbs(tmp_path: Path) -> None:
     assert {name: kinds[name] for name in ("qwen2_5_omni_w4a16", "qwen2_5_omni_w8a8", MINMAX)} == {
         "qwen2_5_omni_w4a16": "w4a16", "qwen2_5_omni_w8a8": "w8a8", MINMAX: "w8a8",
     }  # fmt: skip
-    assert all(name.startswith(f"qwen2_5_omni_{kind}") for name, kind in kinds.items())
+    assert all(f"_{kind}" in name for name, kind in kinds.items())
     (place,) = (entry["path"] for entry in listed if entry["name"] == MINMAX)
     assert MINMAX in command("recipes", "list").done().out
     shown = command("recipes", "show", MINMAX).done().out

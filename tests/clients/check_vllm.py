@@ -294,6 +294,8 @@ def reference_logprobs(model: nn.Module, inputs: dict[str, Tensor], tokens: list
     inputs = dict(inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.long)], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "mm_token_type_ids" in inputs:  # transformers 5, for VL: 0 is text
+        inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, len(tokens) - 1))
     logits = model(**inputs).logits[0, -len(tokens) :]
     if not torch.isfinite(logits).all():
         raise CheckError("NaN or Inf in the reference")
