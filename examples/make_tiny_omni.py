@@ -12,6 +12,7 @@ plain JSON and never through the library.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -304,6 +305,7 @@ def corpus() -> Iterator[str]:
     yield from [CORPUS] * 20  # often enough that the Chinese words and the roles become tokens of their own
 
 
+@functools.cache
 def train_bpe(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Byte-level BPE of ``vocab_size`` tokens: (token -> id, merges), with "user" at its official id."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
