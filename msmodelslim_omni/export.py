@@ -20,6 +20,7 @@ import torch
 from .assembly import float_item
 from .checkpoint import Checkpoint
 from .device import peak_rss
+from .documents import stored_recipe, stored_report, write_documents
 from .errors import QuantError
 from .formats import FORMATS
 from .formats.job import OutLinear, OutputJob, OutTensor
@@ -29,10 +30,10 @@ from .models.spec import ModelSpec
 from .progress import Progress
 from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
 from .recipe import SAVER_CONFIGS
-from .report import PartSize, Report, human_bytes, read_report, write_report
+from .report import PartSize, Report, human_bytes
 from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
 from .summary import bits_per_weight, versions, written_parts
-from .workspace import REPORT_NAME, Workspace, check_save_path
+from .workspace import Workspace, check_save_path
 
 DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
 
@@ -86,7 +87,9 @@ def export(
             total = write_output(
                 fmt, job, folder, part_file_size, lambda i, n: progress.step(f"write {save_format}", i, n, "shards")
             )
-            write_report(_report(source, job, tensors, save_format, target, total), folder)
+            report = _report(source, job, tensors, save_format, target, total)
+            recipe_text = stored_recipe(source.path, report)
+            write_documents(report, {save_format: folder}, source.model, recipe_text, progress)
         workspace.commit([save_format])
     return Exported(
         str(target),
@@ -219,7 +222,7 @@ def _report(
     says what is known of it.
     """
     note = f"exported from {source.path} ({source.saver}); errors, time and memory are of the run that quantized it"
-    report = _stored_report(source) or _bare_report(source)
+    report = stored_report(source.path) or _bare_report(source)
     written = written_parts(source.model, tensors)
     return replace(
         report,
@@ -229,15 +232,6 @@ def _report(
         bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
         warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),
     )
-
-
-def _stored_report(source: QuantizedCheckpoint) -> Report | None:
-    if not (source.path / REPORT_NAME).is_file():
-        return None
-    try:
-        return read_report(source.path)
-    except (QuantError, KeyError, TypeError, AttributeError):
-        return None  # of another tool or version
 
 
 def _bare_report(source: QuantizedCheckpoint) -> Report:

@@ -21,8 +21,9 @@ from .assembly import PART_TENSORS, make_job
 from .background import Background
 from .calibration import CalibSet, load_calib_set
 from .checkpoint import open_checkpoint
-from .device import OUT_OF_MEMORY, Device, free_memory, resolve_device
+from .device import OUT_OF_MEMORY, Device, free_memory, peak_rss, resolve_device
 from .digests import file_digest, value_digest
+from .documents import write_documents
 from .errors import QuantError
 from .forecast import Forecast, check_disk, forecast
 from .formats import FORMATS
@@ -35,7 +36,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
-from .report import Report, read_report, write_report
+from .report import Report, read_report
 from .stream import CalibrationStream, LayerProbe, emulate
 from .summary import make_report, versions
 from .workspace import Workspace, check_save_path
@@ -221,7 +222,7 @@ def _finish_commit(plan: QuantPlan, workspace: Workspace, progress: Progress) ->
 
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan, device = prepared.plan, prepared.device
-    clock = Clock()
+    clock = Clock(peak_rss)
 
     stream = None
     if prepared.calib is not None:
@@ -384,7 +385,7 @@ def _finish(
     clock: Clock,
     progress: Progress,
 ) -> Report:
-    """Assemble every format from the parts, write the report into each, and move all to its place."""
+    """Assemble every format from the parts, write report and card into each, and move all to its place."""
     plan = prepared.plan
     job = make_job(plan, workspace.part)
     output_bytes: dict[str, int] = {}
@@ -409,10 +410,10 @@ def _finish(
         resumed_at_layer=first,
         warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stream.warnings if stream else ())),
     )
-    for name in names:
-        folder = workspace.output_folder(name)
-        write_report(report, folder)
+    folders = {name: workspace.output_folder(name) for name in names}
+    for folder in folders.values():
         (folder / f"{plan.recipe.path.stem}.yaml").write_bytes(plan.recipe.text.encode())
+    write_documents(report, folders, plan.model, plan.recipe.text, progress)
     return _commit(workspace, names)
 
 

@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 ASCEND, COMPRESSED = "ascendv1_saver", "compressed_tensors"
 LAYERS = 4
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OUR_FILES = {"config.json", "quant_report.json", "quant_report.md"}
+OUR_FILES = {"config.json", "quant_report.json", "quant_report.md", "README.md"}
 
 
 # --- the runs ------------------------------------------------------------------------------------------------

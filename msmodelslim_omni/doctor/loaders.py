@@ -63,13 +63,30 @@ def check_lists(
         loaders = awq_loaders(declared.entries, stored)
         suspicious = list(declared.entries or ())
     else:
-        loaders = compressed_tensors_loaders(declared.entries or (), declared.targets or ("Linear",))
-        suspicious = [e for e in (*(declared.entries or ()), *declared.targets) if e.startswith("re:")]
+        targets = [target for group in declared.groups for target in group.targets]
+        loaders = compressed_tensors_loaders(declared.entries or (), targets or ["Linear"])
+        suspicious = [e for e in (*(declared.entries or ()), *targets) if e.startswith("re:")]
     for entry in refused_patterns(suspicious):
         yield found("pattern_refused", "config.json: quantization_config", repr(entry))
     names = [name for name in all_linears if len(name) <= MAX_NAME]
     for answer in answers((loader for loader in loaders if in_thinker or not loader.in_thinker), names):
         yield from _differences(answer, stored)
+    if len(declared.groups) > 1:
+        yield from _check_targets(linears, declared, in_thinker, names)
+
+
+def _check_targets(
+    linears: dict[str, StoredLinear], declared: Declared, in_thinker: bool, names: list[str]
+) -> Iterator[Finding]:
+    """Every quantized Linear is among the targets of a group of its own bits, to each loader."""
+    for bits in sorted({group.bits for group in declared.groups if group.bits is not None}):
+        stored = {n for n, linear in linears.items() if linear.form == ("packed" if bits == 4 else "int8")}
+        targets = [target for group in declared.groups if group.bits == bits for target in group.targets]
+        loaders = compressed_tensors_loaders((), targets)
+        for answer in answers((loader for loader in loaders if in_thinker or not loader.in_thinker), names):
+            if strays := (stored & answer.known) - answer.taken:
+                told = f"{answer.loader}: {len(strays)} Linears of {bits} bits are no targets of a group of {bits} bits"
+                yield found("loader_expects_other_bits", some(strays), told)
 
 
 def _differences(answer: Answer, stored: set[str]) -> Iterator[Finding]:

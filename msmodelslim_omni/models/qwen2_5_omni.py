@@ -58,12 +58,16 @@ def model_spec(model_type: str) -> ModelSpec:
     return ModelSpec(
         model_type=model_type,
         hf_model_type="qwen2_5_omni",
+        publisher="Qwen",
         layer_prefix=LAYER_PREFIX,
         parts=PARTS,
         processors=frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq"}),
         ignore_patterns=IGNORE_PATTERNS,
         # vLLM and the full transformers class read the first, the thinker class the second.
         config_paths=((), ("thinker_config",)),
+        stem_prefixes=("thinker.visual.", "thinker.audio_tower.", "thinker.model.embed_tokens."),
+        norm="thinker.model.norm.weight",
+        head="thinker.lm_head.weight",
         family=cast(ModelFamily, sys.modules[__name__]),
     )
 
@@ -235,6 +239,15 @@ def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> 
         layer = Qwen2_5OmniDecoderLayer(_thinker_config(config).text_config, index)
     layer.load_state_dict(weights, strict=True, assign=True)
     return layer.eval()
+
+
+def build_norm(config: dict[str, Any], weight: Any) -> Any:
+    """The library's norm behind the last decoder layer, whatever its class is called."""
+    thinker = _thinker_config(config, num_hidden_layers=1, layer_types=None)
+    with _parameters_on_meta():
+        norm = _library().Qwen2_5OmniThinkerTextModel(thinker.text_config).norm
+    norm.load_state_dict({"weight": weight}, strict=True, assign=True)
+    return norm.eval()
 
 
 class _ReachedLayers(Exception):

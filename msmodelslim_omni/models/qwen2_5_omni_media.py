@@ -52,13 +52,12 @@ class OmniMediaProcessor:
         import torch
         from qwen_omni_utils import process_vision_info
 
-        answered = messages[-1]["role"] == "assistant"
-        text = self._processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
+        prompt, answer, closing = self._rendered(messages)
         visual_messages = [self._with_visual_limits(message) for message in messages]
         images, videos, video_options = process_vision_info(visual_messages, return_video_kwargs=True)
         audio = list(_sounds(messages, use_audio_in_video))
         encoded = self._processor(
-            text=text,
+            text=prompt,
             images=images,
             videos=videos,
             audio=[sound for sound, _ in audio] or None,
@@ -69,13 +68,53 @@ class OmniMediaProcessor:
         tensors = {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
         if "video_second_per_grid" in encoded and not isinstance(encoded["video_second_per_grid"], torch.Tensor):
             tensors["video_second_per_grid"] = torch.tensor(encoded["video_second_per_grid"])
+        span = self._append_answer(tensors, answer, closing)
         ids = tensors["input_ids"][0]
         if len(ids) > self._limits.max_tokens:
             raise QuantError(
-                f"the sample has {len(ids)} tokens, more than calibration.max_tokens {self._limits.max_tokens}",
-                "shorten it, lower calibration.max_pixels or video_fps, or raise max_tokens",
+                f"the sample has {len(ids)} tokens, more than max_tokens {self._limits.max_tokens}",
+                "shorten it, lower max_pixels or video_fps, or raise max_tokens",
             )
-        return ModelInputs(tensors, use_audio_in_video, self._modality(ids))
+        return ModelInputs(tensors, use_audio_in_video, self._modality(ids), span)
+
+    def _rendered(self, messages: list[dict[str, Any]]) -> tuple[str, str, str]:
+        """The prompt as text, the answer that the last turn may hold, and what closes that turn.
+
+        The two are told apart where the whole conversation is the prompt to generate from, the answer's text and an
+        end; else all is prompt.
+        """
+
+        def rendered(turns: list[dict[str, Any]], to_answer: bool) -> str:
+            text: str = self._processor.apply_chat_template(turns, add_generation_prompt=to_answer, tokenize=False)
+            return text
+
+        if messages[-1]["role"] != "assistant":
+            return rendered(messages, True), "", ""
+        whole, prompt = rendered(messages, False), rendered(messages[:-1], True)
+        answer = _text_alone(messages[-1]["content"])
+        closing = whole.removeprefix(prompt + answer)
+        if not answer or closing in ("", whole):
+            return whole, "", ""
+        return prompt, answer, closing
+
+    def _append_answer(self, tensors: dict[str, Any], answer: str, closing: str) -> tuple[int, int] | None:
+        """Add the answer's tokens to those of its prompt; returns where they stand, with the one that ends the turn.
+
+        Apart, as generation makes them: tokens of the whole text may span the border where an answer begins with a
+        line break.
+        """
+        import torch
+
+        if not answer:
+            return None
+        said, closed = (
+            self._processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, closing)
+        )
+        first = tensors["input_ids"].shape[1]
+        more = torch.tensor([[*said, *closed]], dtype=tensors["input_ids"].dtype)
+        tensors["input_ids"] = torch.cat([tensors["input_ids"], more], dim=1)
+        tensors["attention_mask"] = torch.cat([tensors["attention_mask"], torch.ones_like(more)], dim=1)
+        return first, first + len(said) + 1
 
     def _with_visual_limits(self, message: dict[str, Any]) -> dict[str, Any]:
         if isinstance(message["content"], str):
@@ -129,6 +168,12 @@ class OmniMediaProcessor:
         for index, token in enumerate((tokenizer.image_token, tokenizer.audio_token, tokenizer.video_token), 1):
             modality[ids == tokenizer.convert_tokens_to_ids(token)] = index
         return modality
+
+
+def _text_alone(content: Any) -> str:
+    """The text of a turn; empty where the turn has media."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else ""
 
 
 def _names_video_sounds(processor_class: type) -> bool:

@@ -70,11 +70,15 @@ class ModelSpec:
 
     model_type: str
     hf_model_type: str
+    publisher: str  # who has the published shapes on the Hugging Face hub
     layer_prefix: str  # with {index}
     parts: tuple[Part, ...]  # the first prefix that fits names a tensor's part
     processors: frozenset[str]  # recipe processors that this model type admits
     ignore_patterns: tuple[str, ...]  # `re:` patterns of the modules a runtime must leave float
     config_paths: tuple[tuple[str, ...], ...]  # where in config.json loaders look for quantization_config
+    stem_prefixes: tuple[str, ...]  # of the tensors in front of the decoder layers: towers and embedding
+    norm: str  # the tensors behind them: the final norm's weight, and lm_head [vocabulary, hidden]
+    head: str
     family: ModelFamily
 
     def layer_name(self, index: int, relative: str) -> str:
@@ -103,6 +107,10 @@ class ModelFamily(Protocol):
         """The library's decoder layer with these weights (relative names)."""
         ...
 
+    def build_norm(self, config: dict[str, Any], weight: torch.Tensor) -> torch.nn.Module:
+        """The library's norm between the last decoder layer and lm_head."""
+        ...
+
     def open_stem(self, checkpoint: Checkpoint, device: torch.device) -> Stem: ...
 
     def open_media_processor(self, path: Path, limits: MediaLimits, trust_remote_code: bool) -> MediaProcessor: ...
@@ -119,11 +127,16 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One sample as the model's forward takes it. `modality`: int8 [tokens], an index into MODALITIES."""
+    """One sample as the model's forward takes it. `modality`: int8 [tokens], an index into MODALITIES.
+
+    answer: the positions [first, end) of the last assistant turn's tokens, the token that ends it included; None for a
+    sample without one, or with media in it.
+    """
 
     tensors: dict[str, torch.Tensor]
     use_audio_in_video: bool
     modality: torch.Tensor
+    answer: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
