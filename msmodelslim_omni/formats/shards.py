@@ -15,13 +15,19 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..safetensors_io import SafetensorsWriter, TensorSpec, read_header
+from ..safetensors_io import SafetensorsWriter, TensorSpec, encode_header, in_file_order, read_header
 from .job import Format, OutLinear, OutputJob, OutTensor
 
 GB = 10**9
 
+# "format: pt" is what transformers asks a checkpoint for.
+_METADATA = {"format": "pt"}
+
 # Files that would contradict the new weights.
-_STALE_FILES = frozenset({"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md"})
+_STALE_FILES = frozenset(
+    {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md"}
+    | {"eval/eval_report.json", "eval/eval_report.md"}
+)
 
 
 def format_tensors(fmt: Format, job: OutputJob) -> list[OutTensor]:
@@ -52,13 +58,37 @@ def write_output(
         on_shard(number, len(shards))
     total = sum(tensor.spec.nbytes for tensor in tensors)
     if len(shards) > 1:
-        weight_map = {t.spec.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / f"{fmt.weights_stem}.safetensors.index.json", index)
+        write_json(folder / _index_name(fmt), _index(names, shards, total))
     _copy_other_files(job, folder)
     for name, content in fmt.json_files(job, tensors).items():
         write_json(folder / name, content)
     return total
+
+
+def output_files(fmt: Format, job: OutputJob, part_file_size: int) -> dict[str, int]:
+    """Every file that write_output makes, by its relative name, with its exact bytes; from sizes alone."""
+    tensors = format_tensors(fmt, job)
+    shards = split_shards(tensors, part_file_size)
+    names = _shard_names(fmt.weights_stem, len(shards))
+    files = {}
+    for name, shard in zip(names, shards, strict=True):
+        specs = in_file_order(tensor.spec for tensor in shard)
+        files[name] = len(encode_header(specs, _METADATA)) + sum(spec.nbytes for spec in specs)
+    if len(shards) > 1:
+        index = _index(names, shards, sum(tensor.spec.nbytes for tensor in tensors))
+        files[_index_name(fmt)] = len(_json_text(index).encode())
+    copied = [relative for relative in job.other_files if str(relative) not in _STALE_FILES]
+    files |= {str(relative): (job.source / relative).stat().st_size for relative in copied}
+    return files | {name: len(_json_text(content).encode()) for name, content in fmt.json_files(job, tensors).items()}
+
+
+def _index_name(fmt: Format) -> str:
+    return f"{fmt.weights_stem}.safetensors.index.json"
+
+
+def _index(names: list[str], shards: list[list[OutTensor]], total: int) -> dict[str, Any]:
+    weight_map = {t.spec.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def split_shards(tensors: list[OutTensor], part_file_size: int) -> list[list[OutTensor]]:
@@ -86,8 +116,7 @@ def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
     if path.exists() and _holds(path, specs):
         return
     by_name = {tensor.spec.name: tensor for tensor in tensors}
-    # "format: pt" is what transformers asks a checkpoint for.
-    with SafetensorsWriter(path, specs.values(), {"format": "pt"}) as writer:
+    with SafetensorsWriter(path, specs.values(), _METADATA) as writer:
         for spec in writer.specs:
             data = by_name[spec.name].load()
             writer.write(spec.name, data.cpu() if isinstance(data, torch.Tensor) else data)
@@ -115,12 +144,15 @@ def _copy_other_files(job: OutputJob, folder: Path) -> None:
             raise QuantError(f"{job.source / relative}: cannot be copied: {error.strerror or error}") from error
 
 
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file, written aside, synced and renamed."""
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(_json_text(content))
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)
