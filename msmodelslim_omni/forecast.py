@@ -15,7 +15,6 @@ from .gram import sketch_rows
 from .models.spec import MODALITIES
 from .plan import QuantPlan
 from .report import human_bytes
-from .scheme import QuantScheme
 from .stream import ARGUMENTS_BUDGET, HIDDEN_BUDGET
 from .workspace import WORK_FOLDER
 
@@ -42,23 +41,15 @@ class Forecast:
 def forecast(plan: QuantPlan, samples: int, tokens: int | None = None) -> Forecast:
     """Foretell a run; `samples` is 0 for a data-free one, `tokens` of all samples where they are known already."""
     tokens = samples * _TOKENS_PER_SAMPLE if tokens is None else tokens
-    job = make_job(plan, lambda layer: {})
+    job = make_job(plan)
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
     outputs: dict[str, int] = {
         saver.type: sum(tensor.spec.nbytes for tensor in format_tensors(FORMATS[saver.type], job)) + other
         for saver in plan.savers
     }
-    parts = sum(_part_bytes(linear.shape, linear.scheme) for linear in plan.linears if linear.scheme)
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
     # Per token: hidden states at up to four places, rotary tables and the like once.
-    return Forecast(outputs, parts + tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
-
-
-def _part_bytes(shape: tuple[int, int], scheme: QuantScheme) -> int:
-    """Integers, a byte each, and float32 scales with zero points of a byte."""
-    out_features, in_features = shape
-    groups = in_features // scheme.group_size if scheme.group_size else 1
-    return out_features * (in_features + groups * (4 if scheme.symmetric else 5))
+    return Forecast(outputs, tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
 
 
 def _gram_bytes(in_features: int, tokens: int) -> int:
