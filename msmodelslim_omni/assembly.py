@@ -24,6 +24,9 @@ from .safetensors_io import (
 # Kept tensors are copied through a buffer of this size, so that an embedding of a gigabyte does not fill memory.
 _COPY_BYTES = 16 << 20
 
+# A stopped run loses no more of what is copied than about this.
+PIECE_BYTES = 256 << 20
+
 Item = OutTensor | OutLinear
 
 
@@ -77,12 +80,12 @@ def units(plan: QuantPlan, job: OutputJob) -> Units:
     return Units(tuple(tuple(items) for items in layers), in_pieces(others))
 
 
-def in_pieces(items: Sequence[Item], limit: int = 256 << 20) -> tuple[tuple[Item, ...], ...]:
-    """Consecutive items in pieces of about `limit` bytes, so that a stopped run loses no more."""
+def in_pieces(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
+    """Consecutive items in pieces of about PIECE_BYTES."""
     pieces: list[list[Item]] = []
-    size = limit
+    size = PIECE_BYTES
     for item in items:
-        if size >= limit:
+        if size >= PIECE_BYTES:
             pieces.append([])
             size = 0
         pieces[-1].append(item)

@@ -10,7 +10,6 @@ The source is a finished output: the parts of a run are gone once it is finished
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,10 +29,10 @@ from .outputs import Outputs
 from .progress import Progress
 from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
 from .recipe import SAVER_CONFIGS
-from .report import PartSize, Report, human_bytes, read_report, write_report
+from .report import PartSize, Report, read_report, write_report
 from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
 from .summary import bits_per_weight, versions, written_parts
-from .workspace import REPORT_NAME, Workspace, check_save_path
+from .workspace import REPORT_NAME, Workspace, check_room, check_save_path
 
 DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
 
@@ -80,7 +79,7 @@ def export(
     _refuse_other_linears(source)
     job = make_export_job(source, save_format, thinker_only)
     tensors = format_tensors(fmt, job)
-    _check_free(target, sum(tensor.spec.nbytes for tensor in tensors))
+    check_room(target, sum(tensor.spec.nbytes for tensor in tensors))
     with Workspace(
         target, _fingerprint(source, save_format, part_file_size, thinker_only), overwrite=overwrite
     ) as workspace:
@@ -190,17 +189,6 @@ def _checked(linear: OutLinear, save_format: str) -> OutLinear:
         return loaded
 
     return replace(linear, scales=scales)
-
-
-def _check_free(save_path: Path, needed: int) -> None:
-    existing = next(folder for folder in (save_path, *save_path.absolute().parents) if folder.is_dir())
-    usage = shutil.disk_usage(existing)
-    there = sum(file.stat().st_size for file in save_path.rglob("*.safetensors*")) if save_path.is_dir() else 0
-    if usage.total and needed > usage.free + there:
-        raise QuantError(
-            f"{str(save_path)!r} needs {human_bytes(needed)}, free are {human_bytes(usage.free)}",
-            "free some space, or choose another disk",
-        )
 
 
 def _fingerprint(

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from .assembly import make_job
 from .capture import ROWS_PER_MODALITY
-from .errors import QuantError
 from .formats import FORMATS
 from .formats.shards import format_tensors
 from .gram import sketch_rows
 from .models.spec import MODALITIES
 from .plan import QuantPlan
-from .report import human_bytes
 from .stream import ARGUMENTS_BUDGET, HIDDEN_BUDGET
-from .workspace import WORK_FOLDER
 
 # What the process holds before any weight: the interpreter, torch, and transformers' classes.
 _BASE_BYTES = 520 << 20
@@ -84,16 +79,3 @@ def _peak_memory(plan: QuantPlan, tokens: int) -> int:
         grams = sum(_gram_bytes(plan.layer_spec.shapes[f"{name}.weight"][1], tokens) for name in sorted(first_names))
     layer = 2 * stored + 4 * weights + 4 * weights + 2 * weights + 8 * widest + rows + stores + grams
     return _BASE_BYTES + _MEDIA_BYTES + max(towers, layer)
-
-
-def check_disk(expected: Forecast, save_path: Path) -> None:
-    """Refuse to start where the disk cannot hold the work and the outputs; what a stopped run has written counts."""
-    there = sum(file.stat().st_size for file in (save_path / WORK_FOLDER).rglob("*") if file.is_file())
-    existing = next(path for path in (save_path, *save_path.absolute().parents) if path.is_dir())
-    usage = shutil.disk_usage(existing)
-    free = usage.free if usage.total else expected.disk_bytes  # no disk at all, such as /proc: writing will say why
-    if expected.disk_bytes > free + there:
-        raise QuantError(
-            f"{str(save_path)!r} needs {human_bytes(expected.disk_bytes)}, free are {human_bytes(free + there)}",
-            "free some space, choose another disk, or write one format only (--save_format)",
-        )

@@ -24,7 +24,7 @@ from .checkpoint import open_checkpoint
 from .device import OUT_OF_MEMORY, Device, free_memory, resolve_device
 from .digests import file_digest, value_digest
 from .errors import QuantError
-from .forecast import Forecast, check_disk, forecast
+from .forecast import Forecast, forecast
 from .measure import record_layer
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
@@ -37,7 +37,7 @@ from .recipe import Recipe, find_recipe, resolve_recipe
 from .report import Report, read_report, write_report
 from .stream import CalibrationStream, LayerProbe, emulate
 from .summary import make_report, versions
-from .workspace import Workspace, check_save_path
+from .workspace import Workspace, check_room, check_save_path
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:
 
 def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """Carry a prepared run out, or go on with it."""
-    check_disk(prepared.forecast, save_path)
+    check_room(save_path, prepared.forecast.disk_bytes)
     with Workspace(save_path, _fingerprint(prepared), overwrite=overwrite) as workspace:
         if workspace.is_committing():
             progress.say("the output is finished; moving it to its place")
@@ -217,7 +217,9 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         with clock("towers"):
             stream.prepare(progress)
         tokens = sum(stream.tokens_by_modality().values())
-        check_disk(forecast(plan, len(stream), tokens), workspace.save_path)  # now that the samples' lengths are known
+        check_room(
+            workspace.save_path, forecast(plan, len(stream), tokens).disk_bytes
+        )  # now that the samples' lengths are known
     job = make_job(plan)
     parts = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:

@@ -17,6 +17,7 @@ from typing import IO, Any
 from .checkpoint import load_json_object
 from .errors import QuantError
 from .formats.shards import write_json
+from .report import human_bytes
 
 WORK_FOLDER = ".msmodelslim_work"
 REPORT_NAME = "quant_report.json"  # every output holds it
@@ -221,3 +222,17 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
             if not existing.is_dir():
                 raise QuantError(f"save_path {str(save_path)!r}: {str(existing)!r} is a file", "choose a folder")
             return
+
+
+def check_room(save_path: Path, needed: int) -> None:
+    """Refuse to start where the disk cannot hold `needed` bytes; what a stopped run has written counts."""
+    # By blocks: a file in the making has its full length from the start.
+    there = sum(f.stat().st_blocks * 512 for f in (save_path / WORK_FOLDER).rglob("*") if f.is_file())
+    existing = next(path for path in (save_path, *save_path.absolute().parents) if path.is_dir())
+    usage = shutil.disk_usage(existing)
+    free = usage.free if usage.total else needed  # no disk at all, such as /proc: writing will say why
+    if needed > free + there:
+        raise QuantError(
+            f"{str(save_path)!r} needs {human_bytes(needed)}, free are {human_bytes(free + there)}",
+            "free some space, choose another disk, or write one format only (--save_format)",
+        )

@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "forecast": BASIS
     | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "stream"}
     | {"workspace"},
-    "workspace": {"errors", "checkpoint", "formats.shards"},
+    "workspace": {"errors", "checkpoint", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
     | {"sample_store"},
