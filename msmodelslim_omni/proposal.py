@@ -73,7 +73,7 @@ class Proposer:
         """Of a recipe's result, see Proposal."""
         linears = (replace(lin, scheme=SCHEMES.get(schemes.get(lin.name, W4.name))) for lin in self.int4.linears)
         plan = replace(self.int4, linears=tuple(linears))
-        made = output_files(FORMATS[FORMAT], make_job(plan, lambda layer: {}), plan.savers[0].part_file_size)
+        made = output_files(FORMATS[FORMAT], make_job(plan), plan.savers[0].part_file_size)
         return {name: size for name, size in made.items() if not name.endswith(".md")}
 
     def weight_size(self, name: str, scheme: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -287,3 +288,80 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     with SafetensorsWriter(path, specs, metadata) as writer:
         for spec in writer.specs:
             writer.write(spec.name, tensors[spec.name].cpu())
+
+
+class PlacedShard:
+    """Writes one file whose tensors come in any order, each put at its place behind a header that is there from the
+    start.
+
+    The file has a temporary name until `close`. One that a stopped run left with the same header is gone on with; which
+    of its tensors are whole is for the caller to know, by their checksums. Calls from several threads are fine as long
+    as they are about different tensors.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".partial")
+        ordered = in_file_order(specs)
+        header = encode_header(ordered, metadata)
+        self._infos: dict[str, TensorInfo] = {}
+        position = len(header)
+        for spec in ordered:
+            self._infos[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, self._temporary, position)
+            position += spec.nbytes
+        if _begins_with(path, header, position):  # a stopped run was naming its shards
+            path.replace(self._temporary)
+        if not _begins_with(self._temporary, header, position):
+            with self._temporary.open("wb") as stream:
+                stream.write(header)
+                stream.truncate(position)
+        self._stream = self._temporary.open("r+b", buffering=0)
+
+    def put(self, name: str, data: torch.Tensor | Iterable[memoryview], crc: int = 0) -> int:
+        """Write one tensor, whole or as chunks of bytes. Returns the CRC-32 of its bytes, going on from `crc`."""
+        info, written = self._infos[name], 0
+        for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
+            crc = zlib.crc32(chunk, crc)
+            written += self._write_at(info.start + written, chunk)
+        if written != info.nbytes:
+            raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {info.nbytes}")
+        return crc
+
+    def _write_at(self, start: int, chunk: memoryview) -> int:
+        done = 0
+        while done < len(chunk):
+            done += os.pwrite(self._stream.fileno(), chunk[done:], start + done)
+        return done
+
+    def crc(self, name: str, crc: int = 0) -> int:
+        """The CRC-32 of a tensor's bytes as they are in the file, going on from `crc`."""
+        info = self._infos[name]
+        buffer = byte_view(torch.empty(min(_COMPARED_BYTES, info.nbytes), dtype=torch.uint8))
+        for first in range(0, info.nbytes, _COMPARED_BYTES):
+            piece = buffer[: min(_COMPARED_BYTES, info.nbytes - first)]
+            read_bytes(info, first, piece)
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+    def sync(self) -> None:
+        """Return when all that was put is on the disk."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Sync, and give the file its name. The caller knows that every tensor was put."""
+        self.sync()
+        self._stream.close()
+        self._temporary.replace(self.path)
+
+    def abandon(self) -> None:
+        """Close the file and leave it under its temporary name."""
+        self._stream.close()
+
+
+def _begins_with(path: Path, header: bytes, size: int) -> bool:
+    """Whether a file is there, as long as this, with this header."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(header)) == header and stream.seek(0, os.SEEK_END) == size
+    except FileNotFoundError:
+        return False

@@ -57,12 +57,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "models.spec",
     },
-    "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
+    "assembly": BASIS | {"arithmetic", "plan", "formats.job", "safetensors_io"},
+    "outputs": {"formats", "formats.job", "formats.shards", "workspace"},
     "report": {"checkpoint", "formats.shards", "models.spec"},
     "forecast": BASIS
     | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "stream"}
     | {"workspace"},
-    "workspace": {"digests", "errors", "checkpoint", "formats.shards", "safetensors_io"},
+    "workspace": {"errors", "checkpoint", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
     | {"sample_store"},
@@ -83,7 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"formats.job", "formats.stored", "models", "models.spec", "plan", "safetensors_io"},
     "export": BASIS
     | {"assembly", "checkpoint", "device", "documents", "formats", "formats.job", "formats.shards", "models.running"}
-    | {"models.spec", "progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
+    | {"models.spec", "outputs", "progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
     "report_html.*": {"fidelity", "models.spec", "report"},
     "model_card": {"checkpoint", "eval_report", "fidelity", "models.spec", "report"},
     "documents": {"errors", "fidelity", "model_card", "models.spec", "processors.work", "progress", "report"}

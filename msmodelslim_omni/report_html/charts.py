@@ -170,7 +170,8 @@ def heat_map(
 ) -> str:
     """A cell for each layer and column, in the colours of cividis; what is None is left empty.
 
-    hints: what a cell says when it is pointed at. texts: what is written into it, where the rows are few.
+    hints: what a cell says when it is pointed at. texts: what is written into it, where it is
+    empty or the rows are few.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import PatchCollection
@@ -193,10 +194,12 @@ def heat_map(
     cells.set_edgecolor(_colour("faint"))
     cells.set_urls([f"cell-{i}-{j}" for i, j in places])  # a link for each cell, made a title below
     axes.add_collection(cells, autolim=False)
-    for i, j in places if numbered else ():
-        on_dark = (i, j) in known and scale.norm(known[i, j]) < 0.5
-        ink = _colour("ink") if (i, j) not in known else "#ffffff" if on_dark else "#000000"
-        axes.text(j + 0.5, i + 0.5, texts[i][j], ha="center", va="center_baseline", color=ink)
+    for i, j in places:
+        if (i, j) not in known:
+            axes.text(j + 0.5, i + 0.5, texts[i][j], size=min(10, 0.65 * height), ha="center", va="center_baseline")
+        elif numbered:
+            ink = "#ffffff" if scale.norm(known[i, j]) < 0.5 else "#000000"
+            axes.text(j + 0.5, i + 0.5, texts[i][j], ha="center", va="center_baseline", color=ink)
     axes.set_xlim(0, len(columns) or 1)
     axes.set_ylim(len(rows), 0)
     axes.xaxis.tick_top()

@@ -181,9 +181,9 @@ def _linear_errors(report: Report, by_output: bool) -> Chart:
     for layer in report.layers:
         by_kind = {_kind(linear): linear for linear in layer.linears}
         row = [by_kind.get(kind) for kind in kinds]
-        values.append(in_percent([_error(linear) if linear else None for linear in row]))
+        values.append(in_percent([_error_of(linear) for linear in row]))
         hints.append([_linear_hint(layer, kind, linear) for kind, linear in zip(kinds, row, strict=True)])
-        texts.append([_short(_error(linear)) if linear else "" for linear in row])
+        texts.append([_short(_error_of(linear)) for linear in row])
     what = "output error" if by_output else "weight error"
     rows = [str(layer.index) for layer in report.layers]
     columns = [kind.removesuffix("_proj") for kind in kinds]
@@ -197,7 +197,7 @@ def _linear_errors(report: Report, by_output: bool) -> Chart:
     return Chart(
         f"{what.capitalize()} of each Linear, %",
         charts.heat_map("linears", rows, columns, values, hints, texts, f"{what}, %"),
-        "A cell for each layer and Linear, the brighter the larger the error; an empty cell stayed float.",
+        "A cell for each layer and Linear, the brighter the larger the error; what stayed float says so.",
         words,
         tall=True,
     )
@@ -220,7 +220,7 @@ def _kinds(report: Report) -> list[str]:
 
 
 def _short(error: float | None) -> str:
-    return "" if error is None or not math.isfinite(error) else f"{100 * error:.2g}"
+    return "float" if error is None else f"{100 * error:.2g}"
 
 
 def _error_table(report: Report, names: list[str]) -> Table:
