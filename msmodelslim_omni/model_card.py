@@ -52,7 +52,7 @@ def write_card(folder: Path, report: Report, saver: str, model: ModelSpec, recip
     header = _header(before) or _licence(_read(folder / "LICENSE"))
     if path.is_file() and _MARK not in before:
         kept = path.with_name("README.source.md")
-        while kept.exists():
+        while kept.exists() and _read(kept) != before:  # the same one is of a run that was stopped behind this
             kept = kept.with_name(f"{kept.stem}.source.md")
         path.replace(kept)
     base = _base_model(load_json_object(folder / "config.json"), model)

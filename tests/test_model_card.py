@@ -183,6 +183,8 @@ def test_the_sources_cards_are_all_kept(output: Path) -> None:
     assert (output / "README.source.md").read_text(encoding="utf-8") == "older"
     assert (output / "README.source.source.md").read_text(encoding="utf-8") == "theirs"
     assert card_of(output) == first  # one of ours is not kept: it is made anew
+    (output / "README.md").write_text("theirs", encoding="utf-8")  # as when a stopped run copies the files again
+    assert card_of(output) == first and len(list(output.glob("README*"))) == 3
 
 
 def test_an_evaluation_renews_its_part_of_our_card_alone(output: Path) -> None:

@@ -393,7 +393,7 @@ def test_overwrite_replaces_an_old_output_only_when_the_new_one_is_complete(
     save = tmp_path / "out"
     before = old_output(model, save)
     assert "is not empty" in go_on(model, save, index, recipe).fault()
-    stop_at("write ascendv1_saver", 1, model, save, index, config_path=str(recipe), overwrite=True)
+    stop_at("layers", LAYERS, model, save, index, config_path=str(recipe), overwrite=True)
     kept = {name: content for name, content in files(save).items() if not name.startswith(WORK)}
     assert kept == before
     (save / "came since.txt").write_text("mine")
