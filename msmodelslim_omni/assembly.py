@@ -1,20 +1,22 @@
-"""QuantPlan and parts -> OutputJob: what a format writes, as lazily loaded tensors in the checkpoint's order."""
+"""QuantPlan and finished layers -> what a format writes: lazily loaded tensors, in the checkpoint's order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from .arithmetic import QuantizedLinear
 from .formats.job import OutLinear, OutputJob, OutTensor
 from .plan import QuantPlan
 from .safetensors_io import (
+    DTYPE_NAMES,
     TORCH_DTYPES,
     TensorInfo,
     TensorSpec,
     byte_view,
     load_finite,
-    load_tensor,
     read_bytes,
     refuse_nonfinite,
 )
@@ -22,35 +24,24 @@ from .safetensors_io import (
 # Kept tensors are copied through a buffer of this size, so that an embedding of a gigabyte does not fill memory.
 _COPY_BYTES = 16 << 20
 
-# What a part holds of a quantized Linear, after its name; `zeros` only of an asymmetric scheme.
-PART_TENSORS = ("qweight", "scales", "zeros")
+# A stopped run loses no more of what is copied than about this.
+PIECE_BYTES = 256 << 20
 
-Parts = Callable[[int], dict[str, TensorInfo]]
+Item = OutTensor | OutLinear
 
 
-def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
-    """The job of every format. `parts(layer)`: the tensors of a layer's part by name; asked for layer by layer.
-
-    In a part, `<linear>.` and the names of PART_TENSORS hold a quantized Linear, any other name a changed float tensor.
-    """
+def make_job(plan: QuantPlan) -> OutputJob:
+    """The job of every format: sizes of all tensors, contents of those that are copied. See `finished_items`."""
     schemes = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
-    changed: dict[str, TensorInfo] = {}
-    for layer in plan.layers:
-        changed |= parts(layer.index)
-    items: list[OutTensor | OutLinear] = []
+    items: list[Item] = []
     for name, info in plan.checkpoint.tensors.items():
         linear = schemes.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
         if linear is None:
-            items.append(float_item(changed.get(name), info))
+            items.append(float_item(info))
             continue
         assert linear.scheme is not None
-        qweight, scales, zeros = (_loader(changed.get(f"{linear.name}.{part}")) for part in PART_TENSORS)
-        symmetric = linear.scheme.symmetric
-        items.append(
-            OutLinear(
-                linear.name, linear.scheme, linear.shape, info.dtype, qweight, scales, None if symmetric else zeros
-            )
-        )
+        zeros = None if linear.scheme.symmetric else _unknown
+        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros))
     return OutputJob(
         items=tuple(items),
         float_linears=tuple(linear.name for linear in plan.linears if linear.scheme is None),
@@ -63,19 +54,79 @@ def make_job(plan: QuantPlan, parts: Parts) -> OutputJob:
     )
 
 
-def _loader(info: TensorInfo | None) -> Callable[[], torch.Tensor]:
-    def load() -> torch.Tensor:
-        if info is None:
-            raise ValueError("this part does not exist yet; only sizes may be asked of this job")
-        return load_tensor(info)
-
-    return load
+def _unknown() -> torch.Tensor:
+    raise ValueError("this layer is not finished yet; only sizes may be asked of it")
 
 
-def float_item(changed: TensorInfo | None, source: TensorInfo) -> OutTensor:
-    """A float tensor: from the part where it was changed, else the source's bytes."""
-    info = changed or source
-    spec = TensorSpec(source.name, info.dtype, info.shape)
+@dataclass(frozen=True)
+class Units:
+    """The items of an output as they are finished: those of each decoder layer, and the others in pieces."""
+
+    layers: tuple[tuple[Item, ...], ...]
+    others: tuple[tuple[Item, ...], ...]
+
+
+def units(plan: QuantPlan, job: OutputJob) -> Units:
+    """Every item once. What a layer does not compute is among the others, even if its name is a layer's."""
+    layer_of = {
+        plan.model.layer_name(layer.index, relative): position
+        for position, layer in enumerate(plan.layers)
+        for relative in plan.layer_spec.shapes
+    }
+    layers: list[list[Item]] = [[] for _ in plan.layers]
+    others: list[Item] = []
+    for item in job.items:
+        position = layer_of.get(f"{item.name}.weight" if isinstance(item, OutLinear) else item.spec.name)
+        (others if position is None else layers[position]).append(item)
+    return Units(tuple(tuple(items) for items in layers), in_pieces(others))
+
+
+def in_pieces(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
+    """Consecutive items in pieces of about PIECE_BYTES."""
+    pieces: list[list[Item]] = []
+    size = PIECE_BYTES
+    for item in items:
+        if size >= PIECE_BYTES:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(item)
+        size += item.shape[0] * item.shape[1] if isinstance(item, OutLinear) else item.spec.nbytes
+    return tuple(tuple(piece) for piece in pieces)
+
+
+def finished_items(
+    items: Iterable[Item], quantized: Mapping[str, QuantizedLinear], changed: Mapping[str, torch.Tensor]
+) -> list[Item]:
+    """A layer's items with their contents. quantized: by Linear; changed: float tensors by name; the rest is copied."""
+    filled: list[Item] = []
+    for item in items:
+        if isinstance(item, OutLinear):
+            filled.append(_finished_linear(item, quantized[item.name]))
+        elif item.spec.name in changed:
+            filled.append(_finished_float(item, changed[item.spec.name]))
+        else:
+            filled.append(item)
+    return filled
+
+
+def _finished_linear(item: OutLinear, linear: QuantizedLinear) -> OutLinear:
+    zeros = linear.zeros
+    return replace(
+        item,
+        qweight=lambda: linear.qweight.cpu(),
+        scales=lambda: linear.scales.cpu(),
+        zeros=None if zeros is None else lambda: zeros.cpu(),
+    )
+
+
+def _finished_float(item: OutTensor, tensor: torch.Tensor) -> OutTensor:
+    assert DTYPE_NAMES[tensor.dtype] == item.spec.dtype and tuple(tensor.shape) == item.spec.shape
+    return replace(item, load=lambda: tensor.cpu())
+
+
+def float_item(info: TensorInfo) -> OutTensor:
+    """A float tensor with the source's bytes."""
+    spec = TensorSpec(info.name, info.dtype, info.shape)
     if info.nbytes <= _COPY_BYTES:
         return OutTensor(spec, lambda: load_finite(info))
     return OutTensor(spec, lambda: _chunks(info))

@@ -38,6 +38,11 @@ class CalibSample:
     messages: tuple[dict[str, Any], ...]
     use_audio_in_video: bool
 
+    @property
+    def answered(self) -> bool:
+        """Whether its last turn is the assistant's."""
+        return bool(self.messages[-1]["role"] == "assistant")
+
     def files(self) -> list[Path]:
         parts = (p for m in self.messages for p in m["content"] if p["type"] in MEDIA_KINDS)
         return [part[part["type"]] for part in parts]
@@ -94,7 +99,8 @@ def load_calib_set(
         )
         raise QuantError(
             f"the dataset has {len(faults)} faults:\n" + "\n".join(listed),
-            "mend them, or leave such samples out with `calibration: {on_bad_sample: skip}` in the recipe",
+            "mend them, or leave such samples out: `calibration: {on_bad_sample: skip}` in a recipe,"
+            " `--on_bad_sample skip` for eval",
         )
     if not samples:
         raise QuantError(f"{index}: no usable sample", 'give at least one line such as {"text": "Hello"}')

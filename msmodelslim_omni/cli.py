@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import typer
 
-from .commands import doctor, export, generate, inspect, quant, recipes
+from .commands import analyze, doctor, evaluate, export, generate, inspect, quant, recipes
 from .commands.shell import EITHER_SPELLING
 
 app = typer.Typer(
@@ -25,13 +25,16 @@ app = typer.Typer(
 )
 VERBS: tuple[Callable[..., None], ...] = (
     quant.quant,
+    analyze.analyze,
     inspect.inspect,
     doctor.doctor,
     export.export,
     generate.generate,
+    evaluate.eval_,
 )
 for verb in VERBS:
-    app.command(context_settings=EITHER_SPELLING)(verb)
+    name = verb.__name__.rstrip("_")  # eval_ is not Python's eval
+    app.command(name, context_settings=EITHER_SPELLING)(verb)
 
 recipes_app = typer.Typer(help="The recipes: list, show, validate, schema.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")

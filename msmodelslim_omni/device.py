@@ -6,7 +6,9 @@ allowed to break a run on another device.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import importlib
 import re
 import resource
@@ -95,10 +97,25 @@ def _cuda_count() -> tuple[int, str]:
     return count, "torch finds no card"
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 what is on `device`: there, but for NPUs, which lack it."""
+    return torch.device("cpu") if device.type == "npu" else device
+
+
 def free_memory(device: torch.device) -> None:
     """Give cached memory of the accelerator back; nothing to do on a CPU."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system: of modules that refer to themselves in circles, as the library's may, and
+    what the C library keeps for itself, as glibc does.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss() -> int:

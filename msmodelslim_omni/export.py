@@ -10,28 +10,29 @@ The source is a finished output: the parts of a run are gone once it is finished
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .assembly import float_item
+from .assembly import float_item, in_pieces
 from .checkpoint import Checkpoint
 from .device import peak_rss
+from .documents import stored_recipe, stored_report, write_documents
 from .errors import QuantError
 from .formats import FORMATS
 from .formats.job import OutLinear, OutputJob, OutTensor
-from .formats.shards import format_tensors, write_output
+from .formats.shards import format_tensors
 from .models.spec import ModelSpec
+from .outputs import Outputs
 from .progress import Progress
 from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
 from .recipe import SAVER_CONFIGS
-from .report import PartSize, Report, human_bytes, read_report, write_report
+from .report import PartSize, Report
 from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
 from .summary import bits_per_weight, versions, written_parts
-from .workspace import REPORT_NAME, Workspace, check_save_path
+from .workspace import Workspace, check_room, check_save_path
 
 DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
 
@@ -82,14 +83,16 @@ def export(
     _refuse_other_linears(source)
     job = make_export_job(source, save_format, thinker_only)
     tensors = format_tensors(fmt, job)
-    _check_free(target, sum(tensor.spec.nbytes for tensor in tensors))
-    with Workspace(target, _fingerprint(source, save_format, thinker_only), overwrite=overwrite) as workspace:
+    check_room(target, sum(tensor.spec.nbytes for tensor in tensors))
+    with Workspace(
+        target, _fingerprint(source, save_format, part_file_size, thinker_only), overwrite=overwrite
+    ) as workspace:
         if not workspace.is_committing():
-            folder = workspace.output_folder(save_format)
-            total = write_output(
-                fmt, job, folder, part_file_size, lambda i, n: progress.step(f"write {save_format}", i, n, "shards")
-            )
-            write_report(_report(source, job, tensors, save_format, target, total), folder)
+            _write(job, save_format, part_file_size, workspace, progress)
+            report = _report(source, job, tensors, save_format, target)
+            recipe_text = stored_recipe(source.path, report)
+            folders = {save_format: workspace.output_folder(save_format)}
+            write_documents(report, folders, source.model, recipe_text, progress)
         workspace.commit([save_format])
     return Exported(
         str(target),
@@ -101,6 +104,16 @@ def export(
         sum(tensor.spec.nbytes for tensor in tensors),
         sum(i.nbytes for n, i in source.floats.items() if n.startswith(_left_out(source, thinker_only))),
     )
+
+
+def _write(job: OutputJob, save_format: str, part_file_size: int, workspace: Workspace, progress: Progress) -> None:
+    pieces = in_pieces(job.items)
+    with Outputs(job, {save_format: part_file_size}, workspace) as outputs:
+        for number, items in enumerate(pieces):
+            if not outputs.is_whole(f"piece {number}", items):
+                outputs.save(f"piece {number}", items)
+            progress.step(f"write {save_format}", number + 1, len(pieces), "pieces")
+        outputs.finish()
 
 
 def _refuse_other_linears(source: QuantizedCheckpoint) -> None:
@@ -127,7 +140,7 @@ def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only:
         if name.startswith(_left_out(source, thinker_only)):
             continue
         linear = source.linears.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        by_name[name] = float_item(None, info) if linear is None else _bias(info, linear.linear.float_dtype)
+        by_name[name] = float_item(info) if linear is None else _bias(info, linear.linear.float_dtype)
     for name, stored in source.linears.items():
         by_name[f"{name}.weight"] = _checked(stored.linear, save_format)
     return OutputJob(
@@ -155,11 +168,11 @@ def _bias(info: TensorInfo, float_dtype: str) -> OutTensor:
     ascendv1_saver in float32. One that is no number of that dtype stays as it is.
     """
     if info.dtype == float_dtype or info.dtype not in FLOAT_DTYPES:
-        return float_item(None, info)
+        return float_item(info)
     stored = load_finite(info)
     restored = stored.to(TORCH_DTYPES[float_dtype])
     if not torch.equal(restored.to(torch.float64), stored.to(torch.float64)):
-        return float_item(None, info)
+        return float_item(info)
     return OutTensor(TensorSpec(info.name, float_dtype, info.shape), lambda: restored)
 
 
@@ -184,23 +197,15 @@ def _checked(linear: OutLinear, save_format: str) -> OutLinear:
     return replace(linear, scales=scales)
 
 
-def _check_free(save_path: Path, needed: int) -> None:
-    existing = next(folder for folder in (save_path, *save_path.absolute().parents) if folder.is_dir())
-    usage = shutil.disk_usage(existing)
-    there = sum(file.stat().st_size for file in save_path.rglob("*.safetensors*")) if save_path.is_dir() else 0
-    if usage.total and needed > usage.free + there:
-        raise QuantError(
-            f"{str(save_path)!r} needs {human_bytes(needed)}, free are {human_bytes(usage.free)}",
-            "free some space, or choose another disk",
-        )
-
-
-def _fingerprint(source: QuantizedCheckpoint, save_format: str, thinker_only: bool) -> dict[str, str]:
+def _fingerprint(
+    source: QuantizedCheckpoint, save_format: str, part_file_size: int, thinker_only: bool
+) -> dict[str, str]:
     """What the output depends on; a stopped export of anything else is not gone on with."""
     return {
         **versions(),
         "export of": source.checkpoint.identity()[:16],
         "save_format": save_format,
+        "part_file_size": str(part_file_size),
         "thinker_only": str(thinker_only),
     }
 
@@ -214,7 +219,6 @@ def _report(
     tensors: list[OutTensor],
     save_format: str,
     save_path: Path,
-    total: int,
 ) -> Report:
     """The source's report with the new place and sizes, and a warning that says where it comes from.
 
@@ -222,25 +226,16 @@ def _report(
     says what is known of it.
     """
     note = f"exported from {source.path} ({source.saver}); errors, time and memory are of the run that quantized it"
-    report = _stored_report(source) or _bare_report(source)
+    report = stored_report(source.path) or _bare_report(source)
     written = written_parts(source.model, tensors)
     return replace(
         report,
         savers={save_format: str(save_path)},
-        output_bytes={save_format: total},
+        output_bytes={save_format: sum(tensor.spec.nbytes for tensor in tensors)},
         parts=tuple(_written(part, written.get(part.name, (0, "left out"))) for part in report.parts),
         bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
         warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),
     )
-
-
-def _stored_report(source: QuantizedCheckpoint) -> Report | None:
-    if not (source.path / REPORT_NAME).is_file():
-        return None
-    try:
-        return read_report(source.path)
-    except (QuantError, KeyError, TypeError, AttributeError):
-        return None  # of another tool or version
 
 
 def _bare_report(source: QuantizedCheckpoint) -> Report:

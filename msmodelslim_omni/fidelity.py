@@ -1,4 +1,4 @@
-"""What an evaluation found: figures with their intervals, as data. No torch; how they are computed is in evaluate.py."""
+"""What an evaluation found: figures with their intervals, as data; how they are computed is in figures.py. No torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Fidelity:
 
     positions: next-token distributions compared. kl_mean, kl_p99: of KL(float || quant) over them, in nats. top1: share
     of positions whose likeliest token is the same; top5: mean share of the five likeliest tokens that both have.
-    perplexity_*: of the tokens that follow. answered: samples with an answer; exact_*: share of them whose greedy answer
-    is that answer, its end included; exact_change: quant - float, paired. hidden_*, embedding_*: of what the talker
-    reads, |quant - float| / |float| over all tokens, and the mean cosine of the two.
+    perplexity_*: of the tokens that follow. answered: samples with an answer; exact_*: share of them whose greedy
+    answer is that answer, its end included; exact_change: quant - float, paired. hidden_*, embedding_*: of what the
+    talker reads, |quant - float| / |float| over all tokens, and the mean cosine of the two. hidden_* of one modality
+    are of its own tokens; embedding_* are of text alone, since the talker gets zeros in place of media.
     """
 
     samples: int

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from .assembly import make_job
 from .capture import ROWS_PER_MODALITY
-from .errors import QuantError
 from .formats import FORMATS
 from .formats.shards import format_tensors
 from .gram import sketch_rows
 from .models.spec import MODALITIES
 from .plan import QuantPlan
-from .report import human_bytes
-from .scheme import QuantScheme
 from .stream import ARGUMENTS_BUDGET, HIDDEN_BUDGET
-from .workspace import WORK_FOLDER
 
 # What the process holds before any weight: the interpreter, torch, and transformers' classes.
 _BASE_BYTES = 520 << 20
@@ -42,23 +36,15 @@ class Forecast:
 def forecast(plan: QuantPlan, samples: int, tokens: int | None = None) -> Forecast:
     """Foretell a run; `samples` is 0 for a data-free one, `tokens` of all samples where they are known already."""
     tokens = samples * _TOKENS_PER_SAMPLE if tokens is None else tokens
-    job = make_job(plan, lambda layer: {})
+    job = make_job(plan)
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
     outputs: dict[str, int] = {
         saver.type: sum(tensor.spec.nbytes for tensor in format_tensors(FORMATS[saver.type], job)) + other
         for saver in plan.savers
     }
-    parts = sum(_part_bytes(linear.shape, linear.scheme) for linear in plan.linears if linear.scheme)
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
     # Per token: hidden states at up to four places, rotary tables and the like once.
-    return Forecast(outputs, parts + tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
-
-
-def _part_bytes(shape: tuple[int, int], scheme: QuantScheme) -> int:
-    """Integers, a byte each, and float32 scales with zero points of a byte."""
-    out_features, in_features = shape
-    groups = in_features // scheme.group_size if scheme.group_size else 1
-    return out_features * (in_features + groups * (4 if scheme.symmetric else 5))
+    return Forecast(outputs, tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
 
 
 def _gram_bytes(in_features: int, tokens: int) -> int:
@@ -93,16 +79,3 @@ def _peak_memory(plan: QuantPlan, tokens: int) -> int:
         grams = sum(_gram_bytes(plan.layer_spec.shapes[f"{name}.weight"][1], tokens) for name in sorted(first_names))
     layer = 2 * stored + 4 * weights + 4 * weights + 2 * weights + 8 * widest + rows + stores + grams
     return _BASE_BYTES + _MEDIA_BYTES + max(towers, layer)
-
-
-def check_disk(expected: Forecast, save_path: Path) -> None:
-    """Refuse to start where the disk cannot hold the work and the outputs; what a stopped run has written counts."""
-    there = sum(file.stat().st_size for file in (save_path / WORK_FOLDER).rglob("*") if file.is_file())
-    existing = next(path for path in (save_path, *save_path.absolute().parents) if path.is_dir())
-    usage = shutil.disk_usage(existing)
-    free = usage.free if usage.total else expected.disk_bytes  # no disk at all, such as /proc: writing will say why
-    if expected.disk_bytes > free + there:
-        raise QuantError(
-            f"{str(save_path)!r} needs {human_bytes(expected.disk_bytes)}, free are {human_bytes(free + there)}",
-            "free some space, choose another disk, or write one format only (--save_format)",
-        )

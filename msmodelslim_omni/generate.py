@@ -65,6 +65,13 @@ class Source:
     linears: dict[str, OutLinear]
     disk_bytes: dict[str, int]
 
+    def shape_of(self, name: str) -> tuple[int, ...] | None:
+        """The shape that a tensor of a float checkpoint has here, quantized or not; None where there is none."""
+        linear = self.linears.get(name.removesuffix(".weight"))
+        if linear is not None and name.endswith(".weight"):
+            return linear.shape
+        return self.floats[name].shape if name in self.floats else None
+
 
 def generate(
     path: str | Path,
@@ -182,7 +189,7 @@ def open_model(source: Source, speech: bool) -> RunnableModel:
     model = source.model.running.open_model(source.config, speech)
     expected = model.module.state_dict()
     for name, disk in model.slots().items():
-        shape = _shape(source, disk)
+        shape = source.shape_of(disk)
         if shape is None:
             raise QuantError(f"{source.path}: tensor {disk} is missing", "write or fetch the checkpoint again")
         if shape != tuple(expected[name].shape):
@@ -218,19 +225,12 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
             setattr(module, name, buffer.to(device.torch))
 
 
-def _shape(source: Source, disk: str) -> tuple[int, ...] | None:
-    linear = source.linears.get(disk.removesuffix(".weight"))
-    if linear is not None and disk.endswith(".weight"):
-        return linear.shape
-    return source.floats[disk].shape if disk in source.floats else None
-
-
 def _choose_dtype(source: Source, device: Device, runs: Running, used: set[str]) -> tuple[torch.dtype, int]:
     """float32 on a CPU where it fits, since few CPUs are fast at bfloat16; else bfloat16; and the bytes it takes."""
     by_dtype = {}
     for dtype in (torch.float32, torch.bfloat16):
         by_dtype[dtype] = sum(
-            torch.Size(_shape(source, disk) or ()).numel()
+            torch.Size(source.shape_of(disk) or ()).numel()
             * (4 if disk.startswith(runs.FLOAT32_PREFIXES) else dtype.itemsize)
             for disk in used
         )

@@ -36,11 +36,11 @@ def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: s
     if work.stats is None:
         return LinearRecord(name, shape, quantized.scheme.name, of_weight)
     group = next(group for group in work.spec.groups if linear in group.linears)
-    overall, by_modality = _output_error(work.stats[group.name], weight, quantized)
+    overall, by_modality = output_error(work.stats[group.name], weight, quantized)
     return LinearRecord(name, shape, quantized.scheme.name, of_weight, overall, by_modality)
 
 
-def _output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float, dict[str, float]]:
+def output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float, dict[str, float]]:
     """|Y - Ŷ| / |Y| on the kept rows, overall and by modality; the bias, the same in both, is left out.
 
     Overall weighs the modalities by the tokens that all samples have, not by the rows kept.

@@ -1,8 +1,8 @@
 """quantize(): the whole run, and the loop over layers. The one file to read first.
 
 Recipe -> QuantPlan -> Checkpoint -> calibration stream
-       -> layer by layer: load -> capture -> process -> propagate -> part
-       -> formats -> report
+       -> layer by layer: load -> capture -> process -> propagate -> every format
+       -> report
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from typing import Any
 
 import torch
 
-from .arithmetic import dequantize, quantize_weight, relative_error
-from .assembly import PART_TENSORS, make_job
+from .arithmetic import QuantizedLinear, dequantize, quantize_weight, relative_error
+from .assembly import Item, Units, finished_items, make_job, units
 from .background import Background
 from .calibration import CalibSet, load_calib_set
 from .checkpoint import open_checkpoint
-from .device import OUT_OF_MEMORY, Device, free_memory, resolve_device
+from .device import OUT_OF_MEMORY, Device, free_memory, peak_rss, resolve_device
 from .digests import file_digest, value_digest
+from .documents import write_documents
 from .errors import QuantError
-from .forecast import Forecast, check_disk, forecast
-from .formats import FORMATS
-from .formats.shards import format_tensors, write_output
+from .forecast import Forecast, forecast
 from .measure import record_layer
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
+from .outputs import Outputs
 from .plan import LayerPlan, QuantPlan, make_plan, refuse_quantized
 from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
-from .report import Report, read_report, write_report
+from .report import Report, read_report
 from .stream import CalibrationStream, LayerProbe, emulate
 from .summary import make_report, versions
-from .workspace import Workspace, check_save_path
+from .workspace import Workspace, check_room, check_save_path
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,11 @@ def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:
 
 def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """Carry a prepared run out, or go on with it."""
-    check_disk(prepared.forecast, save_path)
+    check_room(save_path, prepared.forecast.disk_bytes)
     with Workspace(save_path, _fingerprint(prepared), overwrite=overwrite) as workspace:
         if workspace.is_committing():
-            return _finish_commit(prepared.plan, workspace, progress)
+            progress.say("the output is finished; moving it to its place")
+            return _commit(workspace, workspace.committed_savers())
         # Sums over threads depend on their number: a resumed run uses as many as the one that began.
         threads = torch.get_num_threads()
         torch.set_num_threads(workspace.remember("threads", threads))
@@ -209,21 +210,9 @@ def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progr
             torch.set_num_threads(threads)
 
 
-def _finish_commit(plan: QuantPlan, workspace: Workspace, progress: Progress) -> Report:
-    """Go on with the moves of a stopped run, if they are of the formats that are asked for."""
-    moving = workspace.committed_savers()
-    if moving != [saver.type for saver in plan.savers]:
-        raise QuantError(
-            f"{str(workspace.save_path)!r} holds the finished output of a stopped run as {', '.join(moving)}",
-            "finish that run with its own command, or choose another save_path",
-        )
-    progress.say("the output is finished; moving it to its place")
-    return _commit(workspace, moving)
-
-
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan, device = prepared.plan, prepared.device
-    clock = Clock()
+    clock = Clock(peak_rss)
 
     stream = None
     if prepared.calib is not None:
@@ -231,37 +220,63 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         with clock("towers"):
             stream.prepare(progress)
         tokens = sum(stream.tokens_by_modality().values())
-        check_disk(forecast(plan, len(stream), tokens), workspace.save_path)  # now that the samples' lengths are known
-    first = _first_layer(workspace, stream)
-    if first:
-        progress.say(f"going on at layer {first}; the layers before it are finished")
-    with Background() as reading, Background() as writing:
-        for layer in plan.layers[first:]:
-            with clock("read"):
-                weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
-            if layer.index + 1 < len(plan.layers):
-                reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
-            work, record = _quantize_layer(plan, layer, weights, stream, device.torch, clock)
+        check_room(
+            workspace.save_path, forecast(plan, len(stream), tokens).disk_bytes
+        )  # now that the samples' lengths are known
+    job = make_job(plan)
+    parts = units(plan, job)
+    with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
+        with clock("resume"):
+            first = _first_layer(outputs, parts, stream)
+        if first:
+            progress.say(f"going on at layer {first}; the layers before it are finished")
+        with Background() as reading, Background() as writing, Background() as copying:
+            copying.start(_copy_others, outputs, parts)
+            for layer in plan.layers[first:]:
+                with clock("read"):
+                    weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
+                if layer.index + 1 < len(plan.layers):
+                    reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
+                work, record = _quantize_layer(plan, layer, weights, stream, device.torch, clock)
+                with clock("write"):
+                    copying.raise_what_failed()
+                    if writing.busy:
+                        writing.result()
+                    items = finished_items(parts.layers[layer.index], *_results(plan, work))
+                    writing.start(_save, outputs, stream, layer.index, items, record)
+                del work, weights
+                free_memory(device.torch)
+                progress.step("layers", layer.index + 1, len(plan.layers), _detail(stream))
             with clock("write"):
                 if writing.busy:
                     writing.result()
-                writing.start(_save, workspace, stream, layer.index, _part_tensors(plan, work), record)
-            del work, weights
-            free_memory(device.torch)
-            progress.step("layers", layer.index + 1, len(plan.layers), _detail(stream))
-        with clock("write"):
-            if writing.busy:
-                writing.result()
-    return _finish(prepared, workspace, stream, first, clock, progress)
+                copying.result()
+        with clock("finish"):
+            outputs.finish()
+        return _finish(prepared, workspace, outputs, stream, first, clock, progress)
 
 
-def _first_layer(workspace: Workspace, stream: CalibrationStream | None) -> int:
+def _unit(layer: int) -> str:
+    return f"layer {layer}"
+
+
+def _first_layer(outputs: Outputs, parts: Units, stream: CalibrationStream | None) -> int:
     """The layer to begin with: after the last finished one, if what reaches it is still there."""
-    first = workspace.finished_layers()
+    first = 0
+    while first < len(parts.layers) and outputs.is_whole(_unit(first), parts.layers[first]):
+        first += 1
     if stream is not None:
         first = first if stream.can_start_at(first) else 0
         stream.start_at(first)
     return first
+
+
+def _copy_others(outputs: Outputs, parts: Units) -> None:
+    """What no layer computes: towers, talker and all else, as they are."""
+    for number, items in enumerate(parts.others):
+        unit = f"others {number}"
+        if not outputs.is_whole(unit, items):
+            outputs.save(unit, items)
 
 
 def _detail(stream: CalibrationStream | None) -> str:
@@ -297,14 +312,10 @@ def _quantize_layer(
 
 
 def _save(
-    workspace: Workspace,
-    stream: CalibrationStream | None,
-    index: int,
-    tensors: dict[str, torch.Tensor],
-    record: dict[str, Any],
+    outputs: Outputs, stream: CalibrationStream | None, index: int, items: list[Item], record: dict[str, Any]
 ) -> None:
-    """Once a layer's part is safe, what led to it is not needed any more."""
-    workspace.save_part(index, tensors, record)
+    """Once a layer is safe on the disk, what led to it is not needed any more."""
+    outputs.save(_unit(index), items, record)
     if stream is not None:
         stream.forget(index)
 
@@ -362,17 +373,11 @@ def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
     return module
 
 
-def _part_tensors(plan: QuantPlan, work: LayerWork) -> dict[str, torch.Tensor]:
-    """What a part holds: each quantized Linear's integers and scales, and every float tensor that changed."""
-    tensors = {}
-    for linear, quantized in work.quantized.items():
-        name = plan.model.layer_name(work.index, linear)
-        for part in PART_TENSORS:
-            if (tensor := getattr(quantized, part)) is not None:
-                tensors[f"{name}.{part}"] = tensor.cpu()
-    for relative in work.changed - {f"{linear}.weight" for linear in work.quantized}:
-        tensors[plan.model.layer_name(work.index, relative)] = work.weights[relative].cpu()
-    return tensors
+def _results(plan: QuantPlan, work: LayerWork) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+    """The quantized Linears and the float tensors that changed, by checkpoint name."""
+    quantized = {plan.model.layer_name(work.index, name): linear for name, linear in work.quantized.items()}
+    changed = work.changed - {f"{linear}.weight" for linear in work.quantized}
+    return quantized, {plan.model.layer_name(work.index, relative): work.weights[relative] for relative in changed}
 
 
 # --- the end -------------------------------------------------------------------------------------------------
@@ -381,40 +386,31 @@ def _part_tensors(plan: QuantPlan, work: LayerWork) -> dict[str, torch.Tensor]:
 def _finish(
     prepared: Prepared,
     workspace: Workspace,
+    outputs: Outputs,
     stream: CalibrationStream | None,
     first: int,
     clock: Clock,
     progress: Progress,
 ) -> Report:
-    """Assemble every format from the parts, write the report into each, and move all to its place."""
+    """Write report and card into each output, and move all to its place."""
     plan = prepared.plan
-    job = make_job(plan, workspace.part)
-    output_bytes: dict[str, int] = {}
-    with clock("assemble"):
-        for saver in plan.savers:
-
-            def shown(done: int, total: int, name: str = saver.type) -> None:
-                progress.step(f"write {name}", done, total, "shards")
-
-            folder = workspace.output_folder(saver.type)
-            output_bytes[saver.type] = write_output(FORMATS[saver.type], job, folder, saver.part_file_size, shown)
     names: list[str] = [saver.type for saver in plan.savers]
     report = make_report(
         plan,
         device=prepared.device,
-        tensors=format_tensors(FORMATS[plan.savers[0].type], job),
+        tensors=outputs.tensors(),
         places={name: str(workspace.place(name, names)) for name in names},
-        output_bytes=output_bytes,
-        layers=[workspace.record(layer.index) for layer in plan.layers],
+        output_bytes=outputs.nbytes(),
+        layers=[workspace.record(_unit(layer.index)) for layer in plan.layers],
         stream=stream,
         clock=clock,
         resumed_at_layer=first,
         warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stream.warnings if stream else ())),
     )
-    for name in names:
-        folder = workspace.output_folder(name)
-        write_report(report, folder)
+    folders = {name: workspace.output_folder(name) for name in names}
+    for folder in folders.values():
         (folder / f"{plan.recipe.path.stem}.yaml").write_bytes(plan.recipe.text.encode())
+    write_documents(report, folders, plan.model, plan.recipe.text, progress)
     return _commit(workspace, names)
 
 
@@ -424,7 +420,7 @@ def _commit(workspace: Workspace, savers: list[str]) -> Report:
 
 
 def _fingerprint(prepared: Prepared) -> dict[str, str]:
-    """What the parts depend on; a work folder with another fingerprint is not gone on with."""
+    """What the output depends on; a work folder with another fingerprint is not gone on with."""
     plan, calib = prepared.plan, prepared.calib
     return {
         **versions(),
@@ -451,5 +447,6 @@ def _media_fingerprint(plan: QuantPlan) -> dict[str, str]:
 def _recipe_blocks(plan: QuantPlan) -> dict[str, object]:
     return {
         "recipe process": plan.recipe.model_dump(mode="json")["spec"]["process"],
+        "save_format": [(saver.type, saver.part_file_size) for saver in plan.savers],
         "recipe calibration": plan.calibration.model_dump(mode="json") if plan.dataset else {},
     }

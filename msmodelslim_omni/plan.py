@@ -114,7 +114,7 @@ def make_plan(
     )
     _refuse_split_groups(model, layer_spec, layers, recipe)
     _check_group_sizes(model, checkpoint, layers, selections, recipe)
-    _check_awq(layers, selections, recipe)
+    _check_awq(model, layers, selections, recipe)
     if not any(layer.schemes for layer in layers):
         raise QuantError(f"{recipe.where(('spec', 'process'))}: the recipe quantizes nothing", "widen an include")
     linears = tuple(_linear_plan(model, checkpoint, layer, name) for layer in layers for name in layer_spec.linears)
@@ -369,17 +369,21 @@ def _quantizes(config: ProcessorConfig) -> bool:
     return isinstance(config, LinearQuantConfig)
 
 
-def _check_awq(layers: tuple[LayerPlan, ...], selections: list[Selection], recipe: Recipe) -> None:
+def _check_awq(model: ModelSpec, layers: tuple[LayerPlan, ...], selections: list[Selection], recipe: Recipe) -> None:
     """awq scales for grouped, weight-only rounding, and searches for the very form that linear_quant then writes."""
     for place, config, names in selections:
-        if not isinstance(config, AwqConfig) or not names:
+        if not isinstance(config, AwqConfig):
             continue
-        layer, step = next((lay, s) for lay in layers for s in lay.steps if s.config is config)
-        schemes = {layer.schemes[linear] for linear in step.linears if linear in layer.schemes}
+        schemes: dict[QuantScheme, str] = {}  # with the first Linear of each
+        for layer in layers:
+            for linear, scheme in sorted(layer.schemes.items()):
+                if (name := model.layer_name(layer.index, linear)) in names:
+                    schemes.setdefault(scheme, name)
         if odd := [scheme for scheme in schemes if scheme.group_size is None]:
             raise QuantError(
-                f"{recipe.where(place)}: awq is for int4 per_group weights; linear_quant makes {odd[0].name} of them",
-                "use iter_smooth or smooth_quant with W8A8",
+                f"{recipe.where(place)}: awq is for int4 per_group weights; linear_quant makes {odd[0].name} of"
+                f" {schemes[odd[0]]}",
+                "exclude such Linears from awq; use iter_smooth or smooth_quant with W8A8",
             )
         said = config.weight_qconfig
         for scheme in schemes if said is not None else ():

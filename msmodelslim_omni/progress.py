@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -18,19 +18,22 @@ class Progress:
 
 
 class Clock:
-    """Seconds spent per phase."""
+    """Seconds spent per phase, and by how many bytes the peak of memory rose meanwhile. peak: what tells that peak."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak: Callable[[], int] | None = None) -> None:
         self.seconds: dict[str, float] = {}
+        self.rises: dict[str, int] = {}
+        self._peak = peak or (lambda: 0)
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, peak = time.perf_counter(), self._peak()
         try:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+            self.rises[phase] = self.rises.get(phase, 0) + self._peak() - peak
 
     def total(self) -> float:
         return time.perf_counter() - self._started

@@ -190,7 +190,9 @@ class AscendSaverConfig(_SaverConfig):
 
 
 class CompressedTensorsConfig(_SaverConfig):
-    """compressed-tensors, int-quantized for W8A8 and pack-quantized for W4A16, as vLLM and transformers read it."""
+    """compressed-tensors as vLLM and transformers read it: int-quantized for W8A8, pack-quantized for W4A16, and
+    mixed-precision for both beside each other.
+    """
 
     type: Literal["compressed_tensors"]
 

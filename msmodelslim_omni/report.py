@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything quant_report.json holds; see the fields' names."""
+    """Everything quant_report.json holds; see the fields' names.
+
+    peak_rise_by_phase: bytes by which the peak of memory rose while the phase ran; empty in reports from before it.
+    """
 
     model_type: str
     model_path: str
@@ -80,6 +84,7 @@ class Report:
     peak_rss_bytes: int
     peak_device_bytes: int
     warnings: tuple[str, ...]
+    peak_rise_by_phase: dict[str, int] = field(default_factory=dict)
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -112,7 +117,11 @@ def part_errors(report: Report) -> dict[str, float]:
             error = linear.output_error if linear.output_error is not None else linear.weight_error
             if error is not None:
                 errors.setdefault(linear.name.rsplit(".", 1)[-1], []).append(error)
-    return {name: math.sqrt(sum(e * e for e in values) / len(values)) for name, values in errors.items()}
+    return {name: root_mean_square(values) for name, values in errors.items()}
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
 
 
 def human_bytes(count: float) -> str:

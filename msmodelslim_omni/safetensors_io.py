@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,6 +40,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_COMPARED_BYTES = 32 << 20
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -168,6 +170,28 @@ def load_rows(info: TensorInfo, rows: Iterable[int]) -> torch.Tensor:
     return out
 
 
+def row_range(info: TensorInfo, first: int, end: int) -> TensorInfo:
+    """Rows first to end - 1 of a tensor, as a tensor of its own that one read fetches."""
+    row_bytes = info.nbytes // info.shape[0]
+    return replace(info, shape=(min(end, info.shape[0]) - first, *info.shape[1:]), start=info.start + first * row_bytes)
+
+
+def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; no more than 32 MiB of each are read at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if (one.file, one.start) == (other.file, other.start):
+        return True
+    mine, its = (torch.empty(min(_COMPARED_BYTES, one.nbytes), dtype=torch.uint8) for _ in range(2))
+    for first in range(0, one.nbytes, _COMPARED_BYTES):
+        size = min(_COMPARED_BYTES, one.nbytes - first)
+        for info, buffer in ((one, mine), (other, its)):
+            read_bytes(info, first, byte_view(buffer)[:size])
+        if not torch.equal(mine[:size], its[:size]):
+            return False
+    return True
+
+
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -187,11 +211,29 @@ class TensorSpec:
         return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
 
 
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """By falling item size, as the library's reader expects alignment."""
+    return sorted(specs, key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, spec.name))
+
+
+def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str] | None) -> bytes:
+    """What stands before the tensors of a file: the header's length and the header. specs: in the file's order."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
+    for spec in specs:
+        offsets = [begin, begin + spec.nbytes]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+        begin += spec.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
 class SafetensorsWriter:
     """Writes one file in one pass: the header first, from specs; then the tensors' bytes in the same order.
 
     The file appears under a temporary name and is synced and renamed by `close`; leaving the `with` block by an
-    exception removes it. Tensors are laid out by falling item size, as the library's reader expects alignment.
+    exception removes it. Tensors are laid out by falling item size.
     """
 
     def __init__(
@@ -199,22 +241,11 @@ class SafetensorsWriter:
     ) -> None:
         self.path = path
         self._sync = sync
-        self.specs = sorted(specs, key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, spec.name))
+        self.specs = in_file_order(specs)
         self._pending: Iterator[TensorSpec] = iter(self.specs)
         self._temporary = path.with_name(path.name + ".partial")
-        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        begin = 0
-        for spec in self.specs:
-            header[spec.name] = {
-                "dtype": spec.dtype,
-                "shape": list(spec.shape),
-                "data_offsets": [begin, begin + spec.nbytes],
-            }
-            begin += spec.nbytes
-        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        encoded += b" " * (-len(encoded) % 8)
         self._stream = self._temporary.open("wb")
-        self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._stream.write(encode_header(self.specs, metadata))
 
     def write(self, name: str, data: torch.Tensor | Iterable[memoryview]) -> None:
         """The next tensor, whole or as chunks of bytes. Order and sizes must be those of `specs`."""
@@ -257,3 +288,80 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     with SafetensorsWriter(path, specs, metadata) as writer:
         for spec in writer.specs:
             writer.write(spec.name, tensors[spec.name].cpu())
+
+
+class PlacedShard:
+    """Writes one file whose tensors come in any order, each put at its place behind a header that is there from the
+    start.
+
+    The file has a temporary name until `close`. One that a stopped run left with the same header is gone on with; which
+    of its tensors are whole is for the caller to know, by their checksums. Calls from several threads are fine as long
+    as they are about different tensors.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".partial")
+        ordered = in_file_order(specs)
+        header = encode_header(ordered, metadata)
+        self._infos: dict[str, TensorInfo] = {}
+        position = len(header)
+        for spec in ordered:
+            self._infos[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, self._temporary, position)
+            position += spec.nbytes
+        if _begins_with(path, header, position):  # a stopped run was naming its shards
+            path.replace(self._temporary)
+        if not _begins_with(self._temporary, header, position):
+            with self._temporary.open("wb") as stream:
+                stream.write(header)
+                stream.truncate(position)
+        self._stream = self._temporary.open("r+b", buffering=0)
+
+    def put(self, name: str, data: torch.Tensor | Iterable[memoryview], crc: int = 0) -> int:
+        """Write one tensor, whole or as chunks of bytes. Returns the CRC-32 of its bytes, going on from `crc`."""
+        info, written = self._infos[name], 0
+        for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
+            crc = zlib.crc32(chunk, crc)
+            written += self._write_at(info.start + written, chunk)
+        if written != info.nbytes:
+            raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {info.nbytes}")
+        return crc
+
+    def _write_at(self, start: int, chunk: memoryview) -> int:
+        done = 0
+        while done < len(chunk):
+            done += os.pwrite(self._stream.fileno(), chunk[done:], start + done)
+        return done
+
+    def crc(self, name: str, crc: int = 0) -> int:
+        """The CRC-32 of a tensor's bytes as they are in the file, going on from `crc`."""
+        info = self._infos[name]
+        buffer = byte_view(torch.empty(min(_COMPARED_BYTES, info.nbytes), dtype=torch.uint8))
+        for first in range(0, info.nbytes, _COMPARED_BYTES):
+            piece = buffer[: min(_COMPARED_BYTES, info.nbytes - first)]
+            read_bytes(info, first, piece)
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+    def sync(self) -> None:
+        """Return when all that was put is on the disk."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        """Sync, and give the file its name. The caller knows that every tensor was put."""
+        self.sync()
+        self._stream.close()
+        self._temporary.replace(self.path)
+
+    def abandon(self) -> None:
+        """Close the file and leave it under its temporary name."""
+        self._stream.close()
+
+
+def _begins_with(path: Path, header: bytes, size: int) -> bool:
+    """Whether a file is there, as long as this, with this header."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(header)) == header and stream.seek(0, os.SEEK_END) == size
+    except FileNotFoundError:
+        return False

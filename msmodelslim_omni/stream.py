@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .arithmetic import QuantizedLinear, quantized_matmul, relative_error, squared_norm
+from .arithmetic import QuantizedLinear, quantized_matmul, relative_error, row_squares, squared_norm
 from .calibration import CalibSample, CalibSet, prepare_sample
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
 from .device import free_memory
@@ -198,6 +199,10 @@ class CalibrationStream:
             add_errors(error, signal, inputs.hidden, exact, out, self._modalities[position])
             yield out
 
+    def pass_on(self) -> None:
+        """Go to the next layer's inputs as the float layer made them; for a plan without propagate_error."""
+        self._hidden = self._exact
+
     def forget(self, layer: int) -> None:
         """Delete the hidden states before a layer."""
         self._boundary(layer).path.unlink(missing_ok=True)
@@ -302,6 +307,23 @@ class LayerProbe:
                 total += float((per_token * (out - exact)[0].square().sum(dim=1)).sum())
         return total
 
+    def noise(self, block: str, linears: Mapping[str, torch.nn.Module]) -> dict[str, float]:
+        """Noise-to-signal ratio of the layer's output, by modality, with other modules for some Linears of a block.
+
+        The mean over a modality's tokens of |e|² / |h|², e [hidden] the error of the block's output for one token and
+        h [hidden] the layer's true output, into which the block's is added. By token, since the next norm sets each
+        one to the same length. linears: by name relative to the layer.
+        """
+        ratios, modalities = [], torch.cat([*self._modalities])
+        with torch.inference_mode(), _standing_in(self._layer, linears):
+            module = self._layer.get_submodule(block)
+            for (args, kwargs, exact), (_, out) in zip(self._calls[block], self._samples, strict=True):
+                error, signal = row_squares(_hidden(module(*args, **kwargs))[0] - exact[0]), row_squares(out[0])
+                ratios.append(error / signal.clamp_min(1e-30))
+        ratio = torch.cat(ratios)  # [tokens]
+        present = torch.unique(modalities).tolist()
+        return {MODALITIES[index]: float(ratio[modalities == index].mean()) for index in present}
+
     def errors(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """Squared sums by modality: of a changed layer's error, and of what the float layer adds to its input."""
         error, signal = _zero_errors()
@@ -313,6 +335,20 @@ class LayerProbe:
         """The squared error of a changed layer's output, tokens weighed by importance."""
         error, _ = self.errors(layer)
         return sum(weight * float(error[m]) for m, weight in self._importance.items())
+
+
+@contextmanager
+def _standing_in(layer: torch.nn.Module, linears: Mapping[str, torch.nn.Module]) -> Iterator[None]:
+    """The layer with other modules in some places, and afterwards as it was."""
+    places = {name: (layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in linears}
+    before = {name: layer.get_submodule(name) for name in linears}
+    try:
+        for name, (parent, child) in places.items():
+            setattr(parent, child, linears[name])
+        yield
+    finally:
+        for name, (parent, child) in places.items():
+            setattr(parent, child, before[name])
 
 
 def _zero_errors() -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,25 +1,23 @@
-"""The work folder inside save_path: finished layers as parts, a manifest, a lock; and the move to the finished place.
+"""The work folder inside save_path: the outputs in the making, a manifest, a lock; and the move to the finished place.
 
-Whatever is in the manifest is whole: parts are written aside, synced and renamed before they are entered. A killed run
-goes on after the last layer entered. A folder made from other inputs is refused, naming what differs, since its
-parts would not be what this run computes.
+Whatever is in the manifest is whole: the units of an output (a layer, a piece of the rest) are synced before they are
+entered, with checksums that tell whether they still are. A killed run goes on after the last layer entered. A folder
+made from other inputs is refused, naming what differs, since its layers would not be what this run computes.
 """
 
 from __future__ import annotations
 
 import fcntl
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from .checkpoint import load_json_object
-from .digests import file_digest
 from .errors import QuantError
 from .formats.shards import write_json
-from .safetensors_io import TensorInfo, read_header, write_tensors
+from .report import human_bytes
 
 WORK_FOLDER = ".msmodelslim_work"
 REPORT_NAME = "quant_report.json"  # every output holds it
@@ -54,8 +52,9 @@ class Workspace:
             ) from error
         if not resumable:
             self._clear()
-            manifest = {"fingerprint": dict(fingerprint), "parts": {}, "replaced": occupants}
+            manifest = {"fingerprint": dict(fingerprint), "units": {}, "replaced": occupants}
         self._manifest: dict[str, Any] = manifest
+        self._entering = threading.Lock()  # several threads write, each units of its own
         self._save_manifest()
 
     def _refuse_what_is_there(
@@ -80,7 +79,7 @@ class Workspace:
             if overwrite:
                 return {}
             raise QuantError(error.message, "pass --overwrite to begin anew") from error
-        return manifest if isinstance(manifest.get("parts"), dict) else {}
+        return manifest if isinstance(manifest.get("units"), dict) else {}
 
     @property
     def _manifest_path(self) -> Path:
@@ -117,44 +116,23 @@ class Workspace:
             self._save_manifest()
         return self._manifest[key]
 
-    # --- parts ---
+    # --- units ---
 
-    def finished_layers(self) -> int:
-        """How many layers, from the first on, are entered and undamaged."""
-        count = 0
-        while (entry := self._manifest["parts"].get(str(count))) and self._is_whole(count, entry):
-            count += 1
-        return count
+    def enter(self, unit: str, checksums: Mapping[str, int], record: dict[str, Any] | None = None) -> None:
+        """Say that a unit of the output is on the disk. checksums: of its bytes, by format."""
+        with self._entering:
+            self._manifest["units"][unit] = {"checksums": dict(checksums), "record": record}
+            self._save_manifest()
 
-    def _is_whole(self, index: int, entry: dict[str, Any]) -> bool:
-        return all(
-            path.is_file() and file_digest(path) == entry.get(key)
-            for key, path in (("tensors", self.part_path(index)), ("record", self._record_path(index)))
-        )
+    def checksums(self, unit: str) -> dict[str, int] | None:
+        """Those of a unit that was entered, else None."""
+        entry = self._manifest["units"].get(unit)
+        return entry["checksums"] if entry else None
 
-    def part_path(self, index: int) -> Path:
-        return self.folder / "parts" / f"layer-{index:04d}.safetensors"
-
-    def _record_path(self, index: int) -> Path:
-        return self.part_path(index).with_suffix(".json")
-
-    def save_part(self, index: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-        """Write one layer's result and enter it in the manifest."""
-        path = self.part_path(index)
-        path.parent.mkdir(exist_ok=True)
-        write_tensors(path, tensors)
-        write_json(self._record_path(index), record)
-        self._manifest["parts"][str(index)] = {
-            "tensors": file_digest(path),
-            "record": file_digest(self._record_path(index)),
-        }
-        self._save_manifest()
-
-    def part(self, index: int) -> dict[str, TensorInfo]:
-        return read_header(self.part_path(index))
-
-    def record(self, index: int) -> dict[str, Any]:
-        return load_json_object(self._record_path(index))
+    def record(self, unit: str) -> dict[str, Any]:
+        """What was entered with a unit."""
+        record: dict[str, Any] = self._manifest["units"][unit]["record"]
+        return record
 
     # --- the end ---
 
@@ -244,3 +222,17 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
             if not existing.is_dir():
                 raise QuantError(f"save_path {str(save_path)!r}: {str(existing)!r} is a file", "choose a folder")
             return
+
+
+def check_room(save_path: Path, needed: int) -> None:
+    """Refuse to start where the disk cannot hold `needed` bytes; what a stopped run has written counts."""
+    # By blocks: a file in the making has its full length from the start.
+    there = sum(f.stat().st_blocks * 512 for f in (save_path / WORK_FOLDER).rglob("*") if f.is_file())
+    existing = next(path for path in (save_path, *save_path.absolute().parents) if path.is_dir())
+    usage = shutil.disk_usage(existing)
+    free = usage.free if usage.total else needed  # no disk at all, such as /proc: writing will say why
+    if needed > free + there:
+        raise QuantError(
+            f"{str(save_path)!r} needs {human_bytes(needed)}, free are {human_bytes(free + there)}",
+            "free some space, choose another disk, or write one format only (--save_format)",
+        )

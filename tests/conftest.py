@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a shared machine
@@ -18,6 +20,15 @@ from msmodelslim_omni.commands.shell import quiet_libraries
 
 quiet_libraries()
 torch.set_num_threads(1)  # tensors here are tiny: a second thread only waits, the more so on a busy machine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _extra(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The extra `report` is there only for modules that look at what it makes: figures take longer than tiny runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_report_html", "test_model_card"):
+            patch.setitem(sys.modules, "matplotlib", None)  # as the import system marks what is not there
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -220,6 +220,11 @@ def exact_ignore(block: dict[str, Any]) -> None:
     block["ignore"] = [*names, *(entry for entry in block["ignore"] if "visual" not in entry)]
 
 
+def swap_targets(block: dict[str, Any]) -> None:
+    first, second = block["config_groups"].values()
+    first["targets"], second["targets"] = second["targets"], first["targets"]
+
+
 def move_entry(index: Any) -> None:
     index["weight_map"][NORM] = SECOND if index["weight_map"][NORM] == FIRST else FIRST
 
@@ -435,6 +440,10 @@ DAMAGES = (
            "loader_expects_float", K),
     Damage("hostile pattern", "ct8", change_block(lambda b: b["ignore"].append("re:(.*a+)+$")), "pattern_refused",
            "config"),
+    Damage("targets of the other group", "both", change_block(swap_targets), "loader_expects_other_bits", DOWN),
+    Damage("a group's format is another's", "both",
+           change_block(lambda b: b["config_groups"]["group_0"].update(format="int-quantized")), "quantization_field",
+           "config_groups.group_0.format"),
     Damage("description lacks visual", "ascend",
            change_json(DESCRIPTION, without(lambda k: k.startswith("thinker.visual"))), "description_missing_entry",
            "thinker.visual.blocks.0.attn.k.weight"),

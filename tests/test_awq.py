@@ -458,6 +458,29 @@ def test_with_the_real_layer_the_blocks_true_error_is_never_worse_than_unscaled(
         assert ratio < 0.98
 
 
+@METHODS
+def test_what_is_folded_into_a_blocks_rows_is_no_error_of_it(
+    scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`down` is scaled before gate, up and `o` before q, k, v: the block is judged with both sides of that fold."""
+    asked: dict[str, list[float]] = {}
+    real = awq._block_error
+
+    def told(work: LayerWork, group: LinearGroup, *rest: Any) -> float:
+        asked.setdefault(group.name, []).append(found := real(work, group, *rest))
+        return found
+
+    monkeypatch.setattr(awq, "_block_error", told)
+    work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
+    whole = awq.apply(work, config(), ALL)
+    assert all(record.alpha is not None for record in whole.smoothing)
+    together = {name: errors[0] for name, errors in asked.items()}  # of the identity
+    for name in KINDS["norm-linear"]:
+        asked.clear()
+        awq.apply(work, config("norm-linear"), frozenset(GROUPS[name].linears))
+        assert together[name] == pytest.approx(asked[name][0], rel=0.2)
+
+
 # --- rounding afterwards -------------------------------------------------------------------------------------
 
 

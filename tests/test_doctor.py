@@ -41,6 +41,11 @@ def data_free(name: str, qconfig: str, exclude: str, saver: str = COMPRESSED) ->
 
 
 SYMMETRIC = data_free("sym4", INT4.replace("SYMMETRIC", "True"), "[]")
+BOTH = data_free("both", INT4.replace("SYMMETRIC", "True"), '["*layers.3.mlp.down_proj"]').replace(
+    "process: [",
+    f'process: [{{type: linear_quant, qconfig: {INT8}, include: ["*down_proj", "*layers.2.*"],'
+    ' exclude: ["*layers.3.*"]}, ',
+)
 MIXED4 = data_free("mixed4", INT4.replace("SYMMETRIC", "False"), EXCLUDE)
 MIXED8 = data_free("mixed8", INT8, EXCLUDE, ASCEND)
 
@@ -70,7 +75,7 @@ def goods(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
     w8 = run("w8", recipe(folder, "qwen2_5_omni_w8a8", *FIXED), "--dataset", index, *both8)
     w4 = run("w4", recipe(folder, "qwen2_5_omni_w4a16", *COARSE), "--dataset", index, *both4)
-    for name, text in (("sym4", SYMMETRIC), ("mixed4", MIXED4), ("mixed8", MIXED8)):
+    for name, text in (("sym4", SYMMETRIC), ("mixed4", MIXED4), ("mixed8", MIXED8), ("both", BOTH)):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     mixed4 = run("mixed4", folder / "mixed4.yaml", *both4)
     made = {
@@ -80,6 +85,7 @@ def goods(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         "ct4": w4 / COMPRESSED,
         "plain": run("plain", MINMAX),
         "sym4": run("sym4", folder / "sym4.yaml"),
+        "both": run("both", folder / "both.yaml"),
         "mixed awq": mixed4 / "awq",
         "mixed ct4": mixed4 / COMPRESSED,
         "mixed ascend": run("mixed8", folder / "mixed8.yaml"),
@@ -96,7 +102,7 @@ def goods(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 GOODS = (
     "ascend", "ct8", "awq", "ct4", "plain", "sym4", "mixed awq", "mixed ct4", "mixed ascend", "sharded", "thinker only",
-    "sharded thinker only",
+    "sharded thinker only", "both",
 )  # fmt: skip
 
 

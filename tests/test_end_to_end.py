@@ -29,7 +29,7 @@ Tensors = dict[str, torch.Tensor]
 ASCEND, COMPRESSED = "ascendv1_saver", "compressed_tensors"
 LAYERS = 4
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-OUR_FILES = {"config.json", "quant_report.json", "quant_report.md"}
+OUR_FILES = {"config.json", "quant_report.json", "quant_report.md", "README.md"}
 
 
 # --- the runs ------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ def test_report_is_complete(tiny: Path, smoothed: Path, samples: list[dict[str, 
             assert set(linear["output_error_by_modality"]) == modalities
     assert set(report["tokens_by_modality"]) == modalities and report["samples"] == 4
     assert sum(report["tokens_by_modality"].values()) == sum(s["input_ids"].shape[1] for s in samples)
-    assert {"towers", "forward", "iter_smooth", "linear_quant", "propagate", "assemble"} <= set(
+    assert {"towers", "forward", "iter_smooth", "linear_quant", "propagate", "finish"} <= set(
         report["seconds_by_phase"]
     )
     assert 0 < sum(report["seconds_by_phase"].values()) <= report["seconds"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from command import DATA, MINMAX, WORK, change_recipe, command, fast_recipe, fil
 from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni import QuantError
-from msmodelslim_omni.forecast import Forecast, check_disk
+from msmodelslim_omni.workspace import check_room
 
 ROOT = Path(__file__).parent.parent
 NAN, INF = b"\xc0\x7f", b"\x80\x7f"  # in bfloat16, little endian
@@ -403,27 +406,52 @@ def test_save_path_that_is_not_empty(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_said_before_starting(tmp_path: Path) -> None:
-    expected = Forecast({"ascendv1_saver": 1 << 60}, 1 << 20, 0)
     with pytest.raises(QuantError, match=r"needs .* free are"):
-        check_disk(expected, tmp_path)
-    check_disk(Forecast({"ascendv1_saver": 1 << 10}, 1 << 10, 0), tmp_path)
+        check_room(tmp_path, 1 << 60)
+    check_room(tmp_path, 1 << 10)
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize(
-    "file", ["output/ascendv1_saver/quant_model_weights.safetensors", "parts/layer-0002.safetensors"]
-)
-def test_disk_that_fills_up(file: str, tiny: Path, tmp_path: Path) -> None:
-    """A file is written aside under a temporary name; here that name leads to a disk that is full."""
+def test_a_file_in_the_making_counts_by_what_is_in_it(tmp_path: Path) -> None:
+    work = tmp_path / WORK
+    work.mkdir()
+    with (work / "hollow").open("wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(QuantError, match=r"needs 1024.00 GiB"):
+        check_room(tmp_path, 1 << 40)
+
+
+def test_disk_that_is_full(tiny: Path, tmp_path: Path) -> None:
+    """A shard is written under a temporary name; here that name leads to a disk that is full."""
     save = tmp_path / "out"
+    aside = save / WORK / "output" / "ascendv1_saver" / "quant_model_weights.safetensors.partial"
     stop_at("layers", 2, tiny, save, None, config_path=MINMAX)
-    aside = save / WORK / f"{file}.partial"
-    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.unlink()
     aside.symlink_to("/dev/full")
     message = refused(tiny, save, *MINMAX_FLAGS)
     assert "disk is full" in message and "same command again" in message
     aside.unlink(missing_ok=True)
-    assert "going on at layer" in quant(tiny, save, *MINMAX_FLAGS).done().err
+    goes_on(tiny, save, tmp_path)
+
+
+@pytest.mark.parametrize("after", [0, 30, 200])
+def test_disk_that_fills_up(after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, calls, write = tmp_path / "out", itertools.count(), os.pwrite
+
+    def until_full(*arguments: Any) -> int:
+        if next(calls) >= after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", until_full)
+        message = refused(tiny, save, *MINMAX_FLAGS)
+    assert "disk is full" in message and "same command again" in message
+    assert {entry.name for entry in save.iterdir()} == {WORK}
+    goes_on(tiny, save, tmp_path)
+
+
+def goes_on(tiny: Path, save: Path, tmp_path: Path) -> None:
+    quant(tiny, save, *MINMAX_FLAGS).done()
     quant(tiny, tmp_path / "whole", *MINMAX_FLAGS).done()
     assert files(save) == files(tmp_path / "whole")
 

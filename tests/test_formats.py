@@ -16,7 +16,7 @@ from msmodelslim_omni.checkpoint import open_checkpoint
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.formats import FORMATS, ascend, compressed_tensors
 from msmodelslim_omni.formats.job import OutLinear, OutputJob, OutTensor
-from msmodelslim_omni.formats.shards import format_tensors, split_shards, write_output
+from msmodelslim_omni.formats.shards import Output, format_tensors, split_shards
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models.torchvision_shim import ensure_torchvision_imports
 from msmodelslim_omni.pipeline import quantize
@@ -59,7 +59,9 @@ def job(tmp_path: Path) -> OutputJob:
 
 def write(job: OutputJob, name: str, folder: Path, part_file_size: int = 4) -> dict[str, torch.Tensor]:
     """The written tensors by name."""
-    write_output(FORMATS[name], job, folder, part_file_size, lambda done, total: None)
+    output = Output(FORMATS[name], job, folder, part_file_size)
+    output.put(job.items)
+    output.finish()
     infos = [info for file in folder.glob("*.safetensors") for info in read_header(file).values()]
     return {info.name: load_tensor(info) for info in infos}
 
@@ -223,10 +225,12 @@ def sharded_job(job: OutputJob, monkeypatch: pytest.MonkeyPatch) -> OutputJob:
 def test_shards_and_index(
     job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stem: str
 ) -> None:
-    told: list[tuple[int, int]] = []
-    total = write_output(
-        FORMATS[name], sharded_job(job, monkeypatch), tmp_path / "out", 2, lambda *step: told.append(step)
-    )
+    job = sharded_job(job, monkeypatch)
+    output = Output(FORMATS[name], job, tmp_path / "out", 2)
+    for item in reversed(job.items):  # in any order
+        output.put([item])
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    output.finish()
     files = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors")) == files
     index = read_json(tmp_path / "out" / f"{stem}.safetensors.index.json")
@@ -234,9 +238,8 @@ def test_shards_and_index(
         "metadata": {"total_size": 3600},
         "weight_map": {"t0": files[0], "t1": files[0], "t2": files[1], "t3": files[1]},
     }
-    assert total == 3600
+    assert output.nbytes == 3600
     assert list(read_header(tmp_path / "out" / files[1])) == ["t2", "t3"]
-    assert told == [(1, 2), (2, 2)]
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
@@ -250,19 +253,45 @@ def test_part_file_size_zero_is_one_file(
     assert not list((tmp_path / "out").glob("*.index.json"))
 
 
-def test_whole_shard_of_a_stopped_run_is_kept_and_a_partial_one_is_not(
+def test_a_stopped_output_is_gone_on_with(job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was put is found again by its checksum, and what is damaged is not; also once a shard has its name."""
+    job = sharded_job(job, monkeypatch)
+    whole = Output(FORMATS["compressed_tensors"], job, tmp_path / "whole", 2)
+    checksums = [whole.put([item]) for item in job.items]
+    whole.finish()
+    stopped = Output(FORMATS["compressed_tensors"], job, tmp_path / "out", 2)
+    for item in job.items[:3]:
+        stopped.put([item])
+    stopped.abandon()
+    first, second = sorted((tmp_path / "out").glob("*.partial"))
+    first.rename(first.with_suffix(""))  # it was naming its shards
+    with second.open("r+b") as stream:
+        stream.seek(-900 - 1, 2)  # the last byte of t2
+        last = stream.read(1)[0]
+        stream.seek(-900 - 1, 2)
+        stream.write(bytes([last ^ 1]))
+    again = Output(FORMATS["compressed_tensors"], job, tmp_path / "out", 2)
+    found = [again.crc([item]) == checksum for item, checksum in zip(job.items, checksums, strict=True)]
+    assert found == [True, True, False, True]  # t3 is all zeros, and so is what was never written
+    again.put(job.items[2:])
+    again.finish()
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_leftovers_of_other_settings_are_removed(
     job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = sharded_job(job, monkeypatch)
+    (tmp_path / "out" / "sub").mkdir(parents=True)
+    (tmp_path / "out" / "model-00007-of-00009.safetensors").write_bytes(b"old")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors.partial").write_bytes(b"of another header")
     write(job, "compressed_tensors", tmp_path / "out", 2)
-    first, second = sorted((tmp_path / "out").glob("*.safetensors"))
-    first_time, before = first.stat().st_mtime_ns, second.read_bytes()
-    second.unlink()
-    second.with_name(second.name + ".partial").write_bytes(before[:500])
-    write(job, "compressed_tensors", tmp_path / "out", 2)
-    assert first.stat().st_mtime_ns == first_time
-    assert second.read_bytes() == before
-    assert not list((tmp_path / "out").glob("*.partial"))
+    write(job, "compressed_tensors", tmp_path / "whole", 2)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_damaged_shard_is_not_taken_for_whole(job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

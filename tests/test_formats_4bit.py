@@ -343,14 +343,18 @@ def test_pack_quantized_config(tmp_path: Path, scheme: QuantScheme) -> None:
         ("awq", {ASYM, W8A8}, "not W8A8_DYNAMIC"),
         ("compressed_tensors", {QuantScheme(4, None)}, "not W4A16_SYM"),
         ("compressed_tensors", {QuantScheme(4, 8, group_size=128)}, "not W4A8_DYNAMIC"),
-        ("compressed_tensors", {ASYM, W8A8}, "one scheme for all Linears, not W4A16_G128 and W8A8_DYNAMIC"),
-        ("compressed_tensors", {ASYM, SYM}, "one scheme for all Linears, not W4A16_G128 and W4A16_G128_SYM"),
+        ("compressed_tensors", {ASYM, SYM, W8A8}, "one form of int4, not W4A16_G128 and W4A16_G128_SYM"),
         ("ascendv1_saver", {ASYM}, "no Ascend runtime serves W4A16_G128 for dense Linears"),
         ("ascendv1_saver", {SYM, W8A8}, "no Ascend runtime serves W4A16_G128_SYM for dense Linears"),
     ],
 )
 def test_refusals(fmt: str, schemes: set[QuantScheme], why: str) -> None:
     assert why in FORMATS[fmt].refusal(frozenset(schemes))
+
+
+@pytest.mark.parametrize("scheme", [ASYM, SYM])
+def test_int8_and_one_form_of_int4_go_together(scheme: QuantScheme) -> None:
+    assert FORMATS["compressed_tensors"].refusal(frozenset({scheme, W8A8})) == ""
 
 
 @pytest.mark.parametrize(("fmt", "scheme"), [("awq", ASYM), ("compressed_tensors", ASYM), ("compressed_tensors", SYM)])

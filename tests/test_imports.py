@@ -57,12 +57,13 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "models.spec",
     },
-    "assembly": BASIS | {"plan", "formats.job", "safetensors_io"},
+    "assembly": BASIS | {"arithmetic", "plan", "formats.job", "safetensors_io"},
+    "outputs": {"formats", "formats.job", "formats.shards", "workspace"},
     "report": {"checkpoint", "formats.shards", "models.spec"},
     "forecast": BASIS
     | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "stream"}
     | {"workspace"},
-    "workspace": {"digests", "errors", "checkpoint", "formats.shards", "safetensors_io"},
+    "workspace": {"errors", "checkpoint", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
     | {"sample_store"},
@@ -82,17 +83,49 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.compressed_tensors"}
     | {"formats.job", "formats.stored", "models", "models.spec", "plan", "safetensors_io"},
     "export": BASIS
-    | {"assembly", "checkpoint", "device", "formats", "formats.job", "formats.shards", "models.running", "models.spec"}
-    | {"progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
+    | {"assembly", "checkpoint", "device", "documents", "formats", "formats.job", "formats.shards", "models.running"}
+    | {"models.spec", "outputs", "progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
+    "report_html.*": {"fidelity", "models.spec", "report"},
+    "model_card": {"checkpoint", "eval_report", "fidelity", "models.spec", "report"},
+    "documents": {"errors", "fidelity", "model_card", "models.spec", "processors.work", "progress", "report"}
+    | {"report_html"},
     "generate": BASIS
     | {"arithmetic", "calibration", "checkpoint", "device", "formats.job", "models", "models.running", "models.spec"}
     | {"progress", "quantized", "report", "safetensors_io"},
     "doctor.*": BASIS
     | {"arithmetic", "checkpoint", "formats.ascend", "formats.nibbles", "models", "models.spec", "safetensors_io"}
     | {"workspace"},
+    "scoring": set(),
+    "bootstrap": {"fidelity"},
+    "comparable": {"checkpoint", "errors", "generate"},
+    "side_by_side": {"arithmetic", "background", "calibration", "capture", "checkpoint", "device", "errors", "fidelity"}
+    | {"generate", "models.spec", "progress", "quantized", "safetensors_io", "sample_store", "scoring", "stream"},
+    "figures": {"bootstrap", "fidelity", "models.spec", "scoring", "side_by_side"},
+    "logits": {"device", "errors", "figures", "generate", "models.spec", "progress", "safetensors_io", "scoring"}
+    | {"side_by_side"},
+    "eval_report": {"checkpoint", "errors", "fidelity", "formats.shards", "models.spec", "report"},
+    "evaluate": {"calibration", "checkpoint", "comparable", "device", "documents", "errors", "eval_report", "fidelity"}
+    | {"figures", "generate", "logits", "models.spec", "progress", "quantized", "side_by_side", "summary"},
     "terminal": {"progress", "device"},
-    "pipeline": {m for m in MODULES if not m.startswith("commands")} - {"cli", "__main__", "evaluate", "terminal"},
+    "allocation": set(),
+    "sensitivity": BASIS
+    | {"arithmetic", "calibration", "capture", "device", "measure", "models.spec", "plan", "processors"}
+    | {"processors.work", "progress", "stream"},
+    "mixed_recipe": {"scheme"},
+    "holdout": {"calibration", "errors"},
+    "analysis": {"fidelity", "formats.shards", "mixed_recipe", "models.spec", "report", "sensitivity"},
+    "proposal": {"allocation", "assembly", "checkpoint", "formats", "formats.job", "formats.shards", "mixed_recipe"}
+    | {"models.spec", "plan", "recipe", "sensitivity"},
+    "rounds": {"analysis", "evaluate", "mixed_recipe", "pipeline", "progress", "proposal", "report", "sensitivity"},
+    "analyze": {"analysis", "calibration", "checkpoint", "device", "errors", "holdout", "mixed_recipe", "models"}
+    | {"models.spec"}
+    | {"pipeline", "progress", "proposal", "report", "rounds", "sensitivity", "stream", "summary", "workspace"},
+    "pipeline": {m for m in MODULES if not m.startswith("commands")}
+    - {"cli", "__main__", "evaluate", "terminal"}
+    - {"analysis", "analyze", "proposal", "rounds", "sensitivity"},
     "commands.*": {
+        "analysis",
+        "analyze",
         "errors",
         "recipe",
         "pipeline",
@@ -102,6 +135,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "workspace",
         "export",
         "generate",
+        "evaluate",
+        "eval_report",
     }
     | {"doctor"},
     "cli": {m for m in MODULES if m.startswith("commands")},
@@ -112,6 +147,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Heavy or optional libraries that may only be imported inside functions.
 LAZY = {
     "transformers", "torchvision", "qwen_omni_utils", "av", "PIL", "soxr", "librosa", "torch_npu", "decord",
+    "matplotlib", "jinja2",
 }  # fmt: skip
 
 
@@ -301,8 +337,10 @@ MAIN = "from msmodelslim_omni.cli import main; main()"
     [
         (["--help"], "recipes"),
         (["quant", "--help"], "--model_path"),
+        (["analyze", "--help"], "--target_size"),
         (["export", "--help"], "--save_format"),
         (["generate", "--help"], "--speech"),
+        (["eval", "--help"], "--float"),
         (["recipes", "list"], "qwen2_5_omni_w8a8"),
         (["recipes", "show", "qwen2_5_omni_w8a8"], "apiversion"),
         (["recipes", "validate", "qwen2_5_omni_w8a8_minmax"], "valid"),

@@ -315,9 +315,12 @@ def test_awq_before_int8_is_refused(tiny: Path, scheme: str) -> None:
     error = int4_fault(tiny, {"type": "awq"}, *quants, save=[{"type": "compressed_tensors"}])
     if scheme == "all":
         assert error.message == (
-            "my.yaml:5: awq is for int4 per_group weights; linear_quant makes W8A8_DYNAMIC of them"
+            "my.yaml:5: awq is for int4 per_group weights; linear_quant makes W8A8_DYNAMIC of"
+            " thinker.model.layers.0.mlp.down_proj"
         )
         assert "iter_smooth or smooth_quant" in error.hint
+    else:
+        assert error.message.endswith("W8A8_DYNAMIC of thinker.model.layers.2.mlp.down_proj")
 
 
 @pytest.mark.parametrize("other", [{"group_size": 64}, {"symmetric": True}])
@@ -585,11 +588,9 @@ def test_forecast_is_what_a_run_writes(tiny: Path, tmp_path: Path) -> None:
 
 def test_forecast_of_the_work_folder(tiny: Path) -> None:
     plan = plan_of(tiny)
-    weights = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 512 * 256)  # 4 layers
-    channels = 4 * (2 * 256 + 2 * 128 + 2 * 512 + 256)
-    assert forecast(plan, 0).work_bytes == weights + 4 * channels
-    assert forecast(plan, 10).work_bytes > forecast(plan, 0).work_bytes
-    assert forecast(plan, 0).disk_bytes == forecast(plan, 0).work_bytes + sum(forecast(plan, 0).output_bytes.values())
+    assert forecast(plan, 0).work_bytes == 0  # outputs are written once, at their place
+    assert forecast(plan, 10).work_bytes > 0
+    assert forecast(plan, 10).disk_bytes == forecast(plan, 10).work_bytes + sum(forecast(plan, 0).output_bytes.values())
     assert forecast(plan, 16).peak_memory_bytes < 4 * GB
     assert resolve_device("cpu").torch.type == "cpu"
 

@@ -281,8 +281,8 @@ def twice(config: dict[str, Any]) -> None:
         ("awq", setting(group_size=96), "group_size 96 does not divide"),
         ("awq", setting(group_size=128), "qzeros has shape"),
         ("packed", setting(format="marlin-24"), "marlin-24"),
-        ("packed", setting(config_groups=None), "does not hold one group"),
-        ("packed", twice, "does not hold one group"),
+        ("packed", setting(config_groups=None), "holds no group"),
+        ("packed", twice, "two groups of the same bits"),
         ("packed", weights_argument(num_bits=3), "pack-quantized 3"),
         ("packed", weights_argument(group_size=128), "weight_packed has shape"),
         ("packed", weights_argument(group_size=None), "is not read"),
@@ -336,14 +336,14 @@ def test_awq_with_one_group_a_row() -> None:
 
 def test_packed_per_channel_and_weight_only_int8() -> None:
     channel = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
-    groups = {"config_groups": {"g": {"weights": channel, "input_activations": None}}}
-    scheme = compressed_tensors._stored_scheme({"format": "pack-quantized", **groups})
+    group = {"weights": channel, "input_activations": None}
+    scheme = compressed_tensors._stored_scheme(group, "pack-quantized")
     assert (scheme.weight_bits, scheme.act_bits, scheme.group_size) == (4, None, None)
     parts = _infos(weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, 1)), weight_shape=("I64", (2,)))
     assert compressed_tensors._misfit(parts, scheme) == ""
     assert compressed_tensors._stored_linear("x", parts, scheme, "BF16").shape == (16, 64)
     channel["num_bits"] = 8
-    scheme = compressed_tensors._stored_scheme({"format": "int-quantized", **groups})
+    scheme = compressed_tensors._stored_scheme(group, "int-quantized")
     assert (scheme.weight_bits, scheme.act_bits) == (8, None)
 
 

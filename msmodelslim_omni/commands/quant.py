@@ -162,12 +162,13 @@ def _show_report(report: Report, as_json: bool) -> None:
     kind = "weight" if report.data_free else "output"
     rows = [[name, f"{error:.4f}"] for name, error in part_errors(report).items()]
     results.print(table(f"Relative {kind} error, RMS over the layers", ["Linear", "error"], rows, numeric=1))
+    page = Path(next(iter(report.savers.values()))) / "quant_report.html"  # with the extra `report` alone
     rows = [
         ["bits per weight, scales included", f"{report.bits_per_weight:.3f}"],
         ["time", f"{report.seconds:.1f} s"],
         ["peak memory", human_bytes(report.peak_rss_bytes)],
         *([["peak device memory", human_bytes(report.peak_device_bytes)]] if report.peak_device_bytes else []),
         *([saver, place] for saver, place in report.savers.items()),
-        ["report", f"{next(iter(report.savers.values()))}/quant_report.md"],
+        ["report", str(page if page.is_file() else page.with_suffix(".md"))],
     ]
     results.print(table("Result", ["what", "value"], rows, numeric=9))

@@ -130,6 +130,10 @@ _NAMES = {
         "the loader builds a float module for a quantized Linear: integers are taken for weights, often without an"
         " error", ALL, "take the Linear off the list of what is left float",
     ),
+    "loader_expects_other_bits": _error(
+        "of several groups the loader takes another one for this Linear than it is stored by: an error, or garbage",
+        CONFIG_READERS, "name the Linear in the targets of its own group",
+    ),
     "autoawq_cannot_say": _warning(
         "AutoAWQ's list knows names within a layer only, not one layer from another; the others load it",
         (AUTOAWQ,), "leave it float in all layers or none if AutoAWQ is to load it",

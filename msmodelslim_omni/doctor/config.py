@@ -181,8 +181,10 @@ def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:
         if rounded not in (None, ("token", True), ("tensor", False)):
             yield _field(f"config_groups.{name}.input_activations", act, "per token and dynamic")
         form = "int-quantized" if is_int8 and act else "pack-quantized"
-        if block.get("format") not in (form, None):
-            yield _field("format", block.get("format"), form)
+        own = f"config_groups.{name}.format" if group.get("format") is not None else "format"
+        said = group.get("format") or block.get("format")
+        if said not in (form, None):
+            yield _field(own, said, form)
 
 
 def _is_names(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..checkpoint import config_block
@@ -13,6 +13,7 @@ from .linears import StoredLinear, linear_of
 from .names import (
     MAX_NAME,
     Answer,
+    Loader,
     answers,
     ascend_modules,
     awq_loaders,
@@ -69,14 +70,34 @@ def check_lists(
         loaders = awq_loaders(model, declared.entries, stored)
         suspicious = list(declared.entries or ())
     else:
-        loaders = compressed_tensors_loaders(model, declared.entries or (), declared.targets or ("Linear",))
-        suspicious = [e for e in (*(declared.entries or ()), *declared.targets) if e.startswith("re:")]
+        targets = [target for group in declared.groups for target in group.targets]
+        loaders = compressed_tensors_loaders(model, declared.entries or (), targets or ["Linear"])
+        suspicious = [e for e in (*(declared.entries or ()), *targets) if e.startswith("re:")]
     for entry in refused_patterns(suspicious):
         yield found("pattern_refused", "config.json: quantization_config", repr(entry))
     names = [name for name in all_linears if len(name) <= MAX_NAME]
-    asked = [loader for loader in loaders if not loader.config_path or KEY in config_block(config, loader.config_path)]
-    for answer in answers(asked, names):
+    for answer in answers(_asked(loaders, config), names):
         yield from _differences(answer, stored)
+    if len(declared.groups) > 1:
+        yield from _check_targets(model, linears, declared, config, names)
+
+
+def _asked(loaders: Iterable[Loader], config: dict[str, Any]) -> list[Loader]:
+    """Those whose part of config.json says anything."""
+    return [loader for loader in loaders if not loader.config_path or KEY in config_block(config, loader.config_path)]
+
+
+def _check_targets(
+    model: ModelSpec, linears: dict[str, StoredLinear], declared: Declared, config: dict[str, Any], names: list[str]
+) -> Iterator[Finding]:
+    """Every quantized Linear is among the targets of a group of its own bits, to each loader."""
+    for bits in sorted({group.bits for group in declared.groups if group.bits is not None}):
+        stored = {n for n, linear in linears.items() if linear.form == ("packed" if bits == 4 else "int8")}
+        targets = [target for group in declared.groups if group.bits == bits for target in group.targets]
+        for answer in answers(_asked(compressed_tensors_loaders(model, (), targets), config), names):
+            if strays := (stored & answer.known) - answer.taken:
+                told = f"{answer.loader}: {len(strays)} Linears of {bits} bits are no targets of a group of {bits} bits"
+                yield found("loader_expects_other_bits", some(strays), told)
 
 
 def _differences(answer: Answer, stored: set[str]) -> Iterator[Finding]:

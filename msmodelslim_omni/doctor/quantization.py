@@ -10,11 +10,20 @@ MAX_ENTRIES = 5_000
 
 
 @dataclass(frozen=True)
+class DeclaredGroup:
+    """One of compressed-tensors' groups of Linears: its bits and the patterns of its names."""
+
+    bits: int | None
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Declared:
     """format: awq, compressed-tensors, ascend, another method's name, or empty. None: not said, or not sayable.
 
     entries: Linears left float (modules_to_not_convert, or ignore); None where the file leaves them out.
-    targets: compressed-tensors' targets. where, bits_key, symmetric_key: for findings.
+    Of several groups, bits are said of none, the rest is of the group whose inputs share scales.
+    groups: compressed-tensors' groups. where, bits_key, symmetric_key: for findings.
     """
 
     format: str
@@ -23,7 +32,7 @@ class Declared:
     grouped: bool = False
     symmetric: bool | None = None
     entries: tuple[str, ...] | None = None
-    targets: tuple[str, ...] = ()
+    groups: tuple[DeclaredGroup, ...] = ()
     where: str = "quantization_config"
     bits_key: str = "bits"
     symmetric_key: str = "symmetric"
@@ -66,19 +75,19 @@ def _declared_awq(block: dict[str, Any]) -> Declared:
 
 def _declared_compressed(block: dict[str, Any]) -> Declared:
     groups = config_groups(block)
-    first = next(iter(groups.values()), {})
-    weights = first.get("weights")
-    weights = weights if isinstance(weights, dict) else {}
+    all_weights = [w if isinstance(w := group.get("weights"), dict) else {} for group in groups.values()] or [{}]
+    weights = next((w for w in all_weights if w.get("strategy") == "group"), all_weights[0])
     symmetric = weights.get("symmetric")
-    targets = tuple(name for group in groups.values() for name in _names(group.get("targets")) or ())
+    bits = [integer(w.get("num_bits")) for w in all_weights]
+    targets = [_names(group.get("targets")) or () for group in groups.values()]
     return Declared(
         "compressed-tensors",
-        bits=integer(weights.get("num_bits")),
+        bits=bits[0] if len(set(bits)) == 1 else None,
         group_size=integer(weights.get("group_size")),
         grouped=weights.get("strategy") == "group",
         symmetric=symmetric if isinstance(symmetric, bool) else None,
         entries=_names(block.get("ignore")) or (),
-        targets=targets,
+        groups=tuple(map(DeclaredGroup, bits, targets)),
         where="quantization_config.config_groups.*.weights",
         bits_key="num_bits",
     )

@@ -1,4 +1,5 @@
-"""compressed_tensors: int-quantized W8A8 and pack-quantized W4A16, as vLLM, vLLM-Ascend and transformers read them.
+"""compressed_tensors: int-quantized W8A8, pack-quantized W4A16, and both in one checkpoint (mixed-precision), as vLLM,
+vLLM-Ascend and transformers read them.
 
 W8A8, per Linear [out, in]: `.weight` int8 [out, in] and `.weight_scale` [out, 1] in the checkpoint's float dtype.
 W4A16 with groups of g inputs: `.weight_packed` int32 [out, in / 8], packed along the input in plain order (see
@@ -7,7 +8,7 @@ also `.weight_zero_point` int32 [ceil(out / 8), in / g], packed along the output
 
 quantization_config stands wherever a loader looks for it (top level, and in thinker_config for the thinker class).
 Its ignore list uses `re:` patterns: exact names silently miss vLLM's fused visual qkv, and transformers 5 renamed
-the modules.
+the modules. So do the targets where there are two groups; where there is one, it is of every Linear.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
     for scheme in schemes:
         if scheme.name != "W8A8_DYNAMIC" and not _is_packed(scheme):
             return f"it holds W8A8_DYNAMIC, and int4 weights per group with float activations; not {scheme.name}"
-    names = sorted({scheme.name for scheme in schemes})
-    # Several groups are possible, but each has to name its Linears, and loaders disagree on the names.
-    return f"it is written with one scheme for all Linears, not {' and '.join(names)}" if len(names) > 1 else ""
+    # One int8 and one int4 form can be told apart by their tensors, two of int4 by the config's patterns alone.
+    packed = sorted({scheme.name for scheme in schemes if _is_packed(scheme)})
+    return f"it is written with one form of int4, not {' and '.join(packed)}" if len(packed) > 1 else ""
 
 
 def _is_packed(scheme: QuantScheme) -> bool:
@@ -85,25 +86,54 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
 
 
 def quantization_config(job: OutputJob) -> dict[str, Any]:
-    """One group for all Linears, minus those that stay float."""
+    """One group for all Linears, or one for each scheme; minus those that stay float."""
     # Only the end of a float Linear's name is the same for transformers 4, 5 and vLLM.
     floats = [f"re:.*{re.escape(_ending(name))}$" for name in job.float_linears]
-    scheme = next((linear.scheme for linear in job.linears), None)
-    packed = scheme is not None and _is_packed(scheme)
+    schemes = {linear.scheme.name: linear.scheme for linear in job.linears} or {"": QuantScheme(8, 8)}
+    if len(schemes) == 1:
+        (scheme,) = schemes.values()
+        form, groups = _form(scheme), [{"targets": ["Linear"], **_arguments(scheme)}]
+    else:
+        form = "mixed-precision"
+        groups = [
+            {"targets": _targets(job.linears, name), "format": _form(schemes[name]), **_arguments(schemes[name])}
+            for name in sorted(schemes)
+        ]
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized" if packed else "int-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                **(_packed_arguments(scheme) if scheme is not None and packed else _int8_arguments()),
-                "output_activations": None,
-            }
-        },
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": [*job.ignore_patterns, *floats],
         "kv_cache_scheme": None,
     }
+
+
+def _targets(linears: list[OutLinear], scheme: str) -> list[str]:
+    """Patterns of all Linears of one scheme, one for each kind: `re:.*\\.layers\\.(0|3)\\.mlp\\.down_proj$`.
+
+    No class name beside them: older vLLM asks for the class of a fused Linear before the names of its parts. Where no
+    Linear of the kind has another scheme, the pattern is of every layer: those that stay float are in `ignore`.
+    """
+    layers: dict[str, list[str]] = {}
+    others: set[str] = set()
+    for linear in linears:
+        layer, inner = _ending(linear.name).removeprefix(".layers.").split(".", 1)
+        if linear.scheme.name == scheme:
+            layers.setdefault(inner, []).append(layer)
+        else:
+            others.add(inner)
+    choices = {inner: f"({'|'.join(mine)})" if inner in others else r"\d+" for inner, mine in layers.items()}
+    return [rf"re:.*\.layers\.{choice}\.{re.escape(inner)}$" for inner, choice in choices.items()]
+
+
+def _form(scheme: QuantScheme) -> str:
+    return "pack-quantized" if _is_packed(scheme) else "int-quantized"
+
+
+def _arguments(scheme: QuantScheme) -> dict[str, Any]:
+    arguments = _packed_arguments(scheme) if _is_packed(scheme) else _int8_arguments()
+    return {**arguments, "output_activations": None}
 
 
 def _int8_arguments() -> dict[str, Any]:
@@ -141,31 +171,48 @@ _MORE_PARTS = ("weight_zero_point", "weight_g_idx")
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
-    """See stored.Reader. Read is what is written here, and int8 or int4 per channel with float activations."""
-    scheme = _stored_scheme(settings)
-    required = _INT8_PARTS if scheme.weight_bits == 8 else _PACKED_PARTS
-    if not scheme.symmetric:
-        required = (*required, "weight_zero_point")
+    """See stored.Reader. Read is what is written here, and int8 or int4 per channel with float activations.
+
+    Where both int8 and int4 are there, a Linear's tensors tell which it is; no pattern of the settings is tried.
+    """
+    schemes = _stored_schemes(settings)
+    endings = {ending for scheme in schemes.values() for ending in _required(scheme)}
     linears: dict[str, StoredLinear] = {}
     faults = []
-    for name, parts in group_parts(tensors, (*required, *_MORE_PARTS)).items():
+    for name, parts in group_parts(tensors, (*sorted(endings), *_MORE_PARTS)).items():
         if set(parts) == {"weight"} and parts["weight"].dtype != "I8":
             continue  # a float Linear, a norm, an embedding
-        if why := missing_parts(parts, required) or _misfit(parts, scheme):
+        packed = "weight_packed" in parts or "weight_shape" in parts
+        scheme = schemes.get(4 if packed else 8) or next(iter(schemes.values()))
+        if why := missing_parts(parts, _required(scheme)) or _misfit(parts, scheme):
             faults.append(PartFault(name, why))
         else:
             linears[name] = StoredLinear(_stored_linear(name, parts, scheme, float_dtype(name)), parts)
     return StoredLinears(linears, tuple(faults))
 
 
-def _stored_scheme(settings: dict[str, Any]) -> QuantScheme:
-    """The one scheme of a quantization_config. Raises QuantError for any that is not read."""
+def _required(scheme: QuantScheme) -> tuple[str, ...]:
+    parts = _INT8_PARTS if scheme.weight_bits == 8 else _PACKED_PARTS
+    return parts if scheme.symmetric else (*parts, "weight_zero_point")
+
+
+def _stored_schemes(settings: dict[str, Any]) -> dict[int, QuantScheme]:
+    """The schemes of a quantization_config by bits: one of int8, of int4, or of each."""
     groups = settings.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1 or not isinstance(group := next(iter(groups.values())), dict):
-        raise QuantError("quantization_config: config_groups does not hold one group; only that is read")
+    if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
+        raise QuantError("quantization_config: config_groups holds no group")
+    found = [_stored_scheme(group, group.get("format") or settings.get("format")) for group in groups.values()]
+    by_bits = {scheme.weight_bits: scheme for scheme in found}
+    if len(by_bits) < len(found):
+        raise QuantError("quantization_config: config_groups holds two groups of the same bits; one of each is read")
+    return by_bits
+
+
+def _stored_scheme(group: dict[str, Any], form: object) -> QuantScheme:
+    """The scheme of one group. Raises QuantError for any that is not read."""
     weights, act = group.get("weights"), group.get("input_activations")
     weights = weights if isinstance(weights, dict) else {}
-    said = [settings.get("format"), *(weights.get(key) for key in ("num_bits", "type", "strategy"))]
+    said = [form, *(weights.get(key) for key in ("num_bits", "type", "strategy"))]
     if isinstance(act, dict):
         said += [act.get(key) for key in ("num_bits", "type", "strategy", "dynamic", "symmetric")]
     symmetric, group_size = bool(weights.get("symmetric", True)), weights.get("group_size")

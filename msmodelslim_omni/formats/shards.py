@@ -1,6 +1,6 @@
-"""Writes an OutputJob in one format: shards, index, config and the untouched files of the source.
+"""Writes an output in one format: shards, index, config and the untouched files of the source.
 
-Shards are written once and in order; one that is already whole (a run that was stopped while writing) is kept.
+Every byte is written once, at its place in the shard it belongs to, as soon as it is known.
 """
 
 from __future__ import annotations
@@ -8,57 +8,136 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import QuantError
-from ..safetensors_io import SafetensorsWriter, TensorSpec, read_header
+from ..safetensors_io import PlacedShard, TensorSpec, encode_header, in_file_order
 from .job import Format, OutLinear, OutputJob, OutTensor
 
 GB = 10**9
 
+# "format: pt" is what transformers asks a checkpoint for.
+_METADATA = {"format": "pt"}
+
 # Files that would contradict the new weights.
-_STALE_FILES = frozenset({"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md"})
+_STALE_FILES = frozenset(
+    {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md", "quant_report.html"}
+    | {"eval/eval_report.json", "eval/eval_report.md", "eval/quant_report.html"}
+)
 
 
 def format_tensors(fmt: Format, job: OutputJob) -> list[OutTensor]:
     """Every tensor of the output, in the checkpoint's order."""
     biases = job.quantized_biases
-    tensors: list[OutTensor] = []
-    for item in job.items:
-        if isinstance(item, OutLinear):
-            tensors += fmt.linear_tensors(item)
-        else:
-            tensors.append(fmt.float_tensor(item, item.spec.name in biases))
-    return tensors
+    return [tensor for item in job.items for tensor in _item_tensors(fmt, item, biases)]
 
 
-def write_output(
-    fmt: Format, job: OutputJob, folder: Path, part_file_size: int, on_shard: Callable[[int, int], None]
-) -> int:
-    """Write the whole output into `folder`; returns the bytes of its tensors. `on_shard(i, n)` after each shard."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _item_tensors(fmt: Format, item: OutTensor | OutLinear, biases: frozenset[str]) -> list[OutTensor]:
+    if isinstance(item, OutLinear):
+        return fmt.linear_tensors(item)
+    return [fmt.float_tensor(item, item.spec.name in biases)]
+
+
+class Output:
+    """One format's folder while it is written: shards take each tensor as soon as it is known, in any order.
+
+    `job` tells the sizes only, of every tensor from the start; the contents come with `put`. Nothing but `finish` makes
+    the folder a checkpoint. A stopped run goes on with the same folder, if it goes on with the same plan.
+    """
+
+    def __init__(self, fmt: Format, job: OutputJob, folder: Path, part_file_size: int) -> None:
+        self.folder = folder
+        self.tensors = format_tensors(fmt, job)
+        self._fmt, self._job, self._biases = fmt, job, job.quantized_biases
+        shards = split_shards(self.tensors, part_file_size)
+        self._names = _shard_names(fmt.weights_stem, len(shards))
+        self._contents = [[tensor.spec for tensor in shard] for shard in shards]
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.iterdir():  # of a stopped run, perhaps with other settings
+            if leftover.name.removesuffix(".partial") not in self._names:
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self._shard_of: dict[str, PlacedShard] = {}
+        for name, specs in zip(self._names, self._contents, strict=True):
+            shard = PlacedShard(folder / name, specs, _METADATA)
+            self._shard_of |= {spec.name: shard for spec in specs}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.spec.nbytes for tensor in self.tensors)
+
+    def put(self, items: Iterable[OutTensor | OutLinear]) -> int:
+        """Write these in this format. Returns a checksum of all their bytes."""
+        crc = 0
+        for tensor in self._tensors_of(items):
+            data = tensor.load()
+            shard = self._shard_of[tensor.spec.name]
+            crc = shard.put(tensor.spec.name, data.cpu() if isinstance(data, torch.Tensor) else data, crc)
+        return crc
+
+    def crc(self, items: Iterable[OutTensor | OutLinear]) -> int:
+        """The checksum of what the files hold of these; the items are not loaded."""
+        crc = 0
+        for tensor in self._tensors_of(items):
+            crc = self._shard_of[tensor.spec.name].crc(tensor.spec.name, crc)
+        return crc
+
+    def _tensors_of(self, items: Iterable[OutTensor | OutLinear]) -> Iterator[OutTensor]:
+        for item in items:
+            yield from _item_tensors(self._fmt, item, self._biases)
+
+    def sync(self, items: Iterable[OutTensor | OutLinear]) -> None:
+        """Return when the files of these are on the disk."""
+        for shard in {id(s): s for s in (self._shard_of[t.spec.name] for t in self._tensors_of(items))}.values():
+            shard.sync()
+
+    def finish(self) -> None:
+        """Every tensor was put: name the shards, and add index, config and the other files of the source."""
+        for shard in self._shards():
+            shard.close()
+        if len(self._names) > 1:
+            write_json(self.folder / _index_name(self._fmt), _index(self._names, self._contents, self.nbytes))
+        _copy_other_files(self._job, self.folder)
+        for name, content in self._fmt.json_files(self._job, self.tensors).items():
+            write_json(self.folder / name, content)
+
+    def abandon(self) -> None:
+        """Close what is open; a later run goes on with it."""
+        for shard in self._shards():
+            shard.abandon()
+
+    def _shards(self) -> list[PlacedShard]:
+        return list({id(shard): shard for shard in self._shard_of.values()}.values())
+
+
+def output_files(fmt: Format, job: OutputJob, part_file_size: int) -> dict[str, int]:
+    """Every file that an Output makes, by its relative name, with its exact bytes; from sizes alone."""
     tensors = format_tensors(fmt, job)
     shards = split_shards(tensors, part_file_size)
     names = _shard_names(fmt.weights_stem, len(shards))
-    for leftover in folder.iterdir():  # of a stopped run, perhaps with other settings; whole shards are kept
-        if leftover.name.removesuffix(".partial") not in names:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    for number, (name, shard) in enumerate(zip(names, shards, strict=True), 1):
-        _write_shard(folder / name, shard)
-        on_shard(number, len(shards))
-    total = sum(tensor.spec.nbytes for tensor in tensors)
+    files = {}
+    for name, shard in zip(names, shards, strict=True):
+        specs = in_file_order(tensor.spec for tensor in shard)
+        files[name] = len(encode_header(specs, _METADATA)) + sum(spec.nbytes for spec in specs)
     if len(shards) > 1:
-        weight_map = {t.spec.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / f"{fmt.weights_stem}.safetensors.index.json", index)
-    _copy_other_files(job, folder)
-    for name, content in fmt.json_files(job, tensors).items():
-        write_json(folder / name, content)
-    return total
+        contents = [[tensor.spec for tensor in shard] for shard in shards]
+        index = _index(names, contents, sum(tensor.spec.nbytes for tensor in tensors))
+        files[_index_name(fmt)] = len(_json_text(index).encode())
+    copied = [relative for relative in job.other_files if str(relative) not in _STALE_FILES]
+    files |= {str(relative): (job.source / relative).stat().st_size for relative in copied}
+    return files | {name: len(_json_text(content).encode()) for name, content in fmt.json_files(job, tensors).items()}
+
+
+def _index_name(fmt: Format) -> str:
+    return f"{fmt.weights_stem}.safetensors.index.json"
+
+
+def _index(names: list[str], contents: list[list[TensorSpec]], total: int) -> dict[str, Any]:
+    weight_map = {spec.name: name for name, specs in zip(names, contents, strict=True) for spec in specs}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def split_shards(tensors: list[OutTensor], part_file_size: int) -> list[list[OutTensor]]:
@@ -81,27 +160,6 @@ def _shard_names(stem: str, count: int) -> list[str]:
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def _write_shard(path: Path, tensors: list[OutTensor]) -> None:
-    specs = {tensor.spec.name: tensor.spec for tensor in tensors}
-    if path.exists() and _holds(path, specs):
-        return
-    by_name = {tensor.spec.name: tensor for tensor in tensors}
-    # "format: pt" is what transformers asks a checkpoint for.
-    with SafetensorsWriter(path, specs.values(), {"format": "pt"}) as writer:
-        for spec in writer.specs:
-            data = by_name[spec.name].load()
-            writer.write(spec.name, data.cpu() if isinstance(data, torch.Tensor) else data)
-
-
-def _holds(path: Path, specs: dict[str, TensorSpec]) -> bool:
-    """Whether a shard of an earlier, stopped run is whole and has these tensors."""
-    try:
-        found = read_header(path)
-    except QuantError:
-        return False
-    return {n: (i.dtype, i.shape) for n, i in found.items()} == {n: (s.dtype, s.shape) for n, s in specs.items()}
-
-
 def _copy_other_files(job: OutputJob, folder: Path) -> None:
     """Tokenizer, templates, spk_dict.pt and all else: as bytes, under the same relative names."""
     for relative in job.other_files:
@@ -115,12 +173,15 @@ def _copy_other_files(job: OutputJob, folder: Path) -> None:
             raise QuantError(f"{job.source / relative}: cannot be copied: {error.strerror or error}") from error
 
 
+def _json_text(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file, written aside, synced and renamed."""
     temporary = path.with_name(path.name + ".partial")
     with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, ensure_ascii=False)
-        stream.write("\n")
+        stream.write(_json_text(content))
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(path)

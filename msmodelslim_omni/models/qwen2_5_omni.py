@@ -39,6 +39,7 @@ def model_spec(model_type: str) -> ModelSpec:
     return ModelSpec(
         model_type=model_type,
         hf_model_type="qwen2_5_omni",
+        publisher="Qwen",
         system=SYSTEM,
         modalities=("text", "image", "audio", "video"),
         layer_prefix=LAYER_PREFIX,

@@ -46,6 +46,12 @@ class OmniMediaProcessor(VisionProcessor):
         return {**super().placeholders(), "audio": self._processor.audio_token}
 
 
+def _text_alone(content: Any) -> str:
+    """The text of a turn; empty where the turn has media."""
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else ""
+
+
 def _names_video_sounds(processor_class: type) -> bool:
     """Whether the processor is told which sound belongs to which video (transformers 5), by its typed arguments."""
     arguments = getattr(processor_class, "valid_processor_kwargs", None)

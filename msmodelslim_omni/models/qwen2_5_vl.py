@@ -60,6 +60,7 @@ def model_spec(model_type: str) -> ModelSpec:
     return ModelSpec(
         model_type=model_type,
         hf_model_type="qwen2_5_vl",
+        publisher="Qwen",
         system="You are a helpful assistant.",  # as the chat template has it
         modalities=("text", "image", "video"),
         layer_prefix=_LAYER_PREFIX,

@@ -122,6 +122,7 @@ class ModelSpec:
 
     model_type: str
     hf_model_type: str
+    publisher: str  # who has the published shapes on the Hugging Face hub
     system: str
     modalities: tuple[str, ...]
     layer_prefix: str  # with {index}

@@ -28,7 +28,7 @@ from ..scheme import QuantScheme
 from .fold import folded, refusal, repeated, shared_mean, storable
 from .gptq import Triangle
 from .rounding import round_group, triangle_for
-from .work import LayerWork, Probe, SmoothingRecord
+from .work import LayerWork, SmoothingRecord
 
 _FINALISTS = 2  # beside the identity
 
@@ -85,7 +85,7 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
         finalists = list(dict.fromkeys([0, *ranked[:_FINALISTS]]))
         rounded = {i: _rounded(work, group, weights, gram, triangle, candidates[i]) for i in finalists}
-        losses = {i: _block_error(work.probe, group, rounded[i], candidates[i]) for i in finalists}
+        losses = {i: _block_error(work, group, rounded[i], candidates[i]) for i in finalists}
         best, how = min(finalists, key=lambda i: (losses[i], i)), group.block
         ready = rounded[best]
     if best == 0:
@@ -177,8 +177,14 @@ def _rounded(
     return round_group(scaled, schemes, None, triangle.rescaled(factors))
 
 
-def _block_error(probe: Probe, group: LinearGroup, rounded: dict[str, QuantizedLinear], candidate: Candidate) -> float:
+def _block_error(
+    work: LayerWork, group: LinearGroup, rounded: dict[str, QuantizedLinear], candidate: Candidate
+) -> float:
     """The squared error of the block's output with the group rounded after the candidate, all else float."""
+    assert work.probe is not None
     factors = repeated(candidate.factors, group)
-    weights = {f"{linear}.weight": dequantize(quantized) / factors for linear, quantized in rounded.items()}
-    return probe.block_error(group.block, weights)
+    inside = [name for name in work.changed if name.startswith(f"{group.block}.")]
+    # What was folded into the group's rows is undone by the columns of the next Linear: these as they are now, too.
+    weights = {name: work.weights[name].to(torch.float32) for name in inside}
+    weights |= {f"{linear}.weight": dequantize(quantized) / factors for linear, quantized in rounded.items()}
+    return work.probe.block_error(group.block, weights)

@@ -1,4 +1,4 @@
-"""Load a compressed_tensors checkpoint, W8A8 or W4A16, in real transformers and compare with plain PyTorch.
+"""Load a compressed_tensors checkpoint, W8A8, W4A16 or both, in real transformers and compare with plain PyTorch.
 
     python check_transformers.py QUANTIZED_DIR [--run_compressed true|false|default] [--class full|thinker]
                                  [--dtype float32|bfloat16] [--activations int8|float|any] [--float_model DIR]
@@ -14,7 +14,7 @@ quantized Linear replaced by one of two emulations:
 - `float`: the weight dequantized, activations left alone (what transformers 5 computes with `run_compressed=False`).
 
 W4A16 has no activations to round. There `float` dequantizes in the dtype of the file's scale, `exact` without rounding:
-clients that load into float32 do the one or the other.
+clients that load into float32 do the one or the other. A checkpoint of both has all four pairs.
 
 The client must agree with one of them; `--activations` says with which. With `--float_model` its logits must also be
 near those of the checkpoint that was quantized.
@@ -92,10 +92,9 @@ class Checkpoint:
         """Names on disk of the quantized Linears."""
         return sorted(name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale"))
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether the integers are 4-bit, eight to a word."""
-        return any(name.endswith(".weight_packed") for name in self.tensors)
+    def is_packed(self, name: str) -> bool:
+        """Whether a Linear's integers are 4-bit, eight to a word."""
+        return f"{name}.weight_packed" in self.tensors
 
     @property
     def float_names(self) -> list[str]:
@@ -105,7 +104,7 @@ class Checkpoint:
     def dense(self, name: str) -> Tensor:
         """The weight that a quantized Linear's integers stand for, [out, in] float32 and not rounded."""
         scale = self.tensors[f"{name}.weight_scale"].float()
-        if not self.is_packed:
+        if not self.is_packed(name):
             return self.tensors[f"{name}.weight"].float() * scale
         packed, shape = self.tensors[f"{name}.weight_packed"], self.tensors[f"{name}.weight_shape"]
         zero_point = self.tensors.get(f"{name}.weight_zero_point")
@@ -226,14 +225,28 @@ REFERENCES: dict[str, type[nn.Module]] = {"int8": Int8ActLinear, "float": FloatA
 PACKED_REFERENCES: dict[str, type[nn.Module]] = {"float": FloatActLinear, "exact": ExactFloatActLinear}
 
 
-def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: type[nn.Module]) -> nn.Module:
+def references(checkpoint: Checkpoint) -> dict[str, Callable[[str], type[nn.Module]]]:
+    """What each quantized Linear, by its name on disk, may be emulated by."""
+    packed = {checkpoint.is_packed(name) for name in checkpoint.quantized}
+    if packed == {True}:
+        return {word: lambda _, it=it: it for word, it in PACKED_REFERENCES.items()}
+    if packed == {False}:
+        return {word: lambda _, it=it: it for word, it in REFERENCES.items()}
+    pairs = [(*one, *other) for one in REFERENCES.items() for other in PACKED_REFERENCES.items()]
+    return {
+        f"{int8}, int4 {int4}": lambda name, a=a, b=b: b if checkpoint.is_packed(name) else a
+        for int8, a, int4, b in pairs
+    }
+
+
+def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: Callable[[str], type[nn.Module]]) -> nn.Module:
     """The float class with the files' float weights and emulated Linears."""
     family = checkpoint.family
     model = family.answering_class()(copy.deepcopy(checkpoint.answering_config)).eval()
     for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as from_pretrained leaves them
         parameter.data = parameter.data.to(dtype)
     for name in checkpoint.quantized:
-        _replace_linear(model, name, checkpoint, emulation)
+        _replace_linear(model, name, checkpoint, emulation(name))
     known = set(named_tensors(model))
     state = {}
     for name in checkpoint.float_names:
@@ -355,7 +368,7 @@ def check_words(checkpoint: Checkpoint) -> int:
         library = import_module("compressed_tensors.compressors.pack_quantized.helpers")
     except ModuleNotFoundError:  # before 0.14
         library = import_module("compressed_tensors.compressors.quantized_compressors.pack_quantized")
-    tensors, names = checkpoint.tensors, checkpoint.quantized if checkpoint.is_packed else []
+    tensors, names = checkpoint.tensors, [name for name in checkpoint.quantized if checkpoint.is_packed(name)]
     for name in names:
         shape = torch.Size(tensors[f"{name}.weight_shape"].tolist())
         groups = tensors[f"{name}.weight_scale"].shape[1]
@@ -526,7 +539,7 @@ def compare(
     # Twice: some versions decompress in the first forward and treat the weights otherwise from then on.
     runs = [(one, record(thinker, linears, one)) for _ in range(2) for one in inputs.values()]
     steps, alone = {}, {}
-    for name, emulation in (PACKED_REFERENCES if checkpoint.is_packed else REFERENCES).items():
+    for name, emulation in references(checkpoint).items():
         model = reference(checkpoint, dtype, emulation)
         emulated = quantized_linears(model, checkpoint)
         steps[name] = Lockstep()
@@ -534,7 +547,8 @@ def compare(
             steps[name].follow(model, emulated, one, run)
         alone[name] = left_alone(thinker, model, inputs)
     closest = min(steps, key=lambda name: steps[name].outputs)
-    wanted = closest if activations == "any" else activations
+    named = [name for name in steps if name.partition(",")[0] == activations]
+    wanted = min(named or steps, key=lambda name: steps[name].outputs)
     return {
         "activations": closest,
         "difference": steps[wanted].worst,

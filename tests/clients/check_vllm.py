@@ -115,6 +115,12 @@ class Files:
         members = MEMBERS | SPLIT_VISION.get(self.model_type, {})
         return [f"{parent}.{member}" if parent else member for member in members.get(last, (last,))]
 
+    def layout_of(self, name: str) -> str:
+        """Of one quantized Linear; a checkpoint may hold int8 and int4 beside each other."""
+        if self.layout != "mixed-precision":
+            return self.layout
+        return "pack-quantized" if self.checkpoint.is_packed(name) else "int-quantized"
+
 
 def read_files(folder: Path) -> Files:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
@@ -166,7 +172,7 @@ def check_methods(model: nn.Module, files: Files) -> dict[str, int]:
             seen |= set(on_disk)
         elif isinstance(module, LinearBase):
             is_quantized = {part in files.quantized for part in on_disk}
-            wanted = (METHODS[files.layout],) if is_quantized == {True} else FLOAT_METHODS
+            wanted = (METHODS[files.layout_of(on_disk[0])],) if is_quantized == {True} else FLOAT_METHODS
             if len(is_quantized) > 1 or method not in wanted:
                 raise CheckError(f"{name}: {method}, not {wanted[0]}")
             methods[method] += 1
@@ -221,7 +227,7 @@ class Watch:
         tensors, on_disk = self.files.tensors, self.files.disk_names(name)
         weight = torch.cat([tensors[f"{part}.weight"] for part in on_disk])
         bias = torch.cat([tensors[f"{part}.bias"] for part in on_disk]) if f"{on_disk[0]}.bias" in tensors else None
-        if self.files.layout == "int-quantized" and on_disk[0] in self.files.quantized:
+        if on_disk[0] in self.files.quantized and self.files.layout_of(on_disk[0]) == "int-quantized":
             x = rounded_per_token(x)
         return F.linear(x, weight, bias)
 
@@ -245,9 +251,9 @@ def reference(files: Files) -> nn.Module:
     if unfilled:
         raise CheckError(f"not in the files: {sorted(unfilled)[:3]}")
     model.load_state_dict(state, strict=False)
-    if files.layout == "int-quantized":
-        modules = dict(model.named_modules())
-        for name in files.quantized:
+    modules = dict(model.named_modules())
+    for name in files.quantized:
+        if files.layout_of(name) == "int-quantized":
             linear = modules[module_name(name, set(modules), prefix) or ""]
             linear.register_forward_pre_hook(lambda _, args: (rounded_per_token(args[0]),))
     return model
@@ -360,7 +366,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     model = reference(files)
     processor = getattr(transformers, PROCESSORS[files.model_type]).from_pretrained(arguments.quantized)
     tolerance = LOGPROB_TOLERANCE[arguments.dtype]
-    if files.layout == "int-quantized":
+    if files.layout in ("int-quantized", "mixed-precision"):
         tolerance = max(tolerance, INT8_LOGPROB_TOLERANCE)
     result["tolerance"], result["modalities"] = tolerance, {}
     faults = []

@@ -66,19 +66,25 @@ for _name in ("nms", "qnms"):
 
 INT8, ASYM, SYM = "w8a8", "w4a16", "w4a16_sym"
 AWQ = "w4a16 awq"  # the same run as ASYM, in the other format
+MIXED = "w8a8 + w4a16_sym"  # some Linears the one, the others the other
 SMOOTH = "w8a8 smoothed"  # the shipped recipe, with its samples
 FLOAT = "float"  # what was quantized
 VL = "vl "  # before any of these: of the tiny Qwen2.5-VL, whose lm_head is its embedding; else of the tiny Omni
 RECIPE = """
 apiversion: multimodal_vlm_modelslim_v1
 spec:
-  process: [{type: linear_quant, qconfig: QCONFIG}]
+  process: [PROCESS]
   save: [SAVE]
 """
-QCONFIGS = {
-    INT8: "{act: {}, weight: {}}",
-    ASYM: "{weight: {scope: per_group, dtype: int4, symmetric: False}}",
-    SYM: "{weight: {scope: per_group, dtype: int4}}",
+SOME = '["*.o_proj", "*.layers.{1,3}.mlp.*", "*.layers.2.self_attn.*"]'
+PROCESSES = {
+    INT8: "{type: linear_quant, qconfig: {act: {}, weight: {}}}",
+    ASYM: "{type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4, symmetric: False}}}",
+    SYM: "{type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4}}}",
+    # Smoothed, with the shipped samples, for vLLM's sake; see Combination.
+    MIXED: f"{{type: iter_smooth, alpha: auto, include: {SOME}}},"
+    f" {{type: linear_quant, qconfig: {{act: {{}}, weight: {{}}}}, include: {SOME}}},"
+    " {type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4}}}",
 }
 LIMIT_SECONDS = 600
 
@@ -121,12 +127,19 @@ COMBINATIONS = (
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "default", "any", SYM),
     Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "any", ASYM),
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "false", "any", ASYM),
+    # Mixed precision: 0.12.2 keeps nothing compressed, transformers 5 refuses to dequantize it.
+    Combination("transformers-4.57.3-ct-0.12.2", "full", "false", "int8", MIXED),
+    Combination("transformers-4.57.3-ct-0.12.2", "thinker", "false", "int8", MIXED),
+    Combination("transformers-4.57.3-ct-0.20.0", "full", "false", "int8", MIXED),
+    Combination("transformers-4.57.3-ct-0.20.0", "thinker", "default", "int8", MIXED),
+    Combination("transformers-5.23.0-ct-0.20.0", "thinker", "default", "int8", MIXED),
     Combination("transformers-4.57.3-autoawq-0.2.9", "full", "default", "float", AWQ),
     Combination("transformers-4.57.3-autoawq-0.2.9", "thinker", "default", "float", AWQ),
     Combination(VLLM, "full", "default", "float", FLOAT),
     Combination(VLLM, "full", "default", "int8", SMOOTH),
     Combination(VLLM, "full", "default", "float", SYM),
     Combination(VLLM, "full", "default", "float", ASYM),
+    Combination(VLLM, "full", "default", "any", MIXED),
     Combination(VLLM, "full", "default", "float", AWQ),
     Combination("transformers-4.57.3-ct-0.12.2", "full", "default", model=VL + INT8),
     Combination("transformers-4.57.3-ct-0.20.0", "full", "default", model=VL + INT8),
@@ -186,10 +199,10 @@ def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) ->
         "import sys; from msmodelslim_omni.pipeline import quantize; "
         "quantize(sys.argv[1], sys.argv[2], config_path=sys.argv[3], device='cpu')"
     )
-    for name, qconfig in QCONFIGS.items():
+    for name, process in PROCESSES.items():
         savers = "{type: compressed_tensors}, {type: awq}" if name == ASYM else "{type: compressed_tensors}"
         recipe = folder / f"{name}.yaml"
-        recipe.write_text(RECIPE.replace("QCONFIG", qconfig).replace("SAVE", savers))
+        recipe.write_text(RECIPE.replace("PROCESS", process).replace("SAVE", savers))
         subprocess.run([sys.executable, "-c", program, model, folder / name, recipe], check=True, env=with_package)
     if smoothed:
         flags = {"--model_path": model, "--save_path": folder / SMOOTH, "--device": "cpu", "--quant_type": "w8a8"}
@@ -200,7 +213,7 @@ def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) ->
     both = folder / ASYM
     return {
         FLOAT: model, INT8: folder / INT8, SMOOTH: folder / SMOOTH, SYM: folder / SYM,
-        ASYM: both / "compressed_tensors", AWQ: both / "awq",
+        MIXED: folder / MIXED, ASYM: both / "compressed_tensors", AWQ: both / "awq",
     }  # fmt: skip
 
 
