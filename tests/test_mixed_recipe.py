@@ -155,7 +155,7 @@ def mixed(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_files_are_foretold_to_the_byte(mixed: tuple[QuantPlan, Path]) -> None:
     plan, folder = mixed
-    foretold = output_files(FORMATS["compressed_tensors"], make_job(plan, lambda layer: {}), 0)
+    foretold = output_files(FORMATS["compressed_tensors"], make_job(plan), 0)
     written = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
     reports = {"quant_report.json", "quant_report.md", "recipe.yaml"}
     assert foretold == {name: size for name, size in written.items() if name in foretold}
@@ -168,7 +168,7 @@ def test_files_in_shards_are_foretold_to_the_byte(tiny: Path, tmp_path: Path, mo
     path.write_text(DATA_FREE.replace("SYMMETRIC", "True").replace("part_file_size: 0", "part_file_size: 3"))
     quantize(tiny, tmp_path / "out", config_path=str(path), device="cpu")
     plan = make_plan(load_recipe(path), MODEL, open_checkpoint(tiny))
-    foretold = output_files(FORMATS["compressed_tensors"], make_job(plan, lambda layer: {}), 3)
+    foretold = output_files(FORMATS["compressed_tensors"], make_job(plan), 3)
     assert sum(name.endswith(".safetensors") for name in foretold) > 2
     assert foretold == {name: (tmp_path / "out" / name).stat().st_size for name in foretold}
 
@@ -194,7 +194,7 @@ def test_config_has_a_group_for_each_scheme(mixed: tuple[QuantPlan, Path]) -> No
 
 def test_kinds_of_one_scheme_have_one_target(tiny: Path) -> None:
     units = {(i, DOWN): W8.name for i in range(4)} | {(1, QKV): FLOAT}
-    job = make_job(plan_of(recipe_text(grid(4), schemes_of(units), "x"), tiny), lambda layer: {})
+    job = make_job(plan_of(recipe_text(grid(4), schemes_of(units), "x"), tiny))
     settings = FORMATS["compressed_tensors"].json_files(job, [])["config.json"]["quantization_config"]
     int4, int8 = settings["config_groups"].values()
     assert int8["targets"] == [r"re:.*\.layers\.\d+\.mlp\.down_proj$"]
