@@ -1,0 +1,87 @@
+"""Give a checkpoint outlier channels that change nothing: `python examples/tiny_omni/harden.py MODEL OUT`.
+
+Real large models have a few activation channels many times larger than the rest; a small one trained for an hour has
+not. Here some channels of every decoder layer are made 16 or 32 times larger and the weights that read them as much
+smaller: of both norms' outputs (norm weights up, columns of q, k, v or of gate, up down), of the attention's values
+(rows and bias of v up, columns of o down) and of the MLP's inside (rows of up up, columns of down down). The factors
+are powers of two, so every weight stays exact in bfloat16 and the logits stay the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+from make_tiny_omni import outlier_gains
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def harden(weights: dict[str, Tensor], heads: int, kv_heads: int, seed: int = 0) -> dict[str, Tensor]:
+    """The tensors of a checkpoint with outlier channels put into every decoder layer of the thinker."""
+    result = dict(weights)
+
+    def scale(name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+        value = result[name].float()
+        if rows is not None:
+            value = value * rows.reshape(-1, *[1] * (value.ndim - 1))
+        if columns is not None:
+            value = value / columns
+        result[name] = value.to(weights[name].dtype)
+
+    layers = sorted({match[0] for name in weights if (match := re.match(r"thinker\.model\.layers\.\d+\.", name))})
+    for layer in layers:
+        attn, mlp = f"{layer}self_attn.", f"{layer}mlp."
+        hidden = weights[f"{layer}input_layernorm.weight"].shape[0]
+        values, inner = weights[f"{attn}v_proj.weight"].shape[0], weights[f"{mlp}up_proj.weight"].shape[0]
+        for norm, readers in (
+            ("input_layernorm", [f"{attn}{name}_proj.weight" for name in "qkv"]),
+            ("post_attention_layernorm", [f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"]),
+        ):
+            gains = outlier_gains(f"{layer}{norm}", hidden, seed)
+            scale(f"{layer}{norm}.weight", rows=gains)
+            for reader in readers:
+                scale(reader, columns=gains)
+        gains = outlier_gains(f"{layer}values", values, seed)
+        scale(f"{attn}v_proj.weight", rows=gains)
+        scale(f"{attn}v_proj.bias", rows=gains)
+        # Each head of v serves heads / kv_heads heads of o.
+        shared = gains.reshape(kv_heads, 1, -1).expand(-1, heads // kv_heads, -1).reshape(-1)
+        scale(f"{attn}o_proj.weight", columns=shared)
+        gains = outlier_gains(f"{layer}inner", inner, seed)
+        scale(f"{mlp}up_proj.weight", rows=gains)
+        scale(f"{mlp}down_proj.weight", columns=gains)
+    return result
+
+
+def harden_checkpoint(model: Path, out: Path, seed: int = 0) -> None:
+    """Copy a checkpoint folder, with outlier channels."""
+    text = json.loads((model / "config.json").read_text(encoding="utf-8"))["thinker_config"]["text_config"]
+    out.mkdir(parents=True, exist_ok=True)
+    for file in model.iterdir():
+        if file.is_file() and file.suffix != ".safetensors":
+            shutil.copyfile(file, out / file.name)
+    weights = load_file(model / "model.safetensors")
+    hardened = harden(weights, text["num_attention_heads"], text["num_key_value_heads"], seed)
+    save_file(hardened, out / "model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Write the checkpoint with outlier channels put in.")
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    harden_checkpoint(args.model, args.out, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Train the tiny Omni and write its checkpoint: `python examples/tiny_omni/train.py OUT`.
+
+The state is saved every few minutes; the same command goes on from it. The data of a step depend on the seed and the
+step's number only, so an interrupted training ends with the same weights (on the same machine with the same threads).
+Needs espeak-ng, the `bible` program and the fonts named in render.py; on Debian:
+`apt-get install espeak-ng bible-kjv fonts-dejavu fonts-liberation fonts-noto-core`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tiny_omni import model as omni
+from tiny_omni import render, tasks, text, towers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+TOWER_STEPS = 640  # of the first stage, towers.py
+STEPS = 4500
+WARM_UP = 40
+TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
+MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
+TOWERS = ("visual.", "audio_tower.", "model.visual.", "model.audio_tower.")  # names in transformers 4 and 5
+TOWER_SHARE = 0.1  # of the rates in the second stage: what a decoder that knows nothing yet asks of them is noise
+HARD_FROM = 700  # the step from which on pictures, and sounds, are also hard ones
+# How often a step is of a kind, and its rows; a row is one conversation.
+KINDS = {
+    "prose": (0.33, 8),
+    "text": (0.14, 8),
+    "picture": (0.18, 24),
+    "sound": (0.14, 14),
+    "clip": (0.12, 6),
+    "talking clip": (0.09, 6),
+}
+MOST_TURNS = 3  # about one picture or clip: the more there are, the farther away it is
+PROSE_TOKENS = 448
+TEXT_TURNS = 10
+SOUNDS_PER_ROW = 3
+VOICES_PER_WORD = 90
+
+
+# ----------------------------------------------------------------------------------------------- data
+
+
+def corpus(seed: int) -> list[str]:
+    """What the tokenizer is trained on: the prose, and questions and answers often enough to be whole tokens."""
+    rng = random.Random(f"{seed} corpus")
+    chat = [f"system\n{omni.SYSTEM}", "user\n", "assistant\n"] * 300
+    for _ in range(1500):
+        samples = [tasks.text_sample(rng, 4)]
+        chat += [part for sample in samples for turn in sample.turns for part in (turn.question, turn.answer)]
+    for _ in range(300):
+        turns = [*tasks.scene_sample(rng, rng.randint(1, 4), 9).turns]
+        for kind in ("digit", "number", "word"):
+            turns += tasks.writing_sample(rng, kind, render.TRAIN_FONTS[:1]).turns
+        for plan in (tasks.move_plan(rng)[0], tasks.blink_plan(rng)[0]):
+            turns += plan.turns
+        chat += [part for turn in turns for part in (turn.question, turn.answer)]
+    chat += [word for word in (*render.SPOKEN, *render.COLOURS, *render.SHAPES) for _ in range(400)]
+    chat += [f"{a} {b} {c}" for _ in range(4000) for a, b, c in [rng.choices(render.SPOKEN, k=3)]]
+    chat += ["What is said?", "Which word is said?"] * 200
+    return [*text.train_chapters(), *chat * 5]
+
+
+def voices(cache: Path, held_out: bool, per_word: int, seed: int) -> list[render.Utterance]:
+    """All words by many voices, kept in a file since espeak-ng takes a minute for them."""
+    file = cache / f"voices_{'held' if held_out else 'train'}_{per_word}_{seed}.npz"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        spoken = render.utterances(held_out, per_word, seed)
+        aside = file.with_name("aside.npz")
+        np.savez(aside, names=[(u.word, u.voice) for u in spoken], **{str(n): u.samples for n, u in enumerate(spoken)})
+        aside.rename(file)
+    with np.load(file) as stored:
+        return [
+            render.Utterance(str(word), str(voice), stored[str(n)]) for n, (word, voice) in enumerate(stored["names"])
+        ]
+
+
+class Steps(IterableDataset):
+    """(kind, Batch) of each step in `part`."""
+
+    def __init__(self, description: Path, spoken: list[render.Utterance], seed: int, part: range) -> None:
+        self.tokens = omni.Tokens(description)
+        self.spoken, self.seed, self.part = spoken, seed, part
+        ids: list[int] = []
+        for chapter in text.train_chapters():
+            ids += [*self.tokens.encode(chapter), self.tokens.special["<|endoftext|>"]]
+        self.prose = ids
+
+    def __iter__(self) -> Iterator[tuple[str, omni.Batch]]:
+        torch.set_num_threads(1)
+        for step in self.part:
+            yield self.batch(step)
+
+    def batch(self, step: int) -> tuple[str, omni.Batch]:
+        """The batch of a step."""
+        rng = random.Random(f"{self.seed} {step}")
+        kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
+        rows = KINDS[kind][1]
+        hard = step >= HARD_FROM
+        if kind == "prose":
+            starts = [rng.randrange(len(self.prose) - PROSE_TOKENS) for _ in range(rows)]
+            parts = [self.tokens.prose(self.prose[at : at + PROSE_TOKENS]) for at in starts]
+            return kind, omni.text_batch(parts, self.tokens.special["<|endoftext|>"])
+        if kind == "text":
+            samples = [[tasks.text_sample(rng, TEXT_TURNS)] for _ in range(rows)]
+        elif kind == "picture":
+            samples = [[tasks.picture_sample(rng, render.TRAIN_FONTS, hard, MOST_TURNS)] for _ in range(rows)]
+        elif kind == "sound":
+            words = rng.choices((1, 2, 3), (3, 2, 2) if hard else (1, 0, 0))[0]
+            noise = (0, 30) if hard else (15, 30)
+            samples = [
+                [tasks.speech_sample(rng, self.spoken, words, noise) for _ in range(SOUNDS_PER_ROW)]
+                for _ in range(rows)
+            ]
+        else:
+            talks = self.spoken if kind == "talking clip" else None
+            clips = [tasks.clip_sample(rng, "move" if rng.random() < 0.7 else "blink", talks) for _ in range(rows)]
+            samples = [[replace(clip, turns=clip.turns[:MOST_TURNS])] for clip in clips]
+        return kind, omni.sample_batch(self.tokens, samples)
+
+
+# ------------------------------------------------------------------------------------------ optimizer
+
+
+def orthogonal(updates: Tensor) -> Tensor:
+    """Matrices [n, rows, columns] with their singular values brought near 1 (Newton-Schulz, as Muon does it)."""
+    x = updates / (updates.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for _ in range(4):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for matrices and, flattened to such, convolutions.
+
+    In float32 and by shapes at once: torch's own computes in bfloat16, slow on a CPU without instructions for it.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One update of the matrices that have a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_shape[parameter.shape].append(parameter)
+            for parameters in by_shape.values():
+                updates = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(parameter)
+                    state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
+                    updates.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                moves = orthogonal(torch.stack(updates).flatten(2))
+                scale = group["lr"] * max(1.0, moves.shape[1] / moves.shape[2]) ** 0.5
+                for parameter, move in zip(parameters, moves, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.sub_(move.view_as(parameter), alpha=scale)
+
+
+def make_optimizers(model: nn.Module, tower_share: float = 1.0) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and convolutions, AdamW for embeddings, heads, norms and biases.
+
+    AdamW would move the patch embedding far too fast: its 1176 inputs are much alike within a patch of one colour.
+    tower_share: of the full rates, for the towers.
+    """
+    matrices: dict[bool, list[Tensor]] = {False: [], True: []}
+    others: dict[bool, list[Tensor]] = {False: [], True: []}
+    embeddings = []
+    for name, parameter in model.named_parameters():
+        of_tower = name.startswith(TOWERS)
+        if "embed_tokens" in name or "bos_eos" in name:
+            embeddings.append(parameter)
+        elif parameter.ndim > 1 and "head" not in name:
+            matrices[of_tower].append(parameter)
+        else:
+            others[of_tower].append(parameter)
+    muon = [{"params": found, "lr": MUON_RATE * (tower_share if slow else 1)} for slow, found in matrices.items()]
+    adam = [{"params": found, "lr": ADAM_RATE * (tower_share if slow else 1)} for slow, found in others.items()]
+    adam += [{"params": embeddings, "lr": EMBEDDING_RATE}]
+    return [
+        Muon([group for group in muon if group["params"]], lr=MUON_RATE),
+        torch.optim.AdamW([group for group in adam if group["params"]], betas=(0.9, 0.95), weight_decay=0.01),
+    ]
+
+
+class Rates:
+    """Sets the rates of optimizers as shares of those they were made with."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._full = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+
+    def set(self, factor: float) -> None:
+        """Apply the share."""
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, self._full, strict=True):
+            group["lr"] = rate * factor
+
+
+def rate_factor(step: int, steps: int, flat: float) -> float:
+    """Share of the full rates: up over WARM_UP, flat, and from the share `flat` of the steps on down in a line."""
+    fallen = max(0.0, (step / steps - flat) / (1 - flat))
+    return min(1.0, (step + 1) / WARM_UP, 1 - fallen)
+
+
+# ----------------------------------------------------------------------------------------------- loop
+
+
+def write_state(file: Path, step: int, thinker: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write the state aside, then put it in place."""
+    state = {"step": step, "model": thinker.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    torch.save(state, file.with_suffix(".new"))
+    file.with_suffix(".new").replace(file)
+
+
+class Progress:
+    """Prints means of what was noted, by kind, every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.begun = self.last = time.monotonic()
+        self.noted: dict[str, list[float]] = defaultdict(list)
+
+    def note(self, step: int, values: dict[str, float], kind: str) -> None:
+        """Note the values of a step."""
+        now = time.monotonic()
+        for name, value in {**values, f"{kind} s": now - self.last}.items():
+            self.noted[name].append(value)
+        self.last = now
+        if (step + 1) % self.every == 0:
+            means = " | ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in sorted(self.noted.items()))
+            print(f"{step + 1} {now - self.begun:.0f}s {means}", flush=True)
+            self.noted.clear()
+
+
+def train_towers(thinker: Any, spoken: Sequence[render.Utterance], seed: int, steps: int, workers: int) -> None:
+    """The first stage: the towers alone, in place."""
+    heads = towers.make_heads(thinker.config.text_config.hidden_size)
+    parts = nn.ModuleDict({"visual": thinker.visual, "audio_tower": thinker.audio_tower, "heads": heads})
+    optimizers = make_optimizers(parts)
+    rates, progress = Rates(optimizers), Progress(50)
+    data = towers.TowerSteps(spoken, seed, range(steps))
+    loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None)
+    for step, (kind, batch) in enumerate(loader):
+        rates.set(rate_factor(step, steps, TOWER_FLAT))
+        loss, right = towers.tower_loss(thinker, heads, batch)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        parts.zero_grad(set_to_none=True)
+        progress.note(step, {f"{kind} {name}": value for name, value in right.items()}, kind)
+
+
+def train(
+    *, seed: int, steps: int, stop: int, work: Path, workers: int, save_seconds: float, tower_steps: int = TOWER_STEPS
+) -> Any:
+    """Train up to step `stop` of a schedule of `steps` and return the thinker; work/ holds state and data."""
+    work.mkdir(parents=True, exist_ok=True)
+    description = work / "description"
+    if not (description / "vocab.json").exists():
+        omni.write_description(description, corpus(seed))
+    spoken = voices(work, False, VOICES_PER_WORD, seed)
+    thinker = omni.build_thinker(description, seed)
+    omni.speed_up_towers(thinker)
+    thinker.train()
+    state_file = work / "state.pt"
+    start = 0
+    if not state_file.exists():
+        train_towers(thinker, spoken, seed, tower_steps, workers)
+        write_state(state_file, 0, thinker, [])
+    optimizers = make_optimizers(thinker, TOWER_SHARE)
+    rates, progress = Rates(optimizers), Progress(100)
+    state = torch.load(state_file, weights_only=True)
+    start = state["step"]
+    thinker.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):  # none after the first stage
+        optimizer.load_state_dict(saved)
+    data = Steps(description, spoken, seed, range(start, stop))
+    loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None)
+    saved_at = time.monotonic()
+    for step, (kind, batch) in enumerate(loader, start):
+        rates.set(rate_factor(step, steps, FLAT))
+        logits, labels = omni.answer_logits(thinker, batch)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(thinker.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        thinker.zero_grad(set_to_none=True)
+        ends = labels == data.tokens.end  # nearly always right, and half of the labels
+        right = (logits.argmax(-1) == labels)[~ends].float().mean().item()
+        progress.note(step, {kind: loss.item(), f"{kind} right": right}, kind)
+        if time.monotonic() - saved_at > save_seconds:
+            write_state(state_file, step + 1, thinker, optimizers)
+            saved_at = time.monotonic()
+    if stop > start:
+        write_state(state_file, stop, thinker, optimizers)
+    return thinker
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Train the tiny Omni; the same command goes on where it stopped.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=STEPS, help="length of the schedule")
+    parser.add_argument("--stop", type=int, default=None, help="stop after so many steps of the schedule")
+    parser.add_argument("--work", type=Path, default=None, help="folder of state and data (default: OUT.work)")
+    args = parser.parse_args()
+    work = args.work or args.out.with_name(args.out.name + ".work")
+    stop = args.steps if args.stop is None else min(args.stop, args.steps)
+    thinker = train(seed=args.seed, steps=args.steps, stop=stop, work=work, workers=1, save_seconds=240)
+    omni.save_checkpoint(thinker, work / "description", args.out, args.seed)
+    size = sum(file.stat().st_size for file in args.out.iterdir())
+    counts = {"parameters of the thinker": sum(p.numel() for p in thinker.parameters()), "bytes": size}
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main()
