@@ -30,6 +30,7 @@ from tool_runs import (
     Run,
     ToolFailed,
     install,
+    names_of,
     recorded,
     run_ours,
     run_peer,
@@ -143,17 +144,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _names(known: list[str]) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        unknown = sorted(set(names) - set(known))
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
-        return names
-
-    return parse
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,14 +153,14 @@ def main() -> int:
     for verb in (installer, runner):
         verb.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
     known = list(ENVIRONMENTS)
-    installer.add_argument("--only", type=_names(known), default=known, help=f"some of {','.join(known)}")
+    installer.add_argument("--only", type=names_of(known), default=known, help=f"some of {','.join(known)}")
     runner.add_argument("--work", type=Path, required=True, help="folder for model, tokens, results and logs")
     runner.add_argument("--layers", type=int, default=8, help="decoder layers of the thinker")
     runner.add_argument("--samples", type=int, default=16, help="calibration samples")
     runner.add_argument("--tokens", type=int, default=256, help="tokens of each")
     runner.add_argument("--seed", type=int, default=0)
     tools = [OURS, *PEERS]
-    runner.add_argument("--tools", type=_names(tools), default=tools, help=f"some of {','.join(tools)}")
+    runner.add_argument("--tools", type=names_of(tools), default=tools, help=f"some of {','.join(tools)}")
     runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")
     runner.add_argument("--recipe", action="append", default=[], help="run ours with this recipe too; may be repeated")
     runner.add_argument("--save_format", help="our output format, in place of the recipe's")

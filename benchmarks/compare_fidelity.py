@@ -31,6 +31,7 @@ from tool_runs import (
     Run,
     ToolFailed,
     install,
+    names_of,
     recorded,
     run_ours,
     run_peer,
@@ -164,13 +165,6 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if unknown := sorted(set(names) - set(TOOLS)):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(TOOLS)}")
-    return names
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -183,7 +177,7 @@ def main() -> int:
     runner.add_argument("--model", type=Path, required=True, help="the float checkpoint")
     runner.add_argument("--calibration", type=Path, required=True, help="index.jsonl to calibrate on")
     runner.add_argument("--heldout", type=Path, required=True, help="index.jsonl to measure on, with answers")
-    runner.add_argument("--tools", type=_names, default=TOOLS, help=f"some of {','.join(TOOLS)}")
+    runner.add_argument("--tools", type=names_of(TOOLS), default=TOOLS, help=f"some of {','.join(TOOLS)}")
     runner.add_argument("--text_only", action="store_true", help="calibrate on the samples without media")
     runner.add_argument("--length", type=int, default=256, help="tokens of the peers' blocks")
     runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")

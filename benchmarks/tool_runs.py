@@ -5,6 +5,7 @@ No torch here: what a process weighs before it starts its child counts as memory
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -141,3 +142,16 @@ def recorded(folder: Path, run: Callable[[], Run]) -> Run:
     done = run()
     record.write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
     return done
+
+
+def names_of(known: list[str]) -> Callable[[str], list[str]]:
+    """A type for argparse: some of the known names, with commas."""
+
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+        return names
+
+    return parse

@@ -11,7 +11,7 @@ a grain for each unit free. How far it can be from the best is also told: `bound
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -52,7 +52,7 @@ def least_damage(units: Sequence[Unit], room: int) -> Allocation:
         raise ValueError(f"{room} bytes; the smallest choice takes {room - spare}")
     spare = min(spare, _largest_spare(units))
     table = _Table(units, grain := _grain(spare), spare // grain)
-    return _allocation(units, _filled(units, table.choices(table.columns), room), room)
+    return _allocation(units, _improved(units, table.choices(table.columns), room, _size, _damage), room)
 
 
 def least_size(units: Sequence[Unit], damage: float) -> Allocation | None:
@@ -62,7 +62,7 @@ def least_size(units: Sequence[Unit], damage: float) -> Allocation | None:
     enough = torch.nonzero(table.best <= damage).flatten()
     if not len(enough):
         return None
-    choices = _emptied(units, table.choices(int(enough[0])), damage)
+    choices = _improved(units, table.choices(int(enough[0])), damage, _damage, _size)
     return _allocation(units, choices, sum(unit[k].size for unit, k in zip(units, choices, strict=True)))
 
 
@@ -108,37 +108,34 @@ def _largest_spare(units: Sequence[Unit]) -> int:
     return sum(max(option.size for option in unit) for unit in units) - smallest_size(units)
 
 
-def _filled(units: Sequence[Unit], choices: list[int], room: int) -> list[int]:
-    """What rounding up has left free, spent on the change that mends most, as long as there is one."""
-    left = room - sum(unit[k].size for unit, k in zip(units, choices, strict=True))
+def _improved(
+    units: Sequence[Unit],
+    choices: list[int],
+    limit: float,
+    cost: Callable[[Option], float],
+    worth: Callable[[Option], float],
+) -> list[int]:
+    """What rounding up has left free of `limit`, spent on the change that lowers `worth` most, while there is one."""
     while True:
+        left = limit - sum(cost(unit[k]) for unit, k in zip(units, choices, strict=True))
         changes = [
-            (unit[now].damage - option.damage, number, k)
+            (worth(unit[now]) - worth(option), number, k)
             for number, (unit, now) in enumerate(zip(units, choices, strict=True))
             for k, option in enumerate(unit)
-            if option.damage < unit[now].damage and option.size - unit[now].size <= left
-        ]
-        if not changes:
-            return choices
-        _, number, k = max(changes)
-        left -= units[number][k].size - units[number][choices[number]].size
-        choices[number] = k
-
-
-def _emptied(units: Sequence[Unit], choices: list[int], damage: float) -> list[int]:
-    """The other way round: what is left of the damage, spent on the change that saves most bytes."""
-    while True:
-        left = damage - sum(unit[k].damage for unit, k in zip(units, choices, strict=True))
-        changes = [
-            (unit[now].size - option.size, number, k)
-            for number, (unit, now) in enumerate(zip(units, choices, strict=True))
-            for k, option in enumerate(unit)
-            if option.size < unit[now].size and option.damage - unit[now].damage <= left
+            if worth(option) < worth(unit[now]) and cost(option) - cost(unit[now]) <= left
         ]
         if not changes:
             return choices
         _, number, k = max(changes)
         choices[number] = k
+
+
+def _size(option: Option) -> float:
+    return option.size
+
+
+def _damage(option: Option) -> float:
+    return option.damage
 
 
 def _allocation(units: Sequence[Unit], choices: Sequence[int], room: int) -> Allocation:

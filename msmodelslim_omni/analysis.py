@@ -10,7 +10,7 @@ from .fidelity import Interval
 from .formats.shards import write_json
 from .mixed_recipe import FLOAT, W4, W8
 from .models.spec import MODALITIES
-from .report import human_bytes
+from .report import human_bytes, markdown_table
 from .sensitivity import OUTLIER_RMS, Error, LinearSensitivity, UnitSensitivity
 
 
@@ -171,7 +171,7 @@ def as_markdown(analysis: Analysis) -> str:
         " modality in analysis.json). Errors: |Ŷ - Y| / |Y| of the unit's worst Linear, plainly rounded. Kurtosis"
         f" (0: normal) and outliers (values beyond {OUTLIER_RMS:g} times the root mean square) are of the input.",
         "",
-        *_table(UNIT_COLUMNS, unit_rows(analysis.units)),
+        *markdown_table(UNIT_COLUMNS, unit_rows(analysis.units)),
         "",
         "The fewest units that make half of the damage of int4, for a recipe:",
         "",
@@ -195,7 +195,7 @@ def _choice_lines(choice: Choice) -> list[str]:
         f"Asked for: {asked}.{met} The recipe is `{choice.recipe}`, the model it makes `{choice.model}`; calibrated on"
         f" `{choice.calibration}`, judged on `{choice.eval_dataset}`.",
         "",
-        *_table(ROUND_COLUMNS, round_rows(choice)),
+        *markdown_table(ROUND_COLUMNS, round_rows(choice)),
         "",
         "\\*: chosen. int4, int8, float: Linears.",
         "",
@@ -215,15 +215,10 @@ def _linear_lines(units: Sequence[UnitSensitivity]) -> list[str]:
         for linear in sorted(linears, key=lambda linear: -linear.output_error[W4.name].overall)
     ]
     note = "Relative errors of weight and output, by modality, as int4 and as int8 with int8 activations; worst first."
-    return ["## Linears", "", note, "", *_table(columns, rows)]
+    return ["## Linears", "", note, "", *markdown_table(columns, rows)]
 
 
 def _cells(linear: LinearSensitivity, scheme: str, modalities: Sequence[str]) -> list[str]:
     error: Error = linear.output_error[scheme]
     of_modality = [f"{error.by_modality[m]:.4f}" if m in error.by_modality else "" for m in modalities]
     return [f"{linear.weight_error[scheme]:.4f}", f"{error.overall:.4f}", *of_modality]
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    ruler = "|---|" + "--:|" * (len(columns) - 1)
-    return [f"| {' | '.join(columns)} |", ruler, *(f"| {' | '.join(row)} |" for row in rows)]

@@ -10,7 +10,6 @@ int4 and int8 beside each other are held by compressed_tensors only, hence no ot
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,13 +19,13 @@ from pathlib import Path
 from .analysis import Analysis, worst_half, write_analysis
 from .calibration import load_calib_set
 from .checkpoint import open_checkpoint
-from .device import OUT_OF_MEMORY, peak_rss
+from .device import peak_rss, told_out_of_memory
 from .errors import QuantError
 from .holdout import choose_holdout, write_index
 from .mixed_recipe import DEFAULT_TEXT, FLOAT, W4, W8, patterns
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
-from .pipeline import Prepared, prepare
+from .preparation import Prepared, prepare
 from .progress import Clock, Progress
 from .proposal import SCHEMES, Proposer
 from .report import human_bytes
@@ -34,7 +33,7 @@ from .rounds import Judge, search
 from .sensitivity import UnitSensitivity, measure_units
 from .stream import CalibrationStream
 from .summary import versions
-from .workspace import check_save_path
+from .workspace import check_save_path, remove
 
 _WORK = ".msmodelslim_analyze"
 _OUTPUTS = ("analysis.json", "analysis.md", "recipe.yaml", "calibration.jsonl", "heldout.jsonl", "model", _WORK)
@@ -151,14 +150,8 @@ def _measured(
     """The units with their sizes, by falling damage of int4; and the stream, for what was streamed."""
     assert prepared.calib is not None  # int4 by GPTQ takes data
     plans = {W4.name: prepared.plan, W8.name: proposer.int8}
-    try:
+    with told_out_of_memory(prepared.device, "give fewer or shorter samples, or use --device cpu"):
         units, stream = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress)
-    except OUT_OF_MEMORY as error:
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise QuantError(
-            f"out of memory on {prepared.device.name}: {reason}",
-            "give fewer or shorter samples, or use --device cpu",
-        ) from error
     sized = [
         replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*SCHEMES, FLOAT)})
         for unit in units
@@ -215,7 +208,7 @@ def _work_folder(save_path: Path | None, model_path: Path, overwrite: bool) -> I
     work = save_path / _WORK
     replaced = work / "replaced"
     try:
-        _remove(work)
+        remove(work)
         replaced.mkdir(parents=True)
         for name in set(occupants) - {_WORK}:
             (save_path / name).rename(replaced / name)
@@ -227,19 +220,12 @@ def _work_folder(save_path: Path | None, model_path: Path, overwrite: bool) -> I
         yield work
     except BaseException:  # what is there is of no use without the rest, and would stand in the way of the next try
         for name in set(_OUTPUTS) - {_WORK}:
-            _remove(save_path / name)
+            remove(save_path / name)
         for entry in replaced.iterdir():
             entry.rename(save_path / entry.name)
-        _remove(work)
+        remove(work)
         raise
-    _remove(work)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    remove(work)
 
 
 @dataclass(frozen=True)

@@ -293,6 +293,11 @@ def _sound_choice(entry: dict[str, Any], has_sound: list[bool], faults: list[str
 # --- to model inputs -----------------------------------------------------------------------------------------
 
 
+def told_of(sample: CalibSample, error: QuantError) -> str:
+    """The error's message, with the sample's place before it if it does not name that itself."""
+    return error.message if error.message.startswith(sample.where) else f"{sample.where}: {error.message}"
+
+
 def prepare_sample(sample: CalibSample, processor: MediaProcessor) -> ModelInputs:
     """Decode the sample's media and run the model's processor. Raises QuantError naming the sample's line."""
     try:

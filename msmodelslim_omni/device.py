@@ -13,6 +13,8 @@ import importlib
 import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +22,7 @@ import torch
 from .errors import QuantError
 
 # What a device raises when its memory is used up.
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+_OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 _NPU_HINT = "install the driver and CANN, then `pip install 'msmodelslim_omni[npu]'`; or use --device cpu"
 
@@ -35,6 +37,16 @@ class Device:
     @property
     def torch(self) -> torch.device:
         return torch.device(self.name)
+
+
+@contextmanager
+def told_out_of_memory(device: Device, remedy: str) -> Iterator[None]:
+    """What is raised when the device's memory is used up, as a QuantError with what the user can do about it."""
+    try:
+        yield
+    except _OUT_OF_MEMORY as error:
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        raise QuantError(f"out of memory on {device.name}: {reason}", remedy) from error
 
 
 def resolve_device(wanted: str) -> Device:

@@ -11,7 +11,7 @@ from .errors import QuantError
 from .fidelity import EvalReport, Fidelity, Interval, LayerDrift
 from .formats.shards import write_json
 from .models.spec import MODALITIES
-from .report import human_bytes
+from .report import human_bytes, markdown_table
 
 JSON_NAME, PAGE_NAME = "eval_report.json", "eval_report.md"
 
@@ -134,7 +134,7 @@ def as_markdown(report: EvalReport) -> str:
         f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
         + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
         "",
-        *_markdown_table(columns, rows),
+        *markdown_table(columns, rows),
         "",
         NOTE,
         "",
@@ -142,11 +142,11 @@ def as_markdown(report: EvalReport) -> str:
         "",
         "Relative error |quantized - float| / |float|, over all tokens and by their modality.",
         "",
-        *_markdown_table(*layer_rows(report)),
+        *markdown_table(*layer_rows(report)),
         "",
         "## Time",
         "",
-        *_markdown_table(["phase", "seconds"], [[n, f"{s:.2f}"] for n, s in report.seconds_by_phase.items()]),
+        *markdown_table(["phase", "seconds"], [[n, f"{s:.2f}"] for n, s in report.seconds_by_phase.items()]),
     ]
     if report.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
@@ -160,11 +160,3 @@ def layer_rows(report: EvalReport) -> tuple[list[str], list[list[str]]]:
         by_modality = (layer.error_by_modality.get(name) for name in seen)
         rows.append([f"{layer.index}", f"{layer.error:.4g}", *("" if e is None else f"{e:.4g}" for e in by_modality)])
     return ["layer", "all", *seen], rows
-
-
-def _markdown_table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        f"| {' | '.join(columns)} |",
-        "|---|" + "--:|" * (len(columns) - 1),
-        *(f"| {' | '.join(row)} |" for row in rows),
-    ]

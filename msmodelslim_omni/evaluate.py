@@ -26,7 +26,7 @@ import torch
 from .calibration import CalibSet, load_calib_set
 from .checkpoint import load_json_object
 from .comparable import check_comparable
-from .device import OUT_OF_MEMORY, Device, peak_device_memory, peak_rss, resolve_device
+from .device import Device, peak_device_memory, peak_rss, resolve_device, told_out_of_memory
 from .documents import write_evaluation
 from .errors import QuantError
 from .eval_report import write_eval_report
@@ -221,12 +221,8 @@ def _work_folder(save_path: str | Path | None) -> Iterator[Path]:
 def _told_faults(device: Device) -> Iterator[None]:
     """What memory and disk do to a run, told as faults that the user can mend."""
     try:
-        yield
-    except OUT_OF_MEMORY as error:
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise QuantError(
-            f"out of memory on {device.name}: {reason}", "lower max_tokens or max_pixels, or use --device cpu"
-        ) from error
+        with told_out_of_memory(device, "lower max_tokens or max_pixels, or use --device cpu"):
+            yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QuantError(

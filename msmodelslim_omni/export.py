@@ -27,7 +27,7 @@ from .formats.shards import format_tensors
 from .models.spec import ModelSpec
 from .outputs import Outputs
 from .progress import Progress
-from .quantized import QuantizedCheckpoint, open_quantized, without_quantization
+from .quantized import QuantizedCheckpoint, finite_scales, open_quantized, without_quantization
 from .recipe import SAVER_CONFIGS
 from .report import PartSize, Report
 from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
@@ -183,9 +183,7 @@ def _checked(linear: OutLinear, save_format: str) -> OutLinear:
     dtype = torch.float16 if save_format == "awq" else TORCH_DTYPES[linear.float_dtype]
 
     def scales() -> torch.Tensor:
-        loaded = linear.scales()
-        if not bool(torch.isfinite(loaded).all()):
-            raise QuantError(f"{linear.name}: its scales hold NaN or Inf", "write or fetch the checkpoint again")
+        loaded = finite_scales(linear)
         if linear.scheme.weight_bits == 4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
             raise QuantError(
                 f"{linear.name}: its scales are no numbers of {str(dtype).removeprefix('torch.')}, in which"

@@ -20,7 +20,7 @@ import torch
 from .arithmetic import QuantizedLinear, dequantize, linear_rows, quantize_act, row_blocks
 from .calibration import CalibSample, parse_sample, prepare_sample
 from .checkpoint import load_json_object, open_checkpoint
-from .device import OUT_OF_MEMORY, Device, resolve_device
+from .device import Device, resolve_device, told_out_of_memory
 from .errors import QuantError, nearest
 from .formats.job import OutLinear
 from .models import derive_model_type
@@ -103,7 +103,7 @@ def generate(
     model = open_model(source, bool(speech))
     inputs = prepare_sample(sample, source.model.family.open_media_processor(source.path, _LIMITS, trust_remote_code))
     started = time.perf_counter()
-    try:
+    with told_out_of_memory(chosen, "give smaller media, or --device cpu"):
         fill_model(model, source, chosen, progress)
         inputs = _on_device(inputs, chosen.torch)
         pieces: list[str] = []
@@ -118,9 +118,6 @@ def generate(
                 return Answer("".join(pieces), tokens, time.perf_counter() - started)
             speaks = cast(SpeakingModel, model)  # opened with its speech
             tokens, samples = speaks.speak(inputs, source.path, speaker, max_new_tokens, heard)
-    except OUT_OF_MEMORY as error:
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise QuantError(f"out of memory on {chosen.name}: {reason}", "give smaller media, or --device cpu") from error
     write_wav(Path(speech), samples, speaking.SPEECH_RATE)
     seconds = len(samples) / speaking.SPEECH_RATE
     return Answer("".join(pieces), tokens, time.perf_counter() - started, str(speech), seconds)
@@ -276,8 +273,6 @@ def _fill(
         setattr(owner, attribute, torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         return
     loaded = load_linear(linear)
-    if not bool(torch.isfinite(loaded.scales).all()):
-        raise QuantError(f"{linear.name}: its scales hold NaN or Inf", "write or fetch the checkpoint again")
     if linear.scheme.act_bits is None:
         owner.weight = torch.nn.Parameter(dequantized(loaded, dtype).to(device), requires_grad=False)
         return

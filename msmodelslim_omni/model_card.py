@@ -18,7 +18,7 @@ from .checkpoint import load_json_object
 from .eval_report import figure_rows
 from .fidelity import EvalReport
 from .models.spec import ModelSpec
-from .report import Report, human_bytes, part_errors, root_mean_square
+from .report import Report, human_bytes, markdown_table, part_errors, root_mean_square
 
 CARD_NAME = "README.md"
 
@@ -198,8 +198,7 @@ def _figures(report: Report, saver: str) -> list[str]:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (columns, *rows)]
-    return "\n".join([lines[0], "|---|" + "--:|" * (len(columns) - 1), *lines[1:]])
+    return "\n".join(markdown_table(columns, rows))
 
 
 _NOT_EVALUATED = """\

@@ -9,46 +9,30 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .arithmetic import QuantizedLinear, dequantize, quantize_weight, relative_error
+from .arithmetic import QuantizedLinear, quantize_weight, relative_error
 from .assembly import Item, Units, finished_items, make_job, units
 from .background import Background
-from .calibration import CalibSet, load_calib_set
-from .checkpoint import open_checkpoint
-from .device import OUT_OF_MEMORY, Device, free_memory, peak_rss, resolve_device
-from .digests import file_digest, value_digest
+from .device import free_memory, peak_rss, told_out_of_memory
 from .documents import write_documents
 from .errors import QuantError
-from .forecast import Forecast, forecast
+from .forecast import forecast
 from .measure import record_layer
-from .models import derive_model_type, named_model_type
-from .models.spec import ModelSpec
 from .outputs import Outputs
-from .plan import LayerPlan, QuantPlan, make_plan, refuse_quantized
+from .plan import LayerPlan, QuantPlan
+from .preparation import Prepared, fingerprint, prepare
 from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
-from .recipe import Recipe, find_recipe, resolve_recipe
 from .report import Report, read_report
-from .stream import CalibrationStream, LayerProbe, emulate
-from .summary import make_report, versions
+from .stream import CalibrationStream, LayerProbe, quantized_layer
+from .summary import make_report
 from .workspace import Workspace, check_room, check_save_path
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A run that could start: everything checked, nothing computed."""
-
-    plan: QuantPlan
-    device: Device
-    calib: CalibSet | None
-    forecast: Forecast
 
 
 def quantize(
@@ -92,14 +76,10 @@ def quantize(
 
 def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """`run`, with what the disk does to it told as a fault that the user can mend."""
+    remedy = "lower calibration.max_tokens or max_pixels, or use --device cpu"
     try:
-        return run(prepared, save_path, overwrite=overwrite, progress=progress)
-    except OUT_OF_MEMORY as error:
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise QuantError(
-            f"out of memory on {prepared.device.name}: {reason}",
-            "lower calibration.max_tokens or max_pixels, or use --device cpu",
-        ) from error
+        with told_out_of_memory(prepared.device, remedy):
+            return run(prepared, save_path, overwrite=overwrite, progress=progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             what, remedy = f"the disk is full while writing to {str(save_path)!r}", "free some space"
@@ -109,95 +89,13 @@ def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progres
         raise QuantError(what, f"{remedy}, {again}") from error
 
 
-def prepare(
-    model_path: str | Path,
-    *,
-    model_type: str | None = None,
-    device: str = "auto",
-    quant_type: str | None = None,
-    config_path: str | None = None,
-    dataset: str | None = None,
-    max_samples: int | None = None,
-    save_format: Sequence[str] = (),
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    progress: Progress | None = None,
-) -> Prepared:
-    """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast."""
-    progress = progress or Progress()
-    chosen = resolve_device(device)
-    progress.say(f"device {chosen.name} ({chosen.reason})")
-    named = named_model_type(model_type) if model_type else None
-    refuse_quantized(Path(model_path))  # first, since one for Ascend has no weights of the name that is opened
-    checkpoint = open_checkpoint(model_path)
-    model = named or derive_model_type(checkpoint.config)
-    if named is None:
-        progress.say(f"model type {model.model_type}, derived from config.json")
-    recipe = choose_recipe(model, quant_type, config_path)
-    progress.say(f"recipe {recipe.path}")
-    plan = make_plan(
-        recipe,
-        model,
-        checkpoint,
-        save_formats=save_format,
-        dataset=dataset,
-        max_samples=max_samples,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-    )
-    for warning in plan.warnings:
-        progress.say(f"warning: {warning}")
-    calib = _load_calibration(plan)
-    return Prepared(plan, chosen, calib, forecast(plan, len(calib.samples) if calib else 0))
-
-
-def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:
-    """The recipe that is asked for; w8a8 where nothing is."""
-    if quant_type and config_path:
-        raise QuantError("--quant_type and --config_path exclude each other", "give one of them")
-    if config_path:
-        return resolve_recipe(config_path)
-    return find_recipe(model.model_type, quant_type or "w8a8")
-
-
-def _load_calibration(plan: QuantPlan) -> CalibSet | None:
-    if plan.dataset is None:
-        return None
-    calib = load_calib_set(
-        plan.dataset,
-        plan.recipe.spec.default_text,
-        plan.model,
-        max_samples=plan.calibration.max_samples,
-        seed=plan.seed,
-        on_bad_sample=plan.calibration.on_bad_sample,
-    )
-    _check_modality_weights(plan, calib)
-    return calib
-
-
-def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:
-    weights = plan.calibration.modality_weights
-    if isinstance(weights, str):
-        return
-    where = plan.recipe.where(("spec", "calibration", "modality_weights"))
-    present = {modality for sample in calib.samples for modality in sample.modalities()}
-    if absent := [name for name, weight in weights.items() if weight > 0 and name not in present]:
-        raise QuantError(
-            f"{where}: a weight for {absent[0]}, which no sample of {calib.index} has; it has"
-            f" {', '.join(sorted(present))}",
-            "leave it out, or add samples with it",
-        )
-    if not any(weights.values()):
-        raise QuantError(f"{where}: all modality weights are zero", "give one a weight, or say `balanced`")
-
-
 # --- the run -------------------------------------------------------------------------------------------------
 
 
 def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """Carry a prepared run out, or go on with it."""
     check_room(save_path, prepared.forecast.disk_bytes)
-    with Workspace(save_path, _fingerprint(prepared), overwrite=overwrite) as workspace:
+    with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
         if workspace.is_committing():
             progress.say("the output is finished; moving it to its place")
             return _commit(workspace, workspace.committed_savers())
@@ -362,15 +260,9 @@ def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str
 
 
 def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
-    """The library's layer with the work's weights in float32, its quantized Linears emulated."""
-    emulated = {f"{linear}.weight" for linear in work.quantized}  # not widened: their emulation replaces them
-    weights = {n: t if n in emulated else t.to(torch.float32) for n, t in work.weights.items()}
-    for linear, quantized in work.quantized.items():
-        if quantized.scheme.act_bits is None:
-            weights[f"{linear}.weight"] = dequantize(quantized)
-    module = plan.model.family.build_layer(plan.checkpoint.config, work.index, weights)
-    emulate(module, work.quantized, weights)
-    return module
+    """The library's layer as the work has it."""
+    floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
+    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized)
 
 
 def _results(plan: QuantPlan, work: LayerWork) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
@@ -417,36 +309,3 @@ def _finish(
 def _commit(workspace: Workspace, savers: list[str]) -> Report:
     workspace.commit(savers)
     return read_report(workspace.place(savers[0], savers))
-
-
-def _fingerprint(prepared: Prepared) -> dict[str, str]:
-    """What the output depends on; a work folder with another fingerprint is not gone on with."""
-    plan, calib = prepared.plan, prepared.calib
-    return {
-        **versions(),
-        "model_type": plan.model.model_type,
-        **{key: value_digest(value) for key, value in _recipe_blocks(plan).items()},
-        **_media_fingerprint(plan),
-        "checkpoint": plan.checkpoint.identity()[:16],
-        "dataset": calib.identity()[:16] if calib else "none",
-        "seed": str(plan.seed),
-        "device": prepared.device.torch.type,
-    }
-
-
-def _media_fingerprint(plan: QuantPlan) -> dict[str, str]:
-    """What turns media into tokens; nothing for a data-free run."""
-    if plan.dataset is None:
-        return {}
-    files = [file for file in plan.checkpoint.other_files() if file.suffix in (".json", ".txt", ".jinja")]
-    digests = {str(file): file_digest(plan.checkpoint.path / file) for file in files}
-    libraries = {name: version(name) for name in ("av", "pillow", "torchvision", "qwen_omni_utils", "soxr")}
-    return {"processor files": value_digest(digests), **libraries}
-
-
-def _recipe_blocks(plan: QuantPlan) -> dict[str, object]:
-    return {
-        "recipe process": plan.recipe.model_dump(mode="json")["spec"]["process"],
-        "save_format": [(saver.type, saver.part_file_size) for saver in plan.savers],
-        "recipe calibration": plan.calibration.model_dump(mode="json") if plan.dataset else {},
-    }

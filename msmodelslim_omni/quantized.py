@@ -76,9 +76,20 @@ class QuantizedCheckpoint:
 
 
 def load_linear(linear: OutLinear) -> QuantizedLinear:
-    """Everything of one lazily loaded Linear, in memory of its int8 weight and the packed form of it."""
+    """Everything of one lazily loaded Linear, in memory of its int8 weight and the packed form of it.
+
+    Raises QuantError where its scales hold NaN or Inf.
+    """
     zeros = None if linear.zeros is None else linear.zeros()
-    return QuantizedLinear(linear.qweight(), linear.scales(), linear.scheme, zeros)
+    return QuantizedLinear(linear.qweight(), finite_scales(linear), linear.scheme, zeros)
+
+
+def finite_scales(linear: OutLinear) -> torch.Tensor:
+    """The scales of a Linear. Raises QuantError where they hold NaN or Inf."""
+    scales = linear.scales()
+    if not bool(torch.isfinite(scales).all()):
+        raise QuantError(f"{linear.name}: its scales hold NaN or Inf", "write or fetch the checkpoint again")
+    return scales
 
 
 def is_quantized(path: Path, config: dict[str, Any]) -> bool:

@@ -124,6 +124,12 @@ def root_mean_square(values: Sequence[float]) -> float:
     return math.sqrt(sum(value * value for value in values) / len(values))
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; all columns but the first are flush right."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return [head, "|---|" + "--:|" * (len(columns) - 1), *body]
+
+
 def human_bytes(count: float) -> str:
     """1536 -> `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

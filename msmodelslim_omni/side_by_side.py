@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .arithmetic import QuantizedLinear, dequantize
+from .arithmetic import QuantizedLinear
 from .background import Background
-from .calibration import CalibSample, prepare_sample
+from .calibration import CalibSample, prepare_sample, told_of
 from .capture import run_layer
 from .checkpoint import Checkpoint
 from .device import free_memory, trim_heap
@@ -27,7 +27,7 @@ from .quantized import load_linear
 from .safetensors_io import load_finite, same_bytes
 from .sample_store import HiddenStates, StemStore
 from .scoring import drift, drift_figures
-from .stream import emulate
+from .stream import quantized_layer
 
 # Memory for what is also on disk, for each of at most two files per model.
 HIDDEN_BUDGET = 128 << 20
@@ -145,8 +145,7 @@ class SideBySide:
             self._warn(f"{told}; counted as a sample without answer")
 
     def _leave_out(self, sample: CalibSample, error: QuantError, skip_bad: bool) -> None:
-        named = error.message.startswith(sample.where)
-        message = error.message if named else f"{sample.where}: {error.message}"
+        message = told_of(sample, error)
         if not skip_bad:
             raise QuantError(message, error.hint) from error
         self._warn(f"sample left out: {message}")
@@ -254,25 +253,17 @@ def load_layer(source: Source, index: int) -> LoadedLayer:
         name = source.model.layer_name(index, relative)
         linear = name.removesuffix(".weight")
         if name.endswith(".weight") and linear in source.linears:
-            loaded = load_linear(source.linears[linear])
-            if not bool(torch.isfinite(loaded.scales).all()):
-                raise QuantError(f"{linear}: its scales hold NaN or Inf", "write or fetch the checkpoint again")
-            linears[relative.removesuffix(".weight")] = loaded
+            linears[relative.removesuffix(".weight")] = load_linear(source.linears[linear])
         else:
             floats[relative] = load_finite(source.floats[name])
     return LoadedLayer(floats, linears)
 
 
 def build_layer(source: Source, index: int, loaded: LoadedLayer, device: torch.device) -> torch.nn.Module:
-    """The library's layer in float32; Linears with int8 activations are emulated, others hold what they stand for."""
-    weights = {name: tensor.to(device).to(torch.float32) for name, tensor in loaded.floats.items()}
+    """The layer as a module of the library's; see stream.quantized_layer."""
+    floats = {name: tensor.to(device) for name, tensor in loaded.floats.items()}
     linears = {name: _on_device(linear, device) for name, linear in loaded.linears.items()}
-    for name, linear in linears.items():
-        emulated = linear.scheme.act_bits is not None  # the emulation replaces this weight
-        weights[f"{name}.weight"] = linear.qweight if emulated else dequantize(linear)
-    module = source.model.family.build_layer(source.config, index, weights)
-    emulate(module, linears, weights)
-    return module
+    return quantized_layer(source.model, source.config, index, floats, linears)
 
 
 def _on_device(linear: QuantizedLinear, device: torch.device) -> QuantizedLinear:

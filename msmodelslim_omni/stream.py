@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from .arithmetic import QuantizedLinear, quantized_matmul, relative_error, row_squares, squared_norm
-from .calibration import CalibSample, CalibSet, prepare_sample
+from .arithmetic import QuantizedLinear, dequantize, quantized_matmul, relative_error, row_squares, squared_norm
+from .calibration import CalibSample, CalibSet, prepare_sample, told_of
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
 from .device import free_memory
 from .errors import QuantError
-from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits
+from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits, ModelSpec
 from .plan import QuantPlan
 from .progress import Progress
 from .recipe import Modality
@@ -92,8 +92,7 @@ class CalibrationStream:
                 inputs = prepare_sample(sample, processor)
                 reached = stem.layer_input(inputs)
             except QuantError as error:
-                named = error.message.startswith(sample.where)
-                message = error.message if named else f"{sample.where}: {error.message}"
+                message = told_of(sample, error)
                 if plan.calibration.on_bad_sample == "fail":
                     raise QuantError(message, error.hint) from error
                 self.warnings.append(f"sample left out: {message}")
@@ -391,10 +390,32 @@ class EmulatedLinear(torch.nn.Module):
         return quantized_matmul(x, self._linear, self._bias)
 
 
-def emulate(module: torch.nn.Module, quantized: dict[str, QuantizedLinear], weights: dict[str, torch.Tensor]) -> None:
+def emulate(
+    module: torch.nn.Module, quantized: Mapping[str, QuantizedLinear], weights: Mapping[str, torch.Tensor]
+) -> None:
     """Replace the Linears with int8 activations, by relative name, by their emulation; biases come from `weights`."""
     for name, linear in quantized.items():
         if linear.scheme.act_bits is None:
             continue  # an ordinary Linear with a dequantized weight
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias")))
+
+
+def quantized_layer(
+    model: ModelSpec,
+    config: dict[str, Any],
+    index: int,
+    floats: Mapping[str, torch.Tensor],
+    linears: Mapping[str, QuantizedLinear],
+) -> torch.nn.Module:
+    """The library's layer in float32; Linears with int8 activations are emulated, others hold what they stand for.
+
+    floats, linears: all tensors of the layer, by relative name.
+    """
+    weights = {name: tensor.to(torch.float32) for name, tensor in floats.items()}
+    for name, linear in linears.items():
+        emulated = linear.scheme.act_bits is not None  # the emulation replaces this weight
+        weights[f"{name}.weight"] = linear.qweight if emulated else dequantize(linear)
+    module: torch.nn.Module = model.family.build_layer(config, index, weights)
+    emulate(module, linears, weights)
+    return module

@@ -101,13 +101,13 @@ class Workspace:
     def _clear(self) -> None:
         for entry in self.folder.iterdir():
             if entry.name != "lock":
-                _remove(entry)
+                remove(entry)
 
     def _remove_replaced(self) -> None:
         # config.json first: what is left of the old output is then no checkpoint any more.
         for name in sorted(self._manifest.get("replaced", []), key=lambda name: name != "config.json"):
             if Path(name).name == name and name not in ("", ".", "..", WORK_FOLDER):
-                _remove(self.save_path / name)
+                remove(self.save_path / name)
 
     def remember(self, key: str, value: Any) -> Any:
         """The value stored under `key` by the run that began this folder; `value` if there is none yet."""
@@ -166,8 +166,8 @@ class Workspace:
             _move_into(self.output_folder(saver), self.place(saver, savers))
         for entry in self.folder.iterdir():
             if entry != self._manifest_path:  # it goes last, so that a kill in between leaves a folder that is known
-                _remove(entry)
-        _remove(self.folder)
+                remove(entry)
+        remove(self.folder)
 
     def close(self) -> None:
         """Release the lock."""
@@ -180,7 +180,8 @@ class Workspace:
         self.close()
 
 
-def _remove(entry: Path) -> None:
+def remove(entry: Path) -> None:
+    """Delete a file, a link or a whole folder, if it is there."""
     if entry.is_dir() and not entry.is_symlink():
         shutil.rmtree(entry)
     else:

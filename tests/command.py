@@ -10,7 +10,10 @@ from typing import Any
 from typer.testing import CliRunner
 
 from msmodelslim_omni import quantize
+from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.cli import app
+from msmodelslim_omni.models import qwen2_5_omni as omni
+from msmodelslim_omni.models.spec import MediaLimits
 from msmodelslim_omni.progress import Progress
 
 DATA = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
@@ -129,3 +132,11 @@ def stop_at(phase: str, done: int, model: Path, save: Path, index: Path | None, 
 def fast_recipe(folder: Path) -> Path:
     """The default recipe with a fixed alpha: the same steps without the search, which takes most of the time."""
     return change_recipe(folder, "alpha: auto ", "alpha: 0.5 ")
+
+
+def thinker_inputs(model: Path, index: Path, max_pixels: int) -> list[dict[str, Any]]:
+    """The samples of an index as keyword arguments of the thinker."""
+    media = omni.open_media_processor(model, MediaLimits(8192, max_pixels, 2.0), False)
+    found = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
+    prepared = [prepare_sample(sample, media) for sample in found.samples]
+    return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in prepared]

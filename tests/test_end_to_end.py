@@ -14,14 +14,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from command import DATA, MINMAX, change_recipe, command, fast_recipe, files, mixed_index, quant, write_index
+from command import (
+    DATA,
+    MINMAX,
+    change_recipe,
+    command,
+    fast_recipe,
+    files,
+    mixed_index,
+    quant,
+    thinker_inputs,
+    write_index,
+)
 from make_tiny_omni import make_tiny_omni
 from safetensors.torch import load_file
 
 from msmodelslim_omni.arithmetic import QuantizedLinear
-from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.models import qwen2_5_omni as omni
-from msmodelslim_omni.models.spec import MediaLimits
 from msmodelslim_omni.scheme import QuantScheme
 from msmodelslim_omni.stream import emulate
 
@@ -250,10 +259,7 @@ def emulated_linear(written: Tensors, name: str) -> torch.nn.Module:
 @pytest.fixture(scope="module")
 def samples(tiny: Path, index: Path) -> list[dict[str, Any]]:
     """The calibration samples as keyword arguments of the thinker."""
-    media = omni.open_media_processor(tiny, MediaLimits(8192, 200704, 2.0), False)
-    found = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
-    prepared = [prepare_sample(sample, media) for sample in found.samples]
-    return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in prepared]
+    return thinker_inputs(tiny, index, 200704)
 
 
 @torch.inference_mode()

@@ -118,8 +118,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"models.spec", "plan", "recipe", "sensitivity"},
     "rounds": {"analysis", "evaluate", "mixed_recipe", "pipeline", "progress", "proposal", "report", "sensitivity"},
     "analyze": {"analysis", "calibration", "checkpoint", "device", "errors", "holdout", "mixed_recipe", "models"}
-    | {"models.spec"}
-    | {"pipeline", "progress", "proposal", "report", "rounds", "sensitivity", "stream", "summary", "workspace"},
+    | {"models.spec", "preparation", "progress", "proposal", "report", "rounds", "sensitivity", "stream", "summary"}
+    | {"workspace"},
+    "preparation": BASIS
+    | {"calibration", "checkpoint", "device", "digests", "forecast", "models", "models.spec", "plan", "progress"}
+    | {"recipe", "summary"},
     "pipeline": {m for m in MODULES if not m.startswith("commands")}
     - {"cli", "__main__", "evaluate", "terminal"}
     - {"analysis", "analyze", "proposal", "rounds", "sensitivity"},
@@ -129,6 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "recipe",
         "pipeline",
+        "preparation",
         "inspection",
         "report",
         "terminal",

@@ -25,7 +25,7 @@ from msmodelslim_omni.checkpoint import Checkpoint, open_checkpoint
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
-from msmodelslim_omni.pipeline import Prepared, prepare
+from msmodelslim_omni.preparation import Prepared, prepare
 from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.scheme import QuantScheme
 from msmodelslim_omni.stream import CalibrationStream, LayerProbe, choose_judges, emulate, held_out, importance

@@ -30,7 +30,7 @@ from msmodelslim_omni.generate import generate
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type, named_model_type
 from msmodelslim_omni.models import qwen2_5_vl as vl
 from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, ModelInputs, ModelSpec, renamed
-from msmodelslim_omni.pipeline import prepare
+from msmodelslim_omni.preparation import prepare
 from msmodelslim_omni.recipe import find_recipe, load_recipe
 from msmodelslim_omni.scheme import QuantScheme
 

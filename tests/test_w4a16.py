@@ -11,7 +11,7 @@ from typing import Any
 import dequantizers
 import pytest
 import torch
-from command import DATA, files, int4_recipe, quant, stop_at, write_index
+from command import DATA, files, int4_recipe, quant, stop_at, thinker_inputs, write_index
 from make_tiny_omni import make_tiny_omni
 from safetensors.torch import load_file, save_file
 from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, load_thinker, logits, relative
@@ -21,10 +21,8 @@ from tiny_layer import arguments
 
 from msmodelslim_omni import pipeline
 from msmodelslim_omni.arithmetic import quantize_weight
-from msmodelslim_omni.calibration import load_calib_set, prepare_sample
-from msmodelslim_omni.models import qwen2_5_omni as omni
-from msmodelslim_omni.models.spec import LayerInput, MediaLimits
-from msmodelslim_omni.pipeline import prepare
+from msmodelslim_omni.models.spec import LayerInput
+from msmodelslim_omni.preparation import prepare
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.stream import LayerProbe, importance
@@ -126,10 +124,7 @@ def test_both_layouts_hold_the_same_weights(tiny: Path, both: Path) -> None:
 @pytest.fixture(scope="module")
 def samples(tiny: Path, index: Path) -> list[dict[str, Any]]:
     """Those of the calibration, and one that it has not seen, as keyword arguments of the thinker."""
-    media = omni.open_media_processor(tiny, MediaLimits(8192, 50176, 2.0), False)
-    found = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
-    entries = [prepare_sample(sample, media) for sample in found.samples]
-    return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in entries]
+    return thinker_inputs(tiny, index, 50176)
 
 
 def quantized_thinker(tiny: Path, written: Tensors) -> Any:

@@ -24,7 +24,7 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..pipeline import Prepared
+    from ..preparation import Prepared
     from ..report import Report
 
 
@@ -78,7 +78,8 @@ def quant(
     quiet_libraries()
 
     def work() -> None:
-        from ..pipeline import prepare, run_guarded
+        from ..pipeline import run_guarded
+        from ..preparation import prepare
         from ..workspace import check_save_path
 
         check_save_path(save_path, model_path)

@@ -60,10 +60,13 @@ class Output:
         for leftover in folder.iterdir():  # of a stopped run, perhaps with other settings
             if leftover.name.removesuffix(".partial") not in self._names:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self._shard_of: dict[str, PlacedShard] = {}
-        for name, specs in zip(self._names, self._contents, strict=True):
-            shard = PlacedShard(folder / name, specs, _METADATA)
-            self._shard_of |= {spec.name: shard for spec in specs}
+        self._shards = [
+            PlacedShard(folder / name, specs, _METADATA)
+            for name, specs in zip(self._names, self._contents, strict=True)
+        ]
+        self._shard_of = {
+            spec.name: shard for shard, specs in zip(self._shards, self._contents, strict=True) for spec in specs
+        }
 
     @property
     def nbytes(self) -> int:
@@ -91,12 +94,12 @@ class Output:
 
     def sync(self, items: Iterable[OutTensor | OutLinear]) -> None:
         """Return when the files of these are on the disk."""
-        for shard in {id(s): s for s in (self._shard_of[t.spec.name] for t in self._tensors_of(items))}.values():
+        for shard in {self._shard_of[tensor.spec.name] for tensor in self._tensors_of(items)}:
             shard.sync()
 
     def finish(self) -> None:
         """Every tensor was put: name the shards, and add index, config and the other files of the source."""
-        for shard in self._shards():
+        for shard in self._shards:
             shard.close()
         if len(self._names) > 1:
             write_json(self.folder / _index_name(self._fmt), _index(self._names, self._contents, self.nbytes))
@@ -106,11 +109,8 @@ class Output:
 
     def abandon(self) -> None:
         """Close what is open; a later run goes on with it."""
-        for shard in self._shards():
+        for shard in self._shards:
             shard.abandon()
-
-    def _shards(self) -> list[PlacedShard]:
-        return list({id(shard): shard for shard in self._shard_of.values()}.values())
 
 
 def output_files(fmt: Format, job: OutputJob, part_file_size: int) -> dict[str, int]:
