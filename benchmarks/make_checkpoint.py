@@ -1,6 +1,6 @@
 """Write a random-weight Qwen2.5-Omni or Qwen2.5-VL checkpoint with the exact shapes of the 3B or the 7B model.
 
-    python benchmarks/make_checkpoint.py {3b,7b,vl-3b,vl-7b} OUT [--layers N] [--seed 0]
+    python benchmarks/make_checkpoint.py {3b,7b,vl-3b,vl-7b} OUT [--layers N] [--seed 0] [--headers_only]
 
 For measuring time, memory and disk where the real weights are not at hand: same tensor names, shapes, dtypes,
 token ids, number of shards and kinds of files as the official repository, 12.0 GB (3b), 22.4 GB (7b), 7.5 GB (vl-3b)
@@ -139,9 +139,14 @@ def count_parameters(specs: list[TensorSpec]) -> dict[str, int]:
     return dict(counts)
 
 
-def make_checkpoint(name: str, out: Path, *, layers: int | None = None, seed: int = 0) -> list[TensorSpec]:
-    """Write the model called ``name`` (3b, vl-7b) into ``out``, with ``layers`` decoder layers if given."""
-    normal = PooledNormal(seed)
+def make_checkpoint(
+    name: str, out: Path, *, layers: int | None = None, seed: int = 0, headers_only: bool = False
+) -> list[TensorSpec]:
+    """Write the model called ``name`` (3b, vl-7b) into ``out``, with ``layers`` decoder layers if given.
+
+    ``headers_only``: the weights are a hole in the file, enough for what is told from sizes (inspect, --dry_run).
+    """
+    normal = None if headers_only else PooledNormal(seed)
     if name in VL_SHAPES:
         shape = VL_SHAPES[name].with_layers(layers)
         return write_vl_checkpoint(out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=normal)
@@ -157,9 +162,10 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint into")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--headers_only", action="store_true", help="no values: for inspect and quant --dry_run")
     args = parser.parse_args()
     start = time.perf_counter()
-    specs = make_checkpoint(args.model, args.out, layers=args.layers, seed=args.seed)
+    specs = make_checkpoint(args.model, args.out, layers=args.layers, seed=args.seed, headers_only=args.headers_only)
     seconds = time.perf_counter() - start
     for part, count in count_parameters(specs).items():
         print(f"{part:10} {count:15,} parameters")

@@ -712,8 +712,8 @@ BlockSource = Callable[[TensorSpec], Iterator[Tensor]]
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
-def write_safetensors(path: Path, specs: Sequence[TensorSpec], blocks: BlockSource) -> None:
-    """Write one safetensors file tensor by tensor.
+def write_safetensors(path: Path, specs: Sequence[TensorSpec], blocks: BlockSource | None) -> None:
+    """Write one safetensors file tensor by tensor; without ``blocks`` a hole that reads as zeros.
 
     The library's ``save_file`` wants all tensors of a file in memory at once, this needs one block.
     """
@@ -731,6 +731,9 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], blocks: BlockSour
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
+        if blocks is None:
+            file.truncate(8 + len(encoded) + offset)
+            return
         for spec in specs:
             for block in blocks(spec):
                 file.write(block.contiguous().view(torch.uint8).numpy().data)
@@ -749,7 +752,7 @@ def shard_plan(specs: Sequence[TensorSpec], shards: int) -> list[list[TensorSpec
     return [group for group in groups if group]
 
 
-def write_weights(out: Path, specs: Sequence[TensorSpec], shards: int, blocks: BlockSource) -> None:
+def write_weights(out: Path, specs: Sequence[TensorSpec], shards: int, blocks: BlockSource | None) -> None:
     """Write the safetensors files, and their index if there are several."""
     groups = shard_plan(specs, shards)
     if len(groups) == 1:
@@ -771,15 +774,16 @@ def write_checkpoint(
     *,
     dtype: str,
     seed: int,
-    normal: NormalSource,
+    normal: NormalSource | None,
     shards: int | None = None,
     shard_bytes: float = math.inf,
     outliers: bool = True,
 ) -> list[TensorSpec]:
     """Write a whole checkpoint of the given shape into ``out``; returns what its tensors are.
 
-    ``dtype`` is that of thinker and talker (token2wav is always float32); ``normal`` gives the values. The
-    tensors go into ``shards`` files, by default as many as it takes to have about ``shard_bytes`` in each.
+    ``dtype`` is that of thinker and talker (token2wav is always float32); ``normal`` gives the values, without it
+    there are none, only headers. The tensors go into ``shards`` files, by default as many as it takes to have about
+    ``shard_bytes`` in each.
     """
     make_folder(out)
     write_json(out / "config.json", omni_config(shape, dtype))
@@ -789,7 +793,8 @@ def write_checkpoint(
     specs = tensor_specs(out, getattr(torch, dtype))
     outlier_seed = seed if outliers else None
     count = shard_count(specs, shard_bytes) if shards is None else shards
-    write_weights(out, specs, count, lambda spec: tensor_blocks(spec, normal, outlier_seed))
+    blocks = None if normal is None else lambda spec: tensor_blocks(spec, normal, outlier_seed)
+    write_weights(out, specs, count, blocks)
     return specs
 
 

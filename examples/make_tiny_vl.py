@@ -183,7 +183,7 @@ def write_checkpoint(
     *,
     dtype: str,
     seed: int,
-    normal: NormalSource,
+    normal: NormalSource | None,
     shards: int | None = None,
     shard_bytes: float = math.inf,
 ) -> list[TensorSpec]:
@@ -194,7 +194,7 @@ def write_checkpoint(
     write_processor(out, shape)
     specs = tensor_specs(out, getattr(torch, dtype))
     count = shard_count(specs, shard_bytes) if shards is None else shards
-    write_weights(out, specs, count, lambda spec: tensor_blocks(spec, normal, seed))
+    write_weights(out, specs, count, None if normal is None else lambda spec: tensor_blocks(spec, normal, seed))
     return specs
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from .errors import QuantError
+from .nf4 import NestedScales, codes_of, nest, values_of
 from .scheme import QuantScheme
 
 # Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
@@ -28,16 +29,18 @@ _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantized weight: W is near (qweight - zeros) * scales.
+    """A quantized weight: W is near (qweight - zeros) * scales, or LEVELS[qweight] * scales of a codebook.
 
     qweight: int8 [out, in], signed. scales: float32 [out, groups]; per channel there is one group.
     zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
+    nested: what the scales are stored as where the scheme quantizes them too; `scales` are what that stands for.
     """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     scheme: QuantScheme
     zeros: torch.Tensor | None = None
+    nested: NestedScales | None = None
 
 
 def quantize_weight(
@@ -53,9 +56,12 @@ def quantize_weight(
     weight, or what `importance` makes of it: with diagonal blocks of H = XᵀX, [groups, g, g], the output's error
     dᵀ H d; with a weight of each input, [groups, g], Σ h d².
     Grouped scales are rounded to what float16 and bfloat16 both hold. A channel or group of zeros gets s = 1 and q = z.
+    A codebook's codes and scales are nf4.py's.
 
     weight: [out, in], any float dtype. Raises QuantError where it holds NaN or Inf.
     """
+    if scheme.codebook is not None:
+        return _quantize_by_codebook(weight, scheme)
     out_features, in_features = weight.shape
     groups = in_features // scheme.group_size if scheme.group_size else 1
     qweight = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
@@ -63,8 +69,7 @@ def quantize_weight(
     zeros = None if scheme.symmetric else torch.empty_like(scales, dtype=torch.int8)
     for rows in row_blocks(weight):
         block = weight[rows].to(torch.float32)  # [rows, in]
-        if not torch.isfinite(block.abs().amax()):
-            raise QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
+        _refuse_nonfinite(block)
         if scheme.group_size is None:
             s = _channel_scales(block, scheme)
             q, z = (block / s).round_().clamp_(*scheme.weight_range), None
@@ -78,6 +83,24 @@ def quantize_weight(
         if zeros is not None and z is not None:
             zeros[rows] = z.squeeze(2).to(torch.int8)
     return QuantizedLinear(qweight, scales, scheme, zeros)
+
+
+def _refuse_nonfinite(block: torch.Tensor) -> None:
+    if not torch.isfinite(block.abs().amax()):
+        raise QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
+
+
+def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+    assert scheme.group_size is not None
+    blocks = []
+    for rows in row_blocks(weight):
+        _refuse_nonfinite(weight[rows])
+        blocks.append(codes_of(weight[rows], scheme.group_size))
+    codes = torch.cat([block for block, _ in blocks])
+    scales = torch.cat([absmax for _, absmax in blocks])
+    nested = nest(scales) if scheme.double_quant else None
+    scales = scales if nested is None else nested.absmax().view_as(scales)
+    return QuantizedLinear(codes.to(weight.device), scales.to(weight.device), scheme, nested=nested)
 
 
 def _channel_scales(block: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
@@ -113,6 +136,8 @@ def group_grid(
 def grouped_rounding_error(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """Ŵ - W of plain rounding in groups, without making integers of it: [out, in] float32 -> the same."""
     assert scheme.group_size is not None
+    if scheme.codebook is not None:
+        return dequantize(_quantize_by_codebook(weight, scheme)).sub_(weight)
     grouped = weight.view(len(weight), -1, scheme.group_size)  # [out, groups, g]
     s, z = _grid_of_range(grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True), scheme)
     q = round_to_grid(grouped, s, z, scheme)
@@ -206,16 +231,17 @@ def _squared_error(block: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
 def dequantize(linear: QuantizedLinear) -> torch.Tensor:
     """The weight that the integers stand for, [out, in] float32."""
     groups = linear.scales.shape[1]
-    q = linear.qweight.to(torch.float32).view(-1, groups, linear.qweight.shape[1] // groups)  # [out, groups, g]
+    q = linear.qweight.to(torch.float32) if linear.scheme.codebook is None else values_of(linear.qweight)
+    q = q.view(-1, groups, linear.qweight.shape[1] // groups)  # [out, groups, g]
     if linear.zeros is not None:
         q = q - linear.zeros.to(torch.float32).unsqueeze(2)
     return (q * linear.scales.unsqueeze(2)).flatten(1)
 
 
 def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    """Some output channels of a quantized Linear."""
+    """Some output channels of a quantized Linear, for its numbers: what its scales are stored as is not cut."""
     zeros = None if linear.zeros is None else linear.zeros[rows]
-    return replace(linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros)
+    return replace(linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros, nested=None)
 
 
 def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 import torch
 
@@ -41,10 +42,13 @@ def make_job(plan: QuantPlan) -> OutputJob:
             continue
         assert linear.scheme is not None
         zeros = None if linear.scheme.symmetric else _unknown
-        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros))
+        nested = _unknown if linear.scheme.double_quant else None
+        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros, nested))
+    floats = tuple(linear.name for linear in plan.linears if linear.scheme is None)
     return OutputJob(
         items=tuple(items),
-        float_linears=tuple(linear.name for linear in plan.linears if linear.scheme is None),
+        float_linears=floats,
+        float_modules=plan.model.loaders.modules_of(floats),
         ignore_patterns=plan.model.ignore_patterns,
         config_paths=plan.model.config_paths,
         config=plan.checkpoint.config,
@@ -54,7 +58,7 @@ def make_job(plan: QuantPlan) -> OutputJob:
     )
 
 
-def _unknown() -> torch.Tensor:
+def _unknown() -> NoReturn:
     raise ValueError("this layer is not finished yet; only sizes may be asked of it")
 
 
@@ -110,12 +114,13 @@ def finished_items(
 
 
 def _finished_linear(item: OutLinear, linear: QuantizedLinear) -> OutLinear:
-    zeros = linear.zeros
+    zeros, nested = linear.zeros, linear.nested
     return replace(
         item,
         qweight=lambda: linear.qweight.cpu(),
         scales=lambda: linear.scales.cpu(),
         zeros=None if zeros is None else lambda: zeros.cpu(),
+        nested=None if nested is None else lambda: nested,
     )
 
 

@@ -31,7 +31,7 @@ from .quantized import QuantizedCheckpoint, finite_scales, open_quantized, witho
 from .recipe import SAVER_CONFIGS
 from .report import PartSize, Report
 from .safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, TensorSpec, load_finite
-from .summary import bits_per_weight, versions, written_parts
+from .summary import bits_per_weight, memory_of, versions, written_parts
 from .workspace import Workspace, check_room, check_save_path
 
 DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
@@ -143,9 +143,11 @@ def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only:
         by_name[name] = float_item(info) if linear is None else _bias(info, linear.linear.float_dtype)
     for name, stored in source.linears.items():
         by_name[f"{name}.weight"] = _checked(stored.linear, save_format)
+    floats = tuple(_float_linears(source.model, source.checkpoint, source.linears.keys()))
     return OutputJob(
         items=tuple(by_name[name] for name in sorted(by_name)),
-        float_linears=tuple(_float_linears(source.model, source.checkpoint, source.linears.keys())),
+        float_linears=floats,
+        float_modules=source.model.loaders.modules_of(floats),
         ignore_patterns=source.model.ignore_patterns,
         config_paths=source.model.config_paths,
         config=config,
@@ -184,7 +186,8 @@ def _checked(linear: OutLinear, save_format: str) -> OutLinear:
 
     def scales() -> torch.Tensor:
         loaded = finite_scales(linear)
-        if linear.scheme.weight_bits == 4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
+        is_int4 = linear.scheme.weight_bits == 4 and linear.scheme.codebook is None
+        if is_int4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
             raise QuantError(
                 f"{linear.name}: its scales are no numbers of {str(dtype).removeprefix('torch.')}, in which"
                 f" {save_format} stores them",
@@ -226,11 +229,13 @@ def _report(
     note = f"exported from {source.path} ({source.saver}); errors, time and memory are of the run that quantized it"
     report = stored_report(source.path) or _bare_report(source)
     written = written_parts(source.model, tensors)
+    parts = tuple(_written(part, written.get(part.name, (0, "left out"))) for part in report.parts)
     return replace(
         report,
         savers={save_format: str(save_path)},
         output_bytes={save_format: sum(tensor.spec.nbytes for tensor in tensors)},
-        parts=tuple(_written(part, written.get(part.name, (0, "left out"))) for part in report.parts),
+        parts=parts,
+        run_memory=memory_of(source.model, source.checkpoint.config, parts),
         bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
         warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),
     )

@@ -11,7 +11,9 @@ from .formats.shards import format_tensors
 from .gram import sketch_rows
 from .models.spec import MODALITIES
 from .plan import QuantPlan
+from .run_memory import RunMemory
 from .stream import ARGUMENTS_BUDGET, HIDDEN_BUDGET
+from .summary import memory_of, part_sizes
 
 # What the process holds before any weight: the interpreter, torch, and transformers' classes.
 _BASE_BYTES = 520 << 20
@@ -22,11 +24,15 @@ _TOKENS_PER_SAMPLE = 512  # assumed, since the media are not decoded for a forec
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes: of each output, of the work folder at its largest, of all disk needed, of memory at its peak."""
+    """Bytes: of each output, of the work folder at its largest, of all disk needed, of memory at its peak.
+
+    run_memory: of the first output's weights, once they are served.
+    """
 
     output_bytes: dict[str, int]
     work_bytes: int
     peak_memory_bytes: int
+    run_memory: RunMemory
 
     @property
     def disk_bytes(self) -> int:
@@ -38,13 +44,15 @@ def forecast(plan: QuantPlan, samples: int, tokens: int | None = None) -> Foreca
     tokens = samples * _TOKENS_PER_SAMPLE if tokens is None else tokens
     job = make_job(plan)
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
+    tensors = {saver.type: format_tensors(FORMATS[saver.type], job) for saver in plan.savers}
     outputs: dict[str, int] = {
-        saver.type: sum(tensor.spec.nbytes for tensor in format_tensors(FORMATS[saver.type], job)) + other
-        for saver in plan.savers
+        name: sum(tensor.spec.nbytes for tensor in written) + other for name, written in tensors.items()
     }
+    parts = part_sizes(plan, tensors[plan.savers[0].type])
+    served = memory_of(plan.model, plan.checkpoint.config, parts)
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
     # Per token: hidden states at up to four places, rotary tables and the like once.
-    return Forecast(outputs, tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens))
+    return Forecast(outputs, tokens * (4 * hidden * 4 + 4096), _peak_memory(plan, tokens), served)
 
 
 def _gram_bytes(in_features: int, tokens: int) -> int:

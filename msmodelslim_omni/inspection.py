@@ -12,6 +12,7 @@ from .formats import FORMATS
 from .models import derive_model_type
 from .models.spec import ModelSpec
 from .plan import declared_scheme
+from .run_memory import RunMemory, run_memory
 from .safetensors_io import TensorInfo, read_header
 
 
@@ -27,6 +28,11 @@ class PartContent:
     def nbytes(self) -> int:
         return sum(self.dtypes.values())
 
+    @property
+    def float_bytes(self) -> int:
+        """What it takes, or would take in 16 bits if it is quantized."""
+        return self.nbytes if self.scheme == "float" else 2 * self.parameters
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -37,6 +43,7 @@ class Inspection:
     scheme: str
     files: int
     parts: tuple[PartContent, ...]
+    run_memory: RunMemory
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +66,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     for name, info in tensors.items():
         parts.setdefault(model.part_of(name).name, []).append(info)
     contents = tuple(_part_content(part.name, parts[part.name], scheme) for part in model.parts if part.name in parts)
-    return Inspection(str(path), _model_name(model, config), scheme, files, contents)
+    memory = run_memory(model, config, ((part.name, part.float_bytes, part.nbytes) for part in contents))
+    return Inspection(str(path), _model_name(model, config), scheme, files, contents, memory)
 
 
 def _all_tensors(path: Path) -> tuple[dict[str, TensorInfo], int]:
@@ -78,9 +86,20 @@ def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartConten
     dtypes: dict[str, int] = {}
     for info in infos:
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
-    quantized = scheme != "float" and bool(dtypes.keys() & {"I8", "I32"})
-    parameters = sum(info.numel for info in infos if not info.name.endswith(("_scale", "_offset", "_zero_point")))
+    quantized = scheme != "float" and bool(dtypes.keys() & _PER_ELEMENT.keys())
+    parameters = sum(_parameters(info) for info in infos)
     return PartContent(name, len(infos), parameters, dtypes, scheme if quantized else "float")
+
+
+# Weights that an element of a quantized Linear's main tensor holds, by its dtype; and the tensors beside it.
+_PER_ELEMENT = {"I8": 1, "I32": 8, "U8": 2}
+_BESIDE = (
+    "_scale", "_offset", "_zero_point", "_shape", "_g_idx", ".qzeros", ".scales", "absmax", "quant_map", "__nf4",
+)  # fmt: skip
+
+
+def _parameters(info: TensorInfo) -> int:
+    return 0 if info.name.endswith(_BESIDE) else info.numel * _PER_ELEMENT.get(info.dtype, 1)
 
 
 def _model_name(model: ModelSpec, config: dict[str, Any]) -> str:

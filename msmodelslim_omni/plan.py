@@ -14,17 +14,20 @@ from .formats import FORMATS
 from .formats.ascend import DESCRIPTION_FILE
 from .models import MODEL_TYPES, derive_model_type
 from .models.spec import LayerSpec, ModelSpec, Part
+from .nf4 import require_bitsandbytes
 from .patterns import matches
 from .processors import PROCESSORS
 from .recipe import (
     GROUP_SIZES,
     SAVER_CONFIGS,
+    ActConfig,
     AwqConfig,
     CalibrationConfig,
     LinearQuantConfig,
     ProcessorConfig,
     Recipe,
     SaverConfig,
+    WeightConfig,
 )
 from .recipe_yaml import Location
 from .scheme import QuantScheme
@@ -115,6 +118,8 @@ def make_plan(
     _refuse_split_groups(model, layer_spec, layers, recipe)
     _check_group_sizes(model, checkpoint, layers, selections, recipe)
     _check_awq(model, layers, selections, recipe)
+    if any(scheme.codebook for layer in layers for scheme in layer.schemes.values()):
+        require_bitsandbytes()
     if not any(layer.schemes for layer in layers):
         raise QuantError(f"{recipe.where(('spec', 'process'))}: the recipe quantizes nothing", "widen an include")
     linears = tuple(_linear_plan(model, checkpoint, layer, name) for layer in layers for name in layer_spec.linears)
@@ -164,7 +169,8 @@ def declared_scheme(path: Path, config: dict[str, Any]) -> str:
         return "float"
     else:
         bits = quantization.get("bits", quantization.get("w_bit"))
-        said = [quantization.get("quant_method", "unknown"), quantization.get("format"), bits and f"{bits} bits"]
+        form = quantization.get("format", quantization.get("bnb_4bit_quant_type"))
+        said = [quantization.get("quant_method", "unknown"), form, bits and f"{bits} bits"]
     return " ".join(str(word)[:80] for word in said if word)
 
 
@@ -316,17 +322,23 @@ def _plan_layer(model: ModelSpec, spec: LayerSpec, index: int, selections: list[
     for _, config, names in selections:
         chosen = frozenset(linear for linear in spec.linears if model.layer_name(index, linear) in names)
         if isinstance(config, LinearQuantConfig):
-            schemes.update(dict.fromkeys(chosen, _scheme(config)))
+            schemes.update(dict.fromkeys(chosen, _scheme(config.qconfig.weight, config.qconfig.act)))
         if chosen:
             steps.append(Step(config.type, config, chosen))
     return LayerPlan(index, schemes, tuple(steps))
 
 
-def _scheme(config: LinearQuantConfig) -> QuantScheme:
-    bits = {"int8": 8, "int4": 4}
-    act, weight = config.qconfig.act, config.qconfig.weight
-    act_bits = bits[act.dtype] if act else None
-    return QuantScheme(bits[weight.dtype], act_bits, weight.method, weight.group_size, weight.symmetric)
+def _scheme(weight: WeightConfig, act: ActConfig | None = None) -> QuantScheme:
+    bits = {"int8": 8, "int4": 4, "nf4": 4}
+    return QuantScheme(
+        bits[weight.dtype],
+        bits[act.dtype] if act else None,
+        weight.method,
+        weight.group_size,
+        weight.symmetric,
+        "nf4" if weight.dtype == "nf4" else None,
+        weight.ext.double_quant,
+    )
 
 
 def _refuse_split_groups(model: ModelSpec, spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
@@ -381,14 +393,14 @@ def _check_awq(model: ModelSpec, layers: tuple[LayerPlan, ...], selections: list
                     schemes.setdefault(scheme, name)
         if odd := [scheme for scheme in schemes if scheme.group_size is None]:
             raise QuantError(
-                f"{recipe.where(place)}: awq is for int4 per_group weights; linear_quant makes {odd[0].name} of"
+                f"{recipe.where(place)}: awq is for weights per_group; linear_quant makes {odd[0].name} of"
                 f" {schemes[odd[0]]}",
                 "exclude such Linears from awq; use iter_smooth or smooth_quant with W8A8",
             )
         said = config.weight_qconfig
         for scheme in schemes if said is not None else ():
             assert said is not None
-            if (said.group_size, said.symmetric) != (scheme.group_size, scheme.symmetric):
+            if _scheme(said).name != scheme.name:
                 raise QuantError(
                     f"{recipe.where((*place, 'weight_qconfig'))}: weight_qconfig is not the form that linear_quant"
                     f" writes, {scheme.name}",

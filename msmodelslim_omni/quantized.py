@@ -18,7 +18,7 @@ import torch
 from .arithmetic import QuantizedLinear
 from .checkpoint import Checkpoint, config_block, follow_index, load_json_object
 from .errors import QuantError
-from .formats import ascend, awq, compressed_tensors
+from .formats import ascend, awq, bitsandbytes, compressed_tensors
 from .formats.job import OutLinear
 from .formats.stored import PartFault, Reader, StoredLinear
 from .models import derive_model_type
@@ -30,10 +30,11 @@ from .scheme import QuantScheme
 READERS: dict[str, Reader] = {
     "ascendv1_saver": ascend.read_linears,
     "awq": awq.read_linears,
+    "bitsandbytes": bitsandbytes.read_linears,
     "compressed_tensors": compressed_tensors.read_linears,
 }
-_SAVER_OF_METHOD = {"awq": "awq", "compressed-tensors": "compressed_tensors"}
-_READ = "read are awq, compressed_tensors and ascendv1_saver"
+_SAVER_OF_METHOD = {"awq": "awq", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
+_READ = "read are awq, bitsandbytes, compressed_tensors and ascendv1_saver"
 _STEMS = ("model", ascend.weights_stem)
 _LISTED_FAULTS = 5
 
@@ -81,7 +82,8 @@ def load_linear(linear: OutLinear) -> QuantizedLinear:
     Raises QuantError where its scales hold NaN or Inf.
     """
     zeros = None if linear.zeros is None else linear.zeros()
-    return QuantizedLinear(linear.qweight(), finite_scales(linear), linear.scheme, zeros)
+    nested = None if linear.nested is None else linear.nested()
+    return QuantizedLinear(linear.qweight(), finite_scales(linear), linear.scheme, zeros, nested)
 
 
 def finite_scales(linear: OutLinear) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .resources import shipped_folder
 MAX_RECIPE_BYTES = 1 << 20
 
 # Other names under which users know a quant type.
-QUANT_TYPE_ALIASES = {"awq": "w4a16"}
+QUANT_TYPE_ALIASES = {"awq": "w4a16", "bnb": "nf4", "bitsandbytes": "nf4"}
 
 
 class _Block(BaseModel):
@@ -49,32 +49,42 @@ GROUP_SIZES: tuple[int, ...] = get_args(GroupSize)
 
 
 class WeightExt(_Block):
-    """group_size: consecutive inputs of an output channel that share a scale; for `per_group` only."""
+    """group_size: consecutive inputs of an output channel that share a scale; for `per_group` only.
+
+    double_quant: nf4 keeps these scales in eight bits, too.
+    """
 
     group_size: GroupSize | None = None
+    double_quant: bool = False
 
 
 class WeightConfig(_Block):
-    """Weights: int8 with one symmetric scale per output channel, or int4 with one scale per group of its inputs.
+    """Weights: int8 with one symmetric scale per output channel, int4 with one scale per group of its inputs, or nf4,
+    bitsandbytes' table of sixteen levels with one absmax per group.
 
     method: `minmax` rounds within the whole range; `mse` searches a clip per channel or group; `gptq` (int4) also
     rounds each weight so that it makes up for the errors of those rounded before it.
     """
 
     scope: Literal["per_channel", "per_group"] = "per_channel"
-    dtype: Literal["int8", "int4"] = "int8"
+    dtype: Literal["int8", "int4", "nf4"] = "int8"
     symmetric: bool = True
     method: Literal["minmax", "mse", "gptq"] = "minmax"
     ext: WeightExt = WeightExt()
 
     @property
     def group_size(self) -> int | None:
-        return (self.ext.group_size or 128) if self.scope == "per_group" else None
+        usual = 64 if self.dtype == "nf4" else 128
+        return (self.ext.group_size or usual) if self.scope == "per_group" else None
 
     @model_validator(mode="after")
     def _served(self) -> WeightConfig:
-        if (self.scope, self.dtype) not in (("per_channel", "int8"), ("per_group", "int4")):
-            raise ValueError("int8 goes with scope per_channel, int4 with scope per_group")
+        if (self.scope == "per_channel") != (self.dtype == "int8"):
+            raise ValueError("int8 goes with scope per_channel, int4 and nf4 with scope per_group")
+        if self.dtype == "nf4" and (self.method != "minmax" or not self.symmetric):
+            raise ValueError("nf4 takes method minmax and symmetric: true; its levels are a table's")
+        if self.dtype != "nf4" and self.ext.double_quant:
+            raise ValueError("ext.double_quant is for nf4")
         if self.dtype == "int8" and not self.symmetric:
             raise ValueError("int8 weights are symmetric; asymmetric ones are int4 per_group")
         if self.dtype == "int8" and self.method == "gptq":
@@ -85,15 +95,15 @@ class WeightConfig(_Block):
 
 
 class LinearQConfig(_Block):
-    """int8 weights go with int8 activations, int4 weights with float ones (no `act`)."""
+    """int8 weights go with int8 activations, int4 and nf4 weights with float ones (no `act`)."""
 
     act: ActConfig | None = None
     weight: WeightConfig
 
     @model_validator(mode="after")
     def _served(self) -> LinearQConfig:
-        if self.weight.dtype == "int4" and self.act is not None:
-            raise ValueError("int4 weights go with float activations; leave `act` out")
+        if self.weight.dtype != "int8" and self.act is not None:
+            raise ValueError(f"{self.weight.dtype} weights go with float activations; leave `act` out")
         if self.weight.dtype == "int8" and self.act is None:
             raise ValueError("int8 weights go with int8 activations; give `act`, e.g. `act: {}`")
         return self
@@ -203,11 +213,18 @@ class AwqSaverConfig(_SaverConfig):
     type: Literal["awq"]
 
 
-SaverConfig = AscendSaverConfig | CompressedTensorsConfig | AwqSaverConfig
+class BitsandbytesConfig(_SaverConfig):
+    """bitsandbytes' NF4, as transformers reads it with bitsandbytes installed."""
+
+    type: Literal["bitsandbytes"]
+
+
+SaverConfig = AscendSaverConfig | CompressedTensorsConfig | AwqSaverConfig | BitsandbytesConfig
 SAVER_CONFIGS: dict[str, type[SaverConfig]] = {
     "ascendv1_saver": AscendSaverConfig,
     "compressed_tensors": CompressedTensorsConfig,
     "awq": AwqSaverConfig,
+    "bitsandbytes": BitsandbytesConfig,
 }
 
 
@@ -287,8 +304,11 @@ class Recipe(_Block):
 
     @property
     def quant_type(self) -> str:
-        """`w8a8` and the like, from metadata.label; empty without a label."""
+        """`nf4` for a recipe that makes it, else `w8a8` and the like, from metadata.label; empty without a label."""
         label = self.metadata.label
+        configs = [config for _, config in self.processors() if isinstance(config, LinearQuantConfig)]
+        if any(config.qconfig.weight.dtype == "nf4" for config in configs):
+            return "nf4"
         return f"w{label.w_bit}a{label.a_bit}" if label else ""
 
     def where(self, location: Location = ()) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from .checkpoint import load_json_object
 from .formats.shards import write_json
 from .models.spec import MODALITIES
+from .run_memory import RunMemory
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class LayerRecord:
 class Report:
     """Everything quant_report.json holds; see the fields' names.
 
-    peak_rise_by_phase: bytes by which the peak of memory rose while the phase ran; empty in reports from before it.
+    peak_rise_by_phase: bytes by which the peak of memory rose while the phase ran. It and run_memory are empty in
+    reports from before them.
     """
 
     model_type: str
@@ -85,6 +87,7 @@ class Report:
     peak_device_bytes: int
     warnings: tuple[str, ...]
     peak_rise_by_phase: dict[str, int] = field(default_factory=dict)
+    run_memory: RunMemory | None = None
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -98,7 +101,10 @@ def read_report(folder: Path) -> Report:
     stored = load_json_object(folder / "quant_report.json")
     layers = tuple(layer_record(layer) for layer in stored["layers"])
     parts = tuple(PartSize(**part) for part in stored["parts"])
-    return Report(**{**stored, "layers": layers, "parts": parts, "warnings": tuple(stored["warnings"])})
+    memory = RunMemory(**stored["run_memory"]) if stored.get("run_memory") else None
+    return Report(
+        **{**stored, "layers": layers, "parts": parts, "warnings": tuple(stored["warnings"]), "run_memory": memory}
+    )
 
 
 def layer_record(stored: dict[str, Any]) -> LayerRecord:
@@ -139,6 +145,22 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+RUN_MEMORY_COLUMNS = ("what is in memory", "float", "now", "change")
+RUN_MEMORY_NOTE = "Activations, and what a runtime sets aside for itself, come on top."
+
+
+def run_memory_rows(memory: RunMemory) -> list[list[str]]:
+    """Rows under RUN_MEMORY_COLUMNS."""
+
+    def row(what: str, before: int, now: int, saved: float) -> list[str]:
+        return [what, human_bytes(before), human_bytes(now), f"{-saved:+.0%}" if now != before else ""]
+
+    rows = [row("weights that answer in text", memory.text_float, memory.text_now, memory.text_saved)]
+    if memory.all_float > memory.text_float:
+        rows.append(row("all weights, speech too", memory.all_float, memory.all_now, memory.all_saved))
+    return [*rows, row("keys and values of 1000 tokens", memory.cache, memory.cache, 0.0)]
+
+
 def as_markdown(report: Report) -> str:
     """The report as one page."""
     lines = [
@@ -159,6 +181,9 @@ def as_markdown(report: Report) -> str:
         f"| {p.name} | {p.tensors} | {human_bytes(p.bytes_before)} | {human_bytes(p.bytes_after)} | {p.scheme} |"
         for p in report.parts
     ]
+    if report.run_memory is not None:
+        table = markdown_table(RUN_MEMORY_COLUMNS, run_memory_rows(report.run_memory))
+        lines += ["", "## Memory at run time", "", *table, "", RUN_MEMORY_NOTE]
     lines += ["", "## Calibration data", "", _calibration_text(report)]
     lines += ["", "## Error per layer and Linear", "", _error_note(report), "", *_error_table(report)]
     lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []

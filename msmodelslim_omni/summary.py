@@ -13,6 +13,7 @@ from .models.spec import ModelSpec
 from .plan import QuantPlan
 from .progress import Clock
 from .report import PartSize, Report, layer_record
+from .run_memory import RunMemory, run_memory
 from .stream import CalibrationStream
 
 
@@ -30,6 +31,7 @@ def make_report(
     warnings: tuple[str, ...],
 ) -> Report:
     """tensors: of the first format, whose sizes are the report's. layers: the records stored beside the parts."""
+    parts = part_sizes(plan, tensors)
     return Report(
         model_type=plan.model.model_type,
         model_path=str(plan.checkpoint.path),
@@ -42,7 +44,7 @@ def make_report(
         data_free=stream is None,
         samples=len(stream) if stream is not None else 0,
         tokens_by_modality=stream.tokens_by_modality() if stream is not None else {},
-        parts=_part_sizes(plan, tensors),
+        parts=parts,
         output_bytes=output_bytes,
         source_bytes=plan.checkpoint.total_bytes,
         bits_per_weight=bits_per_weight((lin.shape for lin in plan.linears if lin.scheme is not None), tensors),
@@ -54,10 +56,16 @@ def make_report(
         peak_device_bytes=peak_device_memory(device.torch),
         warnings=(*plan.warnings, *warnings),
         peak_rise_by_phase=clock.rises,
+        run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
     )
 
 
-def _part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
+def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize]) -> RunMemory:
+    """Of a runtime that keeps the weights as they are stored."""
+    return run_memory(model, config, ((part.name, part.bytes_before, part.bytes_after) for part in parts))
+
+
+def part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
     """Bytes of each part before and after."""
     before: dict[str, list[int]] = {}
     for name, info in plan.checkpoint.tensors.items():

@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "progress": set(),
     "patterns": {"errors"},
     "device": {"errors"},
-    "arithmetic": BASIS,
+    "nf4": {"errors"},
+    "arithmetic": BASIS | {"nf4"},
     "recipe_yaml": {"errors"},
     "recipe": {"errors", "recipe_yaml", "resources"},
     "media": {"errors"},
@@ -44,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": {"digests", "errors", "media", "models.spec", "resources"},
     "sample_store": {"models.spec", "safetensors_io"},
     "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe"},
-    "formats.*": BASIS | {"arithmetic", "safetensors_io"},
+    "formats.*": BASIS | {"arithmetic", "nf4", "safetensors_io"},
     "plan": BASIS
     | {
         "recipe",
@@ -53,22 +54,24 @@ MAY_IMPORT: dict[str, set[str]] = {
         "checkpoint",
         "formats",
         "formats.ascend",
+        "nf4",
         "processors",
         "models",
         "models.spec",
     },
     "assembly": BASIS | {"arithmetic", "plan", "formats.job", "safetensors_io"},
     "outputs": {"formats", "formats.job", "formats.shards", "workspace"},
-    "report": {"checkpoint", "formats.shards", "models.spec"},
+    "run_memory": {"models.spec"},
+    "report": {"checkpoint", "formats.shards", "models.spec", "run_memory"},
     "forecast": BASIS
-    | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "stream"}
-    | {"workspace"},
+    | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "run_memory"}
+    | {"stream", "summary", "workspace"},
     "workspace": {"errors", "checkpoint", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
     | {"sample_store"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
-    "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "stream"},
+    "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
     "inspection": {
         "errors",
         "checkpoint",
@@ -77,10 +80,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "models",
         "models.spec",
         "plan",
+        "run_memory",
         "safetensors_io",
     },
     "quantized": BASIS
-    | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.compressed_tensors"}
+    | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.bitsandbytes"}
+    | {"formats.compressed_tensors"}
     | {"formats.job", "formats.stored", "models", "models.spec", "plan", "safetensors_io"},
     "export": BASIS
     | {"assembly", "checkpoint", "device", "documents", "formats", "formats.job", "formats.shards", "models.running"}
@@ -93,8 +98,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"arithmetic", "calibration", "checkpoint", "device", "formats.job", "models", "models.running", "models.spec"}
     | {"progress", "quantized", "report", "safetensors_io"},
     "doctor.*": BASIS
-    | {"arithmetic", "checkpoint", "formats.ascend", "formats.nibbles", "models", "models.spec", "safetensors_io"}
-    | {"workspace"},
+    | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.bitsandbytes", "formats.nibbles", "models"}
+    | {"models.spec", "nf4", "safetensors_io", "workspace"},
     "scoring": set(),
     "bootstrap": {"fidelity"},
     "comparable": {"checkpoint", "errors", "generate"},
@@ -209,7 +214,8 @@ def test_the_reader_of_imports_sees_them() -> None:
     assert own_imports("commands.quant") >= {"commands.shell", "pipeline"}  # those inside functions too
     assert "checkpoint" not in own_imports("models.spec")  # for type checkers only
     assert own_imports("") == {"errors", "recipe", "pipeline"}  # the last one inside a function
-    assert own_imports("formats") == {"formats.ascend", "formats.awq", "formats.compressed_tensors", "formats.job"}
+    formats = {"ascend", "awq", "bitsandbytes", "compressed_tensors", "job"}
+    assert own_imports("formats") == {f"formats.{name}" for name in formats}
 
 
 def test_nobody_imports_ours_by_its_full_name() -> None:

@@ -20,7 +20,7 @@ def inspect(
 
     def work() -> None:
         from ..inspection import inspect_checkpoint
-        from ..report import human_bytes
+        from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
         from ..terminal import table
 
         found = inspect_checkpoint(path)
@@ -41,6 +41,8 @@ def inspect(
         rows.append(["total", found.scheme, f"{found.files} files", *_totals(found.parts), human_bytes(found.nbytes)])
         columns = ["part", "scheme", "dtypes", "tensors", "parameters", "bytes"]
         results.print(table(f"{found.path}: {found.model_type}", columns, rows, numeric=3))
+        rows = run_memory_rows(found.run_memory)
+        results.print(table("At run time, foretold", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
 
     quiet_libraries()
     guarded(work, debug)

@@ -110,7 +110,7 @@ def quant(
 
 
 def _show_plan(prepared: Prepared, as_json: bool) -> None:
-    from ..report import human_bytes
+    from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
     from ..terminal import table
 
     plan, expected = prepared.plan, prepared.forecast
@@ -131,6 +131,7 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
             "output_bytes": expected.output_bytes,
             "disk_bytes": expected.disk_bytes,
             "peak_memory_bytes": expected.peak_memory_bytes,
+            "run_memory": asdict(expected.run_memory),
             "warnings": list(plan.warnings),
         }
         print_json(plan_json)
@@ -147,10 +148,12 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
         ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
     ]
     results.print(table("Forecast", ["what", "how much"], rows, numeric=1))
+    rows = run_memory_rows(expected.run_memory)
+    results.print(table("At run time, foretold", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
 
 
 def _show_report(report: Report, as_json: bool) -> None:
-    from ..report import human_bytes, part_errors
+    from ..report import RUN_MEMORY_COLUMNS, human_bytes, part_errors, run_memory_rows
     from ..terminal import table
 
     if as_json:
@@ -160,6 +163,9 @@ def _show_report(report: Report, as_json: bool) -> None:
     before, after = report.source_bytes, sum(part.bytes_after for part in report.parts)
     rows.append(["total", f"{after / before:.1%} of the source", human_bytes(before), human_bytes(after)])
     results.print(table("Sizes", ["part", "scheme", "before", "after"], rows, numeric=2))
+    if report.run_memory is not None:
+        rows = run_memory_rows(report.run_memory)
+        results.print(table("At run time, foretold", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
     kind = "weight" if report.data_free else "output"
     rows = [[name, f"{error:.4f}"] for name, error in part_errors(report).items()]
     results.print(table(f"Relative {kind} error, RMS over the layers", ["Linear", "error"], rows, numeric=1))

@@ -75,7 +75,7 @@ def examine(
         if description:
             found_names = check_description(model, linears, description, sorted(names), optional, all_linears)
             collector.run("names", found_names, "vLLM-Ascend finds an entry for each Linear", "description")
-    elif model is not None and declared.format in ("awq", "compressed-tensors"):
+    elif model is not None and declared.format in ("awq", "bitsandbytes", "compressed-tensors"):
         lists = check_lists(model, linears, declared, config, all_linears)
         collector.run("names", lists, f"every loader converts these {len(quantized)} Linears alone", "config.json")
     collector.run("scales", check_scales(linears.values()), "finite, positive, no denormals", "all")

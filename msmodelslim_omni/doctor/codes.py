@@ -117,6 +117,7 @@ _CONTENT = {
         "zero points do not belong to the integers beside them: a wrong nibble order or a wrong axis", ALL,
         "pack both in the order of the format",
     ),
+    "nf4_state_wrong": _error("bitsandbytes cannot unpack the weight, or unpacks other numbers", TRANSFORMERS, _AGAIN),
     "weight_shape_wrong": _error("weight_shape holds another shape than the weight has", (VLLM, *TRANSFORMERS),
                                  _AGAIN),
 }  # fmt: skip
@@ -194,6 +195,8 @@ _CONFIG_KINDS = {
     "bits_wrong": _error("integers are unpacked with the wrong width", CONFIG_READERS, _CONFIG),
     "group_size_wrong": _error("scales are taken for other groups, or have the wrong shape", CONFIG_READERS, _CONFIG),
     "symmetric_wrong": _error("zero points are ignored, or asked for and not there", CONFIG_READERS, _CONFIG),
+    "nested_wrong": _error("transformers 4 waits for tensors that never come, or meets unknown ones", TRANSFORMERS,
+                           _CONFIG),
     "list_unmatched": _warning("an exact name of the list is no Linear of the model and covers nothing", CONFIG_READERS,
                                "remove or correct it"),
 }  # fmt: skip

@@ -17,7 +17,7 @@ from .quantization import Declared, config_groups
 
 KEY = "quantization_config"
 
-_METHODS = ("awq", "compressed-tensors")
+_METHODS = ("awq", "bitsandbytes", "compressed-tensors")
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Finding, ...]]:
@@ -133,6 +133,8 @@ def _check_block(block: Any, declared: Declared) -> Iterator[Finding]:
         yield found("quantization_method_unknown", f"config.json: {KEY}.quant_method", f"is {str(method)[:80]!r}")
     elif method == "awq":
         yield from _check_awq(block, declared)
+    elif method == "bitsandbytes":
+        yield from _check_bitsandbytes(block)
     else:
         yield from _check_compressed(block)
 
@@ -153,6 +155,16 @@ def _check_awq(block: dict[str, Any], declared: Declared) -> Iterator[Finding]:
     entries = block.get("modules_to_not_convert")
     if entries is not None and not _is_names(entries):
         yield _field("modules_to_not_convert", entries, "a list of names")
+
+
+def _check_bitsandbytes(block: dict[str, Any]) -> Iterator[Finding]:
+    wanted = {"load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",), "bnb_4bit_quant_storage": ("uint8", None)}
+    for key, values in wanted.items():
+        if block.get(key) not in values:
+            yield _field(key, block.get(key), str(values[0]))
+    entries = block.get("llm_int8_skip_modules")
+    if entries is not None and not _is_names(entries):
+        yield _field("llm_int8_skip_modules", entries, "a list of names")
 
 
 def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:

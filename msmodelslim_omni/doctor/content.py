@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from ..arithmetic import QuantizedLinear, row_blocks
+from ..formats import bitsandbytes
 from ..formats.nibbles import unpack_gemm, unpack_plain
+from ..nf4 import LEVELS
 from ..safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, byte_view, load_tensor, read_bytes
 from ..scheme import QuantScheme
 from .findings import Finding, found
@@ -39,6 +41,9 @@ def _not_empty(linear: StoredLinear) -> bool:
 
 def load_integers(linear: StoredLinear) -> QuantizedLinear:
     """qweight [out, in], scales [out, groups] and zeros of a Linear that is readable, whatever wrote it."""
+    if linear.form == "nf4":
+        stored = bitsandbytes.stored_linear(linear.name, linear.tensors, "F32")
+        return QuantizedLinear(stored.qweight(), stored.scales(), stored.scheme)
     tensors = {suffix: load_tensor(info) for suffix, info in linear.tensors.items() if suffix in _LOADED}
     assert linear.shape is not None
     rows, columns = linear.shape
@@ -70,10 +75,10 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
     for linear in linears:
         if not linear.quantized:
             continue
-        for suffix in ("scales", "weight_scale", "deq_scale", "input_scale"):
+        for suffix in ("scales", "weight_scale", "deq_scale", "input_scale", "weight.absmax", "weight.nested_absmax"):
             info = linear.tensors.get(suffix)
             if info is not None and info.dtype in FLOAT_DTYPES:
-                yield from _scale_faults(info)
+                yield from _scale_faults(info, of_zeros=suffix.endswith("absmax"))
         offset, shape = linear.tensors.get("weight_offset"), linear.tensors.get("weight_shape")
         if offset is not None and (nonzero := int(load_tensor(offset).ne(0).sum())):
             yield found("offset_not_zero", offset.name, f"{nonzero} of {offset.numel} are not zero")
@@ -83,7 +88,8 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
                 yield found("weight_shape_wrong", shape.name, f"holds {said}; the weight is {list(linear.shape)}")
 
 
-def _scale_faults(info: TensorInfo) -> Iterator[Finding]:
+def _scale_faults(info: TensorInfo, of_zeros: bool) -> Iterator[Finding]:
+    """of_zeros: whether a scale may be zero, as the absmax of a block of zeros is."""
     scales = load_tensor(info)
     magnitude = scales.to(torch.float32).abs()
     tiny = torch.finfo(scales.dtype).tiny
@@ -91,7 +97,7 @@ def _scale_faults(info: TensorInfo) -> Iterator[Finding]:
     kinds = {
         "scale_nan": torch.isnan(magnitude),
         "scale_inf": torch.isinf(magnitude),
-        "scale_zero": scales == 0,
+        "scale_zero": (scales == 0) & (not of_zeros),
         "scale_negative": scales < 0,
         denormal: (scales != 0) & (magnitude < tiny),
     }
@@ -107,8 +113,9 @@ def _scale_faults(info: TensorInfo) -> Iterator[Finding]:
 
 @dataclass
 class _Tally:
-    """Sums over the row blocks of one Linear."""
+    """Sums over the row blocks of one Linear. zero: the code that stands for zero, from which all are counted."""
 
+    zero: int
     count: int = 0
     at_ends: int = 0
     total: float = 0.0  # of q - z
@@ -129,7 +136,8 @@ def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
 
 
 def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
-    tally, bits, blocks = _Tally(), linear.scheme.weight_bits, row_blocks(linear.qweight)
+    zero = 0 if linear.scheme.codebook is None else LEVELS.index(0.0)
+    tally, bits, blocks = _Tally(zero), linear.scheme.weight_bits, row_blocks(linear.qweight)
     # The same memory for every block: allocating it anew takes longer than all the arithmetic.
     floats = torch.empty(linear.qweight[blocks[0]].shape)
     marks = torch.empty_like(floats)
@@ -159,12 +167,11 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
 
 def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor, marks: torch.Tensor) -> None:
     """q, marks: float32 of the block's shape, to be overwritten."""
-    integers = linear.qweight[rows]
+    integers = linear.qweight[rows] - tally.zero
     q.copy_(integers)
     low, high = integers.amin(dim=1), integers.amax(dim=1)
     tally.low, tally.high = min(tally.low, int(low.min())), max(tally.high, int(high.max()))
-    top = 2 ** (linear.scheme.weight_bits - 1) - 1
-    bottom = -top - 1 if linear.scheme.group_size else -top
+    bottom, top = (end - tally.zero for end in linear.scheme.weight_range)
     tally.count += q.numel()
     tally.at_ends += int(torch.ge(q, top, out=marks).sum()) + int(torch.le(q, bottom, out=marks).sum())
     sums = q.view(q.shape[0], linear.scales.shape[1], -1).sum(dim=2)  # [rows, groups], of whole numbers: exact

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
+from ..errors import QuantError
+from ..formats import bitsandbytes
 from ..safetensors_io import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, found, some
 from .headers import Folder
@@ -21,6 +24,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "ascend": ("weight", "weight_scale", "weight_offset"),
     "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
                       "weight_offset?"),
+    "nf4": ("weight", *bitsandbytes.PARTS[1:], *(f"{suffix}?" for suffix in bitsandbytes.NESTED)),
     "float": ("weight",),
 }  # fmt: skip
 
@@ -29,6 +33,7 @@ FORMS_OF = {
     "awq": ("gemm",),
     "compressed-tensors": ("packed", "int8"),
     "ascend": ("ascend", "ascend_static"),
+    "bitsandbytes": ("nf4",),
 }
 
 _PER_WORD = 8
@@ -55,6 +60,8 @@ class StoredLinear:
     @property
     def groups(self) -> int:
         """Groups of inputs that share a scale; 1 per channel, 0 if it cannot be told."""
+        if self.form == "nf4":
+            return self.tensors["weight.absmax"].numel // self.shape[0] if self.sound and self.shape else 0
         scales = self.tensors.get("scales") or self.tensors.get("weight_scale")
         if scales is None or len(scales.shape) != 2:
             return 1 if self.form == "ascend_static" else 0
@@ -62,7 +69,10 @@ class StoredLinear:
 
 
 def linear_of(tensor: str) -> tuple[str, str]:
-    """`x.q_proj.weight_scale` -> (`x.q_proj`, `weight_scale`)."""
+    """`x.q_proj.weight_scale` -> (`x.q_proj`, `weight_scale`), `x.q_proj.weight.absmax` -> (.., `weight.absmax`)."""
+    name, inside, suffix = tensor.rpartition(".weight.")
+    if inside:
+        return name, f"weight.{suffix}"
     name, _, suffix = tensor.rpartition(".")
     return name, suffix
 
@@ -104,6 +114,8 @@ def _form(tensors: dict[str, TensorInfo], declared: str) -> str:
         return "packed"
     if "deq_scale" in tensors or "quant_bias" in tensors:
         return "ascend_static"
+    if any(suffix.startswith("weight.") for suffix in tensors):
+        return "nf4"
     weight = tensors.get("weight")
     if weight is None and "scales" in tensors:
         return "gemm"
@@ -119,6 +131,10 @@ def _looks_like_one(name: str, weight: TensorInfo) -> bool:
 
 def _own_shape(form: str, tensors: dict[str, TensorInfo]) -> tuple[int, int] | None:
     """(out, in) as the tensors themselves say, for a Linear that config.json does not imply."""
+    if form == "nf4":
+        with suppress(QuantError):
+            return bitsandbytes.stored_form(tensors)[0]
+        return None
     first = tensors.get(FORMS[form][0])
     if first is None or len(first.shape) != 2:
         return None
@@ -181,6 +197,9 @@ def _wanted(form: str, shape: tuple[int, int], groups: int) -> dict[str, tuple[t
 
 
 def _misfits(name: str, form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> Iterator[Finding]:
+    if form == "nf4":
+        yield from _nf4_misfits(name, tensors, shape)
+        return
     groups = _group_count(form, tensors, shape)
     for suffix, (dtypes, size) in _wanted(form, shape, groups).items():
         info = tensors.get(suffix)
@@ -190,6 +209,19 @@ def _misfits(name: str, form: str, tensors: dict[str, TensorInfo], shape: tuple[
             yield found("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")
         if info.shape != size:
             yield found("tensor_shape", info.name, f"is {list(info.shape)}, not {list(size)}, for {list(shape)}")
+
+
+def _nf4_misfits(name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> Iterator[Finding]:
+    """What its quant_state says of the tensors and of the shape; a Linear that is not whole is told of elsewhere."""
+    if any(suffix not in tensors for suffix in bitsandbytes.PARTS):
+        return
+    try:
+        said = bitsandbytes.stored_form(tensors)[0]
+    except QuantError as error:
+        yield found("nf4_state_wrong", name, error.message)
+        return
+    if said != shape:
+        yield found("tensor_shape", f"{name}.{bitsandbytes.STATE}", f"says {list(said)}, not {list(shape)}")
 
 
 def _group_count(form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> int:
@@ -224,11 +256,15 @@ def check_linears(linears: dict[str, StoredLinear], declared: Declared) -> Itera
 def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterator[Finding]:
     """What config.json says of all Linears, against most of them; then those that differ from most."""
     key = f"config.json: {declared.where}"
-    bits = {"gemm": 4, "packed": 4, "int8": 8, "ascend": 8, "ascend_static": 8}
+    bits = {"gemm": 4, "packed": 4, "int8": 8, "ascend": 8, "ascend_static": 8, "nf4": 4}
     forms = Counter(linear.form for linear in quantized)
     if declared.bits is not None and forms and declared.bits != bits[forms.most_common(1)[0][0]]:
         form = forms.most_common(1)[0][0]
         yield found("bits_wrong", f"{key}.{declared.bits_key}", f"is {declared.bits}; {bits[form]} bits are stored")
+    nested = {linear.name for linear in quantized if bitsandbytes.NESTED[0] in linear.tensors}
+    if declared.nested is not None and (declared.nested != bool(nested) or len(nested) not in (0, len(quantized))):
+        told = f"is {declared.nested}; {len(nested)} of {len(quantized)} Linears have nested scales"
+        yield found("nested_wrong", f"{key}.bnb_4bit_use_double_quant", told)
     grouped = [linear for linear in quantized if linear.form in ("gemm", "packed") and linear.shape and linear.sound]
     if not grouped:
         return

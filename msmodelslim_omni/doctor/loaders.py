@@ -17,6 +17,7 @@ from .names import (
     answers,
     ascend_modules,
     awq_loaders,
+    bitsandbytes_loaders,
     compressed_tensors_loaders,
     fused_name,
     is_decoder_linear,
@@ -64,10 +65,13 @@ def check_lists(
     config: dict[str, Any],
     all_linears: Sequence[str],
 ) -> Iterator[Finding]:
-    """What each loader of awq or compressed-tensors takes for quantized, against what is stored."""
+    """What each loader of awq, bitsandbytes or compressed-tensors takes for quantized, against what is stored."""
     stored = {name for name, linear in linears.items() if linear.quantized}
     if declared.format == "awq":
         loaders = awq_loaders(model, declared.entries, stored)
+        suspicious = list(declared.entries or ())
+    elif declared.format == "bitsandbytes":
+        loaders = bitsandbytes_loaders(model, declared.entries or ())
         suspicious = list(declared.entries or ())
     else:
         targets = [target for group in declared.groups for target in group.targets]

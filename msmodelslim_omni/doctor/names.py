@@ -118,6 +118,12 @@ def substring_rule(entries: Sequence[str]) -> Skips:
     return lambda name: any(entry in name for entry in entries)
 
 
+def path_part_rule(entries: Sequence[str]) -> Skips:
+    """transformers 4 for bitsandbytes: the module's own name, its whole path, or a part of it that ends at a dot."""
+    exact, parts = set(entries), [f"{entry}." for entry in entries]
+    return lambda name: name.rpartition(".")[2] in exact or name in exact or any(part in name for part in parts)
+
+
 def prefix_or_end_rule(entries: Sequence[str], whole_words: bool, deadline: Deadline) -> Skips:
     """transformers 5; `whole_words`: since 5.18 the match must end at a dot."""
     boundary = r"(?:(?<=\.)|(?=\.|$))" if whole_words else ""
@@ -177,6 +183,14 @@ def awq_loaders(model: ModelSpec, entries: Sequence[str] | None, stored: Collect
         full = model.loaders.classes[0]
         loaders += _library_loaders(model, "5.x", tf5)
         loaders.append(Loader(f"transformers 5.0 to 5.17, {full.name}", to_modules(full.modules), early_5))
+    return loaders
+
+
+def bitsandbytes_loaders(model: ModelSpec, entries: Sequence[str]) -> list[Loader]:
+    """Loaders of a bitsandbytes checkpoint. entries: llm_int8_skip_modules. vLLM has no method for it."""
+    loaders = _library_loaders(model, "4.57", path_part_rule(entries))
+    if not refused_patterns(entries):
+        loaders += _library_loaders(model, "5.x", prefix_or_end_rule(entries, True, Deadline()))
     return loaders
 
 

@@ -19,11 +19,12 @@ class DeclaredGroup:
 
 @dataclass(frozen=True)
 class Declared:
-    """format: awq, compressed-tensors, ascend, another method's name, or empty. None: not said, or not sayable.
+    """format: awq, compressed-tensors, bitsandbytes, ascend, another method's name, or empty. None: not said.
 
-    entries: Linears left float (modules_to_not_convert, or ignore); None where the file leaves them out.
+    entries: Linears left float (modules_to_not_convert, llm_int8_skip_modules, ignore); None where there is no list.
     Of several groups, bits are said of none, the rest is of the group whose inputs share scales.
-    groups: compressed-tensors' groups. where, bits_key, symmetric_key: for findings.
+    groups: compressed-tensors' groups. nested: whether bitsandbytes' scales are in eight bits.
+    where, bits_key, symmetric_key: for findings.
     """
 
     format: str
@@ -33,6 +34,7 @@ class Declared:
     symmetric: bool | None = None
     entries: tuple[str, ...] | None = None
     groups: tuple[DeclaredGroup, ...] = ()
+    nested: bool | None = None
     where: str = "quantization_config"
     bits_key: str = "bits"
     symmetric_key: str = "symmetric"
@@ -49,12 +51,16 @@ def declared_quantization(block: Any, has_description: bool, stored: set[str]) -
         return _declared_awq(block)
     if method == "compressed-tensors":
         return _declared_compressed(block)
+    if method == "bitsandbytes":
+        return _declared_bitsandbytes(block)
     return Declared(str(method)[:60] if method else "")
 
 
 def _format_of(stored: set[str]) -> str:
     if stored & {"qweight", "qzeros"}:
         return "awq"
+    if "weight.absmax" in stored:
+        return "bitsandbytes"
     if stored & {"weight_offset", "deq_scale"}:
         return "ascend"
     return "compressed-tensors" if stored & {"weight_packed", "weight_scale"} else ""
@@ -90,6 +96,16 @@ def _declared_compressed(block: dict[str, Any]) -> Declared:
         groups=tuple(map(DeclaredGroup, bits, targets)),
         where="quantization_config.config_groups.*.weights",
         bits_key="num_bits",
+    )
+
+
+def _declared_bitsandbytes(block: dict[str, Any]) -> Declared:
+    return Declared(
+        "bitsandbytes",
+        bits=4 if block.get("load_in_4bit") is True else 8 if block.get("load_in_8bit") is True else None,
+        entries=_names(block.get("llm_int8_skip_modules")),
+        nested=block.get("bnb_4bit_use_double_quant") is True,
+        bits_key="load_in_4bit",
     )
 
 

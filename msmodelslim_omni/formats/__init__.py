@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from . import ascend, awq, compressed_tensors
+from . import ascend, awq, bitsandbytes, compressed_tensors
 from .job import Format
 
 FORMATS: dict[str, Format] = {
     "ascendv1_saver": ascend,
     "awq": awq,
+    "bitsandbytes": bitsandbytes,
     "compressed_tensors": compressed_tensors,
 }

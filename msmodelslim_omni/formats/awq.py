@@ -26,6 +26,7 @@ from ..safetensors_io import TensorInfo, TensorSpec, load_tensor
 from ..scheme import QuantScheme
 from .job import Data, OutLinear, OutputJob, OutTensor
 from .nibbles import PER_WORD, pack_gemm, unpack_gemm
+from .skips import skipped_words
 from .stored import FLOATS, PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
 
 weights_stem = "model"
@@ -36,7 +37,8 @@ _LARGEST_HALF = 65504.0
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     names = sorted({scheme.name for scheme in schemes})
     for scheme in schemes:
-        if scheme.weight_bits != 4 or scheme.act_bits is not None or scheme.group_size is None:
+        is_int4 = scheme.weight_bits == 4 and scheme.codebook is None
+        if not is_int4 or scheme.act_bits is not None or scheme.group_size is None:
             return f"it holds int4 weights per group with float activations, not {scheme.name}"
         if scheme.symmetric:
             return (
@@ -102,12 +104,11 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
 
 def modules_to_not_convert(job: OutputJob) -> list[str]:
     """What every loader leaves float; see the top of this file."""
-    words = [pattern.removeprefix("re:").removeprefix(".*").removesuffix(".*") for pattern in job.ignore_patterns]
     floats = [_split(name) for name in job.float_linears]
     quantized = {_split(linear.name)[1] for linear in job.linears}
     # Only the end of a decoder Linear's name is the same for all. With `layers.` before it, 1 is not a part of 11.
     endings = [inner if inner not in quantized else f"{layer}.{inner}" for layer, inner in floats]
-    return list(dict.fromkeys([*words, *(f".*{word}" for word in words), *endings]))
+    return list(dict.fromkeys([*skipped_words(job), *endings]))
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -39,7 +39,8 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
 
 
 def _is_packed(scheme: QuantScheme) -> bool:
-    return scheme.weight_bits == 4 and scheme.act_bits is None and scheme.group_size is not None
+    is_int4 = scheme.weight_bits == 4 and scheme.codebook is None
+    return is_int4 and scheme.act_bits is None and scheme.group_size is not None
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..nf4 import NestedScales
 from ..safetensors_io import TensorSpec
 from ..scheme import QuantScheme
 
@@ -34,6 +35,7 @@ class OutLinear:
     name: checkpoint name without `.weight`. shape: (out, in). float_dtype: of the checkpoint's weight, e.g. BF16.
     qweight: int8 [out, in], signed. scales: float32 [out, groups]; those of a grouped scheme are exact in float16 and
     in float_dtype. zeros: int8 [out, groups], signed, for an asymmetric scheme: W is near (qweight - zeros) * scales.
+    Those of a codebook are codes; nested: what its scales are stored as, where they are quantized too.
     """
 
     name: str
@@ -43,6 +45,7 @@ class OutLinear:
     qweight: Callable[[], torch.Tensor]
     scales: Callable[[], torch.Tensor]
     zeros: Callable[[], torch.Tensor] | None = None
+    nested: Callable[[], NestedScales] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,14 @@ class OutputJob:
     """Everything one format writes.
 
     items: float tensors and quantized Linears in the checkpoint's order; a Linear's bias is among the floats.
-    float_linears: decoder Linears that stay float, by name; ignore_patterns and config_paths: see ModelSpec.
+    float_linears: decoder Linears that stay float, by name; float_modules: the same as the library's classes call them.
+    ignore_patterns and config_paths: see ModelSpec.
     tied: tensors that are another one and may not be in the files, though loaders have a module for them.
     """
 
     items: tuple[OutTensor | OutLinear, ...]
     float_linears: tuple[str, ...]
+    float_modules: tuple[str, ...]
     ignore_patterns: tuple[str, ...]
     config_paths: tuple[tuple[str, ...], ...]
     config: dict[str, Any]

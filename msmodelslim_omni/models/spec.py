@@ -6,6 +6,7 @@ transformers version. Inside one layer, names are relative to the layer (`self_a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -54,6 +55,11 @@ class LayerSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(linear for group in self.groups for linear in group.linears)
+
+    @property
+    def cache_width(self) -> int:
+        """Keys and values of one token."""
+        return sum(self.shapes[f"self_attn.{name}_proj.weight"][0] for name in ("k", "v"))
 
 
 @dataclass(frozen=True)
@@ -110,6 +116,12 @@ class LoaderNames:
     def config_paths(self) -> tuple[tuple[str, ...], ...]:
         """Where in config.json loaders look for quantization_config, the top level first."""
         return tuple(dict.fromkeys([(), *(loaded.config_path for loaded in self.classes)]))
+
+    def modules_of(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Names on disk of Linears -> what any class in any version of the library calls them."""
+        renamings = [renaming for loaded in self.classes for renaming in (loaded.modules, loaded.modules_5)]
+        called = [renamed(name, renaming) for name in names for renaming in renamings]
+        return tuple(dict.fromkeys(name for name in called if name is not None))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..report import LayerRecord, LinearRecord, Report, human_bytes
+from ..report import (
+    RUN_MEMORY_COLUMNS,
+    RUN_MEMORY_NOTE,
+    LayerRecord,
+    LinearRecord,
+    Report,
+    human_bytes,
+    run_memory_rows,
+)
 from . import charts
 from .sections import (
     Chart,
@@ -85,11 +93,16 @@ def _sizes(report: Report) -> Section:
     total = sum(part.bytes_after for part in report.parts)
     rows.append(("total", "", human_bytes(report.source_bytes), human_bytes(total)))
     table = Table("Bytes by part", ("part", "what it is now", "before", "after"), tuple(rows), texts=2)
+    tables = [table]
+    if report.run_memory is not None:
+        memory: list[Row] = [tuple(row) for row in run_memory_rows(report.run_memory)]
+        tables.append(Table("Memory at run time, foretold", RUN_MEMORY_COLUMNS, tuple(memory)))
     return Section(
         "Size",
-        "Weights take these bytes on the disk, and the same in memory where a runtime keeps them packed.",
+        "Weights take these bytes on the disk, and the same in memory where a runtime keeps them packed."
+        f" {RUN_MEMORY_NOTE}",
         (chart,) if report.parts else (),
-        (table,),
+        tuple(tables),
     )
 
 

@@ -1,0 +1,231 @@
+"""bitsandbytes: NF4 as transformers reads it, with bitsandbytes installed.
+
+Per Linear [out, in] with blocks of g inputs: `.weight` uint8 [out * in / 2, 1], two codes a byte, the first in the
+upper half; `.weight.absmax` float32 [out * in / g]; `.weight.quant_map` float32 [16], the levels;
+`.weight.quant_state.bitsandbytes__nf4` uint8, a JSON object in bytes. With double quantization `.weight.absmax` is
+uint8, and there are `.weight.nested_absmax` float32 [ceil(blocks / 256)] and `.weight.nested_quant_map` float32 [256].
+Every other tensor, biases too, keeps the source's bytes.
+
+llm_int8_skip_modules says what stays float. transformers 4 takes an entry for a module's own name, for its whole path,
+or for a part of the path that ends at a dot; transformers 5 for a pattern from the path's start, or for its end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from ..errors import QuantError
+from ..nf4 import LEVELS, NESTED_BLOCK_SIZE, NestedScales, pack, unpack
+from ..safetensors_io import TORCH_DTYPES, TensorInfo, TensorSpec, load_tensor
+from ..scheme import QuantScheme
+from .job import OutLinear, OutputJob, OutTensor
+from .skips import skipped_words
+from .stored import PartFault, Parts, StoredLinear, StoredLinears, missing_parts, wrong_parts
+
+weights_stem = "model"
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+# The longest text of a float64, with room for its sign and exponent.
+_OFFSET_LENGTH = 24
+_MAX_STATE_BYTES = 1 << 12
+
+_BLOCK_SIZES = tuple(2**n for n in range(5, 13))  # those that bitsandbytes has kernels for
+
+
+def refusal(schemes: frozenset[QuantScheme]) -> str:
+    others = sorted(scheme.name for scheme in schemes if scheme.codebook != "nf4")
+    if others:
+        return f"it holds nf4, not {' and '.join(others)}"
+    names = sorted(scheme.name for scheme in schemes)
+    return f"it has one form for all Linears, not {' and '.join(names)}" if len(names) > 1 else ""
+
+
+def linear_tensors(linear: OutLinear) -> list[OutTensor]:
+    group_size = linear.scheme.group_size
+    assert group_size is not None  # refused otherwise
+    (out_features, in_features), kind, nested = linear.shape, linear.scheme.name, linear.nested
+    blocks = out_features * in_features // group_size
+
+    def spec(ending: str, dtype: str, *shape: int) -> TensorSpec:
+        return TensorSpec(f"{linear.name}.{ending}", dtype, shape)
+
+    length = len(_state(linear, None))
+    tensors = [
+        OutTensor(spec("weight", "U8", out_features * in_features // 2, 1), lambda: pack(linear.qweight()), kind),
+        OutTensor(spec("weight.quant_map", "F32", len(LEVELS)), lambda: torch.tensor(LEVELS), kind),
+    ]
+    if nested is None:
+        state = _as_tensor(_state(linear, None))
+        return [
+            *tensors,
+            OutTensor(spec("weight.absmax", "F32", blocks), lambda: linear.scales().flatten(), kind),
+            OutTensor(spec(STATE, "U8", length), lambda: state, kind),
+        ]
+    scales = -(-blocks // NESTED_BLOCK_SIZE)
+    return [
+        *tensors,
+        OutTensor(spec("weight.absmax", "U8", blocks), lambda: nested().codes, kind),
+        OutTensor(spec("weight.nested_absmax", "F32", scales), lambda: nested().scales, kind),
+        OutTensor(spec("weight.nested_quant_map", "F32", 256), lambda: nested().levels, kind),
+        OutTensor(spec(STATE, "U8", length), lambda: _as_tensor(_state(linear, nested().offset)), kind),
+    ]
+
+
+def _state(linear: OutLinear, offset: float | None) -> bytes:
+    """What bitsandbytes keeps of a weight beside its tensors. Blanks make it as long for every offset."""
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": linear.scheme.group_size,
+        "dtype": str(TORCH_DTYPES[linear.float_dtype]).removeprefix("torch."),
+        "shape": list(linear.shape),
+    }
+    if linear.nested is None:
+        return json.dumps(state).encode()
+    state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset or 0.0}
+    room = len(json.dumps({**state, "nested_offset": 0.0})) + _OFFSET_LENGTH
+    return json.dumps(state).ljust(room).encode()
+
+
+def _as_tensor(text: bytes) -> torch.Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
+    return tensor
+
+
+def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
+    return {"config.json": job.config_with(quantization_config(job))}
+
+
+def quantization_config(job: OutputJob) -> dict[str, Any]:
+    linear = next(iter(job.linears))
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": linear.scheme.double_quant,
+        "bnb_4bit_compute_dtype": str(TORCH_DTYPES[linear.float_dtype]).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": list(dict.fromkeys([*skipped_words(job), *job.float_modules])),
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_threshold": 6.0,
+    }
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+PARTS = ("weight", "weight.absmax", "weight.quant_map", STATE)
+NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+
+
+def read_linears(
+    settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
+) -> StoredLinears:
+    """See stored.Reader. Read is nf4 with codes stored in bytes, its scales nested or not."""
+    form = {
+        "load_in_4bit": settings.get("load_in_4bit", False),
+        "bnb_4bit_quant_type": settings.get("bnb_4bit_quant_type"),
+        "bnb_4bit_quant_storage": settings.get("bnb_4bit_quant_storage", "uint8"),
+    }
+    if form != {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}:
+        said = ", ".join(f"{key} {str(value)[:60]!r}" for key, value in form.items())
+        raise QuantError(f"a bitsandbytes checkpoint with {said} is not read", "read is nf4, stored as uint8")
+    linears: dict[str, StoredLinear] = {}
+    faults = []
+    for name, parts in nf4_parts(tensors).items():
+        try:
+            linears[name] = StoredLinear(stored_linear(name, parts, float_dtype(name)), parts)
+        except QuantError as error:
+            faults.append(PartFault(name, error.message))
+    return StoredLinears(linears, tuple(faults))
+
+
+def nf4_parts(tensors: Mapping[str, TensorInfo]) -> dict[str, Parts]:
+    """The tensors of each Linear that has any but its weight, by ending."""
+    grouped: dict[str, Parts] = {}
+    for name, info in tensors.items():
+        for ending in (*PARTS[1:], *NESTED):
+            if name.endswith(f".{ending}"):
+                grouped.setdefault(name.removesuffix(f".{ending}"), {})[ending] = info
+    for linear, parts in grouped.items():
+        if f"{linear}.weight" in tensors:
+            parts["weight"] = tensors[f"{linear}.weight"]
+    return grouped
+
+
+def stored_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
+    """Shape (out, in), scheme and offset of the nested scales of a whole Linear. Raises QuantError for any other."""
+    if why := missing_parts(parts, PARTS):
+        raise QuantError(why)
+    state = _load_state(parts[STATE])
+    shape, block_size, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
+    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or not 0 < n < 2**24 for n in shape):
+        raise QuantError(f"quant_state says shape {str(shape)[:60]}")
+    if block_size not in _BLOCK_SIZES or shape[1] % block_size:
+        raise QuantError(f"quant_state says blocksize {str(block_size)[:60]} for {shape[1]} inputs")
+    blocks = shape[0] * shape[1] // block_size
+    is_nested = offset is not None
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "weight": (("U8",), (-(-shape[0] * shape[1] // 2), 1)),
+        "weight.absmax": (("U8",) if is_nested else ("F32",), (blocks,)),
+        "weight.quant_map": (("F32",), (len(LEVELS),)),
+    }
+    if is_nested:
+        if type(offset) is not float or state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
+            said = str(state.get("nested_blocksize"))[:60]
+            raise QuantError(f"quant_state says nested_offset {str(offset)[:60]}, nested_blocksize {said}")
+        if why := missing_parts(parts, NESTED):
+            raise QuantError(why)
+        expected |= {
+            "weight.nested_absmax": (("F32",), (-(-blocks // NESTED_BLOCK_SIZE),)),
+            "weight.nested_quant_map": (("F32",), (256,)),
+        }
+    if why := wrong_parts(parts, expected):
+        raise QuantError(why)
+    if not torch.allclose(load_tensor(parts["weight.quant_map"]), torch.tensor(LEVELS), rtol=0, atol=1e-6):
+        raise QuantError("weight.quant_map holds other levels than nf4's")
+    scheme = QuantScheme(4, None, group_size=block_size, codebook="nf4", double_quant=is_nested)
+    return (shape[0], shape[1]), scheme, float(offset or 0.0)
+
+
+def _load_state(info: TensorInfo) -> dict[str, Any]:
+    if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > _MAX_STATE_BYTES:
+        raise QuantError(f"quant_state is {info.dtype} {list(info.shape)}, not a short text")
+    try:
+        state = json.loads(bytes(load_tensor(info).tolist()))
+    except (ValueError, RecursionError) as error:
+        raise QuantError(f"quant_state is no JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("quant_type") != "nf4":
+        raise QuantError("quant_state is not of nf4")
+    return state
+
+
+def stored_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
+    """A Linear by its tensors. Raises QuantError where they are not whole."""
+    shape, scheme, offset = stored_form(parts)
+
+    def nested() -> NestedScales:
+        codes, levels, scales = (load_tensor(parts[ending]) for ending in ("weight.absmax", *reversed(NESTED)))
+        return NestedScales(codes, levels, scales, offset)
+
+    def scales() -> torch.Tensor:
+        absmax = nested().absmax() if scheme.double_quant else load_tensor(parts["weight.absmax"])
+        return absmax.view(shape[0], -1)
+
+    return OutLinear(
+        name,
+        scheme,
+        shape,
+        float_dtype,
+        lambda: unpack(load_tensor(parts["weight"]), shape),
+        scales,
+        nested=nested if scheme.double_quant else None,
+    )
