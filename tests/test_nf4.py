@@ -154,6 +154,21 @@ def test_the_library_loads_it_with_no_further_arguments(outputs: dict[str, Path]
     assert tokens.shape == (1, 23)
 
 
+def test_vl(tiny_vl: Path, tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    quant(tiny_vl, tmp_path / "out", "--quant_type", "nf4").done()
+    assert examine(tmp_path / "out", tiny_vl).codes() == set()
+    output = open_quantized(tmp_path / "out")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
+    found = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert {name.replace("language_model.", "") for name in found} == output.linears.keys()
+    for name, module in found.items():
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        ours = dequantize(output.load_linear(name.replace("language_model.", "")))
+        assert torch.equal(weight, ours.to(weight.dtype))
+
+
 def test_sizes_and_config(outputs: dict[str, Path]) -> None:
     with safe_open(weights_file(outputs["plain"]), "pt") as opened:
         parts = {n.removeprefix(f"{Q_PROJ}.") for n in opened.keys() if n.startswith(Q_PROJ)}  # noqa: SIM118

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from make_tiny_vl import vl_config
 from outputs import all_tensors, edit_config, quantize_all
 from safetensors.torch import save_file
 
+from msmodelslim_omni.arithmetic import dequantize
 from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.capture import run_layer
 from msmodelslim_omni.checkpoint import Checkpoint, open_checkpoint
@@ -23,6 +25,7 @@ from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.doctor.linears import expected_linears
 from msmodelslim_omni.doctor.names import answers, ascend_modules, awq_loaders, compressed_tensors_loaders
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.evaluate import evaluate
 from msmodelslim_omni.export import export
 from msmodelslim_omni.formats import awq, compressed_tensors
 from msmodelslim_omni.formats.job import OutLinear, OutputJob
@@ -31,6 +34,7 @@ from msmodelslim_omni.models import MODEL_TYPES, derive_model_type, named_model_
 from msmodelslim_omni.models import qwen2_5_vl as vl
 from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, ModelInputs, ModelSpec, renamed
 from msmodelslim_omni.preparation import prepare
+from msmodelslim_omni.quantized import open_quantized
 from msmodelslim_omni.recipe import find_recipe, load_recipe
 from msmodelslim_omni.scheme import QuantScheme
 
@@ -289,6 +293,32 @@ def test_generate_answers_as_the_library_does(model: Path, tmp_path: Path) -> No
     wanted = ids[0, limited["input_ids"].shape[1] :].tolist()
     answer = generate(model, entry["text"], images=[IMAGE], videos=[OTHER_CLIP], max_new_tokens=8, device="cpu")
     assert answer.tokens == wanted
+
+
+def test_eval_gives_the_figures_of_the_librarys_whole_models(
+    outputs: dict[str, Path], tied_vl: Path, library: Any, tmp_path: Path
+) -> None:
+    entries = [MIXES["answered"], MIXES["image"], MIXES["everything"]]
+    report = evaluate(tied_vl, outputs["packed"], str(write_index(tmp_path, *entries)), device="cpu")
+    other = copy.deepcopy(library)
+    output = open_quantized(outputs["packed"])
+    for name in output.linears:
+        module = other.model.language_model.get_submodule(name.removeprefix("model."))
+        module.weight.data = dequantize(output.load_linear(name))
+    kl: dict[str, list[float]] = {}
+    for kind, entry in zip(("text", "image", "video"), entries, strict=True):
+        inputs = our_inputs(entry, tied_vl, tmp_path / kind, max_pixels=200704)
+        with torch.inference_mode():
+            p, q = (m(**inputs.tensors, use_cache=False).logits[0].double().log_softmax(-1) for m in (library, other))
+        of_text = [t for t in range(len(inputs.modality) - 1) if inputs.modality[t + 1] == 0]
+        scored = range(inputs.answer[0] - 1, inputs.answer[1] - 1) if inputs.answer else of_text
+        kl[kind] = [float((p[t].exp() * (p[t] - q[t])).sum()) for t in scored]
+    kl["image"] += kl["video"]  # the last sample holds both
+    for kind, values in kl.items():
+        assert report.by_modality[kind].positions == len(values)
+        assert report.by_modality[kind].kl_mean.value == pytest.approx(sum(values) / len(values), rel=1e-4)
+    itself = evaluate(tied_vl, tied_vl, str(tmp_path), device="cpu", save_path=tmp_path / "itself")
+    assert itself.overall.kl_mean.value == 0.0 and itself.overall.exact_float == itself.overall.exact_quant
 
 
 @pytest.mark.parametrize("name", ["int8", "awq"])

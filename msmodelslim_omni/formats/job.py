@@ -60,13 +60,13 @@ class OutputJob:
 
     items: tuple[OutTensor | OutLinear, ...]
     float_linears: tuple[str, ...]
-    float_modules: tuple[str, ...]
     ignore_patterns: tuple[str, ...]
     config_paths: tuple[tuple[str, ...], ...]
     config: dict[str, Any]
     source: Path
     other_files: tuple[Path, ...]
     tied: tuple[str, ...] = ()
+    float_modules: tuple[str, ...] = ()
 
     @property
     def linears(self) -> list[OutLinear]:
