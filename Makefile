@@ -1,4 +1,4 @@
-# make demo    set up .venv, make a small Omni, quantize it with real media, print the result
+# make demo    set up .venv, quantize the trained tiny Omni to W8A8 and W4A16, ask what each still knows
 # make test    set up .venv, run the test suite
 # Nothing but Python >= 3.10 and make is needed beforehand.
 
@@ -21,9 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	rm -rf demo-out
-	$(RUN) examples/make_tiny_omni.py demo-out/Tiny-Omni
-	$(RUN) -m msmodelslim_omni quant --model_path demo-out/Tiny-Omni --save_path demo-out/Tiny-Omni-W8A8 \
-		--device cpu --quant_type w8a8
+	$(RUN) examples/demo.py demo-out
 
 test: install
 	$(RUN) -m pytest -n 2 --dist loadfile

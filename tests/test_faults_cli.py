@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import itertools
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -447,6 +449,30 @@ def test_disk_that_fills_up(after: int, tiny: Path, tmp_path: Path, monkeypatch:
         message = refused(tiny, save, *MINMAX_FLAGS)
     assert "disk is full" in message and "same command again" in message
     assert {entry.name for entry in save.iterdir()} == {WORK}
+    goes_on(tiny, save, tmp_path)
+
+
+class BadSector(io.FileIO):
+    """A file on a disk that fails."""
+
+    def readinto(self, _buffer: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("after", [0, 20, 90])
+def test_read_error_in_a_shard(after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, reads, opened = tmp_path / "out", itertools.count(), Path.open
+
+    def open_until_it_fails(path: Path, *arguments: Any, **options: Any) -> Any:
+        if options.get("buffering") == 0 and path.parent == tiny and next(reads) >= after:
+            return BadSector(path)
+        return opened(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", open_until_it_fails)
+        message = refused(tiny, save, *MINMAX_FLAGS)
+    assert re.search(r"model-0000\d-of-00002.safetensors: reading tensor 't\S+' failed: Input/output error", message)
+    assert "same command again" in message
     goes_on(tiny, save, tmp_path)
 
 

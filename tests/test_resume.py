@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -111,13 +112,11 @@ def finished_layers(save: Path) -> int:
 def test_killed_again_and_again_it_ends_with_the_same_bytes(
     model: Path, index: Path, recipe: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """SIGKILL among the towers, after the first layer, after the third, and at the end."""
+    """SIGKILL among the towers and after the last but one layer; test_killed_at_twenty_random_moments has others."""
     save, words = tmp_path / "out", ("--dataset", index, "--config_path", recipe, *FORMATS)
     work = save / WORK
     moments: list[Callable[[], bool]] = [
         lambda: len(list((work / "stem").glob("*.safetensors"))) >= 2,
-        lambda: finished_layers(save) >= 1,
-        lambda: finished_layers(save) >= 3,
         lambda: finished_layers(save) >= LAYERS - 1,
     ]
     for number, reached in enumerate(moments):
@@ -131,6 +130,40 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
     assert before >= LAYERS - 1
     assert f"going on at layer {before}" in quant(model, save, *words).done().err
     assert files(save) == undisturbed
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("recipe_kind", ["data-free", "calibrated"])
+def test_killed_at_twenty_random_moments(
+    model: Path, index: Path, recipe: Path, tmp_path: Path, recipe_kind: str
+) -> None:
+    """Each kill costs at most the layers that were in work: one read ahead, one computed, one written."""
+    words = ("--config_path", MINMAX) if recipe_kind == "data-free" else ("--dataset", index, "--config_path", recipe)
+    began = time.monotonic()
+    quant(model, tmp_path / "whole", *words, *FORMATS).done()
+    whole = time.monotonic() - began
+    undisturbed = files(tmp_path / "whole")
+    rng = random.Random(0)
+    kills = 0
+    while kills < 20:
+        save = tmp_path / f"out{kills}"
+        finished = False
+        while not finished and kills < 20:
+            before = finished_layers(save)
+            run = start(model, save, tmp_path / "said", *words, *FORMATS)
+            began, moment = time.monotonic(), rng.uniform(0, 1.5 * whole + 5)  # five seconds of imports
+            run.wait_until(lambda began=began, moment=moment: time.monotonic() - began > moment)
+            finished = run.process.poll() is not None
+            if finished:
+                assert run.process.returncode == 0, run.messages
+            else:
+                run.stop(signal.SIGKILL)
+                kills += 1
+                assert not (save / WORK).exists() or finished_layers(save) >= before
+        if not finished:
+            quant(model, save, *words, *FORMATS).done()
+        assert files(save) == undisturbed
 
 
 @pytest.mark.parametrize("moment", ["first line", "second layer"])

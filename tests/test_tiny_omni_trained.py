@@ -1,0 +1,208 @@
+"""The trained tiny Omni of examples/tiny_omni: its data, its training loop and the committed checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_omni import harden, render, score, tasks, text, towers, train
+from tiny_omni import model as omni
+
+from msmodelslim_omni.calibration import load_calib_set, parse_sample, prepare_sample
+from msmodelslim_omni.models import MODEL_TYPES
+from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
+
+HERE = Path(train.__file__).parent
+MODEL = HERE / "model"
+needs_model = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the checkpoint is not here")
+
+
+def tones() -> list[render.Utterance]:
+    """Stand-ins for spoken words, since espeak-ng need not be installed: a tone for each."""
+    times = np.arange(int(0.3 * render.RATE)) / render.RATE
+    waves = [np.sin(2 * np.pi * (200 + 60 * n) * times) for n in range(len(render.SPOKEN))]
+    return [render.Utterance(w, "tone", s.astype(np.float16)) for w, s in zip(render.SPOKEN, waves, strict=True)]
+
+
+def samples(seed: int) -> dict[str, tasks.Sample]:
+    rng = random.Random(seed)
+    return {
+        "text": tasks.text_sample(rng, 1),
+        "picture": tasks.scene_sample(rng, 3, 1),
+        "sound": tasks.speech_sample(rng, tones(), 3, (5, 20)),
+        "clip": tasks.clip_sample(rng, "blink"),
+        "talking clip": tasks.clip_sample(rng, "move", tones()),
+    }
+
+
+def test_media_depend_on_the_seed_only() -> None:
+    for name, sample in samples(3).items():
+        again, other = samples(3)[name], samples(4)[name]
+        assert again.turns == sample.turns
+        for one, two, three in zip(*((s.picture, s.frames, s.sound) for s in (sample, again, other)), strict=True):
+            if one is not None:
+                assert np.array_equal(one, two) and not np.array_equal(one, three)
+
+
+def test_answers_follow_from_what_is_drawn() -> None:
+    rng = random.Random(0)
+    assert tasks.place_name(5, 50) == "top left" and tasks.place_name(100, 60) == "bottom right"
+    things = tasks.random_things(rng, 3)
+    cells = towers.covered(things, render.PICTURE, render.PICTURE)
+    for number, thing in enumerate(things):
+        assert cells[int(thing.y // towers.CELL), int(thing.x // towers.CELL)] == number
+    for _ in range(50):
+        turn = tasks.text_turn("sum of two digits", rng, held_out=True)
+        a, b = map(int, re.findall(r"\d+", turn.question))
+        assert int(turn.answer) == a + b and tasks.is_held_out_sum(a, b)
+    assert not set(render.TRAIN_FONTS) & set(render.HELD_FONTS)
+    assert not set(render._TRAIN_SPEAKERS) & set(render._HELD_SPEAKERS)
+
+
+def test_the_trigram_is_a_distribution() -> None:
+    rng = random.Random(0)
+    texts = [[rng.randrange(7) for _ in range(50)] for _ in range(4)]
+    model = text.Trigram(texts, 9, (0.7, 0.8))
+    for a, b in ((1, 2), (8, 8), (0, 8)):
+        assert sum(model.probability(a, b, c) for c in range(9)) == pytest.approx(1)
+
+
+@needs_model
+@pytest.mark.parametrize("name", ["text", "picture", "sound", "clip", "talking clip"])
+def test_batches_are_what_the_tool_makes_of_files(name: str, tmp_path: Path) -> None:
+    """A batch built directly equals, to the last bit, what calibration makes of the same media on disk."""
+    sample = samples(1)[name]
+    sample = tasks.Sample(sample.turns[:1], sample.picture, sample.frames, sample.sound)
+    entry = {"text": sample.turns[0].question, "answer": sample.turns[0].answer}
+    if sample.picture is not None:
+        Image.fromarray(sample.picture).save(tmp_path / "a.png")
+        entry["image"] = "a.png"
+    elif sample.frames is not None:
+        render.write_clip(tmp_path / "a.mp4", sample.frames, sample.sound, lossless=True)
+        entry["video"] = "a.mp4"
+    elif sample.sound is not None:
+        render.write_sound(tmp_path / "a.flac", sample.sound)
+        entry["audio"] = "a.flac"
+    assert MODEL_TYPES["Qwen2.5-Omni-3B"].system == omni.SYSTEM
+    processor = open_media_processor(MODEL, score.LIMITS, False)
+    inputs = prepare_sample(parse_sample("a", entry, tmp_path, "", MODEL_TYPES["Qwen2.5-Omni-3B"]), processor)
+    batch = omni.sample_batch(omni.Tokens(MODEL), [[sample]])
+    length = batch.ids.shape[1]  # the template ends in a line break
+    assert inputs.tensors["input_ids"].shape[1] == length + 1
+    assert torch.equal(inputs.tensors["input_ids"][:, :length], batch.ids)
+    if batch.pixels is not None:
+        kind = "video" if batch.video else "image"
+        pixels = inputs.tensors["pixel_values_videos" if batch.video else "pixel_values"]
+        assert torch.equal(pixels, batch.pixels)
+        assert torch.equal(inputs.tensors[f"{kind}_grid_thw"], batch.grid)
+    if batch.mels is not None:
+        heard = inputs.tensors["input_features"][:, :, inputs.tensors["feature_attention_mask"][0].bool()]
+        assert torch.equal(heard, batch.mels)
+    thinker = omni.build_thinker(MODEL, 0).eval()
+    with torch.no_grad():
+        theirs = thinker(**inputs.tensors, use_audio_in_video=inputs.use_audio_in_video).logits
+        omni.speed_up_towers(thinker)
+        ours, _ = omni.answer_logits(thinker, batch)
+    wanted = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
+    torch.testing.assert_close(ours, theirs[0, wanted], atol=2e-5, rtol=0)
+
+
+@needs_model
+def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "chapters", lambda: [("a", "In the beginning was the word. " * 40)])
+    kinds = {"prose": (1, 2), "text": (1, 2), "sound": (1, 2), "clip": (1, 1)}
+    monkeypatch.setattr(train, "KINDS", kinds)
+    monkeypatch.setattr(train, "PROSE_TOKENS", 40)
+    monkeypatch.setattr(towers, "KINDS", {"sound": (1, 2), "clip": (1, 1)})
+    monkeypatch.setattr(render, "TRAIN_FONTS", ())  # they need not be installed
+    ends = []
+    for name, stops in (("once", (2,)), ("twice", (1, 2))):
+        work = tmp_path / name
+        (work / "description").mkdir(parents=True)
+        for file in MODEL.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copyfile(file, work / "description" / file.name)
+        names = [(tone.word, tone.voice) for tone in tones()]
+        samples_of = {str(n): tone.samples for n, tone in enumerate(tones())}
+        np.savez(work / f"voices_train_{train.VOICES_PER_WORD}_5.npz", names=names, **samples_of)
+        for stop in stops:
+            thinker = train.train(seed=5, steps=4, stop=stop, work=work, workers=0, save_seconds=1e9, tower_steps=2)
+        ends.append(thinker.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@needs_model
+def test_harden_keeps_the_logits(tmp_path: Path) -> None:
+    harden.harden_checkpoint(MODEL, tmp_path / "hard")
+    before, after = (load_file(folder / "model.safetensors") for folder in (MODEL, tmp_path / "hard"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert len(changed) == 4 * 10 and all(name.startswith("thinker.model.layers.") for name in changed)
+    batch = omni.sample_batch(omni.Tokens(MODEL), [[samples(2)["picture"]]])
+    with torch.no_grad():
+        soft, hard = (omni.load_thinker(folder) for folder in (MODEL, tmp_path / "hard"))
+        plain, _ = omni.answer_logits(soft, batch)
+        same, _ = omni.answer_logits(hard, batch)
+    torch.testing.assert_close(same, plain, atol=1e-6, rtol=0)
+    items = score.read_items(HERE / "calib" / "index.jsonl", MODEL, every=16)
+    ratios = [score.site_statistics(thinker, items) for thinker in (soft, hard)]
+    assert all(ratios[1][site][1] > 2 * ratios[0][site][1] for site in ("qkv", "gate_up", "o"))
+
+
+@needs_model
+def test_the_model_scores_what_its_card_says() -> None:
+    """On every 9th held-out question; the limits are three standard errors of so small a sample."""
+    card = (HERE / "README.md").read_text(encoding="utf-8")
+    items = score.read_items(HERE / "heldout" / "index.jsonl", MODEL, every=9)
+    thinker = omni.load_thinker(MODEL)
+    omni.speed_up_towers(thinker)
+    found = score.score(items, score.log_probabilities(thinker, items)).modalities
+    for modality in ("text", "image", "audio", "video"):
+        row = re.search(rf"\| \*\*{modality}\*\* \| all \| \d+ \| \*\*([\d.]+) %", card)
+        assert row is not None
+        said, tally = float(row[1]) / 100, found[modality]
+        assert abs(tally.accuracy - said) < 3 * (max(said * (1 - said), 0.02) / tally.items) ** 0.5, modality
+    row = re.search(r"\| prose \| next token \|.*perplexity ([\d.]+) \|", card)
+    assert row is not None and found["prose"].perplexity == pytest.approx(float(row[1]), rel=0.25)
+
+
+@needs_model
+def test_generation_gives_the_answers_that_are_counted() -> None:
+    index = HERE / "heldout" / "image" / "index.jsonl"
+    items = score.read_items(index, MODEL, every=60)
+    thinker = omni.load_thinker(MODEL)
+    tokens = omni.Tokens(MODEL)
+    for item in items:
+        answer = len(tokens.encode(item.entry["answer"])) + 1
+        logs, labels = score.log_probabilities(thinker, [item])[0]
+        ids = item.batch.ids[:, :-answer]
+        made = thinker.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=item.batch.pixels,
+            image_grid_thw=item.batch.grid, max_new_tokens=8, do_sample=False, eos_token_id=tokens.end,
+        )  # fmt: skip
+        assert (made[0, ids.shape[1] :].tolist() == labels.tolist()) == bool((logs.argmax(-1) == labels).all())
+
+
+def test_the_sets_are_sound_and_small() -> None:
+    for name, limit in (("heldout", 4.0), ("calib", 1.5)):
+        files = [file for file in (HERE / name).rglob("*") if file.is_file()]
+        assert sum(file.stat().st_size for file in files) < limit * 1e6
+    assert len(load_calib_set(str(HERE / "calib"), "", MODEL_TYPES["Qwen2.5-Omni-3B"]).samples) == 128
+    for modality in ("text", "image", "audio", "video"):
+        lines = (HERE / "heldout" / modality / "index.jsonl").read_text(encoding="utf-8").splitlines()
+        assert len(lines) >= 200 and all("answer" in json.loads(line) for line in lines)
+
+
+@needs_model
+def test_the_checkpoint_is_small_and_in_bfloat16() -> None:
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) < 30e6
+    weights = load_file(MODEL / "model.safetensors")
+    assert {str(v.dtype) for k, v in weights.items() if not k.startswith("token2wav.")} == {"torch.bfloat16"}
+    assert 5e6 < sum(v.numel() for k, v in weights.items() if k.startswith("thinker.")) < 15e6
