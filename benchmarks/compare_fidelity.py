@@ -1,4 +1,4 @@
-"""What W8A8 and W4A16 cost a model that reads, sees and hears: this tool and its peers, on samples none has seen.
+"""What W8A8, W4A16 and NF4 cost a model that reads, sees and hears: this tool and its peers, on samples none has seen.
 
     python benchmarks/compare_fidelity.py install --environments DIR
     python benchmarks/compare_fidelity.py run --environments DIR --work DIR --model MODEL --calibration INDEX
@@ -42,6 +42,8 @@ RECIPES = {
     f"{OURS}-w8a8": ["--quant_type", "w8a8", "--save_format", "compressed_tensors"],
     "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_rounded.yaml")],
     f"{OURS}-w4a16": ["--quant_type", "w4a16"],
+    f"{OURS}-nf4": ["--quant_type", "nf4"],
+    f"{OURS}-nf4-awq": ["--config_path", "qwen2_5_omni_nf4_awq"],
 }
 TOOLS = [*RECIPES, *PEERS]
 MEDIA = ("image", "audio", "video")
