@@ -315,7 +315,7 @@ def test_awq_before_int8_is_refused(tiny: Path, scheme: str) -> None:
     error = int4_fault(tiny, {"type": "awq"}, *quants, save=[{"type": "compressed_tensors"}])
     if scheme == "all":
         assert error.message == (
-            "my.yaml:5: awq is for int4 per_group weights; linear_quant makes W8A8_DYNAMIC of"
+            "my.yaml:5: awq is for weights per_group; linear_quant makes W8A8_DYNAMIC of"
             " thinker.model.layers.0.mlp.down_proj"
         )
         assert "iter_smooth or smooth_quant" in error.hint
@@ -374,7 +374,7 @@ def test_save_formats_override_and_keep_the_recipes_settings(tiny: Path) -> None
 
 def test_unknown_save_format(tiny: Path) -> None:
     error = fault(tiny, save_formats=["gguf"])
-    assert error.message == "unknown save_format 'gguf'. Known: ascendv1_saver, compressed_tensors, awq"
+    assert error.message == "unknown save_format 'gguf'. Known: ascendv1_saver, compressed_tensors, awq, bitsandbytes"
 
 
 # --- the checkpoint against config.json ----------------------------------------------------------------------

@@ -271,8 +271,8 @@ def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("weight", "key", "words"),
     [
-        ("{dtype: int4}", "weight", "int8 goes with scope per_channel, int4 with scope per_group"),
-        ("{scope: per_group}", "weight", "int8 goes with scope per_channel, int4 with scope per_group"),
+        ("{dtype: int4}", "weight", "int8 goes with scope per_channel, int4 and nf4 with scope per_group"),
+        ("{scope: per_group}", "weight", "int8 goes with scope per_channel, int4 and nf4 with scope per_group"),
         ("{symmetric: False}", "weight", "int8 weights are symmetric"),
         ("{method: gptq}", "weight", "gptq is for int4 per_group"),
         ("{ext: {group_size: 64}}", "weight", "ext.group_size is for scope per_group"),
@@ -280,7 +280,7 @@ def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
         ("{scope: per_group, dtype: int4, ext: {group_size: '64'}}", "weight.ext.group_size", "32, 64 or 128"),
         ("{scope: per_group, dtype: int4, ext: {groupsize: 64}}", "weight.ext.groupsize", "'group_size'"),
         ("{scope: per_group, dtype: int4, method: awq}", "weight.method", "'gptq'"),
-        ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8' or 'int4'"),
+        ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8', 'int4' or 'nf4'"),
     ],
 )
 def test_weight_fault(weight: str, key: str, words: str) -> None:
@@ -331,7 +331,7 @@ def test_modality_weight_fault(weights: str, key: str, words: str) -> None:
         ({"type": "awq", "n_grid": 1000}, ("n_grid", "100")),
         ({"type": "awq", "enable_subgraph_type": ["linear-linear"]}, ("enable_subgraph_type", "'ov'", "'up-down'")),
         ({"type": "awq", "alpha": 0.5}, ("alpha", "unknown key", "n_grid")),
-        ({"type": "awq", "weight_qconfig": {"dtype": "int4"}}, ("weight_qconfig", "int4 with scope per_group")),
+        ({"type": "awq", "weight_qconfig": {"dtype": "int4"}}, ("weight_qconfig", "int4 and nf4 with scope per_group")),
         ({"type": "awq", "include": []}, ("include", "at least one")),
         ({"type": "linear_quant", "qconfig": {"weight": {}}}, ("qconfig", "int8 activations", "`act: {}`")),
         ({"type": "linear_quant"}, ("qconfig", "missing")),
@@ -544,7 +544,7 @@ def test_unknown_quant_type(quant_type: str, model_type: str) -> None:
         find_recipe(model_type, quant_type)
     message = caught.value.message
     assert f"quant_type {quant_type!r} and model_type {model_type!r}" in message
-    assert "Quant types with a recipe: w4a16, w8a8." in message
+    assert "Quant types with a recipe: nf4, w4a16, w8a8." in message
     assert "Did you mean 'w8a8'?" in message
     assert "--config_path" in caught.value.hint
 

@@ -1,4 +1,4 @@
-"""What the shipped recipes cost a model that really reads, sees and hears: the trained tiny Omni, held-out questions."""
+"""What the shipped recipes cost a model that reads, sees and hears: the trained tiny Omni on held-out samples."""
 
 from __future__ import annotations
 

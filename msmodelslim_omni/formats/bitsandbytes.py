@@ -81,7 +81,7 @@ def _state(linear: OutLinear, offset: float | None) -> bytes:
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": linear.scheme.group_size,
-        "dtype": str(TORCH_DTYPES[linear.float_dtype]).removeprefix("torch."),
+        "dtype": _dtype_name(linear.float_dtype),
         "shape": list(linear.shape),
     }
     if linear.nested is None:
@@ -89,6 +89,10 @@ def _state(linear: OutLinear, offset: float | None) -> bytes:
     state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset or 0.0}
     room = len(json.dumps({**state, "nested_offset": 0.0})) + _OFFSET_LENGTH
     return json.dumps(state).ljust(room).encode()
+
+
+def _dtype_name(dtype: str) -> str:
+    return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
 
 
 def _as_tensor(text: bytes) -> torch.Tensor:
@@ -104,14 +108,14 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
 
 
 def quantization_config(job: OutputJob) -> dict[str, Any]:
-    linear = next(iter(job.linears))
+    linear = next(iter(job.linears), None)
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": linear.scheme.double_quant,
-        "bnb_4bit_compute_dtype": str(TORCH_DTYPES[linear.float_dtype]).removeprefix("torch."),
+        "bnb_4bit_use_double_quant": linear is not None and linear.scheme.double_quant,
+        "bnb_4bit_compute_dtype": _dtype_name(linear.float_dtype if linear is not None else "BF16"),
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_skip_modules": list(dict.fromkeys([*skipped_words(job), *job.float_modules])),
         "llm_int8_enable_fp32_cpu_offload": False,
