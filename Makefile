@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install
 	rm -rf demo-out
-	$(RUN) examples/demo.py demo-out
+	$(RUN) examples/demo.py demo-out --max_samples 320
 
 test: install
 	$(RUN) -m pytest -n 2 --dist loadfile

@@ -51,7 +51,7 @@ def results(reports: dict[str, dict[str, Any]]) -> Table:
     first = next(iter(reports.values()))
     for modality, of_float in first["by_modality"].items():
         figures = [report["by_modality"][modality] for report in reports.values()]
-        cells = [cell for f in figures for cell in (_share(f["exact_quant"]), f"{f['kl_mean']['value']:.4f}")]
+        cells = [cell for f in figures for cell in (_share(f["exact_quant"]), f"{f['kl_mean']['value']:.2g}")]
         table.add_row(modality, str(of_float["answered"]), _share(of_float["exact_float"]), *cells)
     return table
 
