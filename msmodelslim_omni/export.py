@@ -186,8 +186,7 @@ def _checked(linear: OutLinear, save_format: str) -> OutLinear:
 
     def scales() -> torch.Tensor:
         loaded = finite_scales(linear)
-        is_int4 = linear.scheme.weight_bits == 4 and linear.scheme.codebook is None
-        if is_int4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
+        if linear.scheme.is_int4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
             raise QuantError(
                 f"{linear.name}: its scales are no numbers of {str(dtype).removeprefix('torch.')}, in which"
                 f" {save_format} stores them",

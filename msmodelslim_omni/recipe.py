@@ -7,16 +7,14 @@ What needs the checkpoint (do the patterns match, does the model type admit the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from .errors import QuantError, nearest
+from .recipe_faults import FaultsInWords
 from .recipe_yaml import Location, build, compose, node_at, refuse_duplicates_and_bombs, without_anchor_holders
 from .resources import shipped_folder
 
@@ -327,6 +325,10 @@ class Recipe(_Block):
                 yield here, item
 
 
+# Names by which pydantic tells the branches of a union apart.
+_UNION_TAGS = frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq", "group", *SAVER_CONFIGS})
+
+
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check one recipe file. Raises QuantError naming file:line, key, value and what is allowed."""
     path = Path(path)
@@ -350,7 +352,7 @@ def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise QuantError(
-            "\n".join(_explain_all(error, root, path)),
+            "\n".join(FaultsInWords(Recipe, _UNION_TAGS, root, path).all(error)),
             "see `msmodelslim recipes show` for a recipe that works and `msmodelslim recipes schema` for all keys",
         ) from error
     recipe._path, recipe._text, recipe._root = path, text, root
@@ -397,73 +399,3 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["additionalProperties"] = True
     return schema
-
-
-# --- faults in words -----------------------------------------------------------------------------------------
-
-
-def _blocks_in(annotation: Any) -> list[type[BaseModel]]:
-    """All models named in an annotation, through Annotated, unions and containers."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    if get_origin(annotation) is not None or isinstance(annotation, UnionType):
-        return [block for part in get_args(annotation) for block in _blocks_in(part)]
-    return []
-
-
-def _block_at(location: Location) -> type[BaseModel]:
-    """The model that governs a location of a pydantic error."""
-    candidates: list[type[BaseModel]] = [Recipe]
-    for step in location:
-        tagged = [
-            c for c in candidates if c.model_fields.get("type") and step in get_args(c.model_fields["type"].annotation)
-        ]
-        if tagged:
-            candidates = tagged
-        elif isinstance(step, str) and step in candidates[0].model_fields:
-            candidates = _blocks_in(candidates[0].model_fields[step].annotation) or candidates
-    return candidates[0]
-
-
-def _dotted(location: Location) -> str:
-    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in location).lstrip(".") or "recipe"
-
-
-def _user_location(location: Location) -> Location:
-    """Without the union tags that pydantic inserts after a list index."""
-    tags = {"linear_quant", "smooth_quant", "iter_smooth", "awq", "group", *SAVER_CONFIGS}
-    noise = re.compile(r"^(constrained-|dict\[|\[key\]$|literal\[|function-|float$|int$|tuple\[)")
-    return tuple(s for s in location if not (isinstance(s, str) and (s in tags or noise.match(s))))
-
-
-def _explain_all(error: ValidationError, root: yaml.Node, path: Path) -> list[str]:
-    """The first ten faults, one line a key: the branches of a union are joined, a container's own echo is dropped."""
-    by_key: dict[Location, list[str]] = {}
-    for fault in error.errors():
-        by_key.setdefault(_user_location(tuple(fault["loc"])), []).append(_explain(fault, root, path))
-    inner = [key for key in by_key if not any(other != key and other[: len(key)] == key for other in by_key)]
-    lines = (by_key[key] for key in inner)
-    return ["; or ".join([first, *(other.split(": ", 1)[1] for other in rest)]) for first, *rest in lines][:10]
-
-
-def _explain(fault: Any, root: yaml.Node, path: Path) -> str:
-    """One pydantic fault as `file:line: key: what is wrong; what is allowed`."""
-    location: Location = tuple(fault["loc"])
-    shown = _user_location(location)
-    where = f"{path}:{node_at(root, shown).start_mark.line + 1}"
-    kind, context = fault["type"], fault.get("ctx", {})
-    if kind == "extra_forbidden":
-        allowed = sorted(_block_at(location[:-1]).model_fields)
-        guess = nearest(str(location[-1]), allowed)
-        return f"{where}: {_dotted(shown)}: unknown key. Allowed here: {', '.join(allowed)}.{guess}"
-    if kind == "missing":
-        return f"{where}: {_dotted(shown)}: this key is missing"
-    if kind == "literal_error":
-        return f"{where}: {_dotted(shown)} is {fault['input']!r}; allowed: {context['expected']}"
-    if kind == "union_tag_invalid":
-        what = "saver" if "save" in location else "processor"
-        guess = nearest(str(context["tag"]), re.findall(r"'([^']+)'", context["expected_tags"]))
-        return f"{where}: {what} {context['tag']!r} is not supported; supported: {context['expected_tags']}.{guess}"
-    if kind == "union_tag_not_found":
-        return f"{where}: {_dotted(shown)}: the key `type` is missing"
-    return f"{where}: {_dotted(shown)} is {str(fault['input'])[:80]!r}: {fault['msg']}"

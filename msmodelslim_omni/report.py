@@ -152,13 +152,13 @@ RUN_MEMORY_NOTE = "Activations, and what a runtime sets aside for itself, come o
 def run_memory_rows(memory: RunMemory) -> list[list[str]]:
     """Rows under RUN_MEMORY_COLUMNS."""
 
-    def row(what: str, before: int, now: int, saved: float) -> list[str]:
-        return [what, human_bytes(before), human_bytes(now), f"{-saved:+.0%}" if now != before else ""]
+    def row(what: str, before: int, now: int) -> list[str]:
+        return [what, human_bytes(before), human_bytes(now), f"{now / before - 1:+.0%}" if now != before else ""]
 
-    rows = [row("weights that answer in text", memory.text_float, memory.text_now, memory.text_saved)]
+    rows = [row("weights that answer in text", memory.text_float, memory.text_now)]
     if memory.all_float > memory.text_float:
-        rows.append(row("all weights, speech too", memory.all_float, memory.all_now, memory.all_saved))
-    return [*rows, row("keys and values of 1000 tokens", memory.cache, memory.cache, 0.0)]
+        rows.append(row("all weights, speech too", memory.all_float, memory.all_now))
+    return [*rows, row("keys and values of 1000 tokens", memory.cache, memory.cache)]
 
 
 def as_markdown(report: Report) -> str:

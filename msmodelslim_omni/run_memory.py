@@ -26,14 +26,6 @@ class RunMemory:
     all_now: int
     cache: int
 
-    @property
-    def text_saved(self) -> float:
-        return 1 - self.text_now / self.text_float
-
-    @property
-    def all_saved(self) -> float:
-        return 1 - self.all_now / self.all_float
-
 
 def run_memory(model: ModelSpec, config: dict[str, Any], sizes: Iterable[tuple[str, int, int]]) -> RunMemory:
     """sizes: of each part by its name, in bytes, float and now."""

@@ -39,6 +39,11 @@ class QuantScheme:
         return f"W{self.weight_bits}A16{grouped}" + ("_SYM" if self.symmetric else "")
 
     @property
+    def is_int4(self) -> bool:
+        """Four bits that are integers, not codes of a table."""
+        return self.weight_bits == 4 and self.codebook is None
+
+    @property
     def weight_range(self) -> tuple[int, int]:
         """The smallest and the largest integer: [-127, 127] for int8 with int8 activations, [-8, 7] for 4 bits.
 

@@ -131,6 +131,17 @@ def test_weights_are_bitsandbytes_own_of_the_source(outputs: dict[str, Path], ti
         assert torch.equal(dequantize(output.load_linear(linear)), weight)
 
 
+def assert_loaded_as_planned(model: Any, path: Path, prefix: str = "") -> None:
+    """The Linears on disk, and no other, are 4-bit modules that hold what is there. prefix: of names on disk alone."""
+    output = open_quantized(path)
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    found = {prefix + name.replace("language_model.", ""): module for name, module in modules.items()}
+    assert found.keys() == output.linears.keys()
+    for on_disk, module in found.items():
+        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+        assert torch.equal(weight, dequantize(output.load_linear(on_disk)).to(weight.dtype))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("part", ["full", "thinker"])
 def test_the_library_loads_it_with_no_further_arguments(outputs: dict[str, Path], name: str, part: str) -> None:
@@ -138,16 +149,7 @@ def test_the_library_loads_it_with_no_further_arguments(outputs: dict[str, Path]
 
     whole, thinker = "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"
     model = getattr(transformers, whole if part == "full" else thinker).from_pretrained(outputs[name])
-    output = open_quantized(outputs[name])
-    found = {}
-    for module_name, module in model.named_modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            on_disk = module_name.replace("language_model.", "")
-            found[on_disk if part == "full" else f"thinker.{on_disk}"] = module
-    assert found.keys() == output.linears.keys()
-    for on_disk, module in found.items():
-        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        assert torch.equal(weight, dequantize(output.load_linear(on_disk)).to(weight.dtype))
+    assert_loaded_as_planned(model, outputs[name], "" if part == "full" else "thinker.")
     speaker = model.thinker if part == "full" else model
     ids = torch.arange(5, 25)[None]
     tokens = speaker.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
@@ -159,14 +161,7 @@ def test_vl(tiny_vl: Path, tmp_path: Path) -> None:
 
     quant(tiny_vl, tmp_path / "out", "--quant_type", "nf4").done()
     assert examine(tmp_path / "out", tiny_vl).codes() == set()
-    output = open_quantized(tmp_path / "out")
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out")
-    found = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    assert {name.replace("language_model.", "") for name in found} == output.linears.keys()
-    for name, module in found.items():
-        weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
-        ours = dequantize(output.load_linear(name.replace("language_model.", "")))
-        assert torch.equal(weight, ours.to(weight.dtype))
+    assert_loaded_as_planned(Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "out"), tmp_path / "out")
 
 
 def test_sizes_and_config(outputs: dict[str, Path]) -> None:
@@ -261,7 +256,7 @@ def state(text: str) -> torch.Tensor:
 
 
 STATE = f"{Q_PROJ}.{nf4_format.STATE}"
-GOOD = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 128]}'
+GOOD = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [256, 256]}'
 
 
 @pytest.mark.parametrize(
@@ -274,7 +269,7 @@ GOOD = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [12
         (replaced(STATE, state("[]")), "nf4_state_wrong"),
         (replaced(STATE, state(GOOD.replace("nf4", "fp4"))), "nf4_state_wrong"),
         (replaced(STATE, state(GOOD.replace("64", "63"))), "nf4_state_wrong"),
-        (replaced(STATE, state(GOOD.replace("128, 128", "64, 128"))), "nf4_state_wrong"),
+        (replaced(STATE, state(GOOD.replace("256, 256", "64, 256"))), "nf4_state_wrong"),
         (replaced(STATE, torch.zeros(1 << 13, dtype=torch.uint8)), "nf4_state_wrong"),
         (replaced(f"{Q_PROJ}.weight.quant_map", torch.linspace(-1, 1, 16)), "nf4_state_wrong"),
         (replaced(f"{Q_PROJ}.weight.absmax", torch.full((3,), 1.0)), "nf4_state_wrong"),
@@ -286,6 +281,10 @@ def test_damage_is_found_and_refused(
     damaged = edited(outputs["plain"], tmp_path / "damaged", change)
     assert code in examine(damaged).codes()
     assert Q_PROJ in command("export", damaged, "--save_path", tmp_path / "x", "--save_format", "bitsandbytes").fault()
+
+
+def test_the_state_that_damage_is_made_of_is_a_good_one(outputs: dict[str, Path], tmp_path: Path) -> None:
+    assert examine(edited(outputs["plain"], tmp_path / "same", replaced(STATE, state(GOOD)))).codes() == set()
 
 
 def test_scales_that_are_no_numbers(outputs: dict[str, Path], tmp_path: Path) -> None:

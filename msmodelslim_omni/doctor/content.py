@@ -167,7 +167,7 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
 
 def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor, marks: torch.Tensor) -> None:
     """q, marks: float32 of the block's shape, to be overwritten."""
-    integers = linear.qweight[rows] - tally.zero
+    integers = linear.qweight[rows] - tally.zero if tally.zero else linear.qweight[rows]
     q.copy_(integers)
     low, high = integers.amin(dim=1), integers.amax(dim=1)
     tally.low, tally.high = min(tally.low, int(low.min())), max(tally.high, int(high.max()))

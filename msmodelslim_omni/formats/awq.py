@@ -37,8 +37,7 @@ _LARGEST_HALF = 65504.0
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     names = sorted({scheme.name for scheme in schemes})
     for scheme in schemes:
-        is_int4 = scheme.weight_bits == 4 and scheme.codebook is None
-        if not is_int4 or scheme.act_bits is not None or scheme.group_size is None:
+        if not scheme.is_int4 or scheme.act_bits is not None or scheme.group_size is None:
             return f"it holds int4 weights per group with float activations, not {scheme.name}"
         if scheme.symmetric:
             return (

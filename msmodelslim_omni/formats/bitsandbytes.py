@@ -24,7 +24,7 @@ from ..safetensors_io import TORCH_DTYPES, TensorInfo, TensorSpec, load_tensor
 from ..scheme import QuantScheme
 from .job import OutLinear, OutputJob, OutTensor
 from .skips import skipped_words
-from .stored import PartFault, Parts, StoredLinear, StoredLinears, missing_parts, wrong_parts
+from .stored import PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
 
 weights_stem = "model"
 
@@ -54,29 +54,26 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
     def spec(ending: str, dtype: str, *shape: int) -> TensorSpec:
         return TensorSpec(f"{linear.name}.{ending}", dtype, shape)
 
-    length = len(_state(linear, None))
+    def state() -> torch.Tensor:
+        return torch.tensor(list(_state(linear, nested().offset if nested is not None else 0.0)), dtype=torch.uint8)
+
     tensors = [
         OutTensor(spec("weight", "U8", out_features * in_features // 2, 1), lambda: pack(linear.qweight()), kind),
         OutTensor(spec("weight.quant_map", "F32", len(LEVELS)), lambda: torch.tensor(LEVELS), kind),
+        OutTensor(spec(STATE, "U8", len(_state(linear, 0.0))), state, kind),
     ]
     if nested is None:
-        state = _as_tensor(_state(linear, None))
-        return [
-            *tensors,
-            OutTensor(spec("weight.absmax", "F32", blocks), lambda: linear.scales().flatten(), kind),
-            OutTensor(spec(STATE, "U8", length), lambda: state, kind),
-        ]
+        return [*tensors, OutTensor(spec("weight.absmax", "F32", blocks), lambda: linear.scales().flatten(), kind)]
     scales = -(-blocks // NESTED_BLOCK_SIZE)
     return [
         *tensors,
         OutTensor(spec("weight.absmax", "U8", blocks), lambda: nested().codes, kind),
         OutTensor(spec("weight.nested_absmax", "F32", scales), lambda: nested().scales, kind),
         OutTensor(spec("weight.nested_quant_map", "F32", 256), lambda: nested().levels, kind),
-        OutTensor(spec(STATE, "U8", length), lambda: _as_tensor(_state(linear, nested().offset)), kind),
     ]
 
 
-def _state(linear: OutLinear, offset: float | None) -> bytes:
+def _state(linear: OutLinear, offset: float) -> bytes:
     """What bitsandbytes keeps of a weight beside its tensors. Blanks make it as long for every offset."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
@@ -86,17 +83,13 @@ def _state(linear: OutLinear, offset: float | None) -> bytes:
     }
     if linear.nested is None:
         return json.dumps(state).encode()
-    state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset or 0.0}
+    state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset}
     room = len(json.dumps({**state, "nested_offset": 0.0})) + _OFFSET_LENGTH
     return json.dumps(state).ljust(room).encode()
 
 
 def _dtype_name(dtype: str) -> str:
     return str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-
-
-def _as_tensor(text: bytes) -> torch.Tensor:
-    return torch.tensor(list(text), dtype=torch.uint8)
 
 
 def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
@@ -144,25 +137,14 @@ def read_linears(
         raise QuantError(f"a bitsandbytes checkpoint with {said} is not read", "read is nf4, stored as uint8")
     linears: dict[str, StoredLinear] = {}
     faults = []
-    for name, parts in nf4_parts(tensors).items():
+    for name, parts in group_parts(tensors, (*PARTS, *NESTED)).items():
+        if set(parts) == {"weight"}:
+            continue  # a float Linear, a norm, an embedding
         try:
             linears[name] = StoredLinear(stored_linear(name, parts, float_dtype(name)), parts)
         except QuantError as error:
             faults.append(PartFault(name, error.message))
     return StoredLinears(linears, tuple(faults))
-
-
-def nf4_parts(tensors: Mapping[str, TensorInfo]) -> dict[str, Parts]:
-    """The tensors of each Linear that has any but its weight, by ending."""
-    grouped: dict[str, Parts] = {}
-    for name, info in tensors.items():
-        for ending in (*PARTS[1:], *NESTED):
-            if name.endswith(f".{ending}"):
-                grouped.setdefault(name.removesuffix(f".{ending}"), {})[ending] = info
-    for linear, parts in grouped.items():
-        if f"{linear}.weight" in tensors:
-            parts["weight"] = tensors[f"{linear}.weight"]
-    return grouped
 
 
 def stored_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
@@ -178,7 +160,7 @@ def stored_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
     blocks = shape[0] * shape[1] // block_size
     is_nested = offset is not None
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        "weight": (("U8",), (-(-shape[0] * shape[1] // 2), 1)),
+        "weight": (("U8",), (shape[0] * shape[1] // 2, 1)),
         "weight.absmax": (("U8",) if is_nested else ("F32",), (blocks,)),
         "weight.quant_map": (("F32",), (len(LEVELS),)),
     }

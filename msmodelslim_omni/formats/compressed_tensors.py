@@ -39,8 +39,7 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
 
 
 def _is_packed(scheme: QuantScheme) -> bool:
-    is_int4 = scheme.weight_bits == 4 and scheme.codebook is None
-    return is_int4 and scheme.act_bits is None and scheme.group_size is not None
+    return scheme.is_int4 and scheme.act_bits is None and scheme.group_size is not None
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:

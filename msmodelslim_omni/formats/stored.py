@@ -58,11 +58,14 @@ class Reader(Protocol):
 
 
 def group_parts(tensors: Mapping[str, TensorInfo], endings: tuple[str, ...]) -> dict[str, Parts]:
-    """Tensors called `<linear>.<ending>`, by Linear and ending, in the order of the Linears' first tensors."""
+    """Tensors called `<linear>.<ending>`, by Linear and ending, in the order of the Linears' first tensors.
+
+    An ending may have a dot in it (`weight.absmax`).
+    """
     grouped: dict[str, Parts] = {}
     for name, info in tensors.items():
-        linear, _, ending = name.rpartition(".")
-        if linear and ending in endings:
+        ending = next((ending for ending in endings if name.endswith(f".{ending}")), None)
+        if ending is not None and (linear := name.removesuffix(f".{ending}")):
             grouped.setdefault(linear, {})[ending] = info
     return grouped
 
