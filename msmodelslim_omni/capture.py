@@ -29,6 +29,7 @@ class InputStats:
     count:  int64 [modalities], tokens seen.
     rows:   float32 [n, in], a fixed choice of tokens; row_modality: int8 [n].
     grams:  the second moment of each modality present, by index; empty where no processor asks for it.
+    weighed: in their place, that of all modalities, tokens weighed by an importance.
     """
 
     absmax: torch.Tensor
@@ -37,6 +38,7 @@ class InputStats:
     rows: torch.Tensor
     row_modality: torch.Tensor
     grams: dict[int, Gram] = field(default_factory=dict)
+    weighed: Gram | None = None
 
     def merged(self, other: InputStats) -> InputStats:
         return InputStats(
@@ -51,10 +53,23 @@ class InputStats:
         """Indices of the modalities that have tokens."""
         return [int(m) for m in torch.nonzero(self.count).flatten()]
 
+    @property
+    def has_gram(self) -> bool:
+        return self.weighed is not None or bool(self.grams)
+
     def gram(self, importance: Mapping[int, float]) -> Gram:
         """H with each token of a modality weighed by its importance; what weighs nothing is left out."""
+        if self.weighed is not None:
+            return self.weighed
         chosen = [(gram, importance[m]) for m, gram in self.grams.items() if importance[m] > 0]
         return combined([gram for gram, _ in chosen], [weight for _, weight in chosen])
+
+    def weighed_by(self, importance: Mapping[int, float]) -> InputStats:
+        """With the one H that this importance makes of all modalities', which are given up."""
+        return replace(self, grams={}, weighed=self.gram(importance)) if self.has_gram else self
+
+    def without_gram(self) -> InputStats:
+        return replace(self, grams={}, weighed=None)
 
     def mean_abs(self, importance: Mapping[int, float]) -> torch.Tensor:
         """The mean |x| of each channel, [in], tokens weighed likewise."""
@@ -71,6 +86,7 @@ class InputStats:
             abssum=self.abssum / factors,
             rows=self.rows / factors,
             grams={m: gram.rescaled(factors) for m, gram in self.grams.items()},
+            weighed=None if self.weighed is None else self.weighed.rescaled(factors),
         )
 
 

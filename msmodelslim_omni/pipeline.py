@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .report import Report, read_report
-from .stream import CalibrationStream, LayerProbe, quantized_layer
+from .stream import CalibrationStream, Errors, LayerProbe, quantized_layer, zero_errors
 from .summary import make_report
 from .workspace import Workspace, check_room, check_save_path
 
@@ -198,13 +199,15 @@ def _quantize_layer(
     else:
         with clock("forward"):
             seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
-        loaded = replace(work, stats=seen.stats, importance=seen.importance, probe=seen.probe)
-        work = _process(layer, loaded, clock)
-        if plan.statistics == "gram":
-            with clock("check"):
-                work = _no_worse_than_rounding(plan, loaded, work, seen.probe)
+        probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
+        seen = replace(seen, stats={})  # H of each modality
+        loaded = replace(
+            work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance
+        )
+        work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
+        work, judged = _judged(plan, loaded, work, probe, clock)
         with clock("propagate"):
-            output = stream.advance(layer.index, _module(plan, work), seen.probe)
+            output = stream.advance(layer.index, partial(_module, plan, work), judged)
     with clock("measure"):
         return work, record_layer(plan, layer, work, output)
 
@@ -225,10 +228,30 @@ def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
     return work
 
 
-def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe) -> LayerWork:
+def _judged(
+    plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe, clock: Clock
+) -> tuple[LayerWork, Errors]:
+    """The layer as it is to be written, and the errors of its outputs on the judging samples.
+
+    Where a search was made on H the layer is tried, and plainly rounded if that is better; elsewhere the errors are
+    asked for only if no sample runs through the quantized layer anyway.
+    """
+    probe.release()
+    if plan.statistics == "gram":
+        with clock("check"):
+            return _no_worse_than_rounding(plan, loaded, work, probe)
+    if plan.calibration.propagate_error:
+        return work, zero_errors()
+    with clock("check"):
+        return work, probe.errors(_module(plan, work, held=False))
+
+
+def _no_worse_than_rounding(
+    plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe
+) -> tuple[LayerWork, Errors]:
     """The layer as it is, if its true output error is below that of plain rounding; else plainly rounded."""
     if not loaded.schemes:
-        return work
+        return work, probe.errors(_module(plan, work, held=False))
     plain = replace(
         loaded,
         quantized={
@@ -240,14 +263,16 @@ def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork,
         ),
         notes=work.notes,
     )
-    error, of_plain = probe.layer_error(_module(plan, work)), probe.layer_error(_module(plan, plain))
+    searched = probe.errors(_module(plan, work, held=False))
+    rounded = probe.errors(_module(plan, plain, held=False))
+    error, of_plain = probe.weighed(searched), probe.weighed(rounded)
     ratio = relative_error(error, of_plain)
     if error < of_plain:
-        return replace(work, over_plain=ratio)
+        return replace(work, over_plain=ratio), searched
     note = "fell back to plain rounding: " + (
         f"the search's output error would be {ratio:.3f}x of it" if of_plain > 0 else "it loses nothing here"
     )
-    return replace(plain, over_plain=1.0, notes=(*work.notes, note))
+    return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
 
 def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str, torch.Tensor]:
@@ -259,10 +284,10 @@ def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str
     return weights
 
 
-def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
-    """The library's layer as the work has it."""
+def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:
+    """The library's layer as the work has it. held: see quantized_layer."""
     floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
-    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized)
+    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, held)
 
 
 def _results(plan: QuantPlan, work: LayerWork) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:

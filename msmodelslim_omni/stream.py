@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,10 @@ from .sample_store import HiddenStates, StemStore
 # Memory for what is also on disk; beyond it, samples are read back when they are needed.
 HIDDEN_BUDGET = 512 << 20
 ARGUMENTS_BUDGET = 256 << 20
+
+
+# Squared sums by modality, float64 [modalities] each: of errors, and of what they are compared with.
+Errors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,9 @@ class CalibrationStream:
         recorder = InputRecorder(
             module, spec, self._counts(self._held_out) if self._plan.statistics == "gram" else None
         )
-        probe = LayerProbe(module, {group.block for group in spec.groups}, self._importance)
+        # Only a search on H tries its candidates in the blocks themselves.
+        blocks = {group.block for group in spec.groups} if self._plan.statistics == "gram" else set()
+        probe = LayerProbe(module, blocks, self._importance)
         propagate = self._plan.calibration.propagate_error
         self._exact = self._boundary(layer, "exact") if propagate else self._boundary(layer + 1)
 
@@ -171,18 +177,17 @@ class CalibrationStream:
             raise QuantError(f"layer {layer}: {unseen[0]} never saw a token", "exclude it, or give other samples")
         return Captured(stats, self._importance, probe)
 
-    def advance(self, layer: int, module: torch.nn.Module, probe: LayerProbe) -> OutputError:
+    def advance(self, layer: int, module: Callable[[], torch.nn.Module], judged: Errors) -> OutputError:
         """Go to the next layer's inputs. Returns the error of the quantized layer's outputs against the float layer's.
 
         With propagate_error they are the quantized layer's outputs on all samples, else those of the float layer; the
-        error is then known of the judging samples. What lies before this layer is deleted by `forget`, once the
-        layer's part is safe on disk.
+        error is then that of the judging samples, `judged`. What lies before this layer is deleted by `forget`, once
+        the layer's part is safe on disk. module: makes the quantized layer, where it is needed.
         """
-        following = self._exact
-        error, signal = probe.errors(module) if not self._plan.calibration.propagate_error else _zero_errors()
+        following, (error, signal) = self._exact, judged
         if self._plan.calibration.propagate_error:
-            following = self._boundary(layer + 1)
-            following.write(self._quantized_outputs(module, error, signal))
+            following, (error, signal) = self._boundary(layer + 1), zero_errors()
+            following.write(self._quantized_outputs(module(), error, signal))
             self._exact.path.unlink()
         self._hidden = following
         present = torch.nonzero(signal).flatten().tolist()
@@ -264,7 +269,10 @@ def held_out(judges: frozenset[int], modalities: Sequence[torch.Tensor]) -> froz
 
 
 class LayerProbe:
-    """A float layer and the samples that judge changes to it, with its blocks' inputs and true outputs."""
+    """A float layer and the samples that judge changes to it, with its blocks' inputs and true outputs.
+
+    `release` gives up the layer and what the blocks saw: then only `errors` may be asked for.
+    """
 
     def __init__(self, layer: torch.nn.Module, blocks: set[str], importance: Mapping[int, float]) -> None:
         self._layer = layer
@@ -323,17 +331,20 @@ class LayerProbe:
         present = torch.unique(modalities).tolist()
         return {MODALITIES[index]: float(ratio[modalities == index].mean()) for index in present}
 
-    def errors(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(self, layer: torch.nn.Module) -> Errors:
         """Squared sums by modality: of a changed layer's error, and of what the float layer adds to its input."""
-        error, signal = _zero_errors()
+        error, signal = zero_errors()
         for (inputs, exact), modality in zip(self._samples, self._modalities, strict=True):
             add_errors(error, signal, inputs.hidden, exact, run_layer(layer, inputs), modality)
         return error, signal
 
-    def layer_error(self, layer: torch.nn.Module) -> float:
-        """The squared error of a changed layer's output, tokens weighed by importance."""
-        error, _ = self.errors(layer)
-        return sum(weight * float(error[m]) for m, weight in self._importance.items())
+    def weighed(self, errors: Errors) -> float:
+        """A squared error of a layer's output, tokens weighed by importance."""
+        return sum(weight * float(errors[0][m]) for m, weight in self._importance.items())
+
+    def release(self) -> None:
+        self._layer = torch.nn.Identity()
+        self._calls.clear()
 
 
 @contextmanager
@@ -350,7 +361,7 @@ def _standing_in(layer: torch.nn.Module, linears: Mapping[str, torch.nn.Module])
             setattr(parent, child, before[name])
 
 
-def _zero_errors() -> tuple[torch.Tensor, torch.Tensor]:
+def zero_errors() -> Errors:
     return torch.zeros(len(MODALITIES), dtype=torch.float64), torch.zeros(len(MODALITIES), dtype=torch.float64)
 
 
@@ -379,11 +390,14 @@ def _hidden(out: Any) -> torch.Tensor:
 
 
 class EmulatedLinear(torch.nn.Module):
-    """A quantized Linear in a float layer: int8 activations per token, the integers kept as float32 for speed."""
+    """A quantized Linear in a float layer, computed as the runtime does. held: with int8 activations the integers are
+    kept as float32, for speed.
+    """
 
-    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
+    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, held: bool = True) -> None:
         super().__init__()
-        self._linear = replace(linear, qweight=linear.qweight.to(torch.float32))
+        wide = held and linear.scheme.act_bits is not None
+        self._linear = replace(linear, qweight=linear.qweight.to(torch.float32)) if wide else linear
         self._bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -391,14 +405,15 @@ class EmulatedLinear(torch.nn.Module):
 
 
 def emulate(
-    module: torch.nn.Module, quantized: Mapping[str, QuantizedLinear], weights: Mapping[str, torch.Tensor]
+    module: torch.nn.Module,
+    quantized: Mapping[str, QuantizedLinear],
+    weights: Mapping[str, torch.Tensor],
+    held: bool = True,
 ) -> None:
-    """Replace the Linears with int8 activations, by relative name, by their emulation; biases come from `weights`."""
+    """Replace Linears, by relative name, by their emulation; biases come from `weights`."""
     for name, linear in quantized.items():
-        if linear.scheme.act_bits is None:
-            continue  # an ordinary Linear with a dequantized weight
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias")))
+        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias"), held))
 
 
 def quantized_layer(
@@ -407,15 +422,18 @@ def quantized_layer(
     index: int,
     floats: Mapping[str, torch.Tensor],
     linears: Mapping[str, QuantizedLinear],
+    held: bool = True,
 ) -> torch.nn.Module:
     """The library's layer in float32; Linears with int8 activations are emulated, others hold what they stand for.
 
-    floats, linears: all tensors of the layer, by relative name.
+    floats, linears: all tensors of the layer, by relative name. held: False keeps all weights as integers, which are
+    widened a piece at a time in each product: a quarter of the memory, for a layer that runs on few samples.
     """
     weights = {name: tensor.to(torch.float32) for name, tensor in floats.items()}
+    emulated = {name: q for name, q in linears.items() if q.scheme.act_bits is not None or not held}
     for name, linear in linears.items():
-        emulated = linear.scheme.act_bits is not None  # the emulation replaces this weight
-        weights[f"{name}.weight"] = linear.qweight if emulated else dequantize(linear)
+        # The emulation replaces the weight that it is given here.
+        weights[f"{name}.weight"] = linear.qweight if name in emulated else dequantize(linear)
     module: torch.nn.Module = model.family.build_layer(config, index, weights)
-    emulate(module, linears, weights)
+    emulate(module, emulated, weights, held)
     return module

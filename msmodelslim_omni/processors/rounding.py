@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -27,19 +27,21 @@ def triangle_for(schemes: Mapping[str, QuantScheme], gram: Gram | None) -> Trian
 
 
 def round_group(
-    weights: Mapping[str, torch.Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
     schemes: Mapping[str, QuantScheme],
     gram: Gram | None,
     triangle: Triangle | None,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize weights [out, in] by name. gram, triangle: H of their input, as far as it is known and asked for.
+    """Quantize weights [out, in], each with its name, one after the other.
+
+    gram, triangle: H of their input, as far as it is known and asked for.
 
     Clips are searched for what they leave of the output's error: after GPTQ its pivots say so, otherwise the diagonal
     blocks of H, and without data the error of the weight itself.
     """
     pivots = triangle.pivots() if triangle is not None else None
     quantized = {}
-    for name, weight in weights.items():
+    for name, weight in weights:
         scheme = schemes[name]
         importance = None
         if scheme.group_size is not None and scheme.weight_method != "minmax":

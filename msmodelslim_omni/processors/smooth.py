@@ -11,13 +11,14 @@ then yields, and the columns W * s undo it. Two things differ from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
-from ..arithmetic import quantize_weight, quantized_matmul, row_squares
+from ..arithmetic import quantize_weight, quantized_matmul, row_blocks, row_squares
 from ..capture import InputStats
 from ..models.spec import LinearGroup
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
@@ -62,19 +63,20 @@ class _Candidate:
 def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> LayerWork:
     assert work.stats is not None  # the plan runs calibration for this processor
     stats = work.stats[group.name]
-    weights = [work.weights[f"{linear}.weight"].to(torch.float32) for linear in group.linears]
     scheme = work.schemes[group.linears[0]]
     alphas = ALPHA_GRID if config.alpha == "auto" else (config.alpha,)
     scale_min = config.scale_min if isinstance(config, IterSmoothConfig) else 1e-5
 
-    judge = _Judge(stats, [_spread_rows(weight) for weight in weights], replace(scheme, weight_method="minmax"))
+    some = [_spread_rows(work, linear) for linear in group.linears]
+    judge = _Judge(stats, some, replace(scheme, weight_method="minmax"))
     candidates = [
         replace(c, factors=storable(work, group, c.factors)[0])
-        for c in _candidates(stats, weights, group, alphas, scale_min)
+        for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
     ]
     searched = [(judge.worst_ratio(repeated(c.factors, group)), i) for i, c in enumerate(candidates)]
     best = candidates[min(searched)[1]]
-    full = _Judge(stats, weights, scheme).worst_ratio(repeated(best.factors, group))
+    whole = [partial(work.weight, linear) for linear in group.linears]
+    full = _Judge(stats, whole, scheme).worst_ratio(repeated(best.factors, group))
     if not full < 1.0:
         reason = f"best candidate (alpha {best.alpha}) would be {full:.3f}x plain rounding; left alone"
         return work.recorded(SmoothingRecord(group.name, None, 1.0, reason))
@@ -84,13 +86,16 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
 
 def _candidates(
     stats: InputStats,
-    weights: list[torch.Tensor],
+    column_peaks: torch.Tensor,
     group: LinearGroup,
     alphas: tuple[float, ...],
     scale_min: float,
 ) -> Iterator[_Candidate]:
-    """Factors for each alpha, with A as the plain maximum over modalities and, if it differs, balanced."""
-    w = shared_peak(torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0), group)  # [channels]
+    """Factors for each alpha, with A as the plain maximum over modalities and, if it differs, balanced.
+
+    column_peaks: [in], the largest |weight| of each input over the group's Linears.
+    """
+    w = shared_peak(column_peaks, group)  # [channels]
     per_modality = stats.absmax[stats.present()]  # [present, in]
     sources = {"peak over modalities": per_modality.amax(dim=0)}
     if len(per_modality) > 1:
@@ -106,22 +111,33 @@ def _candidates(
             yield _Candidate(alpha, source, torch.where(alive, s, torch.ones_like(s)))
 
 
-def _spread_rows(weight: torch.Tensor) -> torch.Tensor:
-    """At most _SEARCH_ROWS rows, evenly spread."""
-    if weight.shape[0] <= _SEARCH_ROWS:
-        return weight
-    return weight[torch.linspace(0, weight.shape[0] - 1, _SEARCH_ROWS, device=weight.device).round().long()]
+def _column_peaks(work: LayerWork, group: LinearGroup) -> torch.Tensor:
+    """The largest |weight| of each input over the group's Linears: [in] float32."""
+    peaks = []
+    for linear in group.linears:
+        stored = work.weights[f"{linear}.weight"]
+        peaks += [work.weight(linear, rows).to(torch.float32).abs().amax(dim=0) for rows in row_blocks(stored)]
+    return torch.stack(peaks).amax(dim=0)
+
+
+def _spread_rows(work: LayerWork, linear: str) -> Callable[[], torch.Tensor]:
+    """At most _SEARCH_ROWS rows of a weight, evenly spread."""
+    count = len(work.weights[f"{linear}.weight"])
+    rows = torch.linspace(0, count - 1, min(count, _SEARCH_ROWS)).round().long()
+    spread = work.weight(linear, rows).to(torch.float32)
+    return lambda: spread
 
 
 class _Judge:
     """Relative output error of a group under quantization, per modality, against that of plain rounding."""
 
-    def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
+    def __init__(self, stats: InputStats, weights: Sequence[Callable[[], torch.Tensor]], scheme: QuantScheme) -> None:
+        """weights: what gives each Linear's [out, in], or some rows of it; one is in memory at a time."""
         self._x = stats.rows
         self._members = [stats.row_modality == m for m in stats.present()]
         self._weights = weights
         self._scheme = scheme
-        self._exact = [self._x @ weight.T for weight in weights]  # [rows, out] each
+        self._exact = [self._x @ weight().to(torch.float32).T for weight in weights]  # [rows, out] each
         self._plain = self._errors(None)
 
     def worst_ratio(self, factors: torch.Tensor) -> float:
@@ -135,7 +151,8 @@ class _Judge:
         x = self._x if factors is None else self._x / factors
         total = torch.zeros(len(self._members), dtype=torch.float64)
         for weight, exact in zip(self._weights, self._exact, strict=True):
-            linear = quantize_weight(weight if factors is None else weight * factors, self._scheme)
+            scaled = weight().to(torch.float32)
+            linear = quantize_weight(scaled if factors is None else scaled * factors, self._scheme)
             error, signal = row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)  # [rows] each
             total += torch.stack([error[m].sum() / signal[m].sum().clamp_min(1e-300) for m in self._members])
         return total
