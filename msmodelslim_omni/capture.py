@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .budget import DEFAULT, Budget
 from .errors import QuantError
 from .gram import Gram, GramBuilder, combined, sketch_rows
 from .models.spec import MODALITIES, LayerInput, LayerSpec
@@ -122,12 +123,19 @@ def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER
 class InputRecorder:
     """Hooks on one layer that collect InputStats for each of its groups while samples run through it.
 
-    tokens: of each modality over the samples that count in H, where it is to be collected; else None.
+    tokens: of each modality over the samples that count in H, where it is to be collected; else None. budget: of H.
     """
 
-    def __init__(self, layer: torch.nn.Module, spec: LayerSpec, tokens: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        layer: torch.nn.Module,
+        spec: LayerSpec,
+        tokens: Sequence[int] | None = None,
+        budget: Budget = DEFAULT,
+    ) -> None:
         self._stats: dict[str, InputStats] = {}
         self._tokens = tokens
+        self._budget = budget
         self._grams: dict[str, dict[int, GramBuilder]] = {}
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
@@ -158,7 +166,7 @@ class InputRecorder:
 
     def _add_to_grams(self, group: str, x: torch.Tensor, tokens: Sequence[int]) -> None:
         if group not in self._grams:
-            rows = sketch_rows(tokens, x.shape[1])
+            rows = sketch_rows(tokens, x.shape[1], self._budget.matrix, self._budget.factor)
             self._grams[group] = {
                 m: GramBuilder(x.shape[1], rows[m] if rows else None, x.device, seed=m)
                 for m, count in enumerate(tokens)

@@ -50,6 +50,7 @@ def quantize(
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a checkpoint by a recipe and write it in every format the recipe names.
@@ -70,6 +71,7 @@ def quantize(
         save_format=save_format,
         seed=seed,
         trust_remote_code=trust_remote_code,
+        max_memory=max_memory,
         progress=progress,
     )
     return run_guarded(prepared, Path(save_path), overwrite=overwrite, progress=progress)
@@ -77,7 +79,7 @@ def quantize(
 
 def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """`run`, with what the disk does to it told as a fault that the user can mend."""
-    remedy = "lower calibration.max_tokens or max_pixels, or use --device cpu"
+    remedy = "give --max_memory, lower calibration.max_tokens or max_pixels, or use --device cpu"
     try:
         with told_out_of_memory(prepared.device, remedy):
             return run(prepared, save_path, overwrite=overwrite, progress=progress)
@@ -118,10 +120,8 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         stream = CalibrationStream(plan, prepared.calib, workspace.folder, device.torch)
         with clock("towers"):
             stream.prepare(progress)
-        tokens = sum(stream.tokens_by_modality().values())
-        check_room(
-            workspace.save_path, forecast(plan, len(stream), tokens).disk_bytes
-        )  # now that the samples' lengths are known
+        # Now that the samples' lengths are known.
+        check_room(workspace.save_path, forecast(plan, len(stream), stream.lengths()).disk_bytes)
     job = make_job(plan)
     parts = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
@@ -134,7 +134,7 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
             for layer in plan.layers[first:]:
                 with clock("read"):
                     weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
-                if layer.index + 1 < len(plan.layers):
+                if plan.budget.read_ahead and layer.index + 1 < len(plan.layers):
                     reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
                 work, record = _quantize_layer(plan, layer, weights, stream, device.torch, clock)
                 with clock("write"):

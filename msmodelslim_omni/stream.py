@@ -13,7 +13,7 @@ import torch
 from .arithmetic import QuantizedLinear, dequantize, quantized_matmul, relative_error, row_squares, squared_norm
 from .calibration import CalibSample, CalibSet, prepare_sample, told_of
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
-from .device import free_memory
+from .device import free_memory, trim_heap
 from .errors import QuantError
 from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits, ModelSpec
 from .plan import QuantPlan
@@ -21,9 +21,7 @@ from .progress import Progress
 from .recipe import Modality
 from .sample_store import HiddenStates, StemStore
 
-# Memory for what is also on disk; beyond it, samples are read back when they are needed.
-HIDDEN_BUDGET = 512 << 20
-ARGUMENTS_BUDGET = 256 << 20
+_BOUNDARIES = 3  # before a layer, behind it as it is, and behind it quantized
 
 
 # Squared sums by modality, float64 [modalities] each: of errors, and of what they are compared with.
@@ -46,7 +44,7 @@ class CalibrationStream:
         self._samples = calib.samples
         self._folder = folder
         self._device = device
-        self._stem = StemStore(folder / "stem", ARGUMENTS_BUDGET)
+        self._stem = StemStore(folder / "stem", plan.budget.arguments)
         self._kept: list[int] = []
         self._modalities: list[torch.Tensor] = []
         self._chosen: list[torch.Tensor] = []
@@ -89,7 +87,7 @@ class CalibrationStream:
         plan, family = self._plan, self._plan.model.family
         limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
         processor = family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
-        stem = family.open_stem(plan.checkpoint, self._device)
+        stem = family.open_stem(plan.checkpoint, self._device, plan.budget.towers)
         for done, number in enumerate(missing, 1):
             sample = self._samples[number]
             try:
@@ -106,9 +104,14 @@ class CalibrationStream:
             progress.step("towers", done, len(missing), sample.where)
         del stem
         free_memory(self._device)
+        trim_heap()  # the towers are larger than all that follows
 
     def tokens_by_modality(self) -> dict[str, int]:
         return {name: count for name, count in zip(MODALITIES, self._counts(), strict=True) if count}
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(modality) for modality in self._modalities]
 
     def _counts(self, without: frozenset[int] = frozenset()) -> list[int]:
         """Tokens of each modality in all samples but those at some positions."""
@@ -123,8 +126,8 @@ class CalibrationStream:
 
     def _boundary(self, layer: int, name: str = "hidden") -> HiddenStates:
         width = self._plan.layer_spec.shapes["input_layernorm.weight"][0]
-        lengths = [len(modality) for modality in self._modalities]
-        return HiddenStates(self._folder / f"{name}-{layer:04d}.safetensors", lengths, width, HIDDEN_BUDGET)
+        budget = self._plan.budget.hidden // _BOUNDARIES
+        return HiddenStates(self._folder / f"{name}-{layer:04d}.safetensors", self.lengths(), width, budget)
 
     def can_start_at(self, layer: int) -> bool:
         """Whether the hidden states before this layer are there."""
@@ -144,9 +147,8 @@ class CalibrationStream:
 
     def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> Captured:
         """Run the float layer on all samples: what its groups' inputs are like, and its outputs put aside."""
-        recorder = InputRecorder(
-            module, spec, self._counts(self._held_out) if self._plan.statistics == "gram" else None
-        )
+        tokens = self._counts(self._held_out) if self._plan.statistics == "gram" else None
+        recorder = InputRecorder(module, spec, tokens, self._plan.budget)
         # Only a search on H tries its candidates in the blocks themselves.
         blocks = {group.block for group in spec.groups} if self._plan.statistics == "gram" else set()
         probe = LayerProbe(module, blocks, self._importance)
