@@ -24,7 +24,7 @@ from ..models.spec import LinearGroup
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
 from ..scheme import QuantScheme
 from .fold import folded, refusal, repeated, shared_peak, storable
-from .work import LayerWork, SmoothingRecord
+from .work import Fold, LayerWork, SmoothingRecord
 
 ALPHA_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
@@ -151,8 +151,7 @@ class _Judge:
         x = self._x if factors is None else self._x / factors
         total = torch.zeros(len(self._members), dtype=torch.float64)
         for weight, exact in zip(self._weights, self._exact, strict=True):
-            scaled = weight().to(torch.float32)
-            linear = quantize_weight(scaled if factors is None else scaled * factors, self._scheme)
+            linear = quantize_weight(Fold(factors).of(weight()), self._scheme)
             error, signal = row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)  # [rows] each
             total += torch.stack([error[m].sum() / signal[m].sum().clamp_min(1e-300) for m in self._members])
         return total
