@@ -6,7 +6,10 @@ Left out on purpose: files, model names, and where a tensor comes from.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ import torch.nn.functional as F
 from .errors import QuantError
 from .nf4 import NestedScales, codes_of, nest, values_of
 from .scheme import QuantScheme
+
+T = TypeVar("T")
 
 # Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
 # (and in bounded memory) instead of being several times the weight.
@@ -68,7 +73,8 @@ def quantize_weight(
     qweight = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
     scales = torch.empty((out_features, groups), dtype=torch.float32, device=weight.device)
     zeros = None if scheme.symmetric else torch.empty_like(scales, dtype=torch.int8)
-    for rows in row_blocks(weight):
+
+    def round_rows(rows: slice) -> None:
         block = weight[rows].to(torch.float32)  # [rows, in]
         _refuse_nonfinite(block)
         if scheme.group_size is None:
@@ -83,6 +89,8 @@ def quantize_weight(
         qweight[rows] = q.to(torch.int8)
         if zeros is not None and z is not None:
             zeros[rows] = z.squeeze(2).to(torch.int8)
+
+    map_row_blocks(round_rows, weight)
     return QuantizedLinear(qweight, scales, scheme, zeros)
 
 
@@ -206,6 +214,24 @@ def row_blocks(weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[sl
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
 
+def map_row_blocks(function: Callable[[slice], T], weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[T]:
+    """What the function gives for each of row_blocks, in their order.
+
+    On the CPU each thread works on blocks of its own, since one block is too little for all of them together.
+    """
+    blocks = row_blocks(weight, elements)
+    threads = min(torch.get_num_threads(), len(blocks)) if weight.device.type == "cpu" else 1
+    if threads == 1:
+        return [function(rows) for rows in blocks]
+
+    def by_itself(rows: slice) -> T:
+        torch.set_num_threads(1)  # of this thread
+        return function(rows)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(by_itself, blocks))
+
+
 def _search_mse_scale(block: torch.Tensor, full: torch.Tensor, qmax: int) -> torch.Tensor:
     """Per row the shrunk scale with the least squared error; the full scale stays where nothing is better.
 
@@ -294,10 +320,11 @@ def relative_error(error: float, signal: float) -> float:
 
 def weight_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
     """Relative Frobenius error of the weight itself: |W - s q| / |W|."""
-    error = signal = 0.0
-    for rows in row_blocks(weight):
+
+    def squares(rows: slice) -> tuple[float, float]:
         block = weight[rows].to(torch.float32)
-        approximated = dequantize(linear_rows(linear, rows))
-        signal += float(squared_norm(block))
-        error += float(squared_norm(block - approximated))
-    return relative_error(error, signal)
+        signal = float(squared_norm(block))
+        return float(squared_norm(dequantize(linear_rows(linear, rows)).sub_(block))), signal
+
+    errors, signals = zip(*map_row_blocks(squares, weight), strict=True)
+    return relative_error(sum(errors), sum(signals))

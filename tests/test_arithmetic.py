@@ -17,6 +17,7 @@ from msmodelslim_omni.arithmetic import (
     QuantizedLinear,
     dequantize,
     linear_rows,
+    map_row_blocks,
     quantize_act,
     quantize_weight,
     quantized_matmul,
@@ -139,7 +140,9 @@ def test_blocks_cover_every_row_once() -> None:
     weight = torch.empty((2500, 1000), device="meta")
     rows = [row for block in row_blocks(weight) for row in range(2500)[block]]
     assert rows == list(range(2500))
-    assert len(row_blocks(weight)) == 3
+    assert len(row_blocks(weight)) == 10
+    assert len(row_blocks(weight, 1 << 20)) == 3
+    assert map_row_blocks(lambda block: block.start, torch.empty((2500, 1000))) == [262 * i for i in range(10)]
 
 
 @given(

@@ -132,7 +132,7 @@ def with_weights_of(thinker: Any, output: Path) -> Any:
 class Whole:
     """One sample through both whole models: every figure of every position by its definition, from whole logits."""
 
-    def __init__(self, exact: Any, other: Any, inputs: ModelInputs) -> None:
+    def __init__(self, exact: Any, other: Any, inputs: ModelInputs, around: tuple[int, int]) -> None:
         self.kinds = inputs.modality
         ids = inputs.tensors["input_ids"][0]
         outs, self.reaching = zip(*(forward(model, inputs) for model in (exact, other)), strict=True)
@@ -140,7 +140,8 @@ class Whole:
         if inputs.answer:
             positions = list(range(inputs.answer[0] - 1, inputs.answer[1] - 1))
         else:
-            positions = [t for t in range(len(ids) - 1) if self.kinds[t + 1] == 0]
+            inside = range(around[0], len(ids) - around[1])  # the template's own words left out
+            positions = [t for t in range(len(ids) - 1) if self.kinds[t + 1] == 0 and t + 1 in inside]
         self.kl = [float((p[t].exp() * (p[t] - q[t])).sum()) for t in positions]
         self.top1 = [int(p[t].argmax()) == int(q[t].argmax()) for t in positions]
         tops = [[set(x[t].topk(5).indices.tolist()) for t in positions] for x in (p, q)]
@@ -148,6 +149,16 @@ class Whole:
         self.nll = [[-float(x[t, ids[t + 1]]) for t in positions] for x in (p, q)]
         self.read = torch.arange(len(ids)) < (inputs.answer[1] - 1 if inputs.answer else len(ids))
         self.last, self.first = ([out.hidden_states[i][0] for out in outs] for i in (-1, 0))
+
+
+def template_around(inputs: list[ModelInputs]) -> tuple[int, int]:
+    """Tokens that all prompts without answer begin with, and end with."""
+    prompts = [one.tensors["input_ids"][0].tolist() for one in inputs if one.answer is None]
+    if len(prompts) < 2:
+        return 0, 0
+    before = next(n for n in range(10**6) if len({prompt[n] for prompt in prompts}) > 1)
+    after = next(n for n in range(10**6) if len({prompt[-1 - n] for prompt in prompts}) > 1)
+    return before, after
 
 
 def expected_figures(samples: list[Whole], modality: int | None) -> dict[str, float]:
@@ -179,7 +190,7 @@ def test_figures_are_those_of_the_librarys_whole_models(
     tiny: Path, outputs: dict[str, Path], index: Path, inputs: list[ModelInputs], thinker: Any, kind: str
 ) -> None:
     other = with_weights_of(thinker, outputs[kind])
-    whole = [Whole(thinker, other, sample) for sample in inputs]
+    whole = [Whole(thinker, other, sample, template_around(inputs)) for sample in inputs]
     report = run(tiny, outputs[kind], index)
     groups = {None: whole, "text": whole[:1], "image": whole[1:2], "audio": whole[2:], "video": whole[3:]}
     for modality, those in groups.items():

@@ -14,12 +14,11 @@ blocks B before, L below the diagonal is R_Jᵀ V_B with V_B = P R_B L_BB^-T. Th
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import QuantizedLinear, linear_rows, round_to_grid, row_blocks
+from ..arithmetic import QuantizedLinear, linear_rows, map_row_blocks, round_to_grid
 from ..gram import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
@@ -99,23 +98,14 @@ def _of_factor(r: torch.Tensor, order: torch.Tensor, damping: float) -> Triangle
 def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> QuantizedLinear:
     """The weight rounded to the levels of `grid`, whose own integers are not used. weight: [out, in] float32.
 
-    Output channels do not depend on one another: on the CPU each thread works on its own, since one column at a time is
-    too little for all of them together.
+    Output channels do not depend on one another; see map_row_blocks.
     """
 
     def part(rows: slice) -> torch.Tensor:
         return _round_rows(weight[rows], linear_rows(grid, rows), triangle)
 
-    def part_by_itself(rows: slice) -> torch.Tensor:
-        torch.set_num_threads(1)  # of this thread
-        return part(rows)
-
-    if weight.device.type != "cpu":
-        parts = [part(rows) for rows in row_blocks(weight, 8 * _PART)]
-    else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            parts = list(threads.map(part_by_itself, row_blocks(weight, _PART)))
-    return replace(grid, qweight=torch.cat(parts))
+    size = _PART if weight.device.type == "cpu" else 8 * _PART
+    return replace(grid, qweight=torch.cat(map_row_blocks(part, weight, size)))
 
 
 def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> torch.Tensor:
