@@ -19,16 +19,18 @@ from .plan import QuantPlan, make_plan, refuse_quantized
 from .progress import Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
 from .summary import versions
+from .team import ALONE, Team
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that could start: everything checked, nothing computed."""
+    """A run that could start: everything checked, nothing computed. team: the processes that share it."""
 
     plan: QuantPlan
     device: Device
     calib: CalibSet | None
     forecast: Forecast
+    team: Team = ALONE
 
 
 def prepare(
@@ -44,10 +46,11 @@ def prepare(
     seed: int = 0,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Prepared:
     """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast."""
     progress = progress or Progress()
-    chosen = resolve_device(device)
+    chosen = resolve_device(device, team.place)
     progress.say(f"device {chosen.name} ({chosen.reason})")
     named = named_model_type(model_type) if model_type else None
     refuse_quantized(Path(model_path))  # first, since one for Ascend has no weights of the name that is opened
@@ -70,7 +73,7 @@ def prepare(
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
-    return Prepared(plan, chosen, calib, forecast(plan, len(calib.samples) if calib else 0))
+    return Prepared(plan, chosen, calib, forecast(plan, len(calib.samples) if calib else 0), team)
 
 
 def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:
@@ -125,6 +128,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         "dataset": calib.identity()[:16] if calib else "none",
         "seed": str(plan.seed),
         "device": prepared.device.torch.type,
+        "processes": str(prepared.team.size),
     }
 
 

@@ -25,7 +25,7 @@ from ..gram import Gram
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128
 _STRIP = 32  # of a block, within which errors are handed on one by one; to the rest of it all at once
-_ROWS = 2048  # output channels rounded at once
+ROWS = 2048  # output channels rounded at once
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triang
 
     def part(first: int) -> torch.Tensor:
         torch.set_num_threads(1)  # of this thread
-        rows = slice(first, first + _ROWS)
+        rows = slice(first, first + ROWS)
         return _round_rows(weight[rows], linear_rows(grid, rows), triangle)
 
-    firsts = range(0, weight.shape[0], _ROWS)
+    firsts = range(0, weight.shape[0], ROWS)
     if weight.device.type != "cpu":
-        parts = [_round_rows(weight[f : f + _ROWS], linear_rows(grid, slice(f, f + _ROWS)), triangle) for f in firsts]
+        parts = [_round_rows(weight[f : f + ROWS], linear_rows(grid, slice(f, f + ROWS)), triangle) for f in firsts]
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             parts = list(threads.map(part, firsts))

@@ -22,6 +22,7 @@ from ..capture import InputStats
 from ..models.spec import LinearGroup
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
 from ..scheme import QuantScheme
+from ..team import Team
 from .fold import folded, refusal, repeated, shared_peak, storable
 from .work import LayerWork, SmoothingRecord
 
@@ -29,6 +30,9 @@ ALPHA_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
 # The search looks at this many output rows of each Linear; the winner is judged on all of them.
 _SEARCH_ROWS = 512
+
+# Output rows that the winner is judged on at once: what several processes share out.
+_PIECE_ROWS = 1024
 
 SmoothConfig = SmoothQuantConfig | IterSmoothConfig
 
@@ -72,9 +76,9 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
         replace(c, factors=storable(work, group, c.factors)[0])
         for c in _candidates(stats, weights, group, alphas, scale_min)
     ]
-    searched = [(judge.worst_ratio(repeated(c.factors, group)), i) for i, c in enumerate(candidates)]
-    best = candidates[min(searched)[1]]
-    full = _Judge(stats, weights, scheme).worst_ratio(repeated(best.factors, group))
+    searched = work.team.map(lambda c: judge.worst_ratio(repeated(c.factors, group)), candidates)
+    best = candidates[min(range(len(candidates)), key=lambda i: (searched[i], i))]
+    full = _ratio_of_all_rows(stats, weights, scheme, repeated(best.factors, group), work.team)
     if not full < 1.0:
         reason = f"best candidate (alpha {best.alpha}) would be {full:.3f}x plain rounding; left alone"
         return work.recorded(SmoothingRecord(group.name, None, 1.0, reason))
@@ -113,6 +117,31 @@ def _spread_rows(weight: torch.Tensor) -> torch.Tensor:
     return weight[torch.linspace(0, weight.shape[0] - 1, _SEARCH_ROWS, device=weight.device).round().long()]
 
 
+def _ratio_of_all_rows(
+    stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme, factors: torch.Tensor, team: Team
+) -> float:
+    """_Judge.worst_ratio, the Linears' output rows shared out over the team in pieces that do not depend on it."""
+
+    def sums(piece: torch.Tensor) -> list[torch.Tensor]:
+        judge = _Judge(stats, [piece], scheme)
+        (plain, signal), (error, _) = judge.sums(None)[0], judge.sums(factors)[0]
+        return [error, plain, signal]
+
+    pieces = [(number, piece) for number, weight in enumerate(weights) for piece in torch.split(weight, _PIECE_ROWS)]
+    found = team.map(lambda numbered: sums(numbered[1]), pieces, [float(piece.numel()) for _, piece in pieces])
+    totals = torch.zeros((len(weights), *torch.stack(found[0]).shape), dtype=torch.float64)  # [Linears, 3, modalities]
+    for (number, _), tensors in zip(pieces, found, strict=True):
+        totals[number] += torch.stack(tensors)
+    error, plain = (totals[:, :2] / totals[:, 2:].clamp_min(1e-300)).sum(dim=0)
+    return _worst_ratio(error, plain)
+
+
+def _worst_ratio(errors: torch.Tensor, plain: torch.Tensor) -> float:
+    """The largest over the modalities of error / plain error, as a root; [modalities] each, squared."""
+    ratio = torch.where(plain > 0, errors / plain, torch.where(errors > 0, torch.inf, 1.0))
+    return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
+
+
 class _Judge:
     """Relative output error of a group under quantization, per modality, against that of plain rounding."""
 
@@ -126,16 +155,18 @@ class _Judge:
 
     def worst_ratio(self, factors: torch.Tensor) -> float:
         """The largest over the modalities of error(factors) / error(plain); below 1 no modality is worse."""
-        errors = self._errors(factors)
-        ratio = torch.where(self._plain > 0, errors / self._plain, torch.where(errors > 0, torch.inf, 1.0))
-        return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
+        return _worst_ratio(self._errors(factors), self._plain)
 
     def _errors(self, factors: torch.Tensor | None) -> torch.Tensor:
         """Sum over the Linears of the relative squared output error, float64 [modalities present]."""
+        return torch.stack([error / signal.clamp_min(1e-300) for error, signal in self.sums(factors)]).sum(dim=0)
+
+    def sums(self, factors: torch.Tensor | None) -> list[torch.Tensor]:
+        """Of each Linear the squared sums of the output's error and of the output, float64 [2, modalities present]."""
         x = self._x if factors is None else self._x / factors
-        total = torch.zeros(len(self._members), dtype=torch.float64)
+        found = []
         for weight, exact in zip(self._weights, self._exact, strict=True):
             linear = quantize_weight(weight if factors is None else weight * factors, self._scheme)
-            error, signal = row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)  # [rows] each
-            total += torch.stack([error[m].sum() / signal[m].sum().clamp_min(1e-300) for m in self._members])
-        return total
+            rows = torch.stack([row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)])  # [2, rows]
+            found.append(torch.stack([rows[:, members].sum(dim=1) for members in self._members], dim=1))
+        return found
