@@ -146,6 +146,8 @@ def open_team(device: str) -> Iterator[Team]:
 
     with _as_one_fault():
         store, rank, size = next(rendezvous("env://"))
+        # A program may quantize several times: what one team has left in the store is nothing to the next.
+        store = dist.PrefixStore(f"run {store.add(f'runs of {rank}', 1)}", store)
     team = Team(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     before = signal.signal(signal.SIGTERM, _stop)  # torchrun ends the processes that are left
     try:
@@ -167,7 +169,7 @@ def open_team(device: str) -> Iterator[Team]:
 
 def _is_first_to_tell(store: Any) -> bool:
     try:
-        return int(store.add("msmodelslim told", 1)) == 1
+        return int(store.add("told", 1)) == 1
     except RuntimeError:  # the launcher, which keeps the store, is gone too
         return True
 
@@ -178,13 +180,13 @@ def _as_one_fault() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _stopped(next(iter(str(error).splitlines()), "")) from error
+        raise _stopped() from error
 
 
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _stopped("told by the launcher")
+    raise _stopped()
 
 
-def _stopped(reason: str) -> QuantError:
-    return QuantError(f"another process of this run stopped ({reason})", "run the same command again to go on")
+def _stopped() -> QuantError:
+    return QuantError("another process of this run stopped", "run the same command again to go on")
