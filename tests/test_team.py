@@ -1,4 +1,4 @@
-"""One run shared by two real processes: the bytes of one process, one message for a fault, and going on after a kill."""
+"""One run shared by two real processes: the bytes of one process, one message for a fault, going on after a kill."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from msmodelslim_omni.team import ALONE, Split, Team
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.timeout(900)  # a busy machine takes its time to start processes
 
 
 # --- what is sent --------------------------------------------------------------------------------------------
@@ -55,10 +57,10 @@ def test_nothing_of_ours_is_sent_as_a_class() -> None:
 
 def test_the_costliest_first_each_to_whoever_has_least() -> None:
     split = Team(1, 3).split([1, 5, 1, 4, 3, 1])
-    assert split.owners == (2, 0, 1, 1, 2, 0)
+    assert split.owners == (2, 0, 1, 1, 2, 2)
     assert split.mine == [2, 3]
     assert split.of([3, 1]).owners == (1, 0)
-    assert split.interleaved(["bf", "cd", "ea"]) == ["e", "b", "c", "d", "a", "f"]
+    assert split.interleaved(["b", "cd", "aef"]) == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_a_team_may_have_more_processes_than_items() -> None:
@@ -150,17 +152,16 @@ def messages(logs: Path, rank: int) -> str:
 
 @pytest.fixture(scope="module")
 def by_two(model: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three commands by two processes: W8A8, W4A16, and one with a sample that is too long, the second process'."""
+    """Two commands by two processes: W4A16, and one with a sample that is too long, the second process'."""
     folder = tmp_path_factory.mktemp("two")
     long = write_index(folder / "long", {"text": "short"}, {"text": "long " * 200})
     short = change_recipe(folder, "calibration:", "calibration:\n    max_tokens: 50")
     commands = [
-        words_of(model, folder / "w8a8", "--dataset", index),
         words_of(model, folder / "w4a16", "--dataset", index, "--config_path", w4a16_recipe(folder)),
         words_of(model, folder / "fault", "--dataset", long, "--config_path", short),
     ]
     run = launch(folder / "logs", "tests/several_commands.py", json.dumps(commands), folder)
-    assert run.wait(200) == 0, messages(folder / "logs", 0) + messages(folder / "logs", 1)
+    assert run.wait(400) == 0, messages(folder / "logs", 0) + messages(folder / "logs", 1)
     return folder
 
 
@@ -172,13 +173,6 @@ def said(folder: Path, command: int) -> list[str]:
     return [(folder / f"rank{rank}-command{command}").read_text(encoding="utf-8") for rank in range(2)]
 
 
-def test_w8a8_has_the_bytes_of_one_process(by_one: dict[str, bytes], by_two: Path) -> None:
-    assert files(by_two / "w8a8") == by_one
-    leader, other = said(by_two, 0)
-    assert "Relative output error" in leader and leader.endswith("exit 0\n")
-    assert "layers" not in other and other.endswith("exit 0\n")
-
-
 def test_w4a16_makes_the_choices_of_one_process(model: Path, index: Path, by_two: Path, tmp_path: Path) -> None:
     """Of the integers some fall to the other side, since sums of H are made in another order; see README."""
     quant(model, tmp_path / "out", "--dataset", index, "--config_path", w4a16_recipe(tmp_path)).done()
@@ -186,6 +180,9 @@ def test_w4a16_makes_the_choices_of_one_process(model: Path, index: Path, by_two
         json.loads((f / "compressed_tensors" / "quant_report.json").read_text())["layers"]
         for f in (tmp_path / "out", by_two / "w4a16")
     )
+    leader, follower = said(by_two, 0)
+    assert "Relative output error" in leader and leader.endswith("exit 0\n")
+    assert "layers" not in follower and follower.endswith("exit 0\n")
     for layer, other in zip(one, two, strict=True):
         assert [s["reason"] for s in layer["smoothing"]] == [s["reason"] for s in other["smoothing"]]
         assert layer["output_error"] == pytest.approx(other["output_error"], rel=0.02)
@@ -193,7 +190,7 @@ def test_w4a16_makes_the_choices_of_one_process(model: Path, index: Path, by_two
         tmp_path / "out" / "compressed_tensors", by_two / "w4a16" / "compressed_tensors"
     )
     print(f"{different} of {total} integers differ")
-    assert different <= 0.05 * total
+    assert different <= 0.005 * total
 
 
 def differing_integers(one: Path, two: Path) -> tuple[int, int]:
@@ -210,15 +207,16 @@ def differing_integers(one: Path, two: Path) -> tuple[int, int]:
 
 
 def test_a_fault_is_told_once_by_whoever_has_it(by_two: Path) -> None:
-    leader, other = said(by_two, 2)
+    leader, other = said(by_two, 1)
     assert leader.endswith("exit 1\n") and other.endswith("exit 1\n")
     assert "error" not in leader and "Traceback" not in leader + other
     assert other.count("error:") == 1 and "max_tokens" in other
 
 
-def test_another_number_of_processes_is_refused_and_a_killed_one_gone_on_with(
+def test_w8a8_has_the_bytes_of_one_process_even_after_a_kill(
     model: Path, index: Path, by_one: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """What is left of a run is of so many processes: no other number goes on with it."""
     save, words = tmp_path / "out", words_of(model, tmp_path / "out", "--dataset", index)
     run = launch(tmp_path / "first", "-m", "msmodelslim_omni", *words)
     wait_for_layer(run, save)
@@ -233,7 +231,7 @@ def test_another_number_of_processes_is_refused_and_a_killed_one_gone_on_with(
 
     assert "processes was 2, is 1" in quant(model, save, "--dataset", index).fault()
     again = launch(tmp_path / "second", "-m", "msmodelslim_omni", *words)
-    assert again.wait(200) == 0, messages(tmp_path / "second", 0) + messages(tmp_path / "second", 1)
+    assert again.wait(400) == 0, messages(tmp_path / "second", 0) + messages(tmp_path / "second", 1)
     assert "going on at layer" in messages(tmp_path / "second", 0)
     assert files(save) == by_one
 
