@@ -37,9 +37,6 @@ from .workspace import check_save_path, remove
 
 _WORK = ".msmodelslim_analyze"
 _OUTPUTS = ("analysis.json", "analysis.md", "recipe.yaml", "calibration.jsonl", "heldout.jsonl", "model", _WORK)
-_SIZE_UNITS = {"": 1, "b": 1} | {
-    f"{p}{b}": n**k for k, p in enumerate("kmgt", 1) for b, n in (("b", 1000), ("ib", 1024))
-}
 
 
 def analyze(
@@ -128,20 +125,6 @@ def _check_arguments(
     if eval_dataset is not None and not choosing:
         raise QuantError("eval_dataset judges a recipe, and none is asked for", "give target_size or max_kl too")
     return choosing
-
-
-def parse_size(text: str) -> int:
-    """`4.2GiB`, `900 MB`, `123456` -> bytes: KiB, MiB, GiB are powers of 1024, KB, MB, GB of 1000."""
-    spelled = text.strip().lower()
-    number = spelled.rstrip("bikmgt ")
-    unit = _SIZE_UNITS.get(spelled.removeprefix(number).strip())
-    try:
-        size = float(number) * (unit or 0)
-    except ValueError:
-        size = 0.0
-    if not 1 <= size < 2**63:
-        raise QuantError(f"{text!r} is no size", "give a number of bytes, or e.g. 900MiB, 4.2GiB, 4.2GB")
-    return int(size)
 
 
 def _measured(

@@ -18,6 +18,7 @@ from .scheme import QuantScheme
 # Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
 # (and in bounded memory) instead of being several times the weight.
 _BLOCK_ELEMENTS = 1 << 20
+_PRODUCT_ELEMENTS = 1 << 22  # of a weight that is made of its integers for a product
 
 # Candidates of the `mse` clip: the scale is shrunk to these shares of the one that covers the whole range.
 _MSE_SHRINKS = tuple(1.0 - 0.02 * i for i in range(16))
@@ -199,9 +200,9 @@ def _group_error(
     return (weighted * d).sum(dim=2, keepdim=True)
 
 
-def row_blocks(weight: torch.Tensor) -> list[slice]:
-    """Slices over the first axis of [out, in], each of about a million weights."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+def row_blocks(weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
+    """Slices over the first axis of [out, in], each of about so many weights."""
+    step = max(1, elements // max(1, weight.shape[1]))
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
 
@@ -258,13 +259,19 @@ def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Te
 def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
     """What the runtime computes, in float32: (q_x @ q_w^T) * s_x * s_w + bias for int8, else x @ Ŵ^T + bias.
 
-    x: [..., in] float32 -> [..., out] float32.
+    x: [..., in] float32 -> [..., out] float32. A weight in integers is widened some rows at a time.
     """
-    if linear.scheme.act_bits is None:
-        return F.linear(x, dequantize(linear), bias)
-    q_x, s_x = quantize_act(x, linear.scheme.act_bits)
-    y = F.linear(q_x, linear.qweight.to(torch.float32)) * s_x * linear.scales.squeeze(1)
-    return y if bias is None else y + bias
+    bits = linear.scheme.act_bits
+    q_x, s_x = (x, None) if bits is None else quantize_act(x, bits)
+    y = x.new_empty((*x.shape[:-1], linear.qweight.shape[0]))
+    whole = linear.qweight.is_floating_point()
+    for rows in [slice(None)] if whole else row_blocks(linear.qweight, _PRODUCT_ELEMENTS):
+        part = linear_rows(linear, rows)
+        if s_x is None:
+            y[..., rows] = F.linear(x, dequantize(part))
+        else:
+            y[..., rows] = F.linear(q_x, part.qweight.to(torch.float32)) * s_x * part.scales.squeeze(1)
+    return y if bias is None else y.add_(bias)
 
 
 def squared_norm(x: torch.Tensor) -> torch.Tensor:

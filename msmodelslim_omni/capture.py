@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .budget import DEFAULT, Budget
 from .errors import QuantError
 from .gram import Gram, GramBuilder, combined, sketch_rows
 from .models.spec import MODALITIES, LayerInput, LayerSpec
@@ -31,6 +32,7 @@ class InputStats:
     count:  int64 [modalities], tokens seen.
     rows:   float32 [n, in], a fixed choice of tokens; row_modality: int8 [n].
     grams:  the second moment of each modality present, by index; empty where no processor asks for it.
+    weighed: in their place, that of all modalities, tokens weighed by an importance.
     """
 
     absmax: torch.Tensor
@@ -39,6 +41,7 @@ class InputStats:
     rows: torch.Tensor
     row_modality: torch.Tensor
     grams: dict[int, Gram] = field(default_factory=dict)
+    weighed: Gram | None = None
 
     def merged(self, other: InputStats) -> InputStats:
         return InputStats(
@@ -53,10 +56,23 @@ class InputStats:
         """Indices of the modalities that have tokens."""
         return [int(m) for m in torch.nonzero(self.count).flatten()]
 
+    @property
+    def has_gram(self) -> bool:
+        return self.weighed is not None or bool(self.grams)
+
     def gram(self, importance: Mapping[int, float]) -> Gram:
         """H with each token of a modality weighed by its importance; what weighs nothing is left out."""
+        if self.weighed is not None:
+            return self.weighed
         chosen = [(gram, importance[m]) for m, gram in self.grams.items() if importance[m] > 0]
         return combined([gram for gram, _ in chosen], [weight for _, weight in chosen])
+
+    def weighed_by(self, importance: Mapping[int, float]) -> InputStats:
+        """With the one H that this importance makes of all modalities', which are given up."""
+        return replace(self, grams={}, weighed=self.gram(importance)) if self.has_gram else self
+
+    def without_gram(self) -> InputStats:
+        return replace(self, grams={}, weighed=None)
 
     def mean_abs(self, importance: Mapping[int, float]) -> torch.Tensor:
         """The mean |x| of each channel, [in], tokens weighed likewise."""
@@ -73,6 +89,7 @@ class InputStats:
             abssum=self.abssum / factors,
             rows=self.rows / factors,
             grams={m: gram.rescaled(factors) for m, gram in self.grams.items()},
+            weighed=None if self.weighed is None else self.weighed.rescaled(factors),
         )
 
 
@@ -108,18 +125,23 @@ def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER
 class InputRecorder:
     """Hooks on one layer that collect InputStats for each of its groups while samples run through it.
 
-    tokens: of each modality over the samples that count in H, where it is to be collected; else None. split: where
-    several processes run samples, whose each is. Each process then keeps the statistics of its samples apart (8 float32
-    per channel and modality, a sample), so that all are merged in the samples' order and have the bits of one process.
+    tokens: of each modality over the samples that count in H, where it is to be collected; else None. budget: of H.
+    split: where several processes run samples, whose each is. Each process then keeps the statistics of its samples
+    apart (8 float32 per channel and sample), so that all are merged in the samples' order, to the bits of one process.
     """
 
     def __init__(
-        self, layer: torch.nn.Module, spec: LayerSpec, tokens: Sequence[int] | None = None, split: Split = WHOLE
+        self,
+        layer: torch.nn.Module,
+        spec: LayerSpec,
+        tokens: Sequence[int] | None = None,
+        budget: Budget = DEFAULT,
+        split: Split = WHOLE,
     ) -> None:
         self._split = split
         self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
         self._grams = {
-            group.name: _builders(layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens)
+            group.name: _builders(layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget)
             for group in spec.groups
         }
         self._modality = torch.zeros(0, dtype=torch.int8)
@@ -184,11 +206,11 @@ class InputRecorder:
             hook.remove()
 
 
-def _builders(weight: torch.Tensor, tokens: Sequence[int] | None) -> dict[int, GramBuilder]:
+def _builders(weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget) -> dict[int, GramBuilder]:
     """For H of each modality that has tokens, by its index. weight: [out, in] of a Linear that reads the input."""
     if tokens is None:
         return {}
-    rows = sketch_rows(tokens, weight.shape[1])
+    rows = sketch_rows(tokens, weight.shape[1], budget.matrix, budget.factor)
     return {
         m: GramBuilder(weight.shape[1], rows[m] if rows else None, weight.device, seed=m)
         for m, count in enumerate(tokens)

@@ -15,10 +15,6 @@ import torch
 
 from .team import ALONE, Team
 
-# A matrix is kept up to this size, over all modalities of one input; a factor up to this size likewise.
-MATRIX_BYTES = 512 << 20
-FACTOR_BYTES = 160 << 20
-
 _FLUSH_ROWS = 1024  # tokens that are gathered before they are multiplied
 _TILE = 512  # columns of H worked out at once; what lies below the diagonal is mirrored
 
@@ -94,16 +90,18 @@ def combined(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
     return Gram(None, torch.cat(rows), tokens, error)
 
 
-def sketch_rows(counts: Sequence[int], in_features: int) -> list[int] | None:
+def sketch_rows(counts: Sequence[int], in_features: int, matrix_bytes: int, factor_bytes: int) -> list[int] | None:
     """Rows of the factor for each modality with `counts` tokens, or None where a matrix is the cheaper form.
+
+    matrix_bytes, factor_bytes: how large H of one input may get in either form, over all modalities.
 
     A matrix costs tokens * in^2 to make and in^3 / 3 to factorize, a factor in * 4 rows^2 (gptq.py): with fewer tokens
     than half the inputs these are kept as they are. What does not fit is sketched, the room shared evenly.
     """
     total, present = sum(counts), sum(1 for count in counts if count)
-    if 2 * total >= in_features and 4 * in_features**2 * present <= MATRIX_BYTES:
+    if 2 * total >= in_features and 4 * in_features**2 * present <= matrix_bytes:
         return None
-    room = max(FACTOR_BYTES // (4 * in_features), present)
+    room = max(factor_bytes // (4 * in_features), present)
     rows = [0] * len(counts)
     for left, index in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
         rows[index] = min(counts[index], room // (len(counts) - left))

@@ -31,7 +31,7 @@ def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: Out
 
 
 def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: str) -> LinearRecord:
-    name, weight = plan.model.layer_name(layer.index, linear), work.weights[f"{linear}.weight"]
+    name, weight = plan.model.layer_name(layer.index, linear), work.weight(linear)
     shape = (weight.shape[0], weight.shape[1])
     quantized = work.quantized.get(linear)
     if quantized is None:

@@ -11,6 +11,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .report import Report, read_report
-from .stream import CalibrationStream, LayerProbe, quantized_layer
+from .stream import CalibrationStream, Errors, LayerProbe, quantized_layer, zero_errors
 from .summary import make_report
 from .team import open_team
 from .workspace import WORK_FOLDER, Workspace, check_room, check_save_path
@@ -51,6 +52,7 @@ def quantize(
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a checkpoint by a recipe and write it in every format the recipe names.
@@ -73,6 +75,7 @@ def quantize(
             save_format=save_format,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            max_memory=max_memory,
             progress=progress,
             team=team,
         )
@@ -81,7 +84,7 @@ def quantize(
 
 def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """`run`, with what the disk does to it told as a fault that the user can mend."""
-    remedy = "lower calibration.max_tokens or max_pixels, or use --device cpu"
+    remedy = "give --max_memory, lower calibration.max_tokens or max_pixels, or use --device cpu"
     try:
         with told_out_of_memory(prepared.device, remedy):
             return run(prepared, save_path, overwrite=overwrite, progress=progress)
@@ -148,10 +151,8 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
 
     stream = _open_stream(prepared, workspace.folder, progress, clock)
     if stream is not None:
-        tokens = sum(stream.tokens_by_modality().values())
-        check_room(
-            workspace.save_path, forecast(plan, len(stream), tokens).disk_bytes
-        )  # now that the samples' lengths are known
+        # Now that the samples' lengths are known.
+        check_room(workspace.save_path, forecast(plan, len(stream), stream.lengths()).disk_bytes)
     job = make_job(plan)
     parts = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
@@ -198,7 +199,7 @@ def _quantized_layers(
         for layer in plan.layers[first:]:
             with clock("read"):
                 weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
-            if layer.index + 1 < len(plan.layers):
+            if plan.budget.read_ahead and layer.index + 1 < len(plan.layers):
                 reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
             done = _quantize_layer(prepared, layer, weights, stream, clock)
             yield done
@@ -256,13 +257,15 @@ def _quantize_layer(
     else:
         with clock("forward"):
             seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
-        loaded = replace(work, stats=seen.stats, importance=seen.importance, probe=seen.probe)
-        work = _process(layer, loaded, clock)
-        if plan.statistics == "gram":
-            with clock("check"):
-                work = _no_worse_than_rounding(plan, loaded, work, seen.probe)
+        probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
+        seen = replace(seen, stats={})  # H of each modality
+        loaded = replace(
+            work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance
+        )
+        work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
+        work, judged = _judged(plan, loaded, work, probe, clock)
         with clock("propagate"):
-            output = stream.advance(layer.index, _module(plan, work), seen.probe)
+            output = stream.advance(layer.index, partial(_module, plan, work), judged)
     with clock("measure"):
         return work, record_layer(plan, layer, work, output)
 
@@ -283,10 +286,30 @@ def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
     return work
 
 
-def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe) -> LayerWork:
+def _judged(
+    plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe, clock: Clock
+) -> tuple[LayerWork, Errors]:
+    """The layer as it is to be written, and the errors of its outputs on the judging samples.
+
+    Where a search was made on H the layer is tried, and plainly rounded if that is better; elsewhere the errors are
+    asked for only if no sample runs through the quantized layer anyway.
+    """
+    probe.release()
+    if plan.statistics == "gram":
+        with clock("check"):
+            return _no_worse_than_rounding(plan, loaded, work, probe)
+    if plan.calibration.propagate_error:
+        return work, zero_errors()
+    with clock("check"):
+        return work, probe.errors(_module(plan, work, held=False))
+
+
+def _no_worse_than_rounding(
+    plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe
+) -> tuple[LayerWork, Errors]:
     """The layer as it is, if its true output error is below that of plain rounding; else plainly rounded."""
     if not loaded.schemes:
-        return work
+        return work, probe.errors(_module(plan, work, held=False))
     plain = replace(
         loaded,
         quantized={
@@ -298,14 +321,16 @@ def _no_worse_than_rounding(plan: QuantPlan, loaded: LayerWork, work: LayerWork,
         ),
         notes=work.notes,
     )
-    error, of_plain = probe.layer_error(_module(plan, work)), probe.layer_error(_module(plan, plain))
+    searched = probe.errors(_module(plan, work, held=False))
+    rounded = probe.errors(_module(plan, plain, held=False))
+    error, of_plain = probe.weighed(searched), probe.weighed(rounded)
     ratio = relative_error(error, of_plain)
     if error < of_plain:
-        return replace(work, over_plain=ratio)
+        return replace(work, over_plain=ratio), searched
     note = "fell back to plain rounding: " + (
         f"the search's output error would be {ratio:.3f}x of it" if of_plain > 0 else "it loses nothing here"
     )
-    return replace(plain, over_plain=1.0, notes=(*work.notes, note))
+    return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
 
 def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str, torch.Tensor]:
@@ -317,10 +342,10 @@ def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str
     return weights
 
 
-def _module(plan: QuantPlan, work: LayerWork) -> torch.nn.Module:
-    """The library's layer as the work has it."""
+def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:
+    """The library's layer as the work has it. held: see quantized_layer."""
     floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
-    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized)
+    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, held)
 
 
 def _results(plan: QuantPlan, work: LayerWork) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .budget import DEFAULT, Budget
 from .checkpoint import Checkpoint, load_json_object
 from .errors import QuantError
 from .formats import FORMATS
@@ -82,6 +83,7 @@ class QuantPlan:
     seed: int
     trust_remote_code: bool
     warnings: tuple[str, ...]
+    budget: Budget = DEFAULT
 
     def kept_parts(self) -> list[tuple[Part, int]]:
         """The parts of the checkpoint that no Linear of a decoder layer belongs to, with their bytes."""

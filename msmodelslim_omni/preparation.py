@@ -12,9 +12,10 @@ from .checkpoint import open_checkpoint
 from .device import Device, resolve_device
 from .digests import file_digest, value_digest
 from .errors import QuantError
-from .forecast import Forecast, forecast
+from .forecast import Forecast, assumed_tokens, forecast
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
+from .peak_memory import within
 from .plan import QuantPlan, make_plan, refuse_quantized
 from .progress import Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
@@ -45,10 +46,14 @@ def prepare(
     save_format: Sequence[str] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
     team: Team = ALONE,
 ) -> Prepared:
-    """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast."""
+    """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast.
+
+    max_memory: bytes that the process may have in memory.
+    """
     progress = progress or Progress()
     chosen = resolve_device(device, team.place)
     progress.say(f"device {chosen.name} ({chosen.reason})")
@@ -73,7 +78,10 @@ def prepare(
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
-    return Prepared(plan, chosen, calib, forecast(plan, len(calib.samples) if calib else 0), team)
+    samples = len(calib.samples) if calib else 0
+    if max_memory is not None:
+        plan = within(plan, *assumed_tokens(plan, samples), max_memory)
+    return Prepared(plan, chosen, calib, forecast(plan, samples), team)
 
 
 def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:
@@ -147,4 +155,5 @@ def _recipe_blocks(plan: QuantPlan) -> dict[str, object]:
         "recipe process": plan.recipe.model_dump(mode="json")["spec"]["process"],
         "save_format": [(saver.type, saver.part_file_size) for saver in plan.savers],
         "recipe calibration": plan.calibration.model_dump(mode="json") if plan.dataset else {},
+        "memory for H": (plan.budget.matrix, plan.budget.factor) if plan.statistics == "gram" else (),
     }

@@ -179,23 +179,19 @@ def as_made(work: LayerWork, plan: LayerPlan, group: LinearGroup) -> dict[str, t
     """What the plan's steps make of one group alone, as modules for the float layer: they take what that layer hands
     them, and divide it by the factors that the steps have multiplied the columns by.
     """
-    assert work.stats is not None
-    before = work.stats[group.name].absmax.amax(dim=0)  # [in]
     for step in plan.steps:
         work = PROCESSORS[step.processor].apply(work, step.config, frozenset(group.linears))
-    assert work.stats is not None
-    after = work.stats[group.name].absmax.amax(dim=0)
-    columns = torch.where(after > 0, before / after, torch.ones_like(after))
+    columns = work.fold(group.linears[0]).columns
     return {linear: _Rescaled(work.quantized[linear], work.bias(linear), columns) for linear in group.linears}
 
 
 class _Rescaled(EmulatedLinear):
-    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, columns: torch.Tensor) -> None:
+    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, columns: torch.Tensor | None) -> None:
         super().__init__(linear, bias)
         self._columns = columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x / self._columns)
+        return super().forward(x if self._columns is None else x / self._columns)
 
 
 def _plainly_rounded(linear: str, weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:

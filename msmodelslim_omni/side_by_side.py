@@ -14,6 +14,7 @@ import torch
 
 from .arithmetic import QuantizedLinear
 from .background import Background
+from .budget import DEFAULT
 from .calibration import CalibSample, prepare_sample, told_of
 from .capture import run_layer
 from .checkpoint import Checkpoint
@@ -96,7 +97,7 @@ class SideBySide:
         for side in (FLOAT,) if shared else (FLOAT, QUANT):
             source = self._sources[side]
             store = self._stems[side] = StemStore(self._folder / f"stem-{side}", ARGUMENTS_BUDGET)
-            stem = source.model.family.open_stem(_floats_of(source), self._device)
+            stem = source.model.family.open_stem(_floats_of(source), self._device, DEFAULT.towers)
             for done, (number, sample) in enumerate(list(usable.items()), 1):
                 try:
                     inputs = prepare_sample(sample, processor)

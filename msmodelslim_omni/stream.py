@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -14,7 +14,7 @@ import torch
 from .arithmetic import QuantizedLinear, dequantize, quantized_matmul, relative_error, row_squares, squared_norm
 from .calibration import CalibSample, CalibSet, prepare_sample, told_of
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
-from .device import free_memory
+from .device import free_memory, trim_heap
 from .errors import QuantError
 from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits, ModelSpec
 from .plan import QuantPlan
@@ -23,9 +23,11 @@ from .recipe import Modality
 from .sample_store import HiddenStates, StemStore
 from .team import ALONE, WHOLE, Split, Team
 
-# Memory for what is also on disk; beyond it, samples are read back when they are needed.
-HIDDEN_BUDGET = 512 << 20
-ARGUMENTS_BUDGET = 256 << 20
+_BOUNDARIES = 3  # before a layer, behind it as it is, and behind it quantized
+
+
+# Squared sums by modality, float64 [modalities] each: of errors, and of what they are compared with.
+Errors = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class CalibrationStream:
         self._samples = calib.samples
         self._folder = folder
         self._device = device
-        self._stem = StemStore(folder / "stem", ARGUMENTS_BUDGET)
+        self._stem = StemStore(folder / "stem", plan.budget.arguments)
         self._kept: list[int] = []
         self._split = team.split([])
         self._modalities: list[torch.Tensor] = []
@@ -101,7 +103,7 @@ class CalibrationStream:
         plan, family = self._plan, self._plan.model.family
         limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
         processor = family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
-        stem = family.open_stem(plan.checkpoint, self._device)
+        stem = family.open_stem(plan.checkpoint, self._device, plan.budget.towers)
         for done, number in enumerate(missing):
             sample = self._samples[number]
             try:
@@ -118,10 +120,15 @@ class CalibrationStream:
             progress.step("towers", done + 1, len(missing), sample.where)
         del stem
         free_memory(self._device)
+        trim_heap()  # the towers are larger than all that follows
         return left_out
 
     def tokens_by_modality(self) -> dict[str, int]:
         return {name: count for name, count in zip(MODALITIES, self._counts(), strict=True) if count}
+
+    def lengths(self) -> list[int]:
+        """Tokens of each sample."""
+        return [len(modality) for modality in self._modalities]
 
     def _counts(self, without: frozenset[int] = frozenset()) -> list[int]:
         """Tokens of each modality in all samples but those at some positions."""
@@ -149,7 +156,8 @@ class CalibrationStream:
         width = self._plan.layer_spec.shapes["input_layernorm.weight"][0]
         lengths = [len(self._modalities[position]) for position in self._split.mine]
         whose = f"-{self._team.rank}" if self._team.size > 1 else ""
-        return HiddenStates(self._folder / f"{name}-{layer:04d}{whose}.safetensors", lengths, width, HIDDEN_BUDGET)
+        budget = self._plan.budget.hidden // _BOUNDARIES
+        return HiddenStates(self._folder / f"{name}-{layer:04d}{whose}.safetensors", lengths, width, budget)
 
     def can_start_at(self, layer: int) -> bool:
         """Whether the hidden states before this layer are there, those of every process."""
@@ -170,9 +178,10 @@ class CalibrationStream:
     def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> Captured:
         """Run the float layer on all samples: what its groups' inputs are like, and its outputs put aside."""
         tokens = self._counts(self._held_out) if self._plan.statistics == "gram" else None
-        recorder = InputRecorder(module, spec, tokens, self._split)
-        judges = self._split.of(sorted(self._judges))
-        probe = LayerProbe(module, {group.block for group in spec.groups}, self._importance, judges)
+        recorder = InputRecorder(module, spec, tokens, self._plan.budget, self._split)
+        # Only a search on H tries its candidates in the blocks themselves.
+        blocks = {group.block for group in spec.groups} if self._plan.statistics == "gram" else set()
+        probe = LayerProbe(module, blocks, self._importance, self._split.of(sorted(self._judges)))
         numbers = self._token_numbers()
         propagate = self._plan.calibration.propagate_error
         self._exact = self._boundary(layer, "exact") if propagate else self._boundary(layer + 1)
@@ -204,22 +213,20 @@ class CalibrationStream:
             raise QuantError(f"layer {layer}: {unseen[0]} never saw a token", "exclude it, or give other samples")
         return Captured(stats, self._importance, probe)
 
-    def advance(self, layer: int, module: torch.nn.Module, probe: LayerProbe) -> OutputError:
+    def advance(self, layer: int, module: Callable[[], torch.nn.Module], judged: Errors) -> OutputError:
         """Go to the next layer's inputs. Returns the error of the quantized layer's outputs against the float layer's.
 
         With propagate_error they are the quantized layer's outputs on all samples, else those of the float layer; the
-        error is then known of the judging samples. What lies before this layer is deleted by `forget`, once the
-        layer's part is safe on disk.
+        error is then that of the judging samples, `judged`. What lies before this layer is deleted by `forget`, once
+        the layer's part is safe on disk. module: makes the quantized layer, where it is needed.
         """
-        following = self._exact
+        following, (error, signal) = self._exact, judged
         if self._plan.calibration.propagate_error:
             following = self._boundary(layer + 1)
             errors: list[torch.Tensor] = []
-            following.write(self._quantized_outputs(module, errors))
+            following.write(self._quantized_outputs(module(), errors))
             self._exact.path.unlink()
             error, signal = _added(self._split.collected(errors))
-        else:
-            error, signal = probe.errors(module)
         self._hidden = following
         present = torch.nonzero(signal).flatten().tolist()
         by_modality = {MODALITIES[i]: relative_error(float(error[i]), float(signal[i])) for i in present}
@@ -302,6 +309,8 @@ def held_out(judges: frozenset[int], modalities: Sequence[torch.Tensor]) -> froz
 class LayerProbe:
     """A float layer and the samples that judge changes to it, with its blocks' inputs and true outputs.
 
+    `release` gives up the layer and what the blocks saw: then only `errors` may be asked for.
+
     split: where several processes have samples that judge, whose each is. Sums are then made in the samples' order, so
     that every process has the same, and the same as one process alone.
     """
@@ -366,7 +375,7 @@ class LayerProbe:
         present = torch.unique(modalities).tolist()
         return {MODALITIES[index]: float(ratio[modalities == index].mean()) for index in present}
 
-    def errors(self, layer: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def errors(self, layer: torch.nn.Module) -> Errors:
         """Squared sums by modality: of a changed layer's error, and of what the float layer adds to its input."""
         errors = [
             squared_errors(inputs.hidden, exact, run_layer(layer, inputs), modality)
@@ -374,10 +383,13 @@ class LayerProbe:
         ]
         return _added(self._split.collected(errors))
 
-    def layer_error(self, layer: torch.nn.Module) -> float:
-        """The squared error of a changed layer's output, tokens weighed by importance."""
-        error, _ = self.errors(layer)
-        return sum(weight * float(error[m]) for m, weight in self._importance.items())
+    def weighed(self, errors: Errors) -> float:
+        """A squared error of a layer's output, tokens weighed by importance."""
+        return sum(weight * float(errors[0][m]) for m, weight in self._importance.items())
+
+    def release(self) -> None:
+        self._layer = torch.nn.Identity()
+        self._calls.clear()
 
 
 @contextmanager
@@ -392,6 +404,10 @@ def _standing_in(layer: torch.nn.Module, linears: Mapping[str, torch.nn.Module])
     finally:
         for name, (parent, child) in places.items():
             setattr(parent, child, before[name])
+
+
+def zero_errors() -> Errors:
+    return torch.zeros(len(MODALITIES), dtype=torch.float64), torch.zeros(len(MODALITIES), dtype=torch.float64)
 
 
 def squared_errors(
@@ -409,7 +425,7 @@ def squared_errors(
     return sums
 
 
-def _added(sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def _added(sums: Sequence[torch.Tensor]) -> Errors:
     """Error and signal, [modalities] each, of the samples' sums in their order."""
     error, signal = reduce(torch.add, sums)
     return error, signal
@@ -422,11 +438,14 @@ def _hidden(out: Any) -> torch.Tensor:
 
 
 class EmulatedLinear(torch.nn.Module):
-    """A quantized Linear in a float layer: int8 activations per token, the integers kept as float32 for speed."""
+    """A quantized Linear in a float layer, computed as the runtime does. held: with int8 activations the integers are
+    kept as float32, for speed.
+    """
 
-    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None) -> None:
+    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, held: bool = True) -> None:
         super().__init__()
-        self._linear = replace(linear, qweight=linear.qweight.to(torch.float32))
+        wide = held and linear.scheme.act_bits is not None
+        self._linear = replace(linear, qweight=linear.qweight.to(torch.float32)) if wide else linear
         self._bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -434,14 +453,15 @@ class EmulatedLinear(torch.nn.Module):
 
 
 def emulate(
-    module: torch.nn.Module, quantized: Mapping[str, QuantizedLinear], weights: Mapping[str, torch.Tensor]
+    module: torch.nn.Module,
+    quantized: Mapping[str, QuantizedLinear],
+    weights: Mapping[str, torch.Tensor],
+    held: bool = True,
 ) -> None:
-    """Replace the Linears with int8 activations, by relative name, by their emulation; biases come from `weights`."""
+    """Replace Linears, by relative name, by their emulation; biases come from `weights`."""
     for name, linear in quantized.items():
-        if linear.scheme.act_bits is None:
-            continue  # an ordinary Linear with a dequantized weight
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias")))
+        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias"), held))
 
 
 def quantized_layer(
@@ -450,15 +470,18 @@ def quantized_layer(
     index: int,
     floats: Mapping[str, torch.Tensor],
     linears: Mapping[str, QuantizedLinear],
+    held: bool = True,
 ) -> torch.nn.Module:
     """The library's layer in float32; Linears with int8 activations are emulated, others hold what they stand for.
 
-    floats, linears: all tensors of the layer, by relative name.
+    floats, linears: all tensors of the layer, by relative name. held: False keeps all weights as integers, which are
+    widened a piece at a time in each product: a quarter of the memory, for a layer that runs on few samples.
     """
     weights = {name: tensor.to(torch.float32) for name, tensor in floats.items()}
+    emulated = {name: q for name, q in linears.items() if q.scheme.act_bits is not None or not held}
     for name, linear in linears.items():
-        emulated = linear.scheme.act_bits is not None  # the emulation replaces this weight
-        weights[f"{name}.weight"] = linear.qweight if emulated else dequantize(linear)
+        # The emulation replaces the weight that it is given here.
+        weights[f"{name}.weight"] = linear.qweight if name in emulated else dequantize(linear)
     module: torch.nn.Module = model.family.build_layer(config, index, weights)
-    emulate(module, linears, weights)
+    emulate(module, emulated, weights, held)
     return module

@@ -142,12 +142,13 @@ def open_team(device: str) -> Iterator[Team]:
         yield ALONE
         return
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     with _as_one_fault():
         store, rank, size = next(rendezvous("env://"))
         # A program may quantize several times: what one team has left in the store is nothing to the next.
-        store = dist.PrefixStore(f"run {store.add(f'runs of {rank}', 1)}", store)
+        store = PrefixStore(f"run {store.add(f'runs of {rank}', 1)}", store)
     team = Team(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     before = signal.signal(signal.SIGTERM, _stop)  # torchrun ends the processes that are left
     try:

@@ -19,8 +19,9 @@ from test_plan import _remembered_shapes  # noqa: F401
 from tiny_layer import SPEC, Sample, build, layer_weights, output, record, sample, token_counts
 
 from msmodelslim_omni.analysis import Round, as_markdown, exclude_text
-from msmodelslim_omni.analyze import _split, analyze, parse_size
+from msmodelslim_omni.analyze import _split, analyze
 from msmodelslim_omni.arithmetic import dequantize, quantize_weight, quantized_matmul
+from msmodelslim_omni.budget import parse_size
 from msmodelslim_omni.calibration import load_calib_set
 from msmodelslim_omni.checkpoint import open_checkpoint
 from msmodelslim_omni.doctor import examine

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_layer import HEAD_DIM, SPEC, Sample, build, layer_weights, output, record, sample, work_of
+from tiny_layer import HEAD_DIM, SPEC, Sample, build, layer_weights, output, record, sample, tensors, work_of
 
 from msmodelslim_omni.arithmetic import dequantize
 from msmodelslim_omni.capture import input_stats
@@ -148,7 +148,7 @@ def test_search_is_the_least_of_a_loop_over_the_grid(name: str, scheme: QuantSch
     group, work = GROUPS[name], outlier_work(scheme, torch.float32)
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
-    candidates = list(awq._grid(work, group, weights, scheme, 10))
+    candidates = list(awq._grid(work, group, scheme, 10))
     losses = search_losses(candidates, group, weights, scheme, work.stats[name].gram(work.importance), None)
 
     x, modality = tokens_of(work.weights, group)
@@ -175,7 +175,7 @@ def test_with_gptq_the_search_weighs_errors_by_what_gptq_leaves_of_them() -> Non
     group, work = GROUPS["gate_up"], outlier_work(GPTQ, torch.float32)
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
-    candidates = list(awq._grid(work, group, weights, GPTQ, 5))
+    candidates = list(awq._grid(work, group, GPTQ, 5))
     gram = work.stats["gate_up"].gram(work.importance)
     triangle = factorize(gram)
     losses = search_losses(candidates, group, weights, GPTQ, gram, triangle)
@@ -198,8 +198,7 @@ def test_with_gptq_the_search_weighs_errors_by_what_gptq_leaves_of_them() -> Non
 def test_identity_is_always_in_the_grid(n_grid: int) -> None:
     work = outlier_work(MINMAX)
     for group in SPEC.groups:
-        weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
-        candidates = list(awq._grid(work, group, weights, MINMAX, n_grid))
+        candidates = list(awq._grid(work, group, MINMAX, n_grid))
         assert torch.equal(candidates[0].factors, torch.ones_like(candidates[0].factors))
         assert candidates[0].name == "identity"
         assert len(candidates) == 2 + 2 * n_grid
@@ -238,26 +237,26 @@ def test_float_function_is_unchanged(dtype: torch.dtype, scheme: QuantScheme) ->
     for kind, groups in KINDS.items():
         scaled = awq.apply(work, config(kind, n_grid=5), ALL)
         assert {n for n, r in records(scaled).items() if r.alpha is not None} == set(groups)
-        assert relative(output(scaled.weights, unseen), exact) < 1e-5
+        assert relative(output(tensors(scaled), unseen), exact) < 1e-5
     together = awq.apply(work, config(n_grid=5), ALL)
-    assert relative(output(together.weights, unseen), exact) < 1e-5
+    assert relative(output(tensors(together), unseen), exact) < 1e-5
     for norm in ("input_layernorm", "post_attention_layernorm"):
         assert together.weights[f"{norm}.weight"].dtype == dtype
         assert not torch.equal(together.weights[f"{norm}.weight"], work.weights[f"{norm}.weight"])
     assert together.weights["self_attn.v_proj.bias"].dtype == dtype
-    differing = {n for n, t in work.weights.items() if not torch.equal(t.float(), together.weights[n].float())}
+    differing = {n for n, t in work.weights.items() if not torch.equal(t.float(), together.tensor(n).float())}
     assert differing <= together.changed
 
 
 def test_factors_of_o_are_shared_by_the_query_heads_of_a_key_value_head() -> None:
     work = outlier_work(MINMAX, torch.float32)
     scaled = awq.apply(work, config("ov"), ALL)
-    columns = (scaled.weights["self_attn.o_proj.weight"] / work.weights["self_attn.o_proj.weight"]).median(0).values
+    columns = (scaled.tensor("self_attn.o_proj.weight") / work.weights["self_attn.o_proj.weight"]).median(0).values
     heads = columns.view(4, HEAD_DIM)
     torch.testing.assert_close(heads[0], heads[1])
     torch.testing.assert_close(heads[2], heads[3])
     assert not torch.allclose(heads[0], heads[2], rtol=0.01)
-    rows = (work.weights["self_attn.v_proj.weight"] / scaled.weights["self_attn.v_proj.weight"]).median(1).values
+    rows = (work.weights["self_attn.v_proj.weight"] / scaled.tensor("self_attn.v_proj.weight")).median(1).values
     torch.testing.assert_close(rows, heads[::2].flatten(), rtol=1e-5, atol=0)
     bias = work.weights["self_attn.v_proj.bias"] / scaled.weights["self_attn.v_proj.bias"]
     torch.testing.assert_close(bias, rows, rtol=1e-4, atol=0)
@@ -267,7 +266,7 @@ def test_factors_of_o_are_shared_by_the_query_heads_of_a_key_value_head() -> Non
 def test_statistics_are_those_of_the_scaled_layer(scheme: QuantScheme) -> None:
     """What follows sees the inputs as they are now: rows, sums, and H or its factors."""
     scaled = awq.apply(outlier_work(scheme), config(), ALL)
-    again = work_of(scaled.weights, SAMPLES, scheme)
+    again = work_of(tensors(scaled), SAMPLES, scheme)
     assert scaled.stats is not None and again.stats is not None
     for name in GROUPS:
         mine, true = scaled.stats[name], again.stats[name]
@@ -397,7 +396,7 @@ def unscaled_rounding(work: LayerWork) -> dict[str, torch.Tensor]:
         gram = work.stats[group.name].gram(work.importance)
         weights = {linear: work.weights[f"{linear}.weight"].float() for linear in group.linears}
         schemes = {linear: work.schemes[linear] for linear in group.linears}
-        rounded = round_group(weights, schemes, gram, triangle_for(schemes, gram))
+        rounded = round_group(weights.items(), schemes, gram, triangle_for(schemes, gram))
         found |= {f"{linear}.weight": dequantize(quantized) for linear, quantized in rounded.items()}
     return found
 
@@ -448,7 +447,7 @@ def test_with_the_real_layer_the_blocks_true_error_is_never_worse_than_unscaled(
     for name in ("qkv", "gate_up"):
         group = GROUPS[name]
         scaled = awq.apply(replace(work, probe=probe), config("norm-linear"), frozenset(group.linears))
-        factors = scaled.weights[f"{group.linears[0]}.weight"] / work.weights[f"{group.linears[0]}.weight"].float()
+        factors = scaled.weight(group.linears[0]) / work.weights[f"{group.linears[0]}.weight"].float()
         rounded = linear_quant.apply(scaled, linear_quant_of(scheme), frozenset(group.linears)).quantized
         back = {f"{linear}.weight": dequantize(rounded[linear]) / factors.median(0).values for linear in group.linears}
         plain = {name: tensor for name, tensor in unscaled_rounding(work).items() if name in back}
@@ -493,9 +492,9 @@ def test_what_is_rounded_are_the_weights_as_they_are_now(scheme: QuantScheme) ->
     quantized = linear_quant.apply(scaled, linear_quant_of(scheme), ALL).quantized
     assert set(quantized) == ALL
     for linear in SPEC.linears:
-        assert relative(dequantize(quantized[linear]), scaled.weights[f"{linear}.weight"]) < 0.3, linear
+        assert relative(dequantize(quantized[linear]), scaled.weight(linear)) < 0.3, linear
         assert quantized[linear].scheme == scheme
-    rounded = {**scaled.weights, **{f"{linear}.weight": dequantize(q) for linear, q in quantized.items()}}
+    rounded = {**tensors(scaled), **{f"{linear}.weight": dequantize(q) for linear, q in quantized.items()}}
     plain = {**work.weights, **unscaled_rounding(outlier_work(MINMAX))}
     errors = [relative(output(weights, SAMPLES[1]), output(work.weights, SAMPLES[1])) for weights in (rounded, plain)]
     assert errors[0] < 0.8 * errors[1]
@@ -506,10 +505,10 @@ def test_what_is_rounded_are_the_weights_as_they_are_now(scheme: QuantScheme) ->
 def test_a_second_awq_goes_on_from_the_first(second: str, scheme: QuantScheme) -> None:
     work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
     twice = awq.apply(awq.apply(work, config("norm-linear"), ALL), config(second), ALL)
-    assert relative(output(twice.weights, SAMPLES[0]), output(work.weights, SAMPLES[0])) < 1e-5
+    assert relative(output(tensors(twice), SAMPLES[0]), output(work.weights, SAMPLES[0])) < 1e-5
     quantized = linear_quant.apply(twice, linear_quant_of(scheme), ALL).quantized
     for linear in SPEC.linears:
-        assert relative(dequantize(quantized[linear]), twice.weights[f"{linear}.weight"]) < 0.3, linear
+        assert relative(dequantize(quantized[linear]), twice.weight(linear)) < 0.3, linear
 
 
 def test_too_few_tokens_for_gptq_are_said() -> None:

@@ -290,7 +290,7 @@ def test_each_linear_is_rounded_by_its_own_method() -> None:
     schemes = {"plain": MINMAX, "clipped": MSE, "gptq": ASYM}
     gram = as_matrix(x)
     triangle = factorize(gram)
-    quantized = round_group(weights, schemes, gram, triangle)
+    quantized = round_group(weights.items(), schemes, gram, triangle)
     pivots = triangle.pivots().view(-1, 32)
     assert torch.equal(quantized["plain"].qweight, quantize_weight(weights["plain"], MINMAX).qweight)
     assert torch.equal(quantized["clipped"].qweight, quantize_weight(weights["clipped"], MSE, pivots).qweight)
@@ -302,8 +302,8 @@ def test_each_linear_is_rounded_by_its_own_method() -> None:
 def test_clips_serve_the_output_where_h_is_known() -> None:
     """Searched on the blocks of H they leave less output error than searched on the weight alone."""
     x, weight = tokens(700), normal(OUT, IN, seed=1)
-    by_weight = round_group({"a": weight}, {"a": MSE}, None, None)["a"]
-    by_output = round_group({"a": weight}, {"a": MSE}, as_matrix(x), None)["a"]
+    by_weight = round_group([("a", weight)], {"a": MSE}, None, None)["a"]
+    by_output = round_group([("a", weight)], {"a": MSE}, as_matrix(x), None)["a"]
     assert torch.equal(by_weight.qweight, quantize_weight(weight, MSE).qweight)
     blocks = as_matrix(x).diagonal_blocks(32)
     assert torch.equal(by_output.qweight, quantize_weight(weight, MSE, blocks).qweight)
@@ -314,4 +314,4 @@ def test_a_fault_names_the_linear() -> None:
     weight = normal(OUT, IN)
     weight[3, 4] = torch.nan
     with pytest.raises(QuantError, match=r"mlp\.up_proj\.weight: the weight holds NaN or Inf"):
-        round_group({"mlp.up_proj": weight}, {"mlp.up_proj": MSE}, None, None)
+        round_group([("mlp.up_proj", weight)], {"mlp.up_proj": MSE}, None, None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from grams import FORMS, Form
@@ -9,10 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni import gram as gram_module
-from msmodelslim_omni.gram import FACTOR_BYTES, MATRIX_BYTES, Gram, GramBuilder, combined, sketch_rows
+from msmodelslim_omni.budget import DEFAULT
+from msmodelslim_omni.gram import Gram, GramBuilder, combined, sketch_rows
 
 IN = 24
 CPU = torch.device("cpu")
+
+
+def rows_of(counts: Sequence[int], in_features: int) -> list[int] | None:
+    return sketch_rows(counts, in_features, DEFAULT.matrix, DEFAULT.factor)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -198,22 +205,22 @@ def test_sketch_is_the_same_each_time_and_however_samples_are_cut() -> None:
 
 
 def test_a_matrix_where_tokens_are_many_and_it_fits() -> None:
-    assert sketch_rows([3584, 0, 0, 0], 3584) is None
-    assert sketch_rows([900, 800, 80, 20], 3584) is None
-    assert sketch_rows([20_000, 9_000, 4_000, 50_000], 3584) is None
+    assert rows_of([3584, 0, 0, 0], 3584) is None
+    assert rows_of([900, 800, 80, 20], 3584) is None
+    assert rows_of([20_000, 9_000, 4_000, 50_000], 3584) is None
 
 
 def test_tokens_where_they_are_fewer_than_half_the_inputs() -> None:
-    assert sketch_rows([100, 0, 50, 3], 3584) == [100, 0, 50, 3]
-    assert sketch_rows([1791, 0, 0, 0], 3584) == [1791, 0, 0, 0]
+    assert rows_of([100, 0, 50, 3], 3584) == [100, 0, 50, 3]
+    assert rows_of([1791, 0, 0, 0], 3584) == [1791, 0, 0, 0]
 
 
 def test_tokens_or_a_sketch_where_no_matrix_fits() -> None:
     width = 18944
-    assert 4 * width**2 > MATRIX_BYTES
-    room = FACTOR_BYTES // (4 * width)
-    assert sketch_rows([500, 300, 0, 0], width) == [500, 300, 0, 0]
-    rows = sketch_rows([30_000, 100, 40_000, 0], width)
+    assert 4 * width**2 > DEFAULT.matrix
+    room = DEFAULT.factor // (4 * width)
+    assert rows_of([500, 300, 0, 0], width) == [500, 300, 0, 0]
+    rows = rows_of([30_000, 100, 40_000, 0], width)
     assert rows is not None
     # The few are exact; what is left is shared by the others.
     assert rows[1] == 100 and rows[3] == 0
@@ -224,12 +231,12 @@ def test_tokens_or_a_sketch_where_no_matrix_fits() -> None:
 @given(st.lists(st.integers(0, 10**5), min_size=4, max_size=4), st.sampled_from([64, 3584, 18944, 10**6, 10**8]))
 @settings(max_examples=200, deadline=None)
 def test_rows_fit_and_leave_no_modality_out(counts: list[int], width: int) -> None:
-    rows = sketch_rows(counts, width)
+    rows = rows_of(counts, width)
     if rows is None:
-        assert 2 * sum(counts) >= width and 4 * width**2 <= MATRIX_BYTES
+        assert 2 * sum(counts) >= width and 4 * width**2 <= DEFAULT.matrix
         return
     assert all((row > 0) == (count > 0) and row <= count for row, count in zip(rows, counts, strict=True))
     present = sum(1 for count in counts if count)
-    assert 4 * width * sum(rows) <= max(FACTOR_BYTES, 4 * width * present)
-    if 4 * width * sum(counts) <= FACTOR_BYTES:
+    assert 4 * width * sum(rows) <= max(DEFAULT.factor, 4 * width * present)
+    if 4 * width * sum(counts) <= DEFAULT.factor:
         assert rows == counts

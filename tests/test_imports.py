@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resources": set(),
     "digests": set(),
     "progress": set(),
+    "budget": {"errors"},
     "patterns": {"errors"},
     "device": {"errors"},
     "packing": set(),
@@ -44,13 +45,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gram": {"team"},
     "background": set(),
     "fidelity": set(),
-    "capture": {"errors", "gram", "models.spec", "team"},
+    "capture": {"budget", "errors", "gram", "models.spec", "team"},
     "calibration": {"digests", "errors", "media", "models.spec", "resources"},
     "sample_store": {"models.spec", "safetensors_io"},
     "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe", "team"},
     "formats.*": BASIS | {"arithmetic", "nf4", "safetensors_io"},
     "plan": BASIS
     | {
+        "budget",
         "recipe",
         "recipe_yaml",
         "patterns",
@@ -66,9 +68,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": {"formats", "formats.job", "formats.shards", "workspace"},
     "run_memory": {"models.spec"},
     "report": {"checkpoint", "formats.shards", "models.spec", "run_memory"},
-    "forecast": BASIS
-    | {"assembly", "capture", "formats", "formats.shards", "gram", "models.spec", "plan", "report", "run_memory"}
-    | {"stream", "summary", "workspace"},
+    "peak_memory": {"budget", "capture", "errors", "gram", "models.spec", "plan"},
+    "forecast": {"assembly", "formats", "formats.shards", "peak_memory", "plan", "run_memory", "summary"},
     "workspace": {"errors", "checkpoint", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
@@ -106,7 +107,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scoring": set(),
     "bootstrap": {"fidelity"},
     "comparable": {"checkpoint", "errors", "generate"},
-    "side_by_side": {"arithmetic", "background", "calibration", "capture", "checkpoint", "device", "errors", "fidelity"}
+    "side_by_side": {
+        "arithmetic",
+        "background",
+        "budget",
+        "calibration",
+        "capture",
+        "checkpoint",
+        "device",
+        "errors",
+        "fidelity",
+    }
     | {"generate", "models.spec", "progress", "quantized", "safetensors_io", "sample_store", "scoring", "stream"},
     "figures": {"bootstrap", "fidelity", "models.spec", "scoring", "side_by_side"},
     "logits": {"device", "errors", "figures", "generate", "models.spec", "progress", "safetensors_io", "scoring"}
@@ -130,13 +141,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"workspace"},
     "preparation": BASIS
     | {"calibration", "checkpoint", "device", "digests", "forecast", "models", "models.spec", "plan", "progress"}
-    | {"recipe", "summary", "team"},
+    | {"peak_memory", "recipe", "summary", "team"},
     "pipeline": {m for m in MODULES if not m.startswith("commands")}
     - {"cli", "__main__", "evaluate", "terminal"}
     - {"analysis", "analyze", "proposal", "rounds", "sensitivity"},
     "commands.*": {
         "analysis",
         "analyze",
+        "budget",
         "errors",
         "recipe",
         "pipeline",

@@ -18,7 +18,7 @@ from make_tiny_omni import make_tiny_omni
 from msmodelslim_omni.gram import GramBuilder
 from msmodelslim_omni.packing import pack, unpack
 from msmodelslim_omni.processors.gptq import ROWS, factorize
-from msmodelslim_omni.processors.rounding import _pieces, _rounded
+from msmodelslim_omni.processors.rounding import _rounded
 from msmodelslim_omni.safetensors_io import load_tensor, read_header
 from msmodelslim_omni.scheme import QuantScheme
 from msmodelslim_omni.team import ALONE, Split, Team
@@ -93,18 +93,17 @@ def test_tokens_of_two_processes_lie_where_those_of_one_do(rows: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["mse", "gptq"])
-def test_pieces_of_a_linear_have_the_bits_of_the_whole(method: str) -> None:
+def test_blocks_of_a_linear_have_the_bits_of_the_whole(method: str) -> None:
     scheme = QuantScheme(4, None, symmetric=False, group_size=32, weight_method=method)
     weight, x = torch.randn(2 * ROWS + 100, 64), torch.randn(128, 64)
     builder = GramBuilder(64, None, CPU, 0)
     builder.add(x)
     gram = builder.finish()
     whole = _rounded(weight, scheme, gram.diagonal_blocks(32), factorize(gram))
-    pieces = list(_pieces("a", weight, 2))
-    assert [piece.cost for piece in pieces] == [2 * ROWS * 64, 100 * 64]
-    found = [_rounded(weight[piece.rows], scheme, gram.diagonal_blocks(32), factorize(gram)) for piece in pieces]
-    assert torch.equal(whole.qweight, torch.cat([part.qweight for part in found]))
-    assert torch.equal(whole.scales, torch.cat([part.scales for part in found]))
+    blocks = torch.split(weight, ROWS)
+    ends = _rounded(torch.cat([blocks[0], blocks[2]]), scheme, gram.diagonal_blocks(32), factorize(gram))
+    rows = torch.cat([torch.arange(ROWS), torch.arange(2 * ROWS, 2 * ROWS + 100)])
+    assert torch.equal(whole.qweight[rows], ends.qweight) and torch.equal(whole.scales[rows], ends.scales)
 
 
 # --- two processes -------------------------------------------------------------------------------------------

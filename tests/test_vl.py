@@ -206,7 +206,7 @@ def test_layer_inputs_equal_the_whole_model(mix: str, tied_vl: Path, library: An
     for name, tensor in theirs.items():
         assert torch.equal(inputs.tensors[name], tensor), name
     checkpoint = open_checkpoint(tied_vl)
-    stem = vl.open_stem(checkpoint, torch.device("cpu"))
+    stem = vl.open_stem(checkpoint, torch.device("cpu"), 1 << 30)
     found, expected = list(streamed(checkpoint, stem.layer_input(inputs))), whole_model(library, theirs)
     assert len(found) == len(expected) == 5
     for mine, wanted in zip(found, expected, strict=True):

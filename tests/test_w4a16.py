@@ -24,7 +24,7 @@ from msmodelslim_omni.arithmetic import quantize_weight
 from msmodelslim_omni.models.spec import LayerInput
 from msmodelslim_omni.preparation import prepare
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT
-from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
+from msmodelslim_omni.processors.work import Fold, LayerWork, SmoothingRecord
 from msmodelslim_omni.stream import LayerProbe, importance
 
 Tensors = dict[str, torch.Tensor]
@@ -305,13 +305,13 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
         for linear, scheme in loaded.schemes.items()
     }
     record = SmoothingRecord("qkv", 0.5, 0.7, "as searched")
-    scaled = {name: tensor.float() * 1.5 for name, tensor in loaded.weights.items() if name.endswith("up_proj.weight")}
-    work = replace(loaded.with_weights(scaled), quantized=plain, notes=("before",), smoothing=(record,))
+    scaled = loaded.with_folds({}, {"mlp.up_proj": Fold(torch.full((256,), 1.5))})
+    work = replace(scaled, quantized=plain, notes=("before",), smoothing=(record,))
     worse = replace(
         work, quantized={**plain, "mlp.up_proj": replace(plain["mlp.up_proj"], scales=9 * plain["mlp.up_proj"].scales)}
     )
 
-    found = pipeline._no_worse_than_rounding(plan, loaded, worse, probe)
+    found, errors = pipeline._no_worse_than_rounding(plan, loaded, worse, probe)
     assert found.over_plain == 1.0
     assert found.smoothing == (SmoothingRecord("qkv", None, 1.0, "taken back: as searched"),)
     assert found.weights is loaded.weights and not found.changed  # norms and biases of the checkpoint, no factors
@@ -319,7 +319,9 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
         assert torch.equal(quantized.qweight, plain[linear].qweight)
         assert torch.equal(quantized.scales, plain[linear].scales)
     assert found.notes[0] == "before"
-    ratio = (probe.layer_error(pipeline._module(plan, worse)) / probe.layer_error(pipeline._module(plan, found))) ** 0.5
+    of_worse, of_found = (probe.errors(pipeline._module(plan, made)) for made in (worse, found))
+    torch.testing.assert_close(errors[0], of_found[0], rtol=1e-4, atol=0.0)
+    ratio = (probe.weighed(of_worse) / probe.weighed(of_found)) ** 0.5
     assert ratio > 2 and found.notes[1].startswith("fell back to plain rounding") and f"{ratio:.3f}x" in found.notes[1]
 
 
@@ -328,7 +330,7 @@ def test_a_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path)
     exact = {linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="mse"))
              for linear, scheme in loaded.schemes.items()}  # fmt: skip
     better = replace(loaded, quantized={"mlp.up_proj": exact["mlp.up_proj"]})  # all others as they are
-    found = pipeline._no_worse_than_rounding(plan, loaded, better, probe)
+    found, _ = pipeline._no_worse_than_rounding(plan, loaded, better, probe)
     assert found.quantized is better.quantized and found.notes == ()
     assert found.over_plain is not None and 0 < found.over_plain < 1
 

@@ -53,6 +53,11 @@ def layer_weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[st
     return weights
 
 
+def tensors(work: LayerWork) -> dict[str, torch.Tensor]:
+    """The layer's tensors as they are now, with what is folded into them."""
+    return {name: work.tensor(name) for name in work.weights}
+
+
 def layer_work(dtype: torch.dtype = torch.bfloat16, seed: int = 0, samples: list[Sample] | None = None) -> LayerWork:
     """A layer whose Linears are all to be quantized, with the statistics of the samples."""
     return work_of(layer_weights(dtype, seed), samples if samples is not None else [sample()])

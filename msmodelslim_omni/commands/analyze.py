@@ -78,7 +78,7 @@ def analyze(
 
     def work() -> None:
         from ..analyze import analyze as run_analyze
-        from ..analyze import parse_size
+        from ..budget import parse_size
 
         analysis = run_analyze(
             model_path, dataset, model_type=model_type, device=device, max_samples=max_samples,

@@ -63,6 +63,10 @@ def quant(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="For the choice of samples.")] = 0,
+    max_memory: Annotated[
+        str | None,
+        flag("max_memory", "Keep the process within this much memory: 6GiB, 900MB, or bytes."),
+    ] = None,
     dry_run: Annotated[bool, flag("dry_run", "Print the plan and stop.", is_flag=True)] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in SAVE_PATH.")] = False,
     log_level: Annotated[LogLevel, flag("log_level", "How much to say while working.")] = LogLevel.info,
@@ -86,6 +90,7 @@ def quant(
             carry_out(team)
 
     def carry_out(team: Team) -> None:
+        from ..budget import parse_size
         from ..pipeline import run_guarded
         from ..preparation import prepare
         from ..progress import Progress
@@ -104,6 +109,7 @@ def quant(
             save_format=save_format or (),
             seed=seed,
             trust_remote_code=trust_remote_code is TrueFalse.true,
+            max_memory=None if max_memory is None else parse_size(max_memory),
             progress=told,
             team=team,
         )

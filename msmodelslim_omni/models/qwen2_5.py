@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QuantError
@@ -186,9 +187,10 @@ class _ReachedLayers(Exception):
 class DecoderStem:
     """The model up to its first decoder layer, run by the library's own forward.
 
-    Towers compute in float32, their Linears held as they are stored; embedding rows are read from disk as they are
-    needed. Instead of decoder layers there is one module that raises what reaches it, so embedding, merging, 3-D
-    positions and masks are the library's for every mix of modalities.
+    Towers compute in float32, their Linears held as they are stored, up to `held_bytes` of them: the others, and
+    embedding rows, are read from disk whenever they are needed. Instead of decoder layers there is one module that
+    raises what reaches it, so embedding, merging, 3-D positions and masks are the library's for every mix of
+    modalities.
 
     build: gives the library's class, in float32, with one decoder layer. towers: what the names on disk of the towers'
     tensors begin with. embedding: its weight on disk.
@@ -203,6 +205,7 @@ class DecoderStem:
         disk_name: DiskName,
         towers: tuple[str, ...],
         embedding: str,
+        held_bytes: int,
     ) -> None:
         if text.values.get("use_sliding_window"):
             raise QuantError("config.json: use_sliding_window is true", "sliding-window attention is not calibrated")
@@ -212,13 +215,15 @@ class DecoderStem:
         text_model = getattr(self._module.model, "language_model", self._module.model)
         text_model.layers[0] = _catching_module()
         text_model.embed_tokens = _rows_from_disk(checkpoint, embedding, device)
-        self._load_towers(checkpoint, disk_name, towers)
+        self._load_towers(checkpoint, disk_name, towers, held_bytes)
         for module in self._module.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(device))
         self._module.eval()
 
-    def _load_towers(self, checkpoint: Checkpoint, disk_name: DiskName, towers: tuple[str, ...]) -> None:
+    def _load_towers(
+        self, checkpoint: Checkpoint, disk_name: DiskName, towers: tuple[str, ...], held_bytes: int
+    ) -> None:
         """Parameters in float32, but for the Linears, which are nearly all of them: these stay as stored."""
         import torch
 
@@ -227,14 +232,16 @@ class DecoderStem:
             disk = disk_name(name)
             if not disk.startswith(towers):
                 continue
-            tensor = checkpoint.load_finite(disk).to(self._device)
+            read = partial(_to_device, checkpoint, disk, self._device)
             owner, _, attribute = name.rpartition(".")
             module = self._module.get_submodule(owner)
-            if isinstance(module, torch.nn.Linear) and attribute == "weight":
-                parent, _, child = owner.rpartition(".")
-                setattr(self._module.get_submodule(parent), child, _stored_linear(tensor, module.bias))
-            else:
-                rest[name] = tensor.to(torch.float32)
+            if not isinstance(module, torch.nn.Linear) or attribute != "weight":
+                rest[name] = read().to(torch.float32)
+                continue
+            parent, _, child = owner.rpartition(".")
+            held_bytes -= checkpoint.tensors[disk].nbytes
+            linear = _stored_linear()(read() if held_bytes >= 0 else read, module.bias)
+            setattr(self._module.get_submodule(parent), child, linear)
         unknown = self._module.load_state_dict(rest, strict=False, assign=True).unexpected_keys
         if unknown:
             raise RuntimeError(f"the towers did not take {unknown[:5]}")
@@ -275,21 +282,27 @@ def _catching_module() -> Any:
     return CatchingLayer()
 
 
-def _stored_linear(weight: Any, bias: Any) -> Any:
+def _to_device(checkpoint: Checkpoint, name: str, device: Any) -> Any:
+    return checkpoint.load_finite(name).to(device)
+
+
+@cache
+def _stored_linear() -> Any:
     import torch
 
     class StoredLinear(torch.nn.Module):
-        """A Linear whose weight keeps its stored dtype and is widened to float32 for each product."""
+        """A Linear whose weight keeps its stored dtype, or is read from disk, and is widened for each product."""
 
-        def __init__(self) -> None:
+        def __init__(self, weight: torch.Tensor | Callable[[], torch.Tensor], bias: torch.nn.Parameter | None) -> None:
             super().__init__()
-            self.weight = torch.nn.Parameter(weight, requires_grad=False)
+            self._weight = weight
             self.bias = bias  # None, or still on meta: it is loaded with the rest
 
-        def forward(self, x: Any) -> Any:
-            return torch.nn.functional.linear(x, self.weight.to(torch.float32), self.bias)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = self._weight() if callable(self._weight) else self._weight
+            return torch.nn.functional.linear(x, weight.to(torch.float32), self.bias)
 
-    return StoredLinear()
+    return StoredLinear
 
 
 def _rows_from_disk(checkpoint: Checkpoint, name: str, device: Any) -> Any:

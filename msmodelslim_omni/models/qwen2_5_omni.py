@@ -129,14 +129,14 @@ def build_norm(config: dict[str, Any], weight: Any) -> Any:
     return with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
 
 
-def open_stem(checkpoint: Checkpoint, device: Any) -> OmniStem:
-    return OmniStem(checkpoint, device)
+def open_stem(checkpoint: Checkpoint, device: Any, held_bytes: int) -> OmniStem:
+    return OmniStem(checkpoint, device, held_bytes)
 
 
 class OmniStem(DecoderStem):
     """The thinker up to its first decoder layer."""
 
-    def __init__(self, checkpoint: Checkpoint, device: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, device: Any, held_bytes: int) -> None:
         import torch
 
         def build() -> Any:
@@ -147,7 +147,8 @@ class OmniStem(DecoderStem):
         def named(module_name: str) -> str:
             return disk_name("thinker." + module_name)
 
-        super().__init__(checkpoint, device, _text(checkpoint.config), build, named, TOWERS, EMBEDDING)
+        text = _text(checkpoint.config)
+        super().__init__(checkpoint, device, text, build, named, TOWERS, EMBEDDING, held_bytes)
 
     def options(self, inputs: ModelInputs) -> dict[str, Any]:
         return {"use_audio_in_video": inputs.use_audio_in_video}

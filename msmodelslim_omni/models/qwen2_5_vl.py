@@ -151,7 +151,7 @@ def build_norm(config: dict[str, Any], weight: Any) -> Any:
     return with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
 
 
-def open_stem(checkpoint: Checkpoint, device: Any) -> DecoderStem:
+def open_stem(checkpoint: Checkpoint, device: Any, held_bytes: int) -> DecoderStem:
     import torch
 
     config = checkpoint.config
@@ -160,7 +160,7 @@ def open_stem(checkpoint: Checkpoint, device: Any) -> DecoderStem:
         one_layer = _library_config(_one_layer(config))
         return library().Qwen2_5_VLForConditionalGeneration._from_config(one_layer, dtype=torch.float32)
 
-    return DecoderStem(checkpoint, device, _text(config), build, _disk_name, _TOWERS, _EMBEDDING)
+    return DecoderStem(checkpoint, device, _text(config), build, _disk_name, _TOWERS, _EMBEDDING, held_bytes)
 
 
 # --- media ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from ..arithmetic import QuantizedLinear, dequantize, grouped_rounding_error, relative_error
+from ..arithmetic import QuantizedLinear, dequantize, grouped_rounding_error, relative_error, row_blocks
 from ..gram import Gram
 from ..models.spec import LinearGroup
 from ..recipe import AwqConfig
@@ -74,21 +74,22 @@ def apply(work: LayerWork, config: AwqConfig, linears: frozenset[str]) -> LayerW
 def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> LayerWork:
     assert work.stats is not None  # the plan runs calibration for this processor
     gram = work.stats[group.name].gram(work.importance)
-    weights = {linear: work.weights[f"{linear}.weight"].to(torch.float32) for linear in group.linears}
     triangle = triangle_for({linear: work.schemes[linear] for linear in group.linears}, gram)
     if triangle is not None:
         work = replace(work, triangles={**work.triangles, group.name: triangle})
     scheme = work.schemes[group.linears[0]]
-    candidates = list(_grid(work, group, list(weights.values()), scheme, config.n_grid))
-    losses = search_losses(candidates, group, list(weights.values()), scheme, gram, triangle, work.team)
+    candidates = list(_grid(work, group, scheme, config.n_grid))
+    losses = search_losses(candidates, group, _spread_rows(work, group), scheme, gram, triangle, work.team)
     ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
     best, how, ready = ranked[0], "the Linears", {}
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
         finalists = list(dict.fromkeys([0, *ranked[:_FINALISTS]]))
-        rounded = {i: _rounded(work, group, weights, gram, triangle, candidates[i]) for i in finalists}
-        losses = {i: _block_error(work, group, rounded[i], candidates[i]) for i in finalists}
-        best, how = min(finalists, key=lambda i: (losses[i], i)), group.block
-        ready = rounded[best]
+        losses, best, how = {}, -1, group.block
+        for i in finalists:  # the best one's integers are kept, no more at a time
+            rounded = _rounded(work, group, gram, triangle, candidates[i])
+            losses[i] = _block_error(work, group, rounded, candidates[i])
+            if best < 0 or (losses[i], i) < (losses[best], best):
+                best, ready = i, rounded
     if best == 0:
         record = SmoothingRecord(group.name, None, 1.0, f"the identity is best; H: {gram.kind}")
     else:
@@ -99,13 +100,11 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
     return replace(work, rounded={**work.rounded, **ready}).recorded(record)
 
 
-def _grid(
-    work: LayerWork, group: LinearGroup, weights: list[torch.Tensor], scheme: QuantScheme, n_grid: int
-) -> Iterator[Candidate]:
+def _grid(work: LayerWork, group: LinearGroup, scheme: QuantScheme, n_grid: int) -> Iterator[Candidate]:
     """The identity first, then n_grid ratios up to 1 with and without duo scaling."""
     assert work.stats is not None
     x = shared_mean(work.stats[group.name].mean_abs(work.importance), group)
-    w = shared_mean(_relative_magnitude(weights, scheme), group)
+    w = shared_mean(_relative_magnitude(work, group, scheme), group)
     yield Candidate(0.0, False, torch.ones_like(x))
     for step in range(n_grid + 1):
         ratio = step / n_grid
@@ -117,15 +116,18 @@ def _grid(
             yield Candidate(ratio, duo, storable(work, group, s)[0])
 
 
-def _relative_magnitude(weights: list[torch.Tensor], scheme: QuantScheme) -> torch.Tensor:
+def _relative_magnitude(work: LayerWork, group: LinearGroup, scheme: QuantScheme) -> torch.Tensor:
     """The mean over output channels of |w| over the largest |w| of its group: [in]."""
     assert scheme.group_size is not None
-    total, count = torch.zeros(weights[0].shape[1], device=weights[0].device), 0
-    for weight in weights:
-        magnitude = weight.abs().view(len(weight), -1, scheme.group_size)  # [out, groups, g]
-        total += (magnitude / (magnitude.amax(dim=2, keepdim=True) + 1e-6)).sum(dim=0).flatten()
-        count += len(weight)
-    return total / count
+    sums, count = [], 0
+    for linear in group.linears:
+        stored = work.weights[f"{linear}.weight"]
+        for rows in row_blocks(stored):
+            magnitude = work.weight(linear, rows).to(torch.float32).abs()
+            magnitude = magnitude.view(len(magnitude), -1, scheme.group_size)  # [rows, groups, g]
+            sums.append((magnitude / (magnitude.amax(dim=2, keepdim=True) + 1e-6)).sum(dim=0).flatten())
+        count += len(stored)
+    return torch.stack(sums).sum(dim=0) / count
 
 
 def search_losses(
@@ -139,17 +141,15 @@ def search_losses(
 ) -> dict[int, float]:
     """Each candidate's squared output error, each Linear's relative to its signal, summed over the Linears.
 
-    By plain rounding, or with a triangle by what GPTQ leaves of it. weights: [out, in] float32. The candidates are
-    shared out over the team; what all of them take, the triangle above all, every process makes for itself.
+    By plain rounding, or with a triangle by what GPTQ leaves of it. weights: [rows, in] float32 of each Linear. The
+    candidates are shared out over the team; what all of them take, the triangle above all, every process makes itself.
     """
-    rows = max(_LEAST_ROWS, _SEARCH_WEIGHTS // gram.in_features)
-    spread = [_spread_rows(weight, rows) for weight in weights]
-    signals = [float(gram.output_error(weight).sum()) for weight in spread]
+    signals = [float(gram.output_error(weight).sum()) for weight in weights]
     pivots = triangle.pivots() if triangle is not None else None
 
     def loss(candidate: Candidate) -> float:
         factors, total = repeated(candidate.factors, group), 0.0
-        for weight, signal in zip(spread, signals, strict=True):
+        for weight, signal in zip(weights, signals, strict=True):
             change = grouped_rounding_error(weight * factors, scheme).div_(factors)
             error = gram.output_error(change) if pivots is None else change.square() @ pivots
             total += float(error.sum()) / signal if signal > 0 else 0.0
@@ -158,24 +158,24 @@ def search_losses(
     return dict(enumerate(team.map(loss, candidates)))
 
 
-def _spread_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
-    if len(weight) <= count:
-        return weight
-    return weight[torch.linspace(0, len(weight) - 1, count, device=weight.device).round().long()]
+def _spread_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
+    """Of each Linear's weight evenly spread rows, about _SEARCH_WEIGHTS numbers, in float32."""
+    spread = []
+    for linear in group.linears:
+        out_features, in_features = work.weights[f"{linear}.weight"].shape
+        count = min(out_features, max(_LEAST_ROWS, _SEARCH_WEIGHTS // in_features))
+        rows = torch.linspace(0, out_features - 1, count).round().long()
+        spread.append(work.weight(linear, rows).to(torch.float32))
+    return spread
 
 
 def _rounded(
-    work: LayerWork,
-    group: LinearGroup,
-    weights: dict[str, torch.Tensor],
-    gram: Gram,
-    triangle: Triangle | None,
-    candidate: Candidate,
+    work: LayerWork, group: LinearGroup, gram: Gram, triangle: Triangle | None, candidate: Candidate
 ) -> dict[str, QuantizedLinear]:
     """The group rounded as linear_quant will do it after the candidate."""
     factors = repeated(candidate.factors, group)
-    scaled = {linear: weight * factors for linear, weight in weights.items()}
-    schemes = {linear: work.schemes[linear] for linear in weights}
+    scaled = ((linear, work.weight(linear).to(torch.float32) * factors) for linear in group.linears)
+    schemes = {linear: work.schemes[linear] for linear in group.linears}
     if triangle is None:
         return round_group(scaled, schemes, gram.rescaled(factors), None, work.team)
     return round_group(scaled, schemes, None, triangle.rescaled(factors), work.team)
@@ -187,8 +187,8 @@ def _block_error(
     """The squared error of the block's output with the group rounded after the candidate, all else float."""
     assert work.probe is not None
     factors = repeated(candidate.factors, group)
-    inside = [name for name in work.changed if name.startswith(f"{group.block}.")]
     # What was folded into the group's rows is undone by the columns of the next Linear: these as they are now, too.
-    weights = {name: work.weights[name].to(torch.float32) for name in inside}
-    weights |= {f"{linear}.weight": dequantize(quantized) / factors for linear, quantized in rounded.items()}
+    inside = [name for name in work.changed if name.startswith(f"{group.block}.")]
+    weights = {n: work.tensor(n).to(torch.float32) for n in inside if n.removesuffix(".weight") not in rounded}
+    weights |= {f"{linear}.weight": dequantize(quantized).div_(factors) for linear, quantized in rounded.items()}
     return work.probe.block_error(group.block, weights)

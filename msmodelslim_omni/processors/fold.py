@@ -82,16 +82,16 @@ def folded(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> LayerW
     """The layer with the group's columns multiplied by the factors and what precedes divided by them."""
     factors, new = storable(work, group, factors)
     columns = repeated(factors, group)
-    for linear in group.linears:
-        name = f"{linear}.weight"
-        new[name] = work.weights[name].to(torch.float32) * columns  # [out, in] * [in]
+    folds = {linear: work.fold(linear).multiplied(columns) for linear in group.linears}
     if group.subgraph != "norm-linear":
-        name = f"{group.previous}.weight"
-        divided = work.weights[name].to(torch.float32) / factors[:, None]  # rows of the previous Linear
-        new[name] = divided if group.previous in work.schemes else divided.to(work.weights[name].dtype)
+        name = f"{group.previous}.weight"  # whose rows are divided
+        if group.previous in work.schemes:
+            folds[group.previous] = work.fold(group.previous).divided(factors)
+        else:
+            new[name] = (work.weights[name].to(torch.float32) / factors[:, None]).to(work.weights[name].dtype)
     assert work.stats is not None
     stats = {**work.stats, group.name: work.stats[group.name].divided(columns)}
     triangles = {**work.triangles}
     if group.name in triangles:
         triangles[group.name] = triangles[group.name].rescaled(columns)
-    return replace(work.with_weights(new), stats=stats, triangles=triangles)
+    return replace(work.with_folds(new, folds), stats=stats, triangles=triangles)

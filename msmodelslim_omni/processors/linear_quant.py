@@ -30,8 +30,8 @@ def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -
 def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> LayerWork:
     stats = work.stats[group.name] if work.stats is not None else None
     triangle = work.triangles.get(group.name)
-    gram = stats.gram(work.importance) if stats is not None and stats.grams and triangle is None else None
-    weights = {linear: work.weights[f"{linear}.weight"] for linear in linears}
+    gram = stats.gram(work.importance) if stats is not None and stats.has_gram and triangle is None else None
+    weights = ((linear, work.weight(linear)) for linear in linears)
     schemes = {linear: work.schemes[linear] for linear in linears}
     triangle = triangle or triangle_for(schemes, gram)
     try:

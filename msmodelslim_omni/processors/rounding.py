@@ -6,17 +6,16 @@ level without a search: that takes less time than to hand it round.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
-from ..arithmetic import QuantizedLinear, quantize_weight
+from ..arithmetic import QuantizedLinear, linear_rows, quantize_weight
 from ..errors import QuantError
 from ..gram import Gram
 from ..scheme import QuantScheme
-from ..team import ALONE, Team
+from ..team import ALONE, Split, Team
 from .gptq import ROWS, Triangle, factorize, round_in_order
 
 # With fewer tokens than this share of a Linear's inputs GPTQ would fit the calibration data instead of the model.
@@ -34,88 +33,75 @@ def triangle_for(schemes: Mapping[str, QuantScheme], gram: Gram | None) -> Trian
 
 
 def round_group(
-    weights: Mapping[str, torch.Tensor],
+    weights: Iterable[tuple[str, torch.Tensor]],
     schemes: Mapping[str, QuantScheme],
     gram: Gram | None,
     triangle: Triangle | None,
     team: Team = ALONE,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize weights [out, in] by name. gram, triangle: H of their input, as far as it is known and asked for.
+    """Quantize weights [out, in], each with its name, one after the other.
+
+    gram, triangle: H of their input, as far as it is known and asked for.
 
     Clips are searched for what they leave of the output's error: after GPTQ its pivots say so, otherwise the diagonal
     blocks of H, and without data the error of the weight itself.
     """
-    pivots = triangle.pivots() if triangle is not None else None
-
-    def importance(scheme: QuantScheme) -> torch.Tensor | None:
-        if scheme.group_size is None or (pivots is None and gram is None):
-            return None
-        if pivots is not None:
-            return pivots.view(-1, scheme.group_size)  # [groups, g]
-        assert gram is not None
-        return gram.diagonal_blocks(scheme.group_size)
-
-    searched = [name for name in weights if schemes[name].weight_method != "minmax"]
-    weighed = {scheme: importance(scheme) for scheme in {schemes[name] for name in searched}}
-
-    def rounded(piece: _Piece) -> list[torch.Tensor | None]:
-        scheme = schemes[piece.name]
-        with _naming(piece.name):
-            found = _rounded(weights[piece.name][piece.rows], scheme, weighed[scheme], triangle)
-        return [found.qweight, found.scales, found.zeros]
-
-    pieces = [piece for name in searched for piece in _pieces(name, weights[name], team.size)]
-    found: dict[str, list[list[torch.Tensor | None]]] = {name: [] for name in searched}
-    for piece, tensors in zip(pieces, team.map(rounded, pieces, [piece.cost for piece in pieces]), strict=True):
-        found[piece.name].append(tensors)
-    quantized = {}
-    for name, weight in weights.items():
-        if name in found:
-            qweight, scales, zeros = (_joined(parts) for parts in zip(*found[name], strict=True))
-            assert qweight is not None and scales is not None
-            quantized[name] = QuantizedLinear(qweight, scales, schemes[name], zeros)
-        else:
-            with _naming(name):
-                quantized[name] = quantize_weight(weight, schemes[name])
-    return quantized
+    found: dict[str, QuantizedLinear | int] = {}  # how many blocks, where these are shared out
+    owners: list[int] = []
+    mine: list[list[torch.Tensor | None]] = []
+    for name, weight in weights:
+        with _naming(name):
+            if schemes[name].weight_method == "minmax":
+                found[name] = quantize_weight(weight, schemes[name])
+                continue
+            blocks = torch.split(weight, ROWS)
+            whose = [(len(owners) + block) % team.size for block in range(len(blocks))]
+            own = [block for block, owner in zip(blocks, whose, strict=True) if owner == team.rank]
+            if own:
+                part = weight if len(own) == len(blocks) else torch.cat(own)
+                mine += _blocks(_rounded(part, schemes[name], _importance(schemes[name], gram, triangle), triangle))
+            found[name] = len(blocks)
+            owners += whose
+    everyones = iter(Split(team, tuple(owners)).collected(mine))
+    return {
+        name: _of_blocks([next(everyones) for _ in range(there)], schemes[name]) if isinstance(there, int) else there
+        for name, there in found.items()
+    }
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Consecutive output channels of a Linear. cost: its weights."""
-
-    name: str
-    rows: slice
-    cost: int
-
-
-def _pieces(name: str, weight: torch.Tensor, count: int) -> Iterator[_Piece]:
-    """At most `count`, of whole blocks of ROWS output channels."""
-    out_features, in_features = weight.shape
-    blocks = -(-out_features // ROWS)
-    step = ROWS * -(-blocks // count)
-    for first in range(0, out_features, step):
-        rows = slice(first, min(first + step, out_features))
-        yield _Piece(name, rows, (rows.stop - rows.start) * in_features)
+def _importance(scheme: QuantScheme, gram: Gram | None, triangle: Triangle | None) -> torch.Tensor | None:
+    """What a clip search weighs errors by: see quantize_weight."""
+    if scheme.group_size is None:
+        return None
+    if triangle is not None:
+        return triangle.pivots().view(-1, scheme.group_size)  # [groups, g]
+    return gram.diagonal_blocks(scheme.group_size) if gram is not None else None
 
 
 def _rounded(
     weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None, triangle: Triangle | None
 ) -> QuantizedLinear:
-    """In blocks of ROWS output channels, so that pieces of whole blocks have the bits of the whole."""
-    blocks = [quantize_weight(block, scheme, importance) for block in torch.split(weight, ROWS)]
-    zeros = _joined([block.zeros for block in blocks])
-    grid = QuantizedLinear(
-        torch.cat([block.qweight for block in blocks]), torch.cat([block.scales for block in blocks]), scheme, zeros
-    )
+    """A block of ROWS output channels at a time, so that some blocks of a weight have the bits that they have in it."""
+    grids = [quantize_weight(block, scheme, importance) for block in torch.split(weight, ROWS)]
+    grid = _of_blocks([[grid.qweight, grid.scales, grid.zeros] for grid in grids], scheme)
     if triangle is None or scheme.weight_method != "gptq":
         return grid
     return round_in_order(weight.to(torch.float32), grid, triangle)
 
 
-def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if there else None
+def _blocks(linear: QuantizedLinear) -> list[list[torch.Tensor | None]]:
+    """Integers, scales and zero points of each block of ROWS output channels."""
+    parts = (linear_rows(linear, slice(first, first + ROWS)) for first in range(0, len(linear.qweight), ROWS))
+    return [[part.qweight, part.scales, part.zeros] for part in parts]
+
+
+def _of_blocks(blocks: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
+    qweight, scales, zeros = (
+        torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
+        for parts in zip(*blocks, strict=True)
+    )
+    assert qweight is not None and scales is not None
+    return QuantizedLinear(qweight, scales, scheme, zeros)
 
 
 @contextmanager

@@ -11,18 +11,18 @@ then yields, and the columns W * s undo it. Two things differ from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
 
-from ..arithmetic import quantize_weight, quantized_matmul, row_squares
+from ..arithmetic import quantize_weight, quantized_matmul, row_blocks, row_squares
 from ..capture import InputStats
 from ..models.spec import LinearGroup
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
 from ..scheme import QuantScheme
-from ..team import Team
 from .fold import folded, refusal, repeated, shared_peak, storable
 from .work import LayerWork, SmoothingRecord
 
@@ -66,19 +66,19 @@ class _Candidate:
 def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> LayerWork:
     assert work.stats is not None  # the plan runs calibration for this processor
     stats = work.stats[group.name]
-    weights = [work.weights[f"{linear}.weight"].to(torch.float32) for linear in group.linears]
     scheme = work.schemes[group.linears[0]]
     alphas = ALPHA_GRID if config.alpha == "auto" else (config.alpha,)
     scale_min = config.scale_min if isinstance(config, IterSmoothConfig) else 1e-5
 
-    judge = _Judge(stats, [_spread_rows(weight) for weight in weights], replace(scheme, weight_method="minmax"))
+    some = [_spread_rows(work, linear) for linear in group.linears]
+    judge = _Judge(stats, some, replace(scheme, weight_method="minmax"))
     candidates = [
         replace(c, factors=storable(work, group, c.factors)[0])
-        for c in _candidates(stats, weights, group, alphas, scale_min)
+        for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
     ]
     searched = work.team.map(lambda c: judge.worst_ratio(repeated(c.factors, group)), candidates)
     best = candidates[min(range(len(candidates)), key=lambda i: (searched[i], i))]
-    full = _ratio_of_all_rows(stats, weights, scheme, repeated(best.factors, group), work.team)
+    full = _ratio_of_all_rows(work, group, repeated(best.factors, group))
     if not full < 1.0:
         reason = f"best candidate (alpha {best.alpha}) would be {full:.3f}x plain rounding; left alone"
         return work.recorded(SmoothingRecord(group.name, None, 1.0, reason))
@@ -88,13 +88,16 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
 
 def _candidates(
     stats: InputStats,
-    weights: list[torch.Tensor],
+    column_peaks: torch.Tensor,
     group: LinearGroup,
     alphas: tuple[float, ...],
     scale_min: float,
 ) -> Iterator[_Candidate]:
-    """Factors for each alpha, with A as the plain maximum over modalities and, if it differs, balanced."""
-    w = shared_peak(torch.stack([weight.abs().amax(dim=0) for weight in weights]).amax(dim=0), group)  # [channels]
+    """Factors for each alpha, with A as the plain maximum over modalities and, if it differs, balanced.
+
+    column_peaks: [in], the largest |weight| of each input over the group's Linears.
+    """
+    w = shared_peak(column_peaks, group)  # [channels]
     per_modality = stats.absmax[stats.present()]  # [present, in]
     sources = {"peak over modalities": per_modality.amax(dim=0)}
     if len(per_modality) > 1:
@@ -110,34 +113,52 @@ def _candidates(
             yield _Candidate(alpha, source, torch.where(alive, s, torch.ones_like(s)))
 
 
-def _spread_rows(weight: torch.Tensor) -> torch.Tensor:
-    """At most _SEARCH_ROWS rows, evenly spread."""
-    if weight.shape[0] <= _SEARCH_ROWS:
-        return weight
-    return weight[torch.linspace(0, weight.shape[0] - 1, _SEARCH_ROWS, device=weight.device).round().long()]
+def _column_peaks(work: LayerWork, group: LinearGroup) -> torch.Tensor:
+    """The largest |weight| of each input over the group's Linears: [in] float32."""
+    peaks = []
+    for linear in group.linears:
+        stored = work.weights[f"{linear}.weight"]
+        peaks += [work.weight(linear, rows).to(torch.float32).abs().amax(dim=0) for rows in row_blocks(stored)]
+    return torch.stack(peaks).amax(dim=0)
 
 
-def _ratio_of_all_rows(
-    stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme, factors: torch.Tensor, team: Team
-) -> float:
-    """_Judge.worst_ratio, the Linears' output rows shared out over the team in pieces that do not depend on it."""
-
-    def sums(piece: torch.Tensor) -> list[torch.Tensor]:
-        judge = _Judge(stats, [piece], scheme)
-        (plain, signal), (error, _) = judge.sums(None)[0], judge.sums(factors)[0]
-        return [error, plain, signal]
-
-    pieces = [(number, piece) for number, weight in enumerate(weights) for piece in torch.split(weight, _PIECE_ROWS)]
-    found = team.map(lambda numbered: sums(numbered[1]), pieces, [float(piece.numel()) for _, piece in pieces])
-    totals = torch.zeros((len(weights), *torch.stack(found[0]).shape), dtype=torch.float64)  # [Linears, 3, modalities]
-    for (number, _), tensors in zip(pieces, found, strict=True):
-        totals[number] += torch.stack(tensors)
-    error, plain = (totals[:, :2] / totals[:, 2:].clamp_min(1e-300)).sum(dim=0)
-    return _worst_ratio(error, plain)
+def _spread_rows(work: LayerWork, linear: str) -> Callable[[], torch.Tensor]:
+    """At most _SEARCH_ROWS rows of a weight, evenly spread."""
+    count = len(work.weights[f"{linear}.weight"])
+    rows = torch.linspace(0, count - 1, min(count, _SEARCH_ROWS)).round().long()
+    spread = work.weight(linear, rows).to(torch.float32)
+    return lambda: spread
 
 
-def _worst_ratio(errors: torch.Tensor, plain: torch.Tensor) -> float:
-    """The largest over the modalities of error / plain error, as a root; [modalities] each, squared."""
+def _ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> float:
+    """_Judge.worst_ratio of the whole Linears, shared out over the team in pieces that do not depend on its size."""
+    assert work.stats is not None
+    stats, scheme = work.stats[group.name], work.schemes[group.linears[0]]
+    counts = [len(work.weights[f"{linear}.weight"]) for linear in group.linears]
+    pieces = [
+        (number, slice(first, min(first + _PIECE_ROWS, count)))
+        for number, count in enumerate(counts)
+        for first in range(0, count, _PIECE_ROWS)
+    ]
+
+    def sums(piece: tuple[int, slice]) -> torch.Tensor:
+        number, rows = piece
+        return _Judge(stats, [partial(work.weight, group.linears[number], rows)], scheme).sums(factors)[0]
+
+    totals = [torch.zeros(3, len(stats.present()), dtype=torch.float64) for _ in group.linears]
+    found = work.team.map(sums, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
+    for (number, _), of_piece in zip(pieces, found, strict=True):
+        totals[number] += of_piece
+    return _worst_ratio(totals)
+
+
+def _worst_ratio(sums: list[torch.Tensor]) -> float:
+    """The largest over the modalities of error / error of plain rounding; below 1 no modality is worse.
+
+    sums: of each Linear the squared sums of the error, of that error and of the output, float64 [3, modalities]; the
+    errors count relative to the output.
+    """
+    errors, plain = torch.stack([s[:2] / s[2].clamp_min(1e-300) for s in sums]).sum(dim=0)
     ratio = torch.where(plain > 0, errors / plain, torch.where(errors > 0, torch.inf, 1.0))
     return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
 
@@ -145,28 +166,34 @@ def _worst_ratio(errors: torch.Tensor, plain: torch.Tensor) -> float:
 class _Judge:
     """Relative output error of a group under quantization, per modality, against that of plain rounding."""
 
-    def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
+    def __init__(self, stats: InputStats, weights: Sequence[Callable[[], torch.Tensor]], scheme: QuantScheme) -> None:
+        """weights: what gives each Linear's [out, in], or some rows of it; one is in memory at a time."""
         self._x = stats.rows
         self._members = [stats.row_modality == m for m in stats.present()]
         self._weights = weights
         self._scheme = scheme
-        self._exact = [self._x @ weight.T for weight in weights]  # [rows, out] each
+        self._exact = [self._x @ weight().to(torch.float32).T for weight in weights]  # [rows, out] each
+        self._signals = [self._by_modality(row_squares(exact)) for exact in self._exact]
         self._plain = self._errors(None)
 
     def worst_ratio(self, factors: torch.Tensor) -> float:
         """The largest over the modalities of error(factors) / error(plain); below 1 no modality is worse."""
-        return _worst_ratio(self._errors(factors), self._plain)
+        return _worst_ratio(self.sums(factors))
 
-    def _errors(self, factors: torch.Tensor | None) -> torch.Tensor:
-        """Sum over the Linears of the relative squared output error, float64 [modalities present]."""
-        return torch.stack([error / signal.clamp_min(1e-300) for error, signal in self.sums(factors)]).sum(dim=0)
+    def sums(self, factors: torch.Tensor) -> list[torch.Tensor]:
+        """Of each Linear, float64 [3, modalities present]: see _worst_ratio."""
+        return [torch.stack(s) for s in zip(self._errors(factors), self._plain, self._signals, strict=True)]
 
-    def sums(self, factors: torch.Tensor | None) -> list[torch.Tensor]:
-        """Of each Linear the squared sums of the output's error and of the output, float64 [2, modalities present]."""
+    def _errors(self, factors: torch.Tensor | None) -> list[torch.Tensor]:
+        """Of each Linear the squared error of its output, float64 [modalities present]."""
         x = self._x if factors is None else self._x / factors
-        found = []
+        errors = []
         for weight, exact in zip(self._weights, self._exact, strict=True):
-            linear = quantize_weight(weight if factors is None else weight * factors, self._scheme)
-            rows = torch.stack([row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)])  # [2, rows]
-            found.append(torch.stack([rows[:, members].sum(dim=1) for members in self._members], dim=1))
-        return found
+            scaled = weight().to(torch.float32)
+            linear = quantize_weight(scaled if factors is None else scaled * factors, self._scheme)
+            errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact)))
+        return errors
+
+    def _by_modality(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """[rows] -> [modalities present], summed."""
+        return torch.stack([of_rows[members].sum() for members in self._members])

@@ -1,0 +1,135 @@
+"""The peak of a run's resident memory, foretold from the plan: what each phase holds at once, summed up.
+
+Every tensor of a layer above a few MiB is named here. What a phase holds is known from the code that it runs, not
+measured; only the process itself is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from .budget import MIB, Budget
+from .capture import ROWS_PER_MODALITY
+from .errors import QuantError
+from .gram import sketch_rows
+from .models.spec import MODALITIES, LinearGroup
+from .plan import QuantPlan
+
+# The interpreter, torch and transformers' classes; with a processor and decoded media, those too.
+_PROCESS = 330 * MIB
+_PROCESS_WITH_MEDIA = 620 * MIB
+_BLOCKS = 64 * MIB  # pieces of a weight that are worked on, written or copied
+_TOWER_TOKENS = 96 * 1024  # bytes of activations per token in the towers
+_HEADROOM = 0.05  # what the C library keeps of what was freed
+
+# From generous to frugal: how much of H is held, and whether the next layer is read ahead.
+_FRUGAL = ((512, 160, True), (512, 160, False), (256, 80, False), (128, 40, False), (64, 20, False))
+
+
+def peak_memory(plan: QuantPlan, tokens: int, longest: int) -> int:
+    """Bytes. tokens: of all samples, 0 for a data-free run; longest: of the longest sample."""
+    return max(phase_memory(plan, tokens, longest).values())
+
+
+def phase_memory(plan: QuantPlan, tokens: int, longest: int) -> dict[str, int]:
+    """What each phase holds, in bytes."""
+    layer = _Layer(plan)
+    waiting = layer.stored if plan.budget.read_ahead else 0
+    if tokens == 0:
+        held = {"layers": _PROCESS + layer.stored + waiting + 2 * layer.integers + layer.widest + _BLOCKS}
+    else:
+        held = {"towers": _towers(plan, longest), **_calibrated(plan, layer, waiting, tokens, longest)}
+    return {phase: int(size * (1 + _HEADROOM)) for phase, size in held.items()}
+
+
+class _Layer:
+    """Sizes of a decoder layer: as stored, in float32, as integers; its widest Linear and group, in weights."""
+
+    def __init__(self, plan: QuantPlan) -> None:
+        shapes = plan.layer_spec.shapes
+        infos = [plan.checkpoint.tensors[plan.model.layer_name(plan.layers[0].index, name)] for name in shapes]
+        self.numel = {linear: shapes[f"{linear}.weight"][0] * shapes[f"{linear}.weight"][1]
+                      for linear in plan.layer_spec.linears}  # fmt: skip
+        self.stored = sum(info.nbytes for info in infos)
+        self.integers = sum(self.numel.values())
+        self.widest = max(self.numel.values())
+        self.inputs = {group.name: shapes[f"{group.linears[0]}.weight"][1] for group in plan.layer_spec.groups}
+        self.hidden = shapes["input_layernorm.weight"][0]
+
+    def of(self, group: LinearGroup) -> int:
+        return sum(self.numel[linear] for linear in group.linears)
+
+
+def _towers(plan: QuantPlan, longest: int) -> int:
+    """Linears up to the budget, one more widened to float32, and the activations of the longest sample."""
+    towers = sum(size for part, size in plan.kept_parts() if part.name.endswith("tower"))
+    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + _TOWER_TOKENS * longest
+
+
+def _calibrated(plan: QuantPlan, layer: _Layer, waiting: int, tokens: int, longest: int) -> dict[str, int]:
+    rows = 4 * sum(layer.inputs.values()) * min(tokens, len(MODALITIES) * ROWS_PER_MODALITY)
+    stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, 2048 * tokens)
+    judges = 16 * layer.hidden * min(tokens, len(MODALITIES) * longest)
+    # The integers of the layer before are being written.
+    common = _PROCESS_WITH_MEDIA + layer.stored + waiting + layer.integers + rows + stores + judges + _BLOCKS
+    activations = 4 * longest * (3 * layer.inputs["down"] + 8 * layer.hidden)
+    searching = plan.statistics == "gram"
+    grams = {name: _gram_bytes(plan.budget, width, tokens) for name, width in layer.inputs.items()} if searching else {}
+    weighed = {name: _weighed_bytes(plan.budget, width, tokens) for name, width in layer.inputs.items() if searching}
+    phases = {"forward": common + 4 * layer.integers + activations + sum(grams.values())}
+    if searching:
+        # The float layer is there, to be tried; H is factorized, and its factors rescaled.
+        kept = common + 4 * layer.integers + 3 * sum(weighed.values())
+        phases["search"] = kept + max(_trying(layer, group) for group in plan.layer_spec.groups)
+        phases["check"] = common + 3 * layer.integers + activations
+    else:
+        phases["search"] = common + layer.integers + 12 * layer.widest
+    propagating = 4 * layer.integers if plan.calibration.propagate_error else 0
+    phases["propagate"] = common + layer.integers + propagating + activations
+    return phases
+
+
+def _trying(layer: _Layer, group: LinearGroup) -> int:
+    """A group rounded, dequantized and put into its block; the Linear behind it as it is now."""
+    if group.subgraph != "norm-linear":
+        return 12 * layer.widest
+    return (4 + 2) * layer.of(group) + 4 * layer.widest + layer.integers
+
+
+def _gram_bytes(budget: Budget, width: int, tokens: int) -> int:
+    """H of one input, of every modality by itself."""
+    rows = sketch_rows(_shared(tokens), width, budget.matrix, budget.factor)
+    return 4 * width**2 * len(MODALITIES) if rows is None else 4 * width * sum(rows)
+
+
+def _weighed_bytes(budget: Budget, width: int, tokens: int) -> int:
+    rows = sketch_rows(_shared(tokens), width, budget.matrix, budget.factor)
+    return 4 * width**2 if rows is None else 4 * width * sum(rows)
+
+
+def _shared(tokens: int) -> list[int]:
+    return [max(1, tokens // len(MODALITIES))] * len(MODALITIES)
+
+
+def within(plan: QuantPlan, tokens: int, longest: int, limit: int) -> QuantPlan:
+    """The plan with the most generous budget that stays below a limit. Raises QuantError where none does."""
+    for matrix, factor, read_ahead in _FRUGAL:
+        least = Budget(0, 0, 0, matrix * MIB, factor * MIB, read_ahead)
+        needed = phase_memory(replace(plan, budget=least), tokens, longest)
+        if max(needed.values()) <= limit:
+            left = {phase: int((limit - size) / (1 + _HEADROOM)) for phase, size in needed.items()}
+            towers = left.pop("towers", 0)
+            arguments = min(left.values()) // 4
+            hidden = min(left.values()) - arguments
+            return replace(plan, budget=replace(least, hidden=hidden, arguments=arguments, towers=towers))
+    least_gib = math.ceil(max(needed.values()) / 2**30 * 100) / 100
+    raise QuantError(
+        f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({_heaviest(needed)})",
+        f"give --max_memory {least_gib}GiB"
+        + (", lower calibration.max_tokens or max_pixels, or take a data-free recipe" if tokens else ""),
+    )
+
+
+def _heaviest(phases: dict[str, int]) -> str:
+    return max(phases, key=lambda phase: phases[phase])

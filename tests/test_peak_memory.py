@@ -1,0 +1,86 @@
+"""--max_memory and the foretold peak: what a limit is turned into, and that it changes no byte of the output."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from command import MINMAX, fast_recipe, files, int4_recipe, quant, write_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msmodelslim_omni import QuantError
+from msmodelslim_omni.budget import MIB
+from msmodelslim_omni.forecast import assumed_tokens, forecast
+from msmodelslim_omni.peak_memory import peak_memory, phase_memory, within
+from msmodelslim_omni.plan import QuantPlan
+from msmodelslim_omni.preparation import prepare
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = ({"text": f"Sentence {'very ' * n}long."} for n in range(0, 60, 15))
+    return write_index(tmp_path_factory.mktemp("data"), *texts)
+
+
+@pytest.fixture(scope="module", params=["w8a8", "w4a16"])
+def plan(request: pytest.FixtureRequest, tiny: Path, index: Path) -> QuantPlan:
+    return prepare(tiny, device="cpu", quant_type=request.param, dataset=str(index)).plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 200_000), longest=st.integers(1, 8192), limit=st.integers(500, 40_000).map(lambda n: n * MIB)
+)
+def test_a_plan_keeps_within_its_limit_or_says_what_would_do(
+    plan: QuantPlan, tokens: int, longest: int, limit: int
+) -> None:
+    try:
+        found = within(plan, tokens, longest, limit)
+    except QuantError as error:
+        least = int(float(re.search(r"--max_memory ([\d.]+)GiB", error.hint or "")[1]) * 2**30)  # type: ignore[index]
+        assert least > limit
+        assert peak_memory(within(plan, tokens, longest, least), tokens, longest) <= least
+    else:
+        assert peak_memory(found, tokens, longest) <= limit
+        assert replace(found, budget=plan.budget) == plan  # nothing else is changed
+
+
+def test_more_memory_is_used_for_what_would_be_read_again(plan: QuantPlan) -> None:
+    budgets = [within(plan, 10_000, 1024, gib << 30).budget for gib in (2, 4, 8, 16)]
+    assert [b.towers for b in budgets] == sorted({b.towers for b in budgets})
+    assert [b.hidden for b in budgets] == sorted({b.hidden for b in budgets})
+    assert all(b.read_ahead for b in budgets[1:])
+
+
+def test_neither_layers_nor_samples_raise_the_peak(plan: QuantPlan) -> None:
+    deeper = replace(plan, layers=plan.layers * 10)
+    assert phase_memory(deeper, 10_000, 512) == phase_memory(plan, 10_000, 512)
+    assert peak_memory(plan, 1_000_000, 512) == peak_memory(plan, 100_000, 512)
+
+
+def test_a_data_free_run_is_asked_for_less(tiny: Path) -> None:
+    plan = prepare(tiny, device="cpu", config_path=MINMAX).plan
+    assert assumed_tokens(plan, 0) == (0, 0)
+    assert set(phase_memory(plan, 0, 0)) == {"layers"}
+    assert forecast(plan, 0).peak_memory_bytes < 600 * MIB
+
+
+@pytest.mark.parametrize("kind", ["w8a8", "w4a16"])
+def test_a_limit_changes_no_byte(kind: str, tiny: Path, index: Path, tmp_path: Path) -> None:
+    """With the least that would do nothing is held, and everything read each time it is needed."""
+    recipe = fast_recipe(tmp_path) if kind == "w8a8" else int4_recipe(tmp_path)
+    common = ("--config_path", recipe, "--dataset", index)
+    refused = quant(tiny, tmp_path / "out", *common, "--max_memory", "300MiB")
+    assert "0.29 GiB are allowed" in refused.fault()
+    least = re.search(r"--max_memory ([\d.]+GiB)", refused.err)
+    assert least is not None and not (tmp_path / "out").exists()
+    quant(tiny, tmp_path / "least", *common, "--max_memory", least[1]).done()
+    quant(tiny, tmp_path / "default", *common).done()
+    assert files(tmp_path / "least") == files(tmp_path / "default")
+
+
+def test_a_limit_that_is_no_size(tiny: Path, tmp_path: Path) -> None:
+    assert "'much' is no size" in quant(tiny, tmp_path / "out", "--max_memory", "much").fault()
