@@ -232,11 +232,12 @@ def _squared_error(block: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
 def dequantize(linear: QuantizedLinear) -> torch.Tensor:
     """The weight that the integers stand for, [out, in] float32."""
     groups = linear.scales.shape[1]
-    q = linear.qweight.to(torch.float32) if linear.scheme.codebook is None else values_of(linear.qweight)
+    plain = linear.scheme.codebook is None
+    q = linear.qweight.to(torch.float32, copy=True) if plain else values_of(linear.qweight)
     q = q.view(-1, groups, linear.qweight.shape[1] // groups)  # [out, groups, g]
     if linear.zeros is not None:
-        q = q - linear.zeros.to(torch.float32).unsqueeze(2)
-    return (q * linear.scales.unsqueeze(2)).flatten(1)
+        q.sub_(linear.zeros.to(torch.float32).unsqueeze(2))
+    return q.mul_(linear.scales.unsqueeze(2)).flatten(1)
 
 
 def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:

@@ -15,7 +15,7 @@ from .generate import Source
 from .models.spec import MODALITIES
 from .progress import Progress
 from .safetensors_io import TensorInfo, load_finite, load_tensor, row_range, same_bytes
-from .scoring import LogitScorer, Scores, drift, joined, scored_positions
+from .scoring import LogitScorer, Scores, drift, frame, joined, scored_positions
 from .side_by_side import FLOAT, QUANT, Sample, SideBySide, refuse_nonfinite
 
 # lm_head is read once for so many positions, a block of its rows at a time; their logits are scored in smaller lots,
@@ -55,8 +55,10 @@ def score(
     hidden_sums: list[torch.Tensor] = []
     places: list[tuple[torch.Tensor, ...]] = []
     scores: list[Scores] = []
-    total = sum(len(scored_positions(s.modality, s.answer, positions)) for s in pair.samples)
-    for rows in _lots(_normed(pair, norms, positions, hidden_sums)):
+    around = frame([sample.tokens for sample in pair.samples if sample.answer is None])
+    chosen = [scored_positions(s.modality, s.answer, positions, around) for s in pair.samples]
+    total = sum(len(places) for places in chosen)
+    for rows in _lots(_normed(pair, norms, chosen, hidden_sums)):
         scores.append(_score_rows(rows, heads, shared, pair.samples))
         places.append((rows.sample, rows.targets, rows.in_answer))
         progress.step("logits", sum(len(sample) for sample, *_ in places), total, "positions")
@@ -77,10 +79,10 @@ def _norm_weight(source: Source, device: torch.device) -> torch.Tensor:
 
 
 def _normed(
-    pair: SideBySide, norms: list[torch.nn.Module], positions: str, hidden_sums: list[torch.Tensor]
+    pair: SideBySide, norms: list[torch.nn.Module], positions: list[torch.Tensor], hidden_sums: list[torch.Tensor]
 ) -> Iterator[_Rows]:
     """Sample by sample the positions that count, behind the final norm; `hidden_sums` gets the drift of each sample."""
-    for number, sample in enumerate(pair.samples):
+    for number, (sample, chosen) in enumerate(zip(pair.samples, positions, strict=True)):
         states = []
         for side, norm in zip((FLOAT, QUANT), norms, strict=True):
             with torch.inference_mode():
@@ -88,7 +90,6 @@ def _normed(
             refuse_nonfinite(states[-1], f"{side} model, final norm, sample {sample.where}")
         read = sample.read_by_talker
         hidden_sums.append(drift(states[0][:read], states[1][:read], sample.modality[:read], len(MODALITIES)))
-        chosen = scored_positions(sample.modality, sample.answer, positions)
         on_device = chosen.to(states[0].device)
         yield _Rows(
             states[0][on_device],

@@ -5,6 +5,7 @@ The vocabulary comes in blocks, each seen once, so that neither tokens x vocabul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,18 +112,37 @@ def joined(scores: list[Scores]) -> Scores:
     return Scores(*(torch.cat([getattr(part, name) for part in scores]) for name in Scores.__dataclass_fields__))
 
 
-def scored_positions(modality: torch.Tensor, answer: tuple[int, int] | None, positions: str) -> torch.Tensor:
+def frame(tokens: Sequence[torch.Tensor]) -> tuple[int, int]:
+    """How many tokens all of several prompts begin with, and end with: what the chat template puts around them.
+
+    tokens: int64 [n] each. (0, 0) of fewer than two, or where nothing would be left of one.
+    """
+    shortest = min((len(one) for one in tokens), default=0)
+    if len(tokens) < 2 or not shortest:
+        return 0, 0
+    first = torch.stack([one[:shortest] for one in tokens])
+    last = torch.stack([one[-shortest:].flip(0) for one in tokens])
+    before, after = (int((rows == rows[0]).all(dim=0).to(torch.int64).cumprod(dim=0).sum()) for rows in (first, last))
+    return (before, after) if before + after < shortest else (0, 0)
+
+
+def scored_positions(
+    modality: torch.Tensor, answer: tuple[int, int] | None, positions: str, around: tuple[int, int] = (0, 0)
+) -> torch.Tensor:
     """The positions whose next token counts, int64.
 
     positions: `answer`: those that predict a token of the answer, its end included; none without one. `text`: those
-    that predict a token that stands for no media. `auto`: the first where there is an answer, else the second.
-    modality: int8 [tokens], 0 for text.
+    that predict a token that stands for no media. `auto`: the first where there is an answer, else the second without
+    the template's tokens `around` it, see frame. modality: int8 [tokens], 0 for text.
     """
     if positions != "text" and answer is not None:
         return torch.arange(answer[0] - 1, answer[1] - 1)
     if positions == "answer":
         return torch.arange(0)
-    return torch.nonzero(modality[1:] == 0).flatten()
+    before, after = around if positions == "auto" else (0, 0)
+    following = torch.arange(1, len(modality))
+    counts = (modality[1:] == 0) & (following >= before) & (following < len(modality) - after)
+    return following[counts] - 1
 
 
 # --- hidden states -------------------------------------------------------------------------------------------

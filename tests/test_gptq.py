@@ -252,8 +252,9 @@ def test_a_few_enormous_activations(form: Form, size: float) -> None:
     assert output_error(x, weight, found) < 0.6 * output_error(x, weight, grid)
 
 
-def test_more_rows_than_are_rounded_at_once() -> None:
-    x, weight = tokens(80, width=32), normal(gptq._ROWS + 40, 32, seed=1)
+def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_PART", 32 * 500)
+    x, weight = tokens(80, width=32), normal(540, 32, seed=1)
     triangle, grid = factorize(as_matrix(x)), quantize_weight(weight, MINMAX)
     whole = round_in_order(weight, grid, triangle)
     last = round_in_order(weight[-40:], quantize_weight(weight[-40:], MINMAX), triangle)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from msmodelslim_omni.bootstrap import RESAMPLES, Bootstrap
 from msmodelslim_omni.figures import Measured, by_modality, fidelity
-from msmodelslim_omni.scoring import LogitScorer, Scores, drift, drift_figures, joined, scored_positions
+from msmodelslim_omni.scoring import LogitScorer, Scores, drift, drift_figures, frame, joined, scored_positions
 from msmodelslim_omni.side_by_side import Sample
 
 
@@ -101,6 +101,18 @@ MODALITY = torch.tensor([0, 0, 1, 1, 0, 3, 0, 0], dtype=torch.int8)
 )
 def test_scored_positions(answer: tuple[int, int] | None, positions: str, expected: list[int]) -> None:
     assert scored_positions(MODALITY, answer, positions).tolist() == expected
+
+
+def test_what_the_template_puts_around_a_prompt_does_not_count() -> None:
+    assert scored_positions(MODALITY, None, "auto", (2, 1)).tolist() == [3, 5]
+    assert scored_positions(MODALITY, None, "text", (2, 1)).tolist() == [0, 3, 5, 6]
+    assert scored_positions(MODALITY, (6, 8), "auto", (2, 1)).tolist() == [5, 6]
+    prompts = [torch.tensor(tokens) for tokens in ([1, 2, 3, 9, 5, 6], [1, 2, 4, 4, 5, 6], [1, 2, 7, 5, 6])]
+    assert frame(prompts) == (2, 2)
+    assert frame(prompts[:2]) == (2, 2)
+    assert frame(prompts[:1]) == frame([]) == (0, 0)
+    assert frame([prompts[0], prompts[0]]) == (0, 0)  # nothing would be left
+    assert frame([prompts[0], torch.tensor([1, 2, 5, 6])]) == (0, 0)
 
 
 # --- drift ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni.gram import GramBuilder
 from msmodelslim_omni.packing import pack, unpack
-from msmodelslim_omni.processors.gptq import ROWS, factorize
+from msmodelslim_omni.processors import gptq
+from msmodelslim_omni.processors.gptq import factorize, parts
 from msmodelslim_omni.processors.rounding import _rounded
 from msmodelslim_omni.safetensors_io import load_tensor, read_header
 from msmodelslim_omni.scheme import QuantScheme
@@ -93,16 +94,17 @@ def test_tokens_of_two_processes_lie_where_those_of_one_do(rows: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["mse", "gptq"])
-def test_blocks_of_a_linear_have_the_bits_of_the_whole(method: str) -> None:
+def test_parts_of_a_linear_have_the_bits_of_the_whole(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_PART", 256 * 64)
     scheme = QuantScheme(4, None, symmetric=False, group_size=32, weight_method=method)
-    weight, x = torch.randn(2 * ROWS + 100, 64), torch.randn(128, 64)
+    weight, x = torch.randn(612, 64), torch.randn(128, 64)
     builder = GramBuilder(64, None, CPU, 0)
     builder.add(x)
     gram = builder.finish()
     whole = _rounded(weight, scheme, gram.diagonal_blocks(32), factorize(gram))
-    blocks = torch.split(weight, ROWS)
-    ends = _rounded(torch.cat([blocks[0], blocks[2]]), scheme, gram.diagonal_blocks(32), factorize(gram))
-    rows = torch.cat([torch.arange(ROWS), torch.arange(2 * ROWS, 2 * ROWS + 100)])
+    first, _, last = (torch.arange(612)[rows] for rows in parts(weight))
+    rows = torch.cat([first, last])
+    ends = _rounded(weight[rows], scheme, gram.diagonal_blocks(32), factorize(gram))
     assert torch.equal(whole.qweight[rows], ends.qweight) and torch.equal(whole.scales[rows], ends.scales)
 
 

@@ -252,6 +252,13 @@ def utterances(held_out: bool, per_word: int, seed: int) -> list[Utterance]:
     return [Utterance(word, voice, samples) for (word, voice, *_), samples in zip(jobs, waves, strict=True)]
 
 
+def at_speed(word: Utterance, speed: float) -> Utterance:
+    """The word played faster (above 1) or slower, its pitch with it: another voice, as it were."""
+    times = np.arange(0, len(word.samples) - 1, speed)
+    samples = np.interp(times, np.arange(len(word.samples)), word.samples.astype(np.float32))
+    return Utterance(word.word, word.voice, samples.astype(np.float16))
+
+
 def say(parts: Sequence[Utterance], seconds: float, noise_db: float, rng: np.random.Generator) -> np.ndarray:
     """`say_with_spans`, the sound alone."""
     return say_with_spans(parts, seconds, noise_db, rng)[0]

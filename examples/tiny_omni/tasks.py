@@ -173,13 +173,24 @@ NUMBER_NAMES = {1: "one word", 2: "two words", 3: "three words"}
 
 
 def speech_sample(
-    rng: random.Random, voices: Sequence[Utterance], count: int, noise_db: tuple[float, float], task: str = ""
+    rng: random.Random,
+    voices: Sequence[Utterance],
+    count: int,
+    noise_db: tuple[float, float],
+    task: str = "",
+    speeds: tuple[float, float] | None = None,
 ) -> Sample:
-    """`count` words in a row, by different voices, with noise so many dB below them."""
-    parts = [rng.choice(voices) for _ in range(count)]
+    """`count` words in a row, by different voices, with noise so many dB below them; speeds: see `_word`."""
+    parts = [_word(rng, voices, speeds) for _ in range(count)]
     sound = render.say(parts, SECONDS[count], rng.uniform(*noise_db), _numpy(rng))
     answer = " ".join(part.word for part in parts)
     return Sample((Turn(task or NUMBER_NAMES[count], "What is said?", answer),), sound=sound)
+
+
+def _word(rng: random.Random, voices: Sequence[Utterance], speeds: tuple[float, float] | None) -> Utterance:
+    """Any of the words, played at a speed between these two."""
+    word = rng.choice(voices)
+    return word if speeds is None else render.at_speed(word, rng.uniform(*speeds))
 
 
 def _numpy(rng: random.Random) -> np.random.Generator:
@@ -241,12 +252,20 @@ def blink_plan(rng: random.Random) -> tuple[Sample, list[list[Thing]]]:
     return Sample(tuple(turns)), [[thing] if k in seen else [] for k in range(FRAMES)]
 
 
-def clip_sample(rng: random.Random, kind: str, voices: Sequence[Utterance] | None = None) -> Sample:
-    """A clip ("move" or "blink"); with voices, a word is said while it runs and asked for first or last."""
+def clip_sample(
+    rng: random.Random,
+    kind: str,
+    voices: Sequence[Utterance] | None = None,
+    speeds: tuple[float, float] | None = None,
+) -> Sample:
+    """A clip ("move" or "blink"); with voices, a word is said while it runs and asked for first or last.
+
+    speeds: see `_word`.
+    """
     plan, places = move_plan(rng) if kind == "move" else blink_plan(rng)
     turns, sound = list(plan.turns), None
     if voices is not None:
-        part = rng.choice(voices)
+        part = _word(rng, voices, speeds)
         sound = render.say([part], CLIP_SECONDS, rng.uniform(22, 35), _numpy(rng))
         turns.insert(rng.choice((0, len(turns))), Turn("word said", "Which word is said?", part.word))
     return Sample(tuple(turns), frames=render.draw_clip(places, rng), sound=sound)

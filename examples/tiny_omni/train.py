@@ -31,13 +31,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 TOWER_STEPS = 640  # of the first stage, towers.py
-STEPS = 3100
+RESTARTS = (3100,)  # the steps at which the rates, fallen to nothing, begin anew
+STEPS = 6000
 WARM_UP = 40
 TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
 MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
 TOWERS = ("visual.", "audio_tower.", "model.visual.", "model.audio_tower.")  # names in transformers 4 and 5
-TOWER_SHARE = 0.1  # of the rates in the second stage: what a decoder that knows nothing yet asks of them is noise
+# Of the rates in the second stage: what a decoder that knows nothing yet asks of the towers is noise. After a restart
+# it knows more.
+TOWER_SHARE, LATER_TOWER_SHARE = 0.1, 0.3
 HARD_FROM = 700  # the step from which on pictures, and sounds, are also hard ones
+VARIED_FROM = 3100  # the step from which on words are also slower and lower, or quicker and higher, than they were said
+SPEEDS = (0.85, 1.18)
 # How often a step is of a kind, and its rows; a row is one conversation.
 KINDS = {
     "prose": (0.33, 8),
@@ -114,6 +119,7 @@ class Steps(IterableDataset):
         kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
         rows = KINDS[kind][1]
         hard = step >= HARD_FROM
+        speeds = SPEEDS if step >= VARIED_FROM else None
         if kind == "prose":
             starts = [rng.randrange(len(self.prose) - PROSE_TOKENS) for _ in range(rows)]
             parts = [self.tokens.prose(self.prose[at : at + PROSE_TOKENS]) for at in starts]
@@ -126,12 +132,13 @@ class Steps(IterableDataset):
             words = rng.choices((1, 2, 3), (3, 2, 2) if hard else (1, 0, 0))[0]
             noise = (0, 30) if hard else (15, 30)
             samples = [
-                [tasks.speech_sample(rng, self.spoken, words, noise) for _ in range(SOUNDS_PER_ROW)]
+                [tasks.speech_sample(rng, self.spoken, words, noise, speeds=speeds) for _ in range(SOUNDS_PER_ROW)]
                 for _ in range(rows)
             ]
         else:
             talks = self.spoken if kind == "talking clip" else None
-            clips = [tasks.clip_sample(rng, "move" if rng.random() < 0.7 else "blink", talks) for _ in range(rows)]
+            kinds = ["move" if rng.random() < 0.7 else "blink" for _ in range(rows)]
+            clips = [tasks.clip_sample(rng, kind_of, talks, speeds=speeds) for kind_of in kinds]
             samples = [[replace(clip, turns=clip.turns[:MOST_TURNS])] for clip in clips]
         return kind, omni.sample_batch(self.tokens, samples)
 
@@ -182,11 +189,11 @@ class Muon(torch.optim.Optimizer):
                     parameter.sub_(move.view_as(parameter), alpha=scale)
 
 
-def make_optimizers(model: nn.Module, tower_share: float = 1.0) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and convolutions, AdamW for embeddings, heads, norms and biases.
 
     AdamW would move the patch embedding far too fast: its 1176 inputs are much alike within a patch of one colour.
-    tower_share: of the full rates, for the towers.
+    The groups of the towers say so under "tower".
     """
     matrices: dict[bool, list[Tensor]] = {False: [], True: []}
     others: dict[bool, list[Tensor]] = {False: [], True: []}
@@ -199,9 +206,9 @@ def make_optimizers(model: nn.Module, tower_share: float = 1.0) -> list[torch.op
             matrices[of_tower].append(parameter)
         else:
             others[of_tower].append(parameter)
-    muon = [{"params": found, "lr": MUON_RATE * (tower_share if slow else 1)} for slow, found in matrices.items()]
-    adam = [{"params": found, "lr": ADAM_RATE * (tower_share if slow else 1)} for slow, found in others.items()]
-    adam += [{"params": embeddings, "lr": EMBEDDING_RATE}]
+    muon = [{"params": found, "lr": MUON_RATE, "tower": tower} for tower, found in matrices.items()]
+    adam = [{"params": found, "lr": ADAM_RATE, "tower": tower} for tower, found in others.items()]
+    adam += [{"params": embeddings, "lr": EMBEDDING_RATE, "tower": False}]
     return [
         Muon([group for group in muon if group["params"]], lr=MUON_RATE),
         torch.optim.AdamW([group for group in adam if group["params"]], betas=(0.9, 0.95), weight_decay=0.01),
@@ -213,13 +220,20 @@ class Rates:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
-        self._full = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self._full = [(group["lr"], group["tower"]) for group in groups]  # a state that is loaded overwrites both
 
-    def set(self, factor: float) -> None:
-        """Apply the share."""
+    def set(self, factor: float, tower_share: float = 1.0) -> None:
+        """Apply the share; the towers get `tower_share` of it."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
-        for group, rate in zip(groups, self._full, strict=True):
-            group["lr"] = rate * factor
+        for group, (rate, is_tower) in zip(groups, self._full, strict=True):
+            group["lr"] = rate * factor * (tower_share if is_tower else 1.0)
+
+
+def cycle(step: int, steps: int) -> tuple[int, int]:
+    """The first and the end of the steps between two restarts that `step` is among."""
+    ends = [*(end for end in RESTARTS if end < steps), steps]
+    return max([0, *(end for end in ends if end <= step)]), min(end for end in ends if end > step)
 
 
 def rate_factor(step: int, steps: int, flat: float) -> float:
@@ -293,7 +307,7 @@ def train(
     if not state_file.exists():
         train_towers(thinker, spoken, seed, tower_steps, workers)
         write_state(state_file, 0, thinker, [])
-    optimizers = make_optimizers(thinker, TOWER_SHARE)
+    optimizers = make_optimizers(thinker)
     rates, progress = Rates(optimizers), Progress(100)
     state = torch.load(state_file, weights_only=True)
     start = state["step"]
@@ -304,7 +318,9 @@ def train(
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None)
     saved_at = time.monotonic()
     for step, (kind, batch) in enumerate(loader, start):
-        rates.set(rate_factor(step, steps, FLAT))
+        first, end = cycle(step, steps)
+        share = TOWER_SHARE if first == 0 else LATER_TOWER_SHARE
+        rates.set(rate_factor(step - first, end - first, FLAT), share)
         logits, labels = omni.answer_logits(thinker, batch)
         loss = F.cross_entropy(logits, labels)
         loss.backward()

@@ -174,7 +174,7 @@ def _rounded(
 ) -> dict[str, QuantizedLinear]:
     """The group rounded as linear_quant will do it after the candidate."""
     factors = repeated(candidate.factors, group)
-    scaled = ((linear, work.weight(linear).to(torch.float32) * factors) for linear in group.linears)
+    scaled = ((linear, work.scaled(linear, factors)) for linear in group.linears)
     schemes = {linear: work.schemes[linear] for linear in group.linears}
     if triangle is None:
         return round_group(scaled, schemes, gram.rescaled(factors), None, work.team)

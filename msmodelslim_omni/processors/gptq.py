@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import QuantizedLinear, linear_rows, round_to_grid
+from ..arithmetic import QuantizedLinear, linear_rows, round_to_grid, row_blocks
 from ..gram import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128
 _STRIP = 32  # of a block, within which errors are handed on one by one; to the rest of it all at once
-ROWS = 2048  # output channels rounded at once
+_PART = 6 << 20  # weights rounded at once by one thread
 
 
 @dataclass(frozen=True)
@@ -103,18 +103,24 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triang
     too little for all of them together.
     """
 
-    def part(first: int) -> torch.Tensor:
-        torch.set_num_threads(1)  # of this thread
-        rows = slice(first, first + ROWS)
+    def part(rows: slice) -> torch.Tensor:
         return _round_rows(weight[rows], linear_rows(grid, rows), triangle)
 
-    firsts = range(0, weight.shape[0], ROWS)
+    def part_by_itself(rows: slice) -> torch.Tensor:
+        torch.set_num_threads(1)  # of this thread
+        return part(rows)
+
     if weight.device.type != "cpu":
-        parts = [_round_rows(weight[f : f + ROWS], linear_rows(grid, slice(f, f + ROWS)), triangle) for f in firsts]
+        done = [part(rows) for rows in parts(weight)]
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            parts = list(threads.map(part, firsts))
-    return replace(grid, qweight=torch.cat(parts))
+            done = list(threads.map(part_by_itself, parts(weight)))
+    return replace(grid, qweight=torch.cat(done))
+
+
+def parts(weight: torch.Tensor) -> list[slice]:
+    """Output channels of [out, in] that are rounded at once."""
+    return row_blocks(weight, _PART if weight.device.type == "cpu" else 8 * _PART)
 
 
 def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> torch.Tensor:
@@ -123,17 +129,19 @@ def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle)
     w = weight.T[order]  # [in, out]: an input's weights side by side
     scales = grid.scales.T.contiguous()  # [groups, out]
     zeros = None if grid.zeros is None else grid.zeros.T.to(torch.float32).contiguous()
-    q = torch.empty_like(w)
-    delta = torch.empty_like(w)
-    rows = 0 if triangle.factor is None else triangle.factor.shape[0]
-    carried = torch.zeros((rows, w.shape[1]), dtype=torch.float32, device=w.device)  # R Δᵀ of what is rounded
+    q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    # Δ of all inputs, or, with a factor, of those of a block; R Δᵀ of what is rounded stands for the others.
+    factor = triangle.factor
+    delta = torch.empty_like(w) if factor is None else w.new_empty((_BLOCK, w.shape[1]))
+    carried = None if factor is None else w.new_zeros((factor.shape[0], w.shape[1]))
     groups = group_of.tolist()
     for number in reversed(range(len(triangle.inner))):
         first = number * _BLOCK
         inner, below = triangle.inner[number], triangle.below[number]
         block = slice(first, first + inner.shape[0])
+        errors = delta[block] if carried is None else delta[: inner.shape[0]]
         # Σ_j Δ_j L_ji over the inputs rounded in earlier blocks, [size, out]
-        pull = below.T @ (delta[block.stop :] if triangle.factor is None else carried)
+        pull = below.T @ (delta[block.stop :] if carried is None else carried)
         pivots = inner.diagonal().tolist()
         for end in range(inner.shape[0], 0, -_STRIP):
             start = max(0, end - _STRIP)
@@ -143,11 +151,11 @@ def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle)
                 level = round_to_grid(torch.sub(w[at], pull[i], alpha=1.0 / pivots[i]), s, z, grid.scheme)
                 q[at] = level
                 error = ((level if z is None else level - z) * s).sub_(w[at])
-                delta[at] = error
+                errors[i] = error
                 pull[start:i].addr_(inner[i, start:i], error)
-            pull[:start].addmm_(inner[start:end, :start].T, delta[first + start : first + end])
-        if triangle.factor is not None:
-            carried.addmm_(triangle.factor[:, block], delta[block])
+            pull[:start].addmm_(inner[start:end, :start].T, errors[start:end])
+        if carried is not None and factor is not None:
+            carried.addmm_(factor[:, block], errors)
     restored = torch.empty_like(q)
     restored[order] = q
-    return restored.T.to(torch.int8)
+    return restored.T

@@ -16,7 +16,7 @@ from ..errors import QuantError
 from ..gram import Gram
 from ..scheme import QuantScheme
 from ..team import ALONE, Split, Team
-from .gptq import ROWS, Triangle, factorize, round_in_order
+from .gptq import Triangle, factorize, parts, round_in_order
 
 # With fewer tokens than this share of a Linear's inputs GPTQ would fit the calibration data instead of the model.
 TOKENS_PER_INPUT = 0.125
@@ -54,7 +54,7 @@ def round_group(
             if schemes[name].weight_method == "minmax":
                 found[name] = quantize_weight(weight, schemes[name])
                 continue
-            blocks = torch.split(weight, ROWS)
+            blocks = [weight[rows] for rows in parts(weight)]
             whose = [(len(owners) + block) % team.size for block in range(len(blocks))]
             own = [block for block, owner in zip(blocks, whose, strict=True) if owner == team.rank]
             if own:
@@ -81,8 +81,8 @@ def _importance(scheme: QuantScheme, gram: Gram | None, triangle: Triangle | Non
 def _rounded(
     weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None, triangle: Triangle | None
 ) -> QuantizedLinear:
-    """A block of ROWS output channels at a time, so that some blocks of a weight have the bits that they have in it."""
-    grids = [quantize_weight(block, scheme, importance) for block in torch.split(weight, ROWS)]
+    """One of gptq.py's parts at a time, so that some parts of a weight alone have the bits that they have in it."""
+    grids = [quantize_weight(weight[rows], scheme, importance) for rows in parts(weight)]
     grid = _of_blocks([[grid.qweight, grid.scales, grid.zeros] for grid in grids], scheme)
     if triangle is None or scheme.weight_method != "gptq":
         return grid
@@ -90,15 +90,15 @@ def _rounded(
 
 
 def _blocks(linear: QuantizedLinear) -> list[list[torch.Tensor | None]]:
-    """Integers, scales and zero points of each block of ROWS output channels."""
-    parts = (linear_rows(linear, slice(first, first + ROWS)) for first in range(0, len(linear.qweight), ROWS))
-    return [[part.qweight, part.scales, part.zeros] for part in parts]
+    """Integers, scales and zero points of each part."""
+    cut = [linear_rows(linear, rows) for rows in parts(linear.qweight)]
+    return [[part.qweight, part.scales, part.zeros] for part in cut]
 
 
 def _of_blocks(blocks: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
     qweight, scales, zeros = (
-        torch.cat([part for part in parts if part is not None]) if parts[0] is not None else None
-        for parts in zip(*blocks, strict=True)
+        torch.cat([part for part in column if part is not None]) if column[0] is not None else None
+        for column in zip(*blocks, strict=True)
     )
     assert qweight is not None and scales is not None
     return QuantizedLinear(qweight, scales, scheme, zeros)

@@ -24,7 +24,7 @@ from ..models.spec import LinearGroup
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
 from ..scheme import QuantScheme
 from .fold import folded, refusal, repeated, shared_peak, storable
-from .work import LayerWork, SmoothingRecord
+from .work import Fold, LayerWork, SmoothingRecord
 
 ALPHA_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
@@ -189,8 +189,7 @@ class _Judge:
         x = self._x if factors is None else self._x / factors
         errors = []
         for weight, exact in zip(self._weights, self._exact, strict=True):
-            scaled = weight().to(torch.float32)
-            linear = quantize_weight(scaled if factors is None else scaled * factors, self._scheme)
+            linear = quantize_weight(Fold(factors).of(weight()), self._scheme)
             errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact)))
         return errors
 

@@ -46,12 +46,12 @@ class Fold:
     def divided(self, rows: torch.Tensor) -> Fold:
         return replace(self, rows=rows if self.rows is None else self.rows * rows)
 
-    def of(self, weight: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
-        """Some rows of the weight, folded."""
-        folded = weight[rows].to(torch.float32)
+    def of(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """Some rows of the weight, folded; a copy."""
+        folded = weight[rows].to(torch.float32, copy=True)
         if self.columns is not None:
-            folded = folded * self.columns
-        return folded if self.rows is None else folded / self.rows[rows, None]
+            folded.mul_(self.columns)
+        return folded if self.rows is None else folded.div_(self.rows[rows, None])
 
 
 class Probe(Protocol):
@@ -116,6 +116,10 @@ class LayerWork:
         """A Linear's weight, or some rows of it: as stored where nothing is folded into it, else float32."""
         stored = self.weights[f"{linear}.weight"]
         return self.folds[linear].of(stored, rows) if linear in self.folds else stored[rows]
+
+    def scaled(self, linear: str, columns: torch.Tensor) -> torch.Tensor:
+        """A Linear's weight as it would be with these factors folded into its columns, float32; a copy."""
+        return self.fold(linear).multiplied(columns).of(self.weights[f"{linear}.weight"])
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor of the layer by its name, with what is folded into it."""
