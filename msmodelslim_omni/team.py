@@ -138,7 +138,7 @@ def open_team(device: str) -> Iterator[Team]:
     A fault is told once: by the process that has it, while the others end without a word. Where one was killed, one of
     those that are left tells so.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
     import torch.distributed as dist

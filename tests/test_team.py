@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import WORK, change_recipe, files, int4_recipe, mixed_index, quant, write_index
+from command import WORK, change_recipe, command, files, int4_recipe, mixed_index, quant, write_index
 from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni.gram import GramBuilder
@@ -257,8 +257,6 @@ def environment_of(process: int) -> dict[str, str]:
 
 
 def test_other_verbs_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    from command import command
-
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert "only `quant`" in command("recipes", "list").fault()

@@ -55,8 +55,8 @@ def print_json(value: Any) -> None:
 
 def guarded(work: Callable[[], None], debug: bool, stopped: str = "", *, shared: bool = False) -> None:
     """Run a verb; a fault becomes one message and exit code 1. shared: whether several processes can share the work."""
-    if not shared and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if os.environ.get("RANK", "0") == "0":
+    if not shared and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ["RANK"] == "0":
             messages.print("[bold red]error:[/] only `quant` can be shared by the processes of torchrun")
             messages.print("[bold]hint:[/] run this one without torchrun")
         raise typer.Exit(1)
