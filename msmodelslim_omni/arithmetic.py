@@ -17,7 +17,7 @@ from .scheme import QuantScheme
 
 # Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
 # (and in bounded memory) instead of being several times the weight.
-_BLOCK_ELEMENTS = 1 << 20
+_BLOCK_ELEMENTS = 1 << 18
 _PRODUCT_ELEMENTS = 1 << 22  # of a weight that is made of its integers for a product
 
 # Candidates of the `mse` clip: the scale is shrunk to these shares of the one that covers the whole range.
