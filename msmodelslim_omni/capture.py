@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from .budget import DEFAULT, Budget
 from .errors import QuantError
 from .gram import Gram, GramBuilder, combined, sketch_rows
 from .models.spec import MODALITIES, LayerInput, LayerSpec
+from .team import WHOLE, Split
 
 # Rows of a Linear's input that are kept, per modality: enough to tell apart errors that differ by a few percent.
 ROWS_PER_MODALITY = 256
@@ -124,6 +126,8 @@ class InputRecorder:
     """Hooks on one layer that collect InputStats for each of its groups while samples run through it.
 
     tokens: of each modality over the samples that count in H, where it is to be collected; else None. budget: of H.
+    split: where several processes run samples, whose each is. Each process then keeps the statistics of its samples
+    apart (8 float32 per channel and sample), so that all are merged in the samples' order, to the bits of one process.
     """
 
     def __init__(
@@ -132,22 +136,36 @@ class InputRecorder:
         spec: LayerSpec,
         tokens: Sequence[int] | None = None,
         budget: Budget = DEFAULT,
+        split: Split = WHOLE,
     ) -> None:
-        self._stats: dict[str, InputStats] = {}
-        self._tokens = tokens
-        self._budget = budget
-        self._grams: dict[str, dict[int, GramBuilder]] = {}
+        self._split = split
+        self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
+        self._grams = {
+            group.name: _builders(layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget)
+            for group in spec.groups
+        }
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
         self._in_gram = True
+        self._numbers: Sequence[int] | None = None
         self._hooks = [
             layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group.name, group.linears))
             for group in spec.groups
         ]
 
-    def begin(self, modality: torch.Tensor, chosen: torch.Tensor, *, in_gram: bool = True) -> None:
-        """What the tokens of the next sample are, which rows to keep, and whether it counts in H."""
-        self._modality, self._chosen, self._in_gram = modality, chosen, in_gram
+    def begin(
+        self,
+        modality: torch.Tensor,
+        chosen: torch.Tensor,
+        *,
+        in_gram: bool = True,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        """What the tokens of the next sample are, which rows to keep, and whether it counts in H.
+
+        numbers: of each modality the tokens in H of all samples before this one; left out, those that were seen.
+        """
+        self._modality, self._chosen, self._in_gram, self._numbers = modality, chosen, in_gram, numbers
 
     def _recorder(self, group: str, linears: tuple[str, ...]) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -158,38 +176,54 @@ class InputRecorder:
                     f"{linears[0]}: NaN or Inf in the activations that reach it",
                     "check the checkpoint with the float model, or leave the sample out",
                 )
-            self._stats[group] = self._stats[group].merged(new) if group in self._stats else new
-            if self._tokens is not None and self._in_gram:
-                self._add_to_grams(group, x, self._tokens)
+            seen = self._stats[group]
+            self._stats[group] = [*seen, new] if self._split.team.size > 1 or not seen else [seen[0].merged(new)]
+            if self._in_gram:
+                self._add_to_grams(group, x)
 
         return record
 
-    def _add_to_grams(self, group: str, x: torch.Tensor, tokens: Sequence[int]) -> None:
-        if group not in self._grams:
-            rows = sketch_rows(tokens, x.shape[1], self._budget.matrix, self._budget.factor)
-            self._grams[group] = {
-                m: GramBuilder(x.shape[1], rows[m] if rows else None, x.device, seed=m)
-                for m, count in enumerate(tokens)
-                if count
-            }
+    def _add_to_grams(self, group: str, x: torch.Tensor) -> None:
         for m, builder in self._grams[group].items():
-            mine = self._modality == m
+            mine, number = self._modality == m, self._numbers[m] if self._numbers is not None else None
             if mine.all():
-                builder.add(x)
+                builder.add(x, number)
             elif mine.any():
-                builder.add(x[mine.to(x.device)])
+                builder.add(x[mine.to(x.device)], number)
 
     def finish(self) -> dict[str, InputStats]:
-        """Remove the hooks and return what they saw."""
+        """Remove the hooks and return what they saw, in all processes; a group that saw nothing is left out."""
         self.remove()
-        return {
-            group: replace(stats, grams={m: builder.finish() for m, builder in self._grams.get(group, {}).items()})
-            for group, stats in self._stats.items()
-        }
+        found = {}
+        for group, own in self._stats.items():
+            grams = {m: builder.finish(self._split.team) for m, builder in self._grams.pop(group).items()}
+            if stats := _of_all(own, self._split):
+                found[group] = replace(reduce(InputStats.merged, stats), grams=grams)
+        return found
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+
+def _builders(weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget) -> dict[int, GramBuilder]:
+    """For H of each modality that has tokens, by its index. weight: [out, in] of a Linear that reads the input."""
+    if tokens is None:
+        return {}
+    rows = sketch_rows(tokens, weight.shape[1], budget.matrix, budget.factor)
+    return {
+        m: GramBuilder(weight.shape[1], rows[m] if rows else None, weight.device, seed=m)
+        for m, count in enumerate(tokens)
+        if count
+    }
+
+
+def _of_all(own: list[InputStats], split: Split) -> list[InputStats]:
+    """Those of all samples in their order, of those of this process' samples."""
+    if split.team.size == 1:
+        return own
+    by_rank = split.team.everyones([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own])
+    return [InputStats(*tensors) for tensors in split.interleaved(by_rank)] if any(by_rank) else []
 
 
 def run_layer(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:

@@ -49,33 +49,41 @@ def told_out_of_memory(device: Device, remedy: str) -> Iterator[None]:
         raise QuantError(f"out of memory on {device.name}: {reason}", remedy) from error
 
 
-def resolve_device(wanted: str) -> Device:
-    """`auto` (npu, else cuda, else cpu), `cpu`, `cuda[:i]` or `npu[:i]`. Raises QuantError with what is missing."""
+def resolve_device(wanted: str, place: int = 0) -> Device:
+    """`auto` (npu, else cuda, else cpu), `cpu`, `cuda[:i]` or `npu[:i]`. Raises QuantError with what is missing.
+
+    place: which card to take where no index is asked for.
+    """
     form = re.fullmatch(r"(auto|cpu|cuda|npu)(?::(\d{1,3}))?", wanted)
     if form is None or (form[2] and form[1] in ("auto", "cpu")):
         raise QuantError(f"unknown device {wanted!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
-    kind, index = form[1], int(form[2] or 0)
+    kind, index = form[1], int(form[2] or place)
     _import_npu()
     torch.backends.cudnn.allow_tf32 = False  # float32 is meant where float32 is said
     if kind == "cpu":
         return Device("cpu", "as asked")
     if kind == "auto":
-        return _first_available()
+        return _first_available(place)
     count, problem = _npu_count() if kind == "npu" else _cuda_count()
     if not count:
         raise QuantError(f"device {wanted!r}: {problem}", _NPU_HINT if kind == "npu" else "use --device cpu")
+    return _card(kind, index, count, "as asked")
+
+
+def _card(kind: str, index: int, count: int, reason: str) -> Device:
+    name = f"{kind}:{index}"
     if index >= count:
-        raise QuantError(f"device {wanted!r} does not exist: there are {count}, {kind}:0 to {kind}:{count - 1}")
-    return Device(f"{kind}:{index}", "as asked")
+        raise QuantError(f"device {name!r} does not exist: there are {count}, {kind}:0 to {kind}:{count - 1}")
+    return Device(name, reason)
 
 
-def _first_available() -> Device:
+def _first_available(place: int) -> Device:
     npus, npu_problem = _npu_count()
     if npus:
-        return Device("npu:0", "auto: an NPU is there")
+        return _card("npu", place, npus, "auto: an NPU is there")
     cudas, cuda_problem = _cuda_count()
     if cudas:
-        return Device("cuda:0", f"auto: no NPU ({npu_problem}), a CUDA card is there")
+        return _card("cuda", place, cudas, f"auto: no NPU ({npu_problem}), a CUDA card is there")
     return Device("cpu", f"auto: no NPU ({npu_problem}) and no CUDA card ({cuda_problem})")
 
 
@@ -107,6 +115,22 @@ def _cuda_count() -> tuple[int, str]:
         return 0, "this torch is built without CUDA"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return count, "torch finds no card"
+
+
+def use_device(device: torch.device) -> None:
+    """Make a card the one that this process computes on where none is named."""
+    if device.type != "cpu":
+        getattr(torch, device.type).set_device(device)
+
+
+def backends(device: torch.device, *, shared: bool) -> str:
+    """What processes talk by: tensors on the CPU by gloo, those on cards by the maker's library.
+
+    shared: whether all are on one card, which these libraries refuse; gloo then takes those through the CPU.
+    """
+    if device.type == "cpu":
+        return "cpu:gloo"
+    return f"cpu:gloo,{device.type}:{'gloo' if shared else {'cuda': 'nccl', 'npu': 'hccl'}[device.type]}"
 
 
 def float64_device(device: torch.device) -> torch.device:

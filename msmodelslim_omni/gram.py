@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .team import ALONE, Team
+
 _FLUSH_ROWS = 1024  # tokens that are gathered before they are multiplied
 _TILE = 512  # columns of H worked out at once; what lies below the diagonal is mirrored
 
@@ -108,7 +110,11 @@ def sketch_rows(counts: Sequence[int], in_features: int, matrix_bytes: int, fact
 
 
 class GramBuilder:
-    """Adds up H of one input and one modality, in the order in which tokens come."""
+    """Adds up H of one input and one modality, in the order in which tokens come.
+
+    Several processes that see some of the tokens each get the same H of all. As a factor of the tokens as they are it
+    has the bits of one process; sketches and matrices are added in another order, see Team.add_up.
+    """
 
     def __init__(self, in_features: int, rows: int | None, device: torch.device, seed: int) -> None:
         """rows: of the factor, or None for a matrix. seed: of the sketch's signs."""
@@ -117,18 +123,19 @@ class GramBuilder:
         self._held = torch.zeros((height, in_features), dtype=torch.float32, device=device)
         self._squares = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._waiting: list[torch.Tensor] = []
-        self._signs = torch.Generator().manual_seed(seed)
+        self._random = torch.Generator().manual_seed(seed)
+        self._signs = torch.zeros(0, dtype=torch.int8)  # of the tokens after the first round
         self._tokens = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """x: [tokens, in] float32."""
+    def add(self, x: torch.Tensor, number: int | None = None) -> None:
+        """x: [tokens, in] float32. number: of its first token among those of all processes, where there are several."""
         if self._rows is None:
             self._waiting.append(x)
             if sum(len(part) for part in self._waiting) >= _FLUSH_ROWS:
                 self._flush()
         else:
             self._squares += x.square().sum(dim=0)
-            self._sketch(x)
+            self._sketch(x, self._tokens if number is None else number)
         self._tokens += len(x)
 
     def _flush(self) -> None:
@@ -138,33 +145,44 @@ class GramBuilder:
             tile = slice(first, first + _TILE)
             self._held[tile, first:].addmm_(x[:, tile].T, x[:, first:])
 
-    def _sketch(self, x: torch.Tensor) -> None:
+    def _sketch(self, x: torch.Tensor, number: int) -> None:
         """Token number t goes to row t mod rows; tokens of the first round keep their sign, and are exact if alone."""
         assert self._rows is not None
         done = 0
         while done < len(x):
-            row = (self._tokens + done) % self._rows
+            row = (number + done) % self._rows
             count = min(len(x) - done, self._rows - row)
             part = x[done : done + count]
-            if self._tokens + done >= self._rows:
-                signs = torch.randint(0, 2, (count, 1), generator=self._signs).to(x.device, torch.float32) * 2 - 1
-                part = part * signs
+            if number + done >= self._rows:
+                part = part * self._signs_of(number + done - self._rows, count).to(x.device, torch.float32)[:, None]
             self._held[row : row + count] += part
             done += count
 
+    def _signs_of(self, first: int, count: int) -> torch.Tensor:
+        """Those of `count` tokens, by their number after the first round."""
+        missing = first + count - len(self._signs)
+        if missing > 0:
+            drawn = torch.randint(0, 2, (missing,), generator=self._random) * 2 - 1
+            self._signs = torch.cat([self._signs, drawn.to(torch.int8)])
+        return self._signs[first : first + count]
+
     @torch.inference_mode()
-    def finish(self) -> Gram:
+    def finish(self, team: Team = ALONE) -> Gram:
+        """H of the tokens that all processes of the team have added."""
+        if self._waiting:
+            self._flush()
+        tokens = sum(team.everyones(self._tokens))
+        team.add_up(self._held)
+        team.add_up(self._squares)
         if self._rows is None:
-            if self._waiting:
-                self._flush()
             for first in range(0, self._held.shape[0], _TILE):
                 tile = slice(first, first + _TILE)
                 self._held[first + _TILE :, tile] = self._held[tile, first + _TILE :].T
                 square = self._held[tile, tile]
                 square.copy_((square + square.T) / 2)
-            return Gram(self._held, None, self._tokens)
-        if self._tokens <= self._rows:
-            return Gram(None, self._held, self._tokens)
+            return Gram(self._held, None, tokens)
+        if tokens <= self._rows:
+            return Gram(None, self._held, tokens)
         found = self._held.square().sum(dim=0)
         error = float((found - self._squares).norm() / self._squares.norm().clamp_min(1e-30))
-        return Gram(None, self._held, self._tokens, error)
+        return Gram(None, self._held, tokens, error)

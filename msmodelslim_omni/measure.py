@@ -18,12 +18,16 @@ from .stream import OutputError
 
 def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: OutputError | None) -> dict[str, Any]:
     """The layer's LayerRecord as JSON data."""
-    linears = tuple(_linear_record(plan, layer, work, linear) for linear in work.spec.linears)
+    linears = work.team.map(
+        lambda linear: asdict(_linear_record(plan, layer, work, linear)),
+        work.spec.linears,
+        [float(work.weights[f"{linear}.weight"].numel()) for linear in work.spec.linears],
+    )
     smoothing = tuple(asdict(record) for record in work.smoothing)
-    record = LayerRecord(layer.index, linears, smoothing, notes=work.notes, error_over_plain=work.over_plain)
+    record = LayerRecord(layer.index, (), smoothing, notes=work.notes, error_over_plain=work.over_plain)
     if output is not None:
         record = replace(record, output_error=output.overall, output_error_by_modality=output.by_modality)
-    return asdict(record)
+    return {**asdict(record), "linears": linears}
 
 
 def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: str) -> LinearRecord:

@@ -8,7 +8,8 @@ Recipe -> QuantPlan -> Checkpoint -> calibration stream
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,8 @@ from .progress import Clock, Progress
 from .report import Report, read_report
 from .stream import CalibrationStream, Errors, LayerProbe, quantized_layer, zero_errors
 from .summary import make_report
-from .workspace import Workspace, check_room, check_save_path
+from .team import open_team
+from .workspace import WORK_FOLDER, Workspace, check_room, check_save_path
 
 
 def quantize(
@@ -57,24 +59,27 @@ def quantize(
 
     `config_path` (a recipe file, or a shipped recipe's name) and `quant_type` exclude each other; without both it is
     w8a8. Raises QuantError for whatever the user can mend; a run stopped at any moment goes on when called again.
+    Processes that torchrun has started share one run; the report is returned in each.
     """
-    progress = progress or Progress()
-    check_save_path(Path(save_path), Path(model_path))
-    prepared = prepare(
-        model_path,
-        model_type=model_type,
-        device=device,
-        quant_type=quant_type,
-        config_path=config_path,
-        dataset=dataset,
-        max_samples=max_samples,
-        save_format=save_format,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
-        max_memory=max_memory,
-        progress=progress,
-    )
-    return run_guarded(prepared, Path(save_path), overwrite=overwrite, progress=progress)
+    with open_team(device) as team:
+        progress = progress if progress is not None and team.leads else Progress()
+        check_save_path(Path(save_path), Path(model_path))
+        prepared = prepare(
+            model_path,
+            model_type=model_type,
+            device=device,
+            quant_type=quant_type,
+            config_path=config_path,
+            dataset=dataset,
+            max_samples=max_samples,
+            save_format=save_format,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            max_memory=max_memory,
+            progress=progress,
+            team=team,
+        )
+        return run_guarded(prepared, Path(save_path), overwrite=overwrite, progress=progress)
 
 
 def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
@@ -97,55 +102,75 @@ def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progres
 
 def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
     """Carry a prepared run out, or go on with it."""
+    team = prepared.team
+    if team.leads:
+        report = _lead(prepared, save_path, overwrite, progress)
+        team.told(next(iter(report.savers.values())))
+        return report
+    _follow(prepared, save_path / WORK_FOLDER)
+    return read_report(Path(team.told()))
+
+
+def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progress) -> Report:
+    """The process that owns the output, and computes its share of it; of one process all."""
     check_room(save_path, prepared.forecast.disk_bytes)
     with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
-        if workspace.is_committing():
+        if prepared.team.told(workspace.is_committing()):
             progress.say("the output is finished; moving it to its place")
             return _commit(workspace, workspace.committed_savers())
         # Sums over threads depend on their number: a resumed run uses as many as the one that began.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(workspace.remember("threads", threads))
-        try:
+        with _threads(prepared.team.told(workspace.remember("threads", torch.get_num_threads()))):
             return _run_layers(prepared, workspace, progress)
-        finally:
-            torch.set_num_threads(threads)
+
+
+def _follow(prepared: Prepared, folder: Path) -> None:
+    """Every other process: its share of each layer, in step with `_lead`; nothing of the output."""
+    team = prepared.team
+    if team.told():
+        return
+    with _threads(team.told()):
+        clock = Clock()
+        stream = _open_stream(prepared, folder, Progress(), clock)
+        for _ in _quantized_layers(prepared, stream, _first_layer(team.told(), stream), clock):
+            pass
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
-    plan, device = prepared.plan, prepared.device
+    plan = prepared.plan
     clock = Clock(peak_rss)
 
-    stream = None
-    if prepared.calib is not None:
-        stream = CalibrationStream(plan, prepared.calib, workspace.folder, device.torch)
-        with clock("towers"):
-            stream.prepare(progress)
+    stream = _open_stream(prepared, workspace.folder, progress, clock)
+    if stream is not None:
         # Now that the samples' lengths are known.
         check_room(workspace.save_path, forecast(plan, len(stream), stream.lengths()).disk_bytes)
     job = make_job(plan)
     parts = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
         with clock("resume"):
-            first = _first_layer(outputs, parts, stream)
+            first = _first_layer(prepared.team.told(_whole_layers(outputs, parts)), stream)
         if first:
             progress.say(f"going on at layer {first}; the layers before it are finished")
-        with Background() as reading, Background() as writing, Background() as copying:
+        with Background() as writing, Background() as copying:
             copying.start(_copy_others, outputs, parts)
-            for layer in plan.layers[first:]:
-                with clock("read"):
-                    weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
-                if plan.budget.read_ahead and layer.index + 1 < len(plan.layers):
-                    reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
-                work, record = _quantize_layer(plan, layer, weights, stream, device.torch, clock)
+            for work, record in _quantized_layers(prepared, stream, first, clock):
                 with clock("write"):
                     copying.raise_what_failed()
                     if writing.busy:
                         writing.result()
-                    items = finished_items(parts.layers[layer.index], *_results(plan, work))
-                    writing.start(_save, outputs, stream, layer.index, items, record)
-                del work, weights
-                free_memory(device.torch)
-                progress.step("layers", layer.index + 1, len(plan.layers), _detail(stream))
+                    items = finished_items(parts.layers[work.index], *_results(plan, work))
+                    writing.start(_save, outputs, stream, work.index, items, record)
+                progress.step("layers", work.index + 1, len(plan.layers), _detail(stream))
+                del work
             with clock("write"):
                 if writing.busy:
                     writing.result()
@@ -155,18 +180,51 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         return _finish(prepared, workspace, outputs, stream, first, clock, progress)
 
 
+def _open_stream(prepared: Prepared, folder: Path, progress: Progress, clock: Clock) -> CalibrationStream | None:
+    """The samples at the first layer; None for a data-free run."""
+    if prepared.calib is None:
+        return None
+    stream = CalibrationStream(prepared.plan, prepared.calib, folder, prepared.device.torch, prepared.team)
+    with clock("towers"):
+        stream.prepare(progress)
+    return stream
+
+
+def _quantized_layers(
+    prepared: Prepared, stream: CalibrationStream | None, first: int, clock: Clock
+) -> Iterator[tuple[LayerWork, dict[str, Any]]]:
+    """Each layer quantized, with its record; the next one is read meanwhile."""
+    plan, device = prepared.plan, prepared.device.torch
+    with Background() as reading:
+        for layer in plan.layers[first:]:
+            with clock("read"):
+                weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
+            if plan.budget.read_ahead and layer.index + 1 < len(plan.layers):
+                reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
+            done = _quantize_layer(prepared, layer, weights, stream, clock)
+            yield done
+            del done, weights
+            free_memory(device)
+
+
 def _unit(layer: int) -> str:
     return f"layer {layer}"
 
 
-def _first_layer(outputs: Outputs, parts: Units, stream: CalibrationStream | None) -> int:
-    """The layer to begin with: after the last finished one, if what reaches it is still there."""
+def _whole_layers(outputs: Outputs, parts: Units) -> int:
+    """How many layers, from the first on, are finished."""
     first = 0
     while first < len(parts.layers) and outputs.is_whole(_unit(first), parts.layers[first]):
         first += 1
-    if stream is not None:
-        first = first if stream.can_start_at(first) else 0
-        stream.start_at(first)
+    return first
+
+
+def _first_layer(finished: int, stream: CalibrationStream | None) -> int:
+    """The layer to begin with: after the finished ones, if what reaches it is still there."""
+    if stream is None:
+        return finished
+    first = finished if stream.can_start_at(finished) else 0
+    stream.start_at(first)
     return first
 
 
@@ -183,16 +241,16 @@ def _detail(stream: CalibrationStream | None) -> str:
 
 
 def _quantize_layer(
-    plan: QuantPlan,
+    prepared: Prepared,
     layer: LayerPlan,
     weights: dict[str, torch.Tensor],
     stream: CalibrationStream | None,
-    device: torch.device,
     clock: Clock,
 ) -> tuple[LayerWork, dict[str, Any]]:
     """One decoder layer: capture -> process -> propagate -> measure. Returns it quantized, and its record."""
-    on_device = {name: tensor.to(device) for name, tensor in weights.items()}
-    work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device)
+    plan = prepared.plan
+    on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
+    work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
     output = None
     if stream is None:
         work = _process(layer, work, clock)

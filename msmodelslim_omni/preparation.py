@@ -20,16 +20,18 @@ from .plan import QuantPlan, make_plan, refuse_quantized
 from .progress import Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
 from .summary import versions
+from .team import ALONE, Team
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that could start: everything checked, nothing computed."""
+    """A run that could start: everything checked, nothing computed. team: the processes that share it."""
 
     plan: QuantPlan
     device: Device
     calib: CalibSet | None
     forecast: Forecast
+    team: Team = ALONE
 
 
 def prepare(
@@ -46,13 +48,14 @@ def prepare(
     trust_remote_code: bool = False,
     max_memory: int | None = None,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Prepared:
     """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast.
 
     max_memory: bytes that the process may have in memory.
     """
     progress = progress or Progress()
-    chosen = resolve_device(device)
+    chosen = resolve_device(device, team.place)
     progress.say(f"device {chosen.name} ({chosen.reason})")
     named = named_model_type(model_type) if model_type else None
     refuse_quantized(Path(model_path))  # first, since one for Ascend has no weights of the name that is opened
@@ -78,7 +81,7 @@ def prepare(
     samples = len(calib.samples) if calib else 0
     if max_memory is not None:
         plan = within(plan, *assumed_tokens(plan, samples), max_memory)
-    return Prepared(plan, chosen, calib, forecast(plan, samples))
+    return Prepared(plan, chosen, calib, forecast(plan, samples), team)
 
 
 def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:
@@ -133,6 +136,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         "dataset": calib.identity()[:16] if calib else "none",
         "seed": str(plan.seed),
         "device": prepared.device.torch.type,
+        "processes": str(prepared.team.size),
     }
 
 

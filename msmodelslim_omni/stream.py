@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .plan import QuantPlan
 from .progress import Progress
 from .recipe import Modality
 from .sample_store import HiddenStates, StemStore
+from .team import ALONE, WHOLE, Split, Team
 
 _BOUNDARIES = 3  # before a layer, behind it as it is, and behind it quantized
 
@@ -37,15 +39,23 @@ class OutputError:
 
 
 class CalibrationStream:
-    """All samples at one boundary between layers. `prepare` brings them there from the media, `advance` to the next."""
+    """All samples at one boundary between layers. `prepare` brings them there from the media, `advance` to the next.
 
-    def __init__(self, plan: QuantPlan, calib: CalibSet, folder: Path, device: torch.device) -> None:
+    Of several processes each runs its own samples and keeps their hidden states in files of its own; what precedes the
+    layers lies in one folder for all. What `prepare` finds and what `capture` and `advance` return is of all samples.
+    """
+
+    def __init__(
+        self, plan: QuantPlan, calib: CalibSet, folder: Path, device: torch.device, team: Team = ALONE
+    ) -> None:
         self._plan = plan
+        self._team = team
         self._samples = calib.samples
         self._folder = folder
         self._device = device
         self._stem = StemStore(folder / "stem", plan.budget.arguments)
         self._kept: list[int] = []
+        self._split = team.split([])
         self._modalities: list[torch.Tensor] = []
         self._chosen: list[torch.Tensor] = []
         self._judges: frozenset[int] = frozenset()
@@ -57,13 +67,15 @@ class CalibrationStream:
 
     def prepare(self, progress: Progress) -> None:
         """Run every sample through processor, towers and embedding; those a stopped run has done are kept."""
-        missing = [number for number in range(len(self._samples)) if not self._stem.has(number)]
-        if missing:
-            self._run_stem(missing, progress)
+        missing = self._team.told([number for number in range(len(self._samples)) if not self._stem.has(number)])
+        split = self._team.split([1.0] * len(missing))  # their lengths are not known yet
+        left_out = self._run_stem([missing[item] for item in split.mine], progress)
+        self.warnings += [warning for warning in split.collected(left_out) if warning]
         self._kept = [number for number in range(len(self._samples)) if self._stem.has(number)]
         if not self._kept:
             raise QuantError("no calibration sample could be used:\n" + "\n".join(self.warnings[:10]))
         self._modalities = [self._stem.modality(number) for number in self._kept]
+        self._split = self._team.split([len(modality) for modality in self._modalities])
         self._chosen = choose_rows(self._modalities)
         self._judges = choose_judges(self._modalities)
         self._held_out = held_out(self._judges, self._modalities)
@@ -83,12 +95,16 @@ class CalibrationStream:
                 "mend the samples, or give a weight to what is there",
             )
 
-    def _run_stem(self, missing: list[int], progress: Progress) -> None:
+    def _run_stem(self, missing: list[int], progress: Progress) -> list[str]:
+        """Write what precedes the layers. Returns of each sample why it was left out, or an empty string."""
+        if not missing:
+            return []
+        left_out = [""] * len(missing)
         plan, family = self._plan, self._plan.model.family
         limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
         processor = family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
         stem = family.open_stem(plan.checkpoint, self._device, plan.budget.towers)
-        for done, number in enumerate(missing, 1):
+        for done, number in enumerate(missing):
             sample = self._samples[number]
             try:
                 inputs = prepare_sample(sample, processor)
@@ -97,14 +113,15 @@ class CalibrationStream:
                 message = told_of(sample, error)
                 if plan.calibration.on_bad_sample == "fail":
                     raise QuantError(message, error.hint) from error
-                self.warnings.append(f"sample left out: {message}")
+                left_out[done] = f"sample left out: {message}"
                 continue
             self._refuse_nonfinite(reached.hidden, "the embedding and towers", sample)
             self._stem.write(number, reached, inputs.modality)
-            progress.step("towers", done, len(missing), sample.where)
+            progress.step("towers", done + 1, len(missing), sample.where)
         del stem
         free_memory(self._device)
         trim_heap()  # the towers are larger than all that follows
+        return left_out
 
     def tokens_by_modality(self) -> dict[str, int]:
         return {name: count for name, count in zip(MODALITIES, self._counts(), strict=True) if count}
@@ -119,39 +136,53 @@ class CalibrationStream:
         counts: list[int] = torch.cat(counted).bincount(minlength=len(MODALITIES)).tolist()
         return counts
 
+    def _token_numbers(self) -> list[list[int]]:
+        """Of each sample, by modality: the tokens in H of all samples before it."""
+        counts = [
+            modality.bincount(minlength=len(MODALITIES)) * (position not in self._held_out)
+            for position, modality in enumerate(self._modalities)
+        ]
+        before = torch.stack(counts).cumsum(dim=0) - torch.stack(counts)
+        numbers: list[list[int]] = before.tolist()
+        return numbers
+
     def __len__(self) -> int:
         return len(self._kept)
 
     # --- from layer to layer ---
 
     def _boundary(self, layer: int, name: str = "hidden") -> HiddenStates:
+        """Of this process' samples."""
         width = self._plan.layer_spec.shapes["input_layernorm.weight"][0]
+        lengths = [len(self._modalities[position]) for position in self._split.mine]
+        whose = f"-{self._team.rank}" if self._team.size > 1 else ""
         budget = self._plan.budget.hidden // _BOUNDARIES
-        return HiddenStates(self._folder / f"{name}-{layer:04d}.safetensors", self.lengths(), width, budget)
+        return HiddenStates(self._folder / f"{name}-{layer:04d}{whose}.safetensors", lengths, width, budget)
 
     def can_start_at(self, layer: int) -> bool:
-        """Whether the hidden states before this layer are there."""
-        return layer == 0 or self._boundary(layer).path.exists()
+        """Whether the hidden states before this layer are there, those of every process."""
+        return layer == 0 or all(self._team.everyones(self._boundary(layer).path.exists()))
 
     def start_at(self, layer: int) -> None:
         """Take the stored hidden states before a layer; before the first, those of the stem."""
         self._hidden = self._boundary(layer)
         if layer == 0 and not self._hidden.path.exists():
-            self._hidden.write(self._stem.hidden(number) for number in self._kept)
+            self._hidden.write(self._stem.hidden(self._kept[position]) for position in self._split.mine)
 
     def _inputs(self) -> Iterator[tuple[int, LayerInput]]:
-        """Position and what reaches the layer, sample by sample."""
-        for position, number in enumerate(self._kept):
-            hidden = self._hidden.read(position).to(self._device)
-            yield position, LayerInput(hidden, self._stem.arguments(number, self._device))
+        """Position and what reaches the layer, of each of this process' samples."""
+        for own, position in enumerate(self._split.mine):
+            hidden = self._hidden.read(own).to(self._device)
+            yield position, LayerInput(hidden, self._stem.arguments(self._kept[position], self._device))
 
     def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> Captured:
         """Run the float layer on all samples: what its groups' inputs are like, and its outputs put aside."""
         tokens = self._counts(self._held_out) if self._plan.statistics == "gram" else None
-        recorder = InputRecorder(module, spec, tokens, self._plan.budget)
+        recorder = InputRecorder(module, spec, tokens, self._plan.budget, self._split)
         # Only a search on H tries its candidates in the blocks themselves.
         blocks = {group.block for group in spec.groups} if self._plan.statistics == "gram" else set()
-        probe = LayerProbe(module, blocks, self._importance)
+        probe = LayerProbe(module, blocks, self._importance, self._split.of(sorted(self._judges)))
+        numbers = self._token_numbers()
         propagate = self._plan.calibration.propagate_error
         self._exact = self._boundary(layer, "exact") if propagate else self._boundary(layer + 1)
 
@@ -159,7 +190,10 @@ class CalibrationStream:
             for position, inputs in self._inputs():
                 sample = self._samples[self._kept[position]]
                 recorder.begin(
-                    self._modalities[position], self._chosen[position], in_gram=position not in self._held_out
+                    self._modalities[position],
+                    self._chosen[position],
+                    in_gram=position not in self._held_out,
+                    numbers=numbers[position],
                 )
                 try:
                     if position in self._judges:
@@ -188,21 +222,22 @@ class CalibrationStream:
         """
         following, (error, signal) = self._exact, judged
         if self._plan.calibration.propagate_error:
-            following, (error, signal) = self._boundary(layer + 1), zero_errors()
-            following.write(self._quantized_outputs(module(), error, signal))
+            following = self._boundary(layer + 1)
+            errors: list[torch.Tensor] = []
+            following.write(self._quantized_outputs(module(), errors))
             self._exact.path.unlink()
+            error, signal = _added(self._split.collected(errors))
         self._hidden = following
         present = torch.nonzero(signal).flatten().tolist()
         by_modality = {MODALITIES[i]: relative_error(float(error[i]), float(signal[i])) for i in present}
         return OutputError(relative_error(float(error.sum()), float(signal.sum())), by_modality)
 
-    def _quantized_outputs(
-        self, module: torch.nn.Module, error: torch.Tensor, signal: torch.Tensor
-    ) -> Iterator[torch.Tensor]:
-        for position, inputs in self._inputs():
+    def _quantized_outputs(self, module: torch.nn.Module, errors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """errors: gets the squared sums of each of this process' samples."""
+        for own, (position, inputs) in enumerate(self._inputs()):
             out = run_layer(module, inputs)
-            exact = self._exact.read(position).to(self._device)
-            add_errors(error, signal, inputs.hidden, exact, out, self._modalities[position])
+            exact = self._exact.read(own).to(self._device)
+            errors.append(squared_errors(inputs.hidden, exact, out, self._modalities[position]))
             yield out
 
     def pass_on(self) -> None:
@@ -210,8 +245,9 @@ class CalibrationStream:
         self._hidden = self._exact
 
     def forget(self, layer: int) -> None:
-        """Delete the hidden states before a layer."""
-        self._boundary(layer).path.unlink(missing_ok=True)
+        """Delete the hidden states before a layer, those of every process; none of them needs them any more."""
+        for path in self._folder.glob(f"hidden-{layer:04d}*.safetensors"):
+            path.unlink()
 
     def _refuse_nonfinite(self, hidden: torch.Tensor, where: str, sample: CalibSample) -> None:
         if not torch.isfinite(hidden).all():
@@ -274,10 +310,16 @@ class LayerProbe:
     """A float layer and the samples that judge changes to it, with its blocks' inputs and true outputs.
 
     `release` gives up the layer and what the blocks saw: then only `errors` may be asked for.
+
+    split: where several processes have samples that judge, whose each is. Sums are then made in the samples' order, so
+    that every process has the same, and the same as one process alone.
     """
 
-    def __init__(self, layer: torch.nn.Module, blocks: set[str], importance: Mapping[int, float]) -> None:
+    def __init__(
+        self, layer: torch.nn.Module, blocks: set[str], importance: Mapping[int, float], split: Split = WHOLE
+    ) -> None:
         self._layer = layer
+        self._split = split
         self._blocks = blocks
         self._importance = importance
         self._calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]] = {b: [] for b in blocks}
@@ -308,20 +350,20 @@ class LayerProbe:
         """See processors.work.Probe."""
         module = self._layer.get_submodule(block)
         replaced = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
-        total = 0.0
+        errors = []
         with torch.inference_mode():
             for (args, kwargs, exact), modality in zip(self._calls[block], self._modalities, strict=True):
                 out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
                 per_token = torch.tensor([self._importance[m] for m in modality.tolist()]).to(out.device)
-                total += float((per_token * (out - exact)[0].square().sum(dim=1)).sum())
-        return total
+                errors.append(float((per_token * (out - exact)[0].square().sum(dim=1)).sum()))
+        return float(sum(self._split.collected(errors)))
 
     def noise(self, block: str, linears: Mapping[str, torch.nn.Module]) -> dict[str, float]:
         """Noise-to-signal ratio of the layer's output, by modality, with other modules for some Linears of a block.
 
         The mean over a modality's tokens of |e|² / |h|², e [hidden] the error of the block's output for one token and
         h [hidden] the layer's true output, into which the block's is added. By token, since the next norm sets each
-        one to the same length. linears: by name relative to the layer.
+        one to the same length. linears: by name relative to the layer. Only of this process' samples.
         """
         ratios, modalities = [], torch.cat([*self._modalities])
         with torch.inference_mode(), _standing_in(self._layer, linears):
@@ -335,10 +377,11 @@ class LayerProbe:
 
     def errors(self, layer: torch.nn.Module) -> Errors:
         """Squared sums by modality: of a changed layer's error, and of what the float layer adds to its input."""
-        error, signal = zero_errors()
-        for (inputs, exact), modality in zip(self._samples, self._modalities, strict=True):
-            add_errors(error, signal, inputs.hidden, exact, run_layer(layer, inputs), modality)
-        return error, signal
+        errors = [
+            squared_errors(inputs.hidden, exact, run_layer(layer, inputs), modality)
+            for (inputs, exact), modality in zip(self._samples, self._modalities, strict=True)
+        ]
+        return _added(self._split.collected(errors))
 
     def weighed(self, errors: Errors) -> float:
         """A squared error of a layer's output, tokens weighed by importance."""
@@ -367,22 +410,25 @@ def zero_errors() -> Errors:
     return torch.zeros(len(MODALITIES), dtype=torch.float64), torch.zeros(len(MODALITIES), dtype=torch.float64)
 
 
-def add_errors(
-    error: torch.Tensor,
-    signal: torch.Tensor,
-    entering: torch.Tensor,
-    exact: torch.Tensor,
-    out: torch.Tensor,
-    modality: torch.Tensor,
-) -> None:
-    """Add one sample's squared sums by modality, float64 [modalities]: of out - exact and of exact - entering.
+def squared_errors(
+    entering: torch.Tensor, exact: torch.Tensor, out: torch.Tensor, modality: torch.Tensor
+) -> torch.Tensor:
+    """One sample's squared sums by modality, float64 [2, modalities]: of out - exact and of exact - entering.
 
     entering, exact, out: [1, tokens, hidden]; modality: int8 [tokens].
     """
+    sums = torch.zeros((2, len(MODALITIES)), dtype=torch.float64)
     for index in torch.unique(modality).tolist():
         mine = (modality == index).to(out.device)
-        error[index] += squared_norm((out - exact)[0, mine])
-        signal[index] += squared_norm((exact - entering)[0, mine])
+        sums[0, index] = squared_norm((out - exact)[0, mine])
+        sums[1, index] = squared_norm((exact - entering)[0, mine])
+    return sums
+
+
+def _added(sums: Sequence[torch.Tensor]) -> Errors:
+    """Error and signal, [modalities] each, of the samples' sums in their order."""
+    error, signal = reduce(torch.add, sums)
+    return error, signal
 
 
 def _hidden(out: Any) -> torch.Tensor:

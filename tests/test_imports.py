@@ -31,6 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "budget": {"errors"},
     "patterns": {"errors"},
     "device": {"errors"},
+    "packing": set(),
+    "team": {"device", "errors", "packing"},
     "nf4": {"errors"},
     "arithmetic": BASIS | {"nf4"},
     "recipe_yaml": {"errors"},
@@ -40,13 +42,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "safetensors_io": {"errors"},
     "checkpoint": {"errors", "safetensors_io"},
     "models.*": {"errors", "checkpoint"},
-    "gram": set(),
+    "gram": {"team"},
     "background": set(),
     "fidelity": set(),
-    "capture": {"budget", "errors", "gram", "models.spec"},
+    "capture": {"budget", "errors", "gram", "models.spec", "team"},
     "calibration": {"digests", "errors", "media", "models.spec", "resources"},
     "sample_store": {"models.spec", "safetensors_io"},
-    "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe"},
+    "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe", "team"},
     "formats.*": BASIS | {"arithmetic", "nf4", "safetensors_io"},
     "plan": BASIS
     | {
@@ -71,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "workspace": {"errors", "checkpoint", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
-    | {"sample_store"},
+    | {"sample_store", "team"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
     "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
     "inspection": {
@@ -139,7 +141,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"workspace"},
     "preparation": BASIS
     | {"calibration", "checkpoint", "device", "digests", "forecast", "models", "models.spec", "plan", "progress"}
-    | {"peak_memory", "recipe", "summary"},
+    | {"peak_memory", "recipe", "summary", "team"},
     "pipeline": {m for m in MODULES if not m.startswith("commands")}
     - {"cli", "__main__", "evaluate", "terminal"}
     - {"analysis", "analyze", "proposal", "rounds", "sensitivity"},
@@ -151,8 +153,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         "recipe",
         "pipeline",
         "preparation",
+        "progress",
         "inspection",
         "report",
+        "team",
         "terminal",
         "workspace",
         "export",

@@ -303,8 +303,7 @@ def test_refusal_is_due_to_audio() -> None:
     candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
     assert len(candidates) == 2  # A as the peak, and with the modalities balanced
     for candidate in candidates:
-        errors = judge._errors(repeated(candidate.factors, group))
-        plain = judge._errors(None)
+        errors, plain, _ = judge.sums(repeated(candidate.factors, group))[0]
         by_modality = dict(zip(stats.present(), (errors / plain).tolist(), strict=True))
         assert by_modality[VIDEO] < 1 < by_modality[AUDIO]
         assert judge.worst_ratio(repeated(candidate.factors, group)) == pytest.approx(by_modality[AUDIO] ** 0.5)

@@ -26,6 +26,7 @@ from .shell import (
 if TYPE_CHECKING:
     from ..preparation import Prepared
     from ..report import Report
+    from ..team import Team
 
 
 def quant(
@@ -72,7 +73,8 @@ def quant(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a checkpoint. Stopped at any moment, the same command goes on where it was."""
+    """Quantize a checkpoint. Stopped at any moment, the same command goes on where it was. Several processes share the
+    work: torchrun --nproc_per_node N -m msmodelslim_omni quant ..."""
     if quant_type and config_path:
         raise typer.BadParameter("--quant_type and --config_path exclude each other; give one of them")
     from ..terminal import TerminalProgress
@@ -82,11 +84,19 @@ def quant(
     quiet_libraries()
 
     def work() -> None:
+        from ..team import open_team
+
+        with open_team(device) as team:
+            carry_out(team)
+
+    def carry_out(team: Team) -> None:
         from ..budget import parse_size
         from ..pipeline import run_guarded
         from ..preparation import prepare
+        from ..progress import Progress
         from ..workspace import check_save_path
 
+        told = progress if team.leads else Progress()
         check_save_path(save_path, model_path)
         prepared = prepare(
             model_path,
@@ -100,17 +110,21 @@ def quant(
             seed=seed,
             trust_remote_code=trust_remote_code is TrueFalse.true,
             max_memory=None if max_memory is None else parse_size(max_memory),
-            progress=progress,
+            progress=told,
+            team=team,
         )
         if dry_run:
-            _show_plan(prepared, as_json)
+            if team.leads:
+                _show_plan(prepared, as_json)
             return
-        report = run_guarded(prepared, save_path, overwrite=overwrite, progress=progress)
+        report = run_guarded(prepared, save_path, overwrite=overwrite, progress=told)
         progress.close()
-        _show_report(report, as_json)
+        if team.leads:
+            _show_report(report, as_json)
 
     try:
-        guarded(work, debug, stopped=f"run the same command again to go on; the work so far is in {save_path}")
+        stopped = f"run the same command again to go on; the work so far is in {save_path}"
+        guarded(work, debug, stopped=stopped, shared=True)
     finally:
         progress.close()
 

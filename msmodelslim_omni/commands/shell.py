@@ -53,8 +53,13 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def guarded(work: Callable[[], None], debug: bool, stopped: str = "") -> None:
-    """Run a verb; a fault becomes one message and exit code 1."""
+def guarded(work: Callable[[], None], debug: bool, stopped: str = "", *, shared: bool = False) -> None:
+    """Run a verb; a fault becomes one message and exit code 1. shared: whether several processes can share the work."""
+    if not shared and "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ["RANK"] == "0":
+            messages.print("[bold red]error:[/] only `quant` can be shared by the processes of torchrun")
+            messages.print("[bold]hint:[/] run this one without torchrun")
+        raise typer.Exit(1)
     try:
         work()
     except QuantError as error:

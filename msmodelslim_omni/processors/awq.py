@@ -25,6 +25,7 @@ from ..gram import Gram
 from ..models.spec import LinearGroup
 from ..recipe import AwqConfig
 from ..scheme import QuantScheme
+from ..team import ALONE, Team
 from .fold import folded, refusal, repeated, shared_mean, storable
 from .gptq import Triangle
 from .rounding import round_group, triangle_for
@@ -78,7 +79,7 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
         work = replace(work, triangles={**work.triangles, group.name: triangle})
     scheme = work.schemes[group.linears[0]]
     candidates = list(_grid(work, group, scheme, config.n_grid))
-    losses = search_losses(candidates, group, _spread_rows(work, group), scheme, gram, triangle)
+    losses = search_losses(candidates, group, _spread_rows(work, group), scheme, gram, triangle, work.team)
     ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
     best, how, ready = ranked[0], "the Linears", {}
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
@@ -136,22 +137,25 @@ def search_losses(
     scheme: QuantScheme,
     gram: Gram,
     triangle: Triangle | None,
+    team: Team = ALONE,
 ) -> dict[int, float]:
     """Each candidate's squared output error, each Linear's relative to its signal, summed over the Linears.
 
-    By plain rounding, or with a triangle by what GPTQ leaves of it. weights: [rows, in] float32 of each Linear.
+    By plain rounding, or with a triangle by what GPTQ leaves of it. weights: [rows, in] float32 of each Linear. The
+    candidates are shared out over the team; what all of them take, the triangle above all, every process makes itself.
     """
     signals = [float(gram.output_error(weight).sum()) for weight in weights]
     pivots = triangle.pivots() if triangle is not None else None
-    losses = {}
-    for number, candidate in enumerate(candidates):
-        factors = repeated(candidate.factors, group)
-        losses[number] = 0.0
+
+    def loss(candidate: Candidate) -> float:
+        factors, total = repeated(candidate.factors, group), 0.0
         for weight, signal in zip(weights, signals, strict=True):
             change = grouped_rounding_error(weight * factors, scheme).div_(factors)
             error = gram.output_error(change) if pivots is None else change.square() @ pivots
-            losses[number] += float(error.sum()) / signal if signal > 0 else 0.0
-    return losses
+            total += float(error.sum()) / signal if signal > 0 else 0.0
+        return total
+
+    return dict(enumerate(team.map(loss, candidates)))
 
 
 def _spread_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
@@ -173,8 +177,8 @@ def _rounded(
     scaled = ((linear, work.scaled(linear, factors)) for linear in group.linears)
     schemes = {linear: work.schemes[linear] for linear in group.linears}
     if triangle is None:
-        return round_group(scaled, schemes, gram.rescaled(factors), None)
-    return round_group(scaled, schemes, None, triangle.rescaled(factors))
+        return round_group(scaled, schemes, gram.rescaled(factors), None, work.team)
+    return round_group(scaled, schemes, None, triangle.rescaled(factors), work.team)
 
 
 def _block_error(

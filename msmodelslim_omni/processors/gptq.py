@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import QuantizedLinear, linear_rows, map_row_blocks, round_to_grid
+from ..arithmetic import QuantizedLinear, linear_rows, map_row_blocks, round_to_grid, row_blocks
 from ..gram import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
@@ -104,8 +104,16 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triang
     def part(rows: slice) -> torch.Tensor:
         return _round_rows(weight[rows], linear_rows(grid, rows), triangle)
 
-    size = _PART if weight.device.type == "cpu" else 8 * _PART
-    return replace(grid, qweight=torch.cat(map_row_blocks(part, weight, size)))
+    return replace(grid, qweight=torch.cat(map_row_blocks(part, weight, _part_size(weight))))
+
+
+def parts(weight: torch.Tensor) -> list[slice]:
+    """Output channels of [out, in] that are rounded at once."""
+    return row_blocks(weight, _part_size(weight))
+
+
+def _part_size(weight: torch.Tensor) -> int:
+    return _PART if weight.device.type == "cpu" else 8 * _PART
 
 
 def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> torch.Tensor:

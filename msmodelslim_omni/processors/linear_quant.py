@@ -35,7 +35,7 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> 
     schemes = {linear: work.schemes[linear] for linear in linears}
     triangle = triangle or triangle_for(schemes, gram)
     try:
-        quantized = round_group(weights, schemes, gram, triangle)
+        quantized = round_group(weights, schemes, gram, triangle, work.team)
     except QuantError as error:
         raise QuantError(f"layer {work.index}, {error.message}", error.hint) from error
     if triangle is None and gram is not None and any(s.weight_method == "gptq" for s in schemes.values()):

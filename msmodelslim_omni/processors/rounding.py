@@ -1,16 +1,22 @@
-"""Rounding the Linears that read one input: to the nearest level, on searched clips, or by GPTQ."""
+"""Rounding the Linears that read one input: to the nearest level, on searched clips, or by GPTQ.
+
+Output channels do not depend on one another. Several processes share them out, but for what is rounded to the nearest
+level without a search: that takes less time than to hand it round.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from ..arithmetic import QuantizedLinear, quantize_weight
+from ..arithmetic import QuantizedLinear, linear_rows, quantize_weight
 from ..errors import QuantError
 from ..gram import Gram
 from ..scheme import QuantScheme
-from .gptq import Triangle, factorize, round_in_order
+from ..team import ALONE, Split, Team
+from .gptq import Triangle, factorize, parts, round_in_order
 
 # With fewer tokens than this share of a Linear's inputs GPTQ would fit the calibration data instead of the model.
 TOKENS_PER_INPUT = 0.125
@@ -31,6 +37,7 @@ def round_group(
     schemes: Mapping[str, QuantScheme],
     gram: Gram | None,
     triangle: Triangle | None,
+    team: Team = ALONE,
 ) -> dict[str, QuantizedLinear]:
     """Quantize weights [out, in], each with its name, one after the other.
 
@@ -39,21 +46,67 @@ def round_group(
     Clips are searched for what they leave of the output's error: after GPTQ its pivots say so, otherwise the diagonal
     blocks of H, and without data the error of the weight itself.
     """
-    pivots = triangle.pivots() if triangle is not None else None
-    quantized = {}
+    found: dict[str, QuantizedLinear | int] = {}  # how many blocks, where these are shared out
+    owners: list[int] = []
+    mine: list[list[torch.Tensor | None]] = []
     for name, weight in weights:
-        scheme = schemes[name]
-        importance = None
-        if scheme.group_size is not None and scheme.weight_method != "minmax":
-            if pivots is not None:
-                importance = pivots.view(-1, scheme.group_size)  # [groups, g]
-            elif gram is not None:
-                importance = gram.diagonal_blocks(scheme.group_size)
-        try:
-            grid = quantize_weight(weight, scheme, importance)
-        except QuantError as error:
-            raise QuantError(f"{name}.weight: {error.message}", error.hint) from error
-        if triangle is not None and scheme.weight_method == "gptq":
-            grid = round_in_order(weight.to(torch.float32), grid, triangle)
-        quantized[name] = grid
-    return quantized
+        with _naming(name):
+            if schemes[name].weight_method == "minmax":
+                found[name] = quantize_weight(weight, schemes[name])
+                continue
+            blocks = [weight[rows] for rows in parts(weight)]
+            whose = [(len(owners) + block) % team.size for block in range(len(blocks))]
+            own = [block for block, owner in zip(blocks, whose, strict=True) if owner == team.rank]
+            if own:
+                part = weight if len(own) == len(blocks) else torch.cat(own)
+                mine += _blocks(_rounded(part, schemes[name], _importance(schemes[name], gram, triangle), triangle))
+            found[name] = len(blocks)
+            owners += whose
+    everyones = iter(Split(team, tuple(owners)).collected(mine))
+    return {
+        name: _of_blocks([next(everyones) for _ in range(there)], schemes[name]) if isinstance(there, int) else there
+        for name, there in found.items()
+    }
+
+
+def _importance(scheme: QuantScheme, gram: Gram | None, triangle: Triangle | None) -> torch.Tensor | None:
+    """What a clip search weighs errors by: see quantize_weight."""
+    if scheme.group_size is None:
+        return None
+    if triangle is not None:
+        return triangle.pivots().view(-1, scheme.group_size)  # [groups, g]
+    return gram.diagonal_blocks(scheme.group_size) if gram is not None else None
+
+
+def _rounded(
+    weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None, triangle: Triangle | None
+) -> QuantizedLinear:
+    """One of gptq.py's parts at a time, so that some parts of a weight alone have the bits that they have in it."""
+    grids = [quantize_weight(weight[rows], scheme, importance) for rows in parts(weight)]
+    grid = _of_blocks([[grid.qweight, grid.scales, grid.zeros] for grid in grids], scheme)
+    if triangle is None or scheme.weight_method != "gptq":
+        return grid
+    return round_in_order(weight.to(torch.float32), grid, triangle)
+
+
+def _blocks(linear: QuantizedLinear) -> list[list[torch.Tensor | None]]:
+    """Integers, scales and zero points of each part."""
+    cut = [linear_rows(linear, rows) for rows in parts(linear.qweight)]
+    return [[part.qweight, part.scales, part.zeros] for part in cut]
+
+
+def _of_blocks(blocks: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
+    qweight, scales, zeros = (
+        torch.cat([part for part in column if part is not None]) if column[0] is not None else None
+        for column in zip(*blocks, strict=True)
+    )
+    assert qweight is not None and scales is not None
+    return QuantizedLinear(qweight, scales, scheme, zeros)
+
+
+@contextmanager
+def _naming(linear: str) -> Iterator[None]:
+    try:
+        yield
+    except QuantError as error:
+        raise QuantError(f"{linear}.weight: {error.message}", error.hint) from error

@@ -31,6 +31,9 @@ ALPHA_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
 # The search looks at this many output rows of each Linear; the winner is judged on all of them.
 _SEARCH_ROWS = 512
 
+# Output rows that the winner is judged on at once: what several processes share out.
+_PIECE_ROWS = 1024
+
 SmoothConfig = SmoothQuantConfig | IterSmoothConfig
 
 
@@ -73,10 +76,9 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
         replace(c, factors=storable(work, group, c.factors)[0])
         for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
     ]
-    searched = [(judge.worst_ratio(repeated(c.factors, group)), i) for i, c in enumerate(candidates)]
-    best = candidates[min(searched)[1]]
-    whole = [partial(work.weight, linear) for linear in group.linears]
-    full = _Judge(stats, whole, scheme).worst_ratio(repeated(best.factors, group))
+    searched = work.team.map(lambda c: judge.worst_ratio(repeated(c.factors, group)), candidates)
+    best = candidates[min(range(len(candidates)), key=lambda i: (searched[i], i))]
+    full = _ratio_of_all_rows(work, group, repeated(best.factors, group))
     if not full < 1.0:
         reason = f"best candidate (alpha {best.alpha}) would be {full:.3f}x plain rounding; left alone"
         return work.recorded(SmoothingRecord(group.name, None, 1.0, reason))
@@ -128,6 +130,39 @@ def _spread_rows(work: LayerWork, linear: str) -> Callable[[], torch.Tensor]:
     return lambda: spread
 
 
+def _ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> float:
+    """_Judge.worst_ratio of the whole Linears, shared out over the team in pieces that do not depend on its size."""
+    assert work.stats is not None
+    stats, scheme = work.stats[group.name], work.schemes[group.linears[0]]
+    counts = [len(work.weights[f"{linear}.weight"]) for linear in group.linears]
+    pieces = [
+        (number, slice(first, min(first + _PIECE_ROWS, count)))
+        for number, count in enumerate(counts)
+        for first in range(0, count, _PIECE_ROWS)
+    ]
+
+    def sums(piece: tuple[int, slice]) -> torch.Tensor:
+        number, rows = piece
+        return _Judge(stats, [partial(work.weight, group.linears[number], rows)], scheme).sums(factors)[0]
+
+    totals = [torch.zeros(3, len(stats.present()), dtype=torch.float64) for _ in group.linears]
+    found = work.team.map(sums, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
+    for (number, _), of_piece in zip(pieces, found, strict=True):
+        totals[number] += of_piece
+    return _worst_ratio(totals)
+
+
+def _worst_ratio(sums: list[torch.Tensor]) -> float:
+    """The largest over the modalities of error / error of plain rounding; below 1 no modality is worse.
+
+    sums: of each Linear the squared sums of the error, of that error and of the output, float64 [3, modalities]; the
+    errors count relative to the output.
+    """
+    errors, plain = torch.stack([s[:2] / s[2].clamp_min(1e-300) for s in sums]).sum(dim=0)
+    ratio = torch.where(plain > 0, errors / plain, torch.where(errors > 0, torch.inf, 1.0))
+    return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
+
+
 class _Judge:
     """Relative output error of a group under quantization, per modality, against that of plain rounding."""
 
@@ -138,20 +173,26 @@ class _Judge:
         self._weights = weights
         self._scheme = scheme
         self._exact = [self._x @ weight().to(torch.float32).T for weight in weights]  # [rows, out] each
+        self._signals = [self._by_modality(row_squares(exact)) for exact in self._exact]
         self._plain = self._errors(None)
 
     def worst_ratio(self, factors: torch.Tensor) -> float:
         """The largest over the modalities of error(factors) / error(plain); below 1 no modality is worse."""
-        errors = self._errors(factors)
-        ratio = torch.where(self._plain > 0, errors / self._plain, torch.where(errors > 0, torch.inf, 1.0))
-        return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
+        return _worst_ratio(self.sums(factors))
 
-    def _errors(self, factors: torch.Tensor | None) -> torch.Tensor:
-        """Sum over the Linears of the relative squared output error, float64 [modalities present]."""
+    def sums(self, factors: torch.Tensor) -> list[torch.Tensor]:
+        """Of each Linear, float64 [3, modalities present]: see _worst_ratio."""
+        return [torch.stack(s) for s in zip(self._errors(factors), self._plain, self._signals, strict=True)]
+
+    def _errors(self, factors: torch.Tensor | None) -> list[torch.Tensor]:
+        """Of each Linear the squared error of its output, float64 [modalities present]."""
         x = self._x if factors is None else self._x / factors
-        total = torch.zeros(len(self._members), dtype=torch.float64)
+        errors = []
         for weight, exact in zip(self._weights, self._exact, strict=True):
             linear = quantize_weight(Fold(factors).of(weight()), self._scheme)
-            error, signal = row_squares(quantized_matmul(x, linear) - exact), row_squares(exact)  # [rows] each
-            total += torch.stack([error[m].sum() / signal[m].sum().clamp_min(1e-300) for m in self._members])
-        return total
+            errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact)))
+        return errors
+
+    def _by_modality(self, of_rows: torch.Tensor) -> torch.Tensor:
+        """[rows] -> [modalities present], summed."""
+        return torch.stack([of_rows[members].sum() for members in self._members])

@@ -12,6 +12,7 @@ from ..arithmetic import QuantizedLinear
 from ..capture import InputStats
 from ..models.spec import LayerSpec
 from ..scheme import QuantScheme
+from ..team import ALONE, Team
 from .gptq import Triangle
 
 
@@ -71,6 +72,7 @@ class LayerWork:
     triangles: H of each group's input factorized, where GPTQ is to round and awq has made them already.
     rounded: Linears that awq has rounded in earnest already, as they are with the weights here.
     probe: what a block's true output can be tried on, if anything.
+    team: the processes that work on the layer; each has all of this, and comes to the same.
     folds: by Linear, what is folded into its weight.
     changed: names whose value differs from the checkpoint's.
     notes: what the report should say of this layer. over_plain: its true output error over plain rounding's.
@@ -85,6 +87,7 @@ class LayerWork:
     triangles: Mapping[str, Triangle] = field(default_factory=dict)
     rounded: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     probe: Probe | None = None
+    team: Team = ALONE
     folds: Mapping[str, Fold] = field(default_factory=dict)
     quantized: dict[str, QuantizedLinear] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()

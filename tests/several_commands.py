@@ -1,0 +1,33 @@
+"""Commands one after the other in one process, to pay once for what each imports: for torchrun, see test_team.py.
+
+Arguments: a JSON list of commands, each a list of words; then a folder for what each process says, by rank and command.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+
+def run(words: list[str], said: Path) -> None:
+    """One command; its messages and, last, its exit code go into a file."""
+    from msmodelslim_omni.cli import app
+    from msmodelslim_omni.commands import shell
+
+    code: object = 0
+    with said.open("w", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
+        shell.messages.file = shell.results.file = stream
+        try:
+            app(words, prog_name="msmodelslim")
+        except SystemExit as end:
+            code = end.code
+        stream.write(f"\nexit {code}\n")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    for number, words in enumerate(json.loads(sys.argv[1])):
+        run(words, Path(sys.argv[2]) / f"rank{os.environ['RANK']}-command{number}")
