@@ -34,6 +34,7 @@ DEFAULT_TEXT = "What are the elements can you see and hear in these medias."
 
 def media_rows(model: Path, index: Path) -> tuple[list[Tensor], Tensor]:
     """Token ids of every sample, media tokens renumbered from the vocabulary's end on, and their rows [n, hidden]."""
+    from msmodelslim_omni.budget import DEFAULT
     from msmodelslim_omni.calibration import load_calib_set, prepare_sample
     from msmodelslim_omni.checkpoint import open_checkpoint
     from msmodelslim_omni.models import derive_model_type
@@ -43,7 +44,7 @@ def media_rows(model: Path, index: Path) -> tuple[list[Tensor], Tensor]:
     spec = derive_model_type(checkpoint.config)
     family = spec.family
     processor = family.open_media_processor(model, MediaLimits(8192, MAX_PIXELS, 2.0), False)
-    stem = family.open_stem(checkpoint, torch.device("cpu"))
+    stem = family.open_stem(checkpoint, torch.device("cpu"), DEFAULT.towers)
     following = checkpoint.config["thinker_config"]["text_config"]["vocab_size"]
     samples, rows = [], []
     for sample in load_calib_set(str(index), DEFAULT_TEXT, spec).samples:

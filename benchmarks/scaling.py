@@ -1,12 +1,13 @@
 """Time and memory of whole runs on checkpoints of the true shape: beside `cp -r`, over layers and over samples.
 
-    python benchmarks/scaling.py run {copy,recipes,layers,samples} --shape {3b,7b} --work WORK [--threads 2]
+    python benchmarks/scaling.py run {copy,recipes,memory,layers,samples} --shape {3b,7b} --work WORK [--threads 2]
     python benchmarks/scaling.py draw --work WORK --pictures benchmarks/pictures
 
 copy: data-free W8A8 in turn with `cp -r` of the same checkpoint, each onto the same disk, three times. recipes: each
-shipped recipe once, calibrated ones on 16 samples of 512 tokens. layers: 2, 8 and all layers, samples: 16, 64 and 256
-samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; each run's output is deleted behind it.
-Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw` makes the tables and pictures.
+shipped recipe once, calibrated ones on 16 samples of 512 tokens; memory: the same on 2 layers. layers: 2, 8 and all
+layers, samples: 16, 64 and 256 samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; each run's
+output is deleted behind it. Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw` makes
+the tables and pictures.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ def tasks(kind: str, shape: str) -> list[Task]:
     if kind == "copy":
         turns = [(recipe, turn) for turn in range(3) for recipe in ("cp", MINMAX)]
         return [Task(kind, shape, everything, recipe, turn=turn) for recipe, turn in turns]
-    if kind == "recipes":
-        free = [Task(kind, shape, everything, recipe) for recipe in (MINMAX, NF4)]
-        return [*free, *(Task(kind, shape, everything, recipe, 16, 512) for recipe in ("w8a8", "w4a16"))]
+    if kind in ("recipes", "memory"):
+        layers = everything if kind == "recipes" else 2
+        free = [Task(kind, shape, layers, recipe) for recipe in (MINMAX, NF4)]
+        return [*free, *(Task(kind, shape, layers, recipe, 16, 512) for recipe in ("w8a8", "w4a16"))]
     if kind == "layers":
         return [Task(kind, shape, layers, "w8a8", 16, 128) for layers in (2, 8, everything)]
     return [Task(kind, shape, 2, recipe, samples, 128) for recipe in ("w8a8", "w4a16") for samples in (16, 64, 256)]
@@ -63,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
     run = verbs.add_parser("run")
-    run.add_argument("kind", choices=["copy", "recipes", "layers", "samples"])
+    run.add_argument("kind", choices=["copy", "recipes", "memory", "layers", "samples"])
     run.add_argument("--shape", choices=list(LAYERS), required=True)
     run.add_argument("--work", type=Path, required=True)
     run.add_argument("--threads", type=int, default=2)
