@@ -5,9 +5,9 @@
 
 copy: data-free W8A8 in turn with `cp -r` of the same checkpoint, each onto the same disk, three times. recipes: each
 shipped recipe once, calibrated ones on 16 samples of 512 tokens; memory: the same on 2 layers. layers: 2, 8 and all
-layers, samples: 16, 64 and 256 samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; each run's
-output is deleted behind it. Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw` makes
-the tables and pictures.
+layers, samples: 16, 64 and 256 samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; what a
+run writes is deleted behind it. Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw`
+makes the tables and pictures.
 """
 
 from __future__ import annotations
