@@ -21,6 +21,7 @@ _PROCESS = 330 * MIB
 _PROCESS_WITH_MEDIA = 620 * MIB
 _BLOCKS = 64 * MIB  # pieces of a weight that are worked on, written or copied
 _TOWER_TOKENS = 96 * 1024  # bytes of activations per token in the towers
+_DATA_FREE = 1536 * MIB
 _HEADROOM = 0.05  # what the C library keeps of what was freed
 
 # From generous to frugal: how much of H is held, and whether the next layer is read ahead.
@@ -110,6 +111,14 @@ def _weighed_bytes(budget: Budget, width: int, tokens: int) -> int:
 
 def _shared(tokens: int) -> list[int]:
     return [max(1, tokens // len(MODALITIES))] * len(MODALITIES)
+
+
+def unasked(plan: QuantPlan, tokens: int) -> QuantPlan:
+    """The plan of a run that was given no limit. A data-free one reads ahead within 1.5 GiB only; it loses no time by
+    that, since it copies the rest of the checkpoint meanwhile.
+    """
+    fits = tokens > 0 or peak_memory(plan, 0, 0) <= _DATA_FREE
+    return plan if fits else replace(plan, budget=replace(plan.budget, read_ahead=False))
 
 
 def within(plan: QuantPlan, tokens: int, longest: int, limit: int) -> QuantPlan:

@@ -37,6 +37,9 @@ from .summary import make_report
 from .team import open_team
 from .workspace import WORK_FOLDER, Workspace, check_room, check_save_path
 
+# A layer's quantized Linears and the float tensors that changed, by checkpoint name.
+Results = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
+
 
 def quantize(
     model_path: str | Path,
@@ -162,15 +165,14 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
             progress.say(f"going on at layer {first}; the layers before it are finished")
         with Background() as writing, Background() as copying:
             copying.start(_copy_others, outputs, parts)
-            for work, record in _quantized_layers(prepared, stream, first, clock):
+            for layer, results, record in _quantized_layers(prepared, stream, first, clock):
                 with clock("write"):
                     copying.raise_what_failed()
                     if writing.busy:
                         writing.result()
-                    items = finished_items(parts.layers[work.index], *_results(plan, work))
-                    writing.start(_save, outputs, stream, work.index, items, record)
-                progress.step("layers", work.index + 1, len(plan.layers), _detail(stream))
-                del work
+                    writing.start(_save, outputs, stream, layer, finished_items(parts.layers[layer], *results), record)
+                progress.step("layers", layer + 1, len(plan.layers), _detail(stream))
+                del results
             with clock("write"):
                 if writing.busy:
                     writing.result()
@@ -192,8 +194,8 @@ def _open_stream(prepared: Prepared, folder: Path, progress: Progress, clock: Cl
 
 def _quantized_layers(
     prepared: Prepared, stream: CalibrationStream | None, first: int, clock: Clock
-) -> Iterator[tuple[LayerWork, dict[str, Any]]]:
-    """Each layer quantized, with its record; the next one is read meanwhile."""
+) -> Iterator[tuple[int, Results, dict[str, Any]]]:
+    """Each layer's number, what became of it, and its record; the next one is read meanwhile."""
     plan, device = prepared.plan, prepared.device.torch
     with Background() as reading:
         for layer in plan.layers[first:]:
@@ -201,9 +203,11 @@ def _quantized_layers(
                 weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
             if plan.budget.read_ahead and layer.index + 1 < len(plan.layers):
                 reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
-            done = _quantize_layer(prepared, layer, weights, stream, clock)
-            yield done
-            del done, weights
+            work, record = _quantize_layer(prepared, layer, weights, stream, clock)
+            results = _results(plan, work)
+            del work, weights  # not held while the layer before is written
+            yield layer.index, results, record
+            del results
             free_memory(device)
 
 
@@ -348,7 +352,7 @@ def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Mod
     return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, held)
 
 
-def _results(plan: QuantPlan, work: LayerWork) -> tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]:
+def _results(plan: QuantPlan, work: LayerWork) -> Results:
     """The quantized Linears and the float tensors that changed, by checkpoint name."""
     quantized = {plan.model.layer_name(work.index, name): linear for name, linear in work.quantized.items()}
     changed = work.changed - {f"{linear}.weight" for linear in work.quantized}

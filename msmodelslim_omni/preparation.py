@@ -15,7 +15,7 @@ from .errors import QuantError
 from .forecast import Forecast, assumed_tokens, forecast
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
-from .peak_memory import within
+from .peak_memory import unasked, within
 from .plan import QuantPlan, make_plan, refuse_quantized
 from .progress import Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
@@ -79,8 +79,8 @@ def prepare(
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
     samples = len(calib.samples) if calib else 0
-    if max_memory is not None:
-        plan = within(plan, *assumed_tokens(plan, samples), max_memory)
+    tokens, longest = assumed_tokens(plan, samples)
+    plan = unasked(plan, tokens) if max_memory is None else within(plan, tokens, longest, max_memory)
     return Prepared(plan, chosen, calib, forecast(plan, samples), team)
 
 
