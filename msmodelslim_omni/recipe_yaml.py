@@ -25,8 +25,12 @@ class Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.anchored: set[int] = set()
+        self._composed = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self._composed += 1
+        if self._composed > MAX_NODES:  # a node takes a kilobyte of memory
+            raise yaml.YAMLError("more nodes than a recipe can hold")
         is_alias = self.check_event(yaml.AliasEvent)
         anchor = getattr(self.peek_event(), "anchor", None)  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
@@ -37,7 +41,7 @@ class Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:  # `!!int abc`, the date 2001-99-99
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # `!!int abc`, 2001-99-99
             raise yaml.constructor.ConstructorError(None, None, f"bad value: {error}", node.start_mark) from error
 
 

@@ -22,8 +22,11 @@ from typing import Any
 import torch
 
 from .errors import QuantError
+from .untrusted import open_regular, parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+# Room for a hundred thousand tensors. Parsed, a header takes up to some thirty times its size.
+MAX_HEADER_BYTES = 16 << 20
+_LONGEST_NAME = 1000
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -66,17 +69,17 @@ class TensorInfo:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """All tensors of one file. Raises QuantError naming the file where the header or the file's length lies."""
     try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
             prefix = stream.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
                 raise _broken(path, f"its header claims {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length).decode("utf-8"), unique=True)
     except OSError as error:
         raise QuantError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, "its header is not JSON") from error
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON as the format has it: {error}") from error
     if not isinstance(header, dict):
         raise _broken(path, "its header is not a JSON object")
     header.pop("__metadata__", None)
@@ -91,6 +94,8 @@ def _broken(path: Path, why: str) -> QuantError:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > _LONGEST_NAME or not name.isprintable():  # it will be shown, and written into other files
+        raise _broken(path, f"a tensor has the impossible name {name[:120]!r}")
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import DATA, MINMAX, WORK, Answer, change_recipe, fast_recipe, files, quant, stop_at, write_index
@@ -21,6 +22,7 @@ from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni import QuantError, quantize
 from msmodelslim_omni.safetensors_io import read_header
+from msmodelslim_omni.workspace import sealed
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 6
@@ -340,11 +342,18 @@ def test_a_second_run_on_the_same_folder_is_refused(
 # --- killed during the last moves ----------------------------------------------------------------------------
 
 
+def change_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    change(manifest)
+    path.write_text(json.dumps(sealed(manifest)))
+
+
 def killed_in_commit(model: Path, index: Path, recipe: Path, save: Path, *formats: str) -> Path:
     """Leave `save` as a run does that was killed before its first move; returns the folder of finished outputs."""
     stop_at("layers", 1, model, save, index, config_path=str(recipe), save_format=formats)
     path = save / WORK / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "committing": formats}))
+    change_manifest(path, lambda manifest: manifest.update(committing=formats))
     whole, output = save.with_name("whole"), save / WORK / "output"
     words = [word for name in formats for word in ("--save_format", name)]
     go_on(model, whole, index, recipe, *words).done()
@@ -407,9 +416,7 @@ def test_a_run_of_another_version_is_refused(
     save = tmp_path / "out"
     stop_at("layers", 1, model, save, index, config_path=str(recipe))
     path = save / WORK / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["fingerprint"][field] = value
-    path.write_text(json.dumps(manifest))
+    change_manifest(path, lambda manifest: manifest["fingerprint"].update({field: value}))
     assert f"{field} was {value}, is " in go_on(model, save, index, recipe).fault()
 
 
