@@ -44,6 +44,8 @@ def probe(kind: str, path: Path) -> bool:
         raise QuantError(f"{kind} {str(path)!r}: unsupported suffix; allowed: {' '.join(SUFFIXES[kind])}")
     if not path.is_file():
         raise QuantError(f"{kind} {str(path)!r} does not exist")
+    if not path.stat().st_size:  # as of files under /proc, some of which never end
+        raise QuantError(f"{kind} {str(path)!r} is empty")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise QuantError(f"{kind} {str(path)!r} is larger than {MAX_FILE_BYTES} bytes")
     if kind == "image":

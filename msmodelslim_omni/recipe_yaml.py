@@ -41,7 +41,13 @@ class Loader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # `!!int abc`, 2001-99-99
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:  # `!!int abc`, 2001-99-99
             raise yaml.constructor.ConstructorError(None, None, f"bad value: {error}", node.start_mark) from error
 
 

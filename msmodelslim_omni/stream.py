@@ -55,7 +55,7 @@ class CalibrationStream:
 
     def prepare(self, progress: Progress) -> None:
         """Run every sample through processor, towers and embedding; those a stopped run has done are kept."""
-        missing = [number for number in range(len(self._samples)) if not self._stem.has(number)]
+        missing = [number for number in range(len(self._samples)) if not self._stem.is_whole(number)]
         if missing:
             self._run_stem(missing, progress)
         self._kept = [number for number in range(len(self._samples)) if self._stem.has(number)]
@@ -123,13 +123,13 @@ class CalibrationStream:
         return HiddenStates(self._folder / f"{name}-{layer:04d}.safetensors", lengths, width, HIDDEN_BUDGET)
 
     def can_start_at(self, layer: int) -> bool:
-        """Whether the hidden states before this layer are there."""
-        return layer == 0 or self._boundary(layer).path.exists()
+        """Whether the hidden states before this layer are there, undamaged."""
+        return layer == 0 or self._boundary(layer).is_whole()
 
     def start_at(self, layer: int) -> None:
         """Take the stored hidden states before a layer; before the first, those of the stem."""
         self._hidden = self._boundary(layer)
-        if layer == 0 and not self._hidden.path.exists():
+        if layer == 0 and not self._hidden.is_whole():
             self._hidden.write(self._stem.hidden(number) for number in self._kept)
 
     def _inputs(self) -> Iterator[tuple[int, LayerInput]]:

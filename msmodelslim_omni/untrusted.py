@@ -32,6 +32,8 @@ def read_regular(path: Path, limit: int) -> bytes:
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         content = stream.read(limit + 1) if size <= limit else b""
+    if content is None:  # of the kernel's, under /proc
+        raise OSError(errno.EAGAIN, "it gives nothing to read")
     if size > limit or len(content) > limit:
         raise ValueError(f"it has {max(size, len(content))} bytes; at most {limit} are read")
     return content

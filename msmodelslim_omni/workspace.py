@@ -72,7 +72,7 @@ class Workspace:
     # --- state ---
 
     def _read_manifest(self, overwrite: bool) -> dict[str, Any]:
-        if not self._manifest_path.is_file():
+        if not self._manifest_path.exists():
             return {}
         try:
             manifest = load_json_object(self._manifest_path)

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -19,15 +16,9 @@ from typing import Any
 
 import pytest
 import yaml
-from fuzz_targets import OMNI, SEEDS, SHARD, TARGETS
+from fuzz_targets import SEEDS, SHARD, TARGETS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-
-from msmodelslim_omni.calibration import load_calib_set
-from msmodelslim_omni.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
-from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.recipe import load_recipe
-from msmodelslim_omni.safetensors_io import read_header
 
 CPU_SECONDS = 3.0  # for one file of some kilobytes
 
@@ -36,7 +27,7 @@ CPU_SECONDS = 3.0  # for one file of some kilobytes
 NUMBERS = (-1, 0, 1, 2**31, 2**48, 2**63, 10**30, -(10**400), 0.5, 1e308, float("nan"), float("inf"), True, None)
 TEXTS = (
     "", "x", "../x", "../outside.safetensors", "/etc/passwd", "a\0b", "\ud800", "\u202egnp.exe", "\x1b[2J", "n" * 300,
-    "n" * 5000, "con\\x", ".", "..", "~", "U8", "F4", "BF16", SHARD, "red.png", "file:///etc/passwd", "-1", "1e9", "awq",
+    "n" * 5000, "con\\x", ".", "..", "~", "U8", "F4", "BF16", SHARD, "red.png", "-1", "1e9", "awq",
 )  # fmt: skip
 BLOCKS: tuple[Any, ...] = (
     [], {}, [[]], [-1, 5], [0, 2**50], {"a": {}}, [None] * 20, ["../x"], [["a"]], {"type": "image", "image": "../x"},
@@ -130,10 +121,10 @@ def changed_json(target: str) -> st.SearchStrategy[bytes]:
 YAML_LINES = (
     "a: &a [x, x, x, x, x, x, x, x, x]", "b: &b [*a, *a, *a, *a, *a, *a, *a, *a]", "c: &c [*b, *b, *b, *b, *b, *b]",
     "d: [*c, *c, *c, *c, *c, *c, *c, *c]", "e: &e [*e]", "f: &f {<<: *f}", "<<: [1, 2]", "? [a, b]", "? {a: b}",
-    "g: !!python/object/apply:os.system [touch executed]", "h: !!python/name:os.system", "i: !!binary x", "j: !!set [a]",
+    "g: !!python/object/apply:os.system [touch executed]", "h: !!python/name:os.system", "i: !!binary x",
     "k: " + ":".join(["59"] * 300), "l: " + ":".join(["59"] * 300) + ".5", "m: 0x" + "f" * 6000, "n: " + "9" * 6000,
     "o: 2001-99-99", "p: " + "[" * 900, "- x", "%YAML 9.9", "---", "...", "\tx: 1", '"\\uD800": 1', '"\\e[2J": 1',
-    "spec: {}", "1: 2", "null: 3", "~: 4", "2001-01-01: 5", "metadata: {label: {w_bit: 0x" + "f" * 6000 + ", a_bit: 1}}",
+    "spec: {}", "1: 2", "null: 3", "~: 4", "metadata: {label: {w_bit: 0x" + "f" * 6000 + ", a_bit: 1}}",
     "    - type: " + "n" * 3000, "  dataset: " + ":".join(["59"] * 300) + ".5",
 )  # fmt: skip
 

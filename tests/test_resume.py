@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -336,6 +337,45 @@ def test_a_second_run_on_the_same_folder_is_refused(
             assert "another run is writing" in message and str(save) in message
         assert files(save) == before
     assert "going on at layer 2" in go_on(model, save, index, recipe).done().err
+    assert files(save) == ascend
+
+
+@pytest.mark.parametrize("which", ["hidden-*", "stem/000000"])
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_damaged_samples_are_made_anew(
+    which: str, how: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 3, model, save, index, config_path=str(recipe))
+    (file,) = (save / WORK).glob(f"{which}.safetensors")
+    content = bytearray(file.read_bytes())
+    if how == "flip":
+        content[-5] ^= 1
+    file.write_bytes(content if how == "flip" else content[:-5])
+    go_on(model, save, index, recipe).done()
+    assert files(save) == ascend
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "pipe"])
+def test_a_damaged_manifest_is_told(
+    damage: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 2, model, save, index, config_path=str(recipe))
+    path = save / WORK / "manifest.json"
+    text = path.read_text()
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "flip":
+        checksum = re.search(r'"ascendv1_saver": (\d+)', text)
+        assert checksum
+        path.write_text(text.replace(checksum[1], str(int(checksum[1]) ^ 1)))
+    else:
+        path.write_text(text[: len(text) // 2] if damage == "cut" else "")
+    message = go_on(model, save, index, recipe).fault()
+    assert "manifest.json" in message and "--overwrite" in message
+    go_on(model, save, index, recipe, "--overwrite").done()
     assert files(save) == ascend
 
 

@@ -86,7 +86,7 @@ def _header_or_fault(file: Path) -> tuple[dict[str, TensorInfo], str]:
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         with open_regular(file) as stream:
-            length = int.from_bytes(stream.read(8), "little")
+            length = int.from_bytes(stream.read(8) or b"", "little")
             size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise QuantError(f"{file}: cannot be read: {error.strerror or error}") from error
