@@ -156,6 +156,11 @@ def any_files(target: str) -> st.SearchStrategy[bytes]:
     return STRUCTURED[target] | STRUCTURED[target].flatmap(changed_bytes) | damaged | st.binary(max_size=300)
 
 
+def safetensors_named(name: str) -> bytes:
+    header = b'{"%s":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}' % name.encode()
+    return len(header).to_bytes(8, "little") + header
+
+
 # --- the fuzz ------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +206,34 @@ def test_fuzz(target: str, folder: Path) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_fuzz_at_length(target: str, folder: Path) -> None:
     fuzz(target, folder, 3_000)
+
+
+def in_metadata(line: str) -> bytes:
+    return SEEDS["recipe"][0].replace(b"metadata:", f"metadata:\n  {line}".encode(), 1)
+
+
+# What broke a reader once, by fuzzing or by thought.
+REGRESSIONS: dict[str, tuple[str, bytes]] = {
+    "hexadecimal number that Python does not show": ("recipe", in_metadata(f"score: 0x{'f' * 6000}")),
+    "fraction in base 60 that overflows": ("recipe", in_metadata(f"score: {':'.join(['59'] * 300)}.5")),
+    "levels that copying does not reach": ("config", b'{"a":' * 600 + b"1" + b"}" * 600),
+    "block that is a text": ("config", b'{"model_type": "qwen2_5_omni", "thinker_config": {"text_config": "x"}}'),
+    "method that is a list": ("config", b'{"model_type": "qwen2_5_omni", "quantization_config": {"quant_method": []}}'),
+    "shard of a long name": ("index", b'{"weight_map": {"a": "' + b"n" * 5000 + b'.safetensors"}}'),
+    "name that no encoding has": ("safetensors", safetensors_named("\\ud800")),
+    "name that a terminal obeys": ("safetensors", safetensors_named("\\u001b[2J")),
+    "name that stands twice": ("safetensors", safetensors_named('a":1,"a')),
+    "manifest that is a list of names": ("manifest", b'{"fingerprint": [], "units": {}, "committing": ["../x"]}'),
+    "manifest that leads out": (
+        "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "committing": ["../../precious"]}'
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REGRESSIONS)
+def test_what_broke_once(what: str, folder: Path) -> None:
+    target, content = REGRESSIONS[what]
+    run(target, folder, content)
 
 
 @pytest.mark.parametrize("target", TARGETS)
