@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -313,29 +312,31 @@ _WITHIN = """
 import resource, sys, time
 from pathlib import Path
 from fuzz_targets import TARGETS
-target, file, room = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-folder = file.parent / "folder"
-folder.mkdir()
-content = file.read_bytes()
+room, *words = sys.argv[1:]
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (room << 20),) * 2)
-began = time.process_time()
-TARGETS[target](folder, content)
-print("seconds", time.process_time() - began)
+resource.setrlimit(resource.RLIMIT_AS, (used + (int(room) << 20),) * 2)
+for target, file in zip(words[::2], map(Path, words[1::2])):
+    folder = file.with_suffix(".folder") / "folder"
+    folder.mkdir(parents=True)
+    began = time.process_time()
+    TARGETS[target](folder, file.read_bytes())
+    print(time.process_time() - began)
 """
 
 
-def within(target: str, content: bytes, room: int, tmp_path: Path) -> float:
-    """CPU seconds of one target with so many MiB of memory left for it; MemoryError fails it."""
-    (tmp_path / "content").write_bytes(content)
-    script = textwrap.dedent(_WITHIN)
+def within(bombs: dict[str, tuple[str, bytes]], room: int, tmp_path: Path) -> float:
+    """The most CPU seconds that one took, with so many MiB of memory left for them; MemoryError fails it."""
+    words = []
+    for number, (target, content) in enumerate(bombs.values()):
+        (tmp_path / str(number)).write_bytes(content)
+        words += [target, str(tmp_path / str(number))]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")])
     done = subprocess.run(
-        [sys.executable, "-c", script, target, str(tmp_path / "content"), str(room)],
+        [sys.executable, "-c", _WITHIN, str(room), *words],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return float(done.stdout.split()[-1])
+    return max(map(float, done.stdout.split()))
 
 
 def header_of(body: bytes) -> bytes:
@@ -366,14 +367,11 @@ LARGE_BOMBS: dict[str, tuple[str, bytes]] = {
 
 
 def test_bombs(tmp_path: Path) -> None:
-    for number, (target, content) in enumerate(BOMBS.values()):
-        (tmp_path / str(number)).mkdir()
-        assert within(target, content, 400, tmp_path / str(number)) < 20
+    assert within(BOMBS, 400, tmp_path) < 20
 
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("bomb", LARGE_BOMBS)
 def test_large_bombs(bomb: str, tmp_path: Path) -> None:
-    target, content = LARGE_BOMBS[bomb]
-    assert within(target, content, 2048, tmp_path) < 120
+    assert within({bomb: LARGE_BOMBS[bomb]}, 2048, tmp_path) < 120
