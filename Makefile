@@ -1,13 +1,16 @@
 # make demo    set up .venv, quantize the trained tiny Omni to W8A8 and W4A16, ask what each still knows
 # make test    set up .venv, run the test suite
+# make fuzz    fuzz what reads files from elsewhere, a minute each; SECONDS_EACH=600 TARGETS=recipe for more or one
 # Nothing but Python >= 3.10 and make is needed beforehand.
 
 PYTHON ?= python3
 VENV := .venv
+SECONDS_EACH ?= 60
+TARGETS ?=
 RUN := "$(CURDIR)/$(VENV)/bin/python"
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-full test-clients lint types clean
+.PHONY: install demo test test-full test-clients fuzz lint types clean
 
 install: $(VENV)/installed
 
@@ -29,6 +32,17 @@ test: install
 test-full: install
 	$(RUN) -m pytest -m full
 
+fuzz: $(VENV)-fuzz/installed
+	$(VENV)-fuzz/bin/python tests/fuzz/run.py $(TARGETS) --seconds $(SECONDS_EACH)
+
+# atheris has wheels for some versions of Python only; beside the tests' environment, so that they do without it.
+$(VENV)-fuzz/installed: $(VENV)/installed
+	$(RUN) -m venv $(VENV)-fuzz
+	$(RUN) -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$($(VENV)-fuzz/bin/python -c 'import site; print(site.getsitepackages()[0])')/tests.pth"
+	$(VENV)-fuzz/bin/python -m pip --disable-pip-version-check install --quiet 'atheris==2.3.0'
+	@touch $@
+
 test-clients: install
 	$(RUN) tests/clients/run.py
 
@@ -40,4 +54,4 @@ types: install
 	$(RUN) -m mypy msmodelslim_omni
 
 clean:
-	rm -rf $(VENV) demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-fuzz build/fuzz demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +19,18 @@ from .digests import file_digest
 from .errors import QuantError, nearest
 from .models.spec import MediaProcessor, ModelInputs, ModelSpec
 from .resources import shipped_folder
+from .untrusted import parse_json, read_regular
 
 MEDIA_KINDS = ("image", "audio", "video")
 KEYS = ("text", *MEDIA_KINDS, "use_audio_in_video", "system", "answer", "messages")
 MAX_TEXT_CHARACTERS = 200_000
-MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_BYTES = 64 << 20
+MAX_SAMPLES = 100_000
+MAX_SAMPLE_CHARACTERS = 4 << 20
+MAX_INDEX_JSON_CHARACTERS = 16 << 20  # of an index.json, which is parsed in one piece
+MAX_PARTS = 1000  # turns of a conversation, or texts and media of a turn
 _LISTED_FAULTS = 50
+_MAX_FAULTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def load_calib_set(
             samples.append(parse_sample(where, entry, index.parent, default_text, model))
         except QuantError as error:
             faults += [f"{where}: {line}" for line in error.message.split("\n")]
+            if len(faults) > _MAX_FAULTS:
+                raise QuantError(f"{index}: more than {_MAX_FAULTS} faults; the first: {faults[0]}") from error
     if faults and on_bad_sample == "fail":
         listed = faults[:_LISTED_FAULTS] + (
             [f"... and {len(faults) - _LISTED_FAULTS} more"] * (len(faults) > _LISTED_FAULTS)
@@ -131,30 +139,37 @@ def find_index(dataset: str) -> Path:
     return inside[0]
 
 
-def _entries(index: Path) -> list[tuple[str, Any]]:
-    """(where, parsed JSON or the QuantError that it raised) for each sample of the index."""
+def _entries(index: Path) -> Iterator[tuple[str, Any]]:
+    """(where, parsed JSON or the QuantError that it raised) for each sample of the index, parsed as it is asked for."""
     try:
-        if index.stat().st_size > MAX_INDEX_BYTES:
-            raise QuantError(f"{index}: larger than {MAX_INDEX_BYTES} bytes; not read")
-        text = index.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular(index, MAX_INDEX_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         raise QuantError(f"{index}: cannot be read: {error}", "the index is JSON in UTF-8") from error
     if index.suffix == ".json":
-        value = _parse_json(text)
+        value = _parse_json(text, MAX_INDEX_JSON_CHARACTERS)
         if isinstance(value, QuantError):
             raise QuantError(f"{index}: {value.message}", "an index.json is one object or a list of objects")
         entries = value if isinstance(value, list) else [value]
-        return [(f"{index.name}[{i}]", entry) for i, entry in enumerate(entries)]
-    lines = [(f"{index.name}:{n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if index.suffix == ".txt":
-        return [(where, {"text": line.strip()}) for where, line in lines]
-    return [(where, _parse_json(line)) for where, line in lines]
+        _refuse_many(index, len(entries))
+        yield from ((f"{index.name}[{i}]", entry) for i, entry in enumerate(entries))
+        return
+    _refuse_many(index, text.count("\n"))
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{index.name}:{number}", {"text": line.strip()} if index.suffix == ".txt" else _parse_json(line)
 
 
-def _parse_json(text: str) -> Any:
+def _refuse_many(index: Path, count: int) -> None:
+    if count > MAX_SAMPLES:
+        raise QuantError(f"{index}: {count} samples; at most {MAX_SAMPLES} are read", "split it")
+
+
+def _parse_json(text: str, limit: int = MAX_SAMPLE_CHARACTERS) -> Any:
+    if len(text) > limit:
+        return QuantError(f"{len(text)} characters; the limit is {limit}")
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text, unique=True)
+    except ValueError as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         return QuantError(f"not valid JSON: {reason}")
 
@@ -192,8 +207,8 @@ def _turns(entry: dict[str, Any], default_text: str, faults: list[str]) -> list[
     parts = []
     for kind in MEDIA_KINDS:
         value = entry.get(kind)
-        for file in value if isinstance(value, list) else [] if value is None else [value]:
-            parts.append({"type": kind, kind: file})
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        parts += [{"type": kind, kind: file} for file in _few(listed, kind, faults)]
     question = _text_of(entry, "text", faults) or default_text
     answer = _text_of(entry, "answer", faults)
     system = _text_of(entry, "system", faults)
@@ -232,7 +247,7 @@ def _conversation(entry: dict[str, Any], faults: list[str]) -> list[dict[str, An
         faults.append("messages is not a list of turns")
         return []
     messages = []
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate(_few(turns, "messages", faults)):
         role = turn.get("role") if isinstance(turn, dict) else None
         if role not in ("system", "user", "assistant") or "content" not in turn:
             faults.append(f"messages[{number}] needs a role (system, user, assistant) and a content")
@@ -242,10 +257,19 @@ def _conversation(entry: dict[str, Any], faults: list[str]) -> list[dict[str, An
         if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
             faults.append(f"messages[{number}].content is neither a text nor a list of text/image/audio/video parts")
             continue
-        messages.append(_message(role, [{key: part[key] for key in ("type", part["type"])} for part in parts]))
+        kept = [{key: part[key] for key in ("type", part["type"])} for part in _few(parts, "content", faults)]
+        messages.append(_message(role, kept))
     if messages and all(message["role"] == "system" for message in messages):
         faults.append("messages holds no user turn")
     return messages
+
+
+def _few(entries: list[Any], what: str, faults: list[str]) -> list[Any]:
+    """The entries, or none of too many."""
+    if len(entries) <= MAX_PARTS:
+        return entries
+    faults.append(f"{what} has {len(entries)} entries; the limit is {MAX_PARTS}")
+    return []
 
 
 def _is_part(part: Any) -> bool:

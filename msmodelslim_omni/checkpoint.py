@@ -16,10 +16,14 @@ import torch
 
 from .errors import QuantError
 from .safetensors_io import TensorInfo, load_finite, load_rows, load_tensor, read_header
+from .untrusted import parse_json, read_regular
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_JSON_BYTES = 64 << 20
+# The largest are tokenizers, of some ten megabytes. Parsed, it takes up to some thirty times its size.
+MAX_JSON_BYTES = 32 << 20
+
+_LONGEST_FILE_NAME = 200
 
 # Files that describe or hold weights: formats write their own.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
@@ -106,13 +110,11 @@ def config_block(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any
     return block if isinstance(block, dict) else {}
 
 
-def load_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of bounded size."""
+def load_json_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
+    """A JSON object from a file of bounded size. unique: none of its keys may stand twice."""
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise QuantError(f"{path}: larger than {MAX_JSON_BYTES} bytes; not read")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_regular(path, MAX_JSON_BYTES).decode("utf-8"), unique=unique)
+    except (OSError, ValueError) as error:
         raise QuantError(f"{path}: cannot be read as JSON: {error}", "fetch or copy the file again") from error
     if not isinstance(value, dict):
         raise QuantError(f"{path}: is not a JSON object", "fetch or copy the file again")
@@ -134,13 +136,13 @@ def _read_shards(path: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
 
 def follow_index(path: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
     """The headers of all shards that an index file names, each tensor where the index says, and none beside them."""
-    weight_map = load_json_object(index).get("weight_map")
+    weight_map = load_json_object(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise QuantError(f"{index}: has no weight_map {{tensor: file}}", "fetch or copy the file again")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise QuantError(f"{index}: names the file {file!r}, which is not a shard beside it")
+        if Path(file).name != file or not file.endswith(".safetensors") or len(file) > _LONGEST_FILE_NAME:
+            raise QuantError(f"{index}: names the file {file[:_LONGEST_FILE_NAME]!r}, which is not a shard beside it")
         if not (path / file).is_file():
             raise QuantError(
                 f"{index}: shard {file!r} is missing in {path}", "fetch the checkpoint again; it is not whole"
@@ -149,7 +151,7 @@ def follow_index(path: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[
     tensors = {}
     for name, file in weight_map.items():
         if name not in headers[file]:
-            raise QuantError(f"{index}: tensor {name!r} is not in {file!r}", "fetch the checkpoint again")
+            raise QuantError(f"{index}: tensor {name[:120]!r} is not in {file!r}", "fetch the checkpoint again")
         tensors[name] = headers[file][name]
     unlisted = sorted(set().union(*headers.values()) - set(tensors))
     if unlisted:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from .aside import write_aside
 from .errors import QuantError
 from .fidelity import EvalReport
 from .model_card import renew_evaluation, write_card
@@ -20,6 +21,7 @@ from .processors.work import SmoothingRecord
 from .progress import Progress
 from .report import Report, read_report, write_report
 from .report_html import HTML_NAME, INSTALL, as_html, can_write_html
+from .untrusted import read_regular
 
 _MAX_RECIPE = 1 << 20
 
@@ -46,7 +48,7 @@ def write_evaluation(evaluation: EvalReport, folder: Path, progress: Progress) -
     recipe_text = stored_recipe(output, report) if report else ""
     try:
         if page := _page(report, evaluation, recipe_text, progress):
-            (folder / HTML_NAME).write_text(page, encoding="utf-8")
+            write_aside(folder / HTML_NAME, page)
     except OSError as error:
         raise QuantError(
             f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
@@ -73,9 +75,10 @@ def stored_report(output: Path) -> Report | None:
 def stored_recipe(output: Path, report: Report) -> str:
     """The recipe that lies in an output, or an empty text."""
     file = output / f"{Path(report.recipe).stem}.yaml"
-    if not file.is_file() or file.stat().st_size > _MAX_RECIPE:
+    try:
+        return read_regular(file, _MAX_RECIPE).decode("utf-8", errors="replace")
+    except (OSError, ValueError):
         return ""
-    return file.read_text(encoding="utf-8", errors="replace")
 
 
 def _page(report: Report | None, evaluation: EvalReport | None, recipe_text: str, progress: Progress) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .aside import write_aside
 from .checkpoint import load_json_object
 from .errors import QuantError
 from .fidelity import EvalReport, Fidelity, Interval, LayerDrift
@@ -24,9 +25,7 @@ def write_eval_report(report: EvalReport, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / JSON_NAME, asdict(report))
-        page = folder / (PAGE_NAME + ".partial")
-        page.write_text(as_markdown(report), encoding="utf-8")
-        page.replace(folder / PAGE_NAME)
+        write_aside(folder / PAGE_NAME, as_markdown(report))
     except OSError as error:
         raise QuantError(
             f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"

@@ -24,8 +24,15 @@ SUFFIXES = {
 MAX_FILE_BYTES = 1 << 30
 MAX_PIXELS = 64_000_000
 MAX_SECONDS = 600.0
+MAX_SAMPLING_RATE = 384_000
+MAX_FRAMES = 100_000  # 600 s at 166 a second; frames may come without a time
 MAX_CLIP_PIXELS = 400_000_000  # of all frames that are taken from one clip
 SAMPLING_RATE = 16_000
+
+# What the suffixes stand for, whatever a file holds: others of the libraries' readers run programs (EPS), read further
+# files or open connections (playlists, SDP) that the file names.
+_PICTURE_FORMATS = ("JPEG", "PNG", "WEBP")
+_CONTAINERS = {"format_whitelist": "wav,mp3,flac,mov,matroska", "protocol_whitelist": "file"}
 
 
 def probe(kind: str, path: Path) -> bool:
@@ -37,6 +44,8 @@ def probe(kind: str, path: Path) -> bool:
         raise QuantError(f"{kind} {str(path)!r}: unsupported suffix; allowed: {' '.join(SUFFIXES[kind])}")
     if not path.is_file():
         raise QuantError(f"{kind} {str(path)!r} does not exist")
+    if not path.stat().st_size:  # as of files under /proc, some of which never end
+        raise QuantError(f"{kind} {str(path)!r} is empty")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise QuantError(f"{kind} {str(path)!r} is larger than {MAX_FILE_BYTES} bytes")
     if kind == "image":
@@ -48,25 +57,35 @@ def probe(kind: str, path: Path) -> bool:
             raise QuantError(f"{kind} {str(path)!r} holds no {kind} stream")
         if container.duration and container.duration / 1e6 > MAX_SECONDS:
             raise QuantError(f"{kind} {str(path)!r} is longer than {MAX_SECONDS:.0f} s")
+        if kind == "video":
+            # Before a frame of that size is made; a stream of a codec that is not known has no size.
+            _refuse_pixels(path, getattr(streams[0], "width", 0), getattr(streams[0], "height", 0))
         frame = next(container.decode(streams[0]), None)
         if frame is None:
             raise QuantError(f"{kind} {str(path)!r} holds no frame")
-        if kind == "video" and frame.width * frame.height > MAX_PIXELS:
-            raise QuantError(f"video {str(path)!r} has {frame.width} x {frame.height} pixels; at most {MAX_PIXELS}")
+        if kind == "video":
+            _refuse_pixels(path, frame.width, frame.height)
         return kind == "video" and bool(container.streams.audio)
+
+
+def _refuse_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise QuantError(f"video {str(path)!r} has {width} x {height} pixels; at most {MAX_PIXELS}")
 
 
 def _probe_image(path: Path) -> None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_PICTURE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise QuantError(f"image {str(path)!r} has {image.width} x {image.height} pixels; at most {MAX_PIXELS}")
             if max(image.size) > 200 * min(image.size):
                 raise QuantError(f"image {str(path)!r} is more than 200 times as long as it is wide")
             image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except QuantError:
+        raise
+    except Exception as error:  # what Pillow's readers raise over a damaged file has no common class
         raise QuantError(f"image {str(path)!r} cannot be decoded: {error}") from error
 
 
@@ -76,9 +95,9 @@ def _opened(kind: str, path: Path) -> Iterator[Any]:
     import av
 
     try:
-        with av.open(str(path), metadata_errors="ignore") as container:
+        with av.open(str(path), metadata_errors="ignore", options=_CONTAINERS) as container:
             yield container
-    except (av.error.FFmpegError, ValueError, OSError, EOFError) as error:
+    except (av.error.FFmpegError, ValueError, OSError, EOFError, ArithmeticError) as error:
         reason = getattr(error, "strerror", None) or error
         raise QuantError(f"{kind} {str(path)!r} cannot be decoded: {reason}") from error
 
@@ -99,6 +118,8 @@ def load_sound(path: Path) -> np.ndarray:
         for frame in container.decode(container.streams.audio[0]):
             if resampler is None:
                 rate, resampler = frame.sample_rate, _to_planar_float()
+                if not 0 < rate <= MAX_SAMPLING_RATE:
+                    raise QuantError(f"{str(path)!r} has {rate} samples a second; at most {MAX_SAMPLING_RATE}")
             chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(frame)]
             length += frame.samples
             if length > MAX_SECONDS * rate:  # a header's duration may lie
@@ -126,10 +147,10 @@ def load_image(path: Path) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_PICTURE_FORMATS) as image:
             image.load()
             return image.convert("RGBA") if image.mode in ("P", "LA") else image.copy()
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # see _probe_image
         raise QuantError(f"image {str(path)!r} cannot be decoded: {error}") from error
 
 
@@ -159,11 +180,12 @@ def _read_video(element: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
     with _opened("video", path) as container:
         stream = container.streams.video[0]
         fps = float(stream.average_rate or stream.guessed_rate or 0)
-        pixels = stream.width * stream.height
         for frame in container.decode(stream):  # headers of webm and mkv do not tell how many
             total += 1
-            if frame.time is not None and frame.time > MAX_SECONDS:
-                raise QuantError(f"video {str(path)!r} is longer than {MAX_SECONDS:.0f} s")
+            pixels = max(pixels, frame.width * frame.height)  # the header's size may lie
+            _refuse_pixels(path, frame.width, frame.height)
+            if total > MAX_FRAMES or (frame.time is not None and frame.time > MAX_SECONDS):
+                raise QuantError(f"video {str(path)!r} is longer than {MAX_SECONDS:.0f} s or {MAX_FRAMES} frames")
     if not fps or not total:
         raise QuantError(f"video {str(path)!r} tells no frame rate or holds no frame")
     count = smart_nframes(element, total_frames=total, video_fps=fps)

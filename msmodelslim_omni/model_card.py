@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from .aside import write_aside
 from .checkpoint import load_json_object
 from .eval_report import figure_rows
 from .fidelity import EvalReport
@@ -67,9 +68,7 @@ def renew_evaluation(folder: Path, evaluation: EvalReport) -> bool:
     if _MARK not in text or not 0 <= begin < end:
         return False
     new = f"{text[: begin + len(_EVALUATION[0])]}\n{_evaluation(evaluation)}\n{text[end:]}"
-    aside = path.with_name(f"{CARD_NAME}.partial")
-    aside.write_text(new, encoding="utf-8")
-    aside.replace(path)
+    write_aside(path, new)
     return True
 
 

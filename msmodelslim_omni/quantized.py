@@ -149,10 +149,10 @@ def identify(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The saver whose format a checkpoint has, and its settings. Raises QuantError for a float or foreign one."""
     quantization = quantization_of(config)
     if quantization is not None:
-        method = quantization.get("quant_method")
+        method = str(quantization.get("quant_method"))
         if method not in _SAVER_OF_METHOD:
-            raise QuantError(f"{path} is quantized as {str(method)[:80]!r}, a format that is not read", _READ)
-        return _SAVER_OF_METHOD[str(method)], quantization
+            raise QuantError(f"{path} is quantized as {method[:80]!r}, a format that is not read", _READ)
+        return _SAVER_OF_METHOD[method], quantization
     if (path / ascend.DESCRIPTION_FILE).is_file():
         return "ascendv1_saver", load_json_object(path / ascend.DESCRIPTION_FILE)
     raise QuantError(f"{path} is a float checkpoint, or of a format that is not read", _READ)

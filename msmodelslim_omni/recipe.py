@@ -17,6 +17,7 @@ from .errors import QuantError, nearest
 from .recipe_faults import FaultsInWords
 from .recipe_yaml import Location, build, compose, node_at, refuse_duplicates_and_bombs, without_anchor_holders
 from .resources import shipped_folder
+from .untrusted import read_regular
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -333,11 +334,8 @@ def load_recipe(path: str | Path) -> Recipe:
     """Read and check one recipe file. Raises QuantError naming file:line, key, value and what is allowed."""
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > MAX_RECIPE_BYTES:
-            raise QuantError(f"{path}: a recipe of {size} bytes; at most {MAX_RECIPE_BYTES} are read")
-        text = path.read_bytes().decode("utf-8")  # as it is, line ends too, for the copy in the output
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        text = read_regular(path, MAX_RECIPE_BYTES).decode("utf-8")  # line ends as they are, for the copy in the output
+    except (OSError, ValueError) as error:
         raise QuantError(f"{path}: cannot read the recipe: {error}", "give a YAML file in UTF-8") from error
     return parse_recipe(text, path)
 

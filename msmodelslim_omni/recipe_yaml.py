@@ -15,6 +15,9 @@ import yaml
 from .errors import QuantError
 
 MAX_NODES = 20_000
+# What the library raises over `!!int abc`, the date 2001-99-99, a fraction in base 60.
+_UNBUILDABLE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+_MAX_BITS = 1024  # hexadecimal ones come at any length, and Python refuses to show a long one
 
 Location = tuple[str | int, ...]
 
@@ -25,8 +28,12 @@ class Loader(yaml.SafeLoader):
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
         self.anchored: set[int] = set()
+        self._composed = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        self._composed += 1
+        if self._composed > MAX_NODES:  # a node takes a kilobyte of memory
+            raise yaml.YAMLError("more nodes than a recipe can hold")
         is_alias = self.check_event(yaml.AliasEvent)
         anchor = getattr(self.peek_event(), "anchor", None)  # type: ignore[no-untyped-call]
         node = super().compose_node(parent, index)
@@ -36,9 +43,12 @@ class Loader(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
-        except (ValueError, TypeError, LookupError, AttributeError) as error:  # `!!int abc`, the date 2001-99-99
+            value = super().construct_object(node, deep)
+        except _UNBUILDABLE as error:
             raise yaml.constructor.ConstructorError(None, None, f"bad value: {error}", node.start_mark) from error
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise yaml.constructor.ConstructorError(None, None, "bad value: a number too long", node.start_mark)
+        return value
 
 
 def compose(text: str, path: Path) -> tuple[yaml.Node, set[int]]:

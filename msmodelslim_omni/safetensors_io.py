@@ -22,8 +22,11 @@ from typing import Any
 import torch
 
 from .errors import QuantError
+from .untrusted import open_regular, parse_json
 
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+# Room for a hundred thousand tensors. Parsed, a header takes up to some thirty times its size.
+MAX_HEADER_BYTES = 16 << 20
+_LONGEST_NAME = 1000
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -41,6 +44,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _COMPARED_BYTES = 32 << 20
+_CHECKSUM, _UNKNOWN_CRC = "crc32", "--------"
 FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -65,25 +69,30 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """All tensors of one file. Raises QuantError naming the file where the header or the file's length lies."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            prefix = stream.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-                raise _broken(path, f"its header claims {length} bytes in a file of {size}")
-            header = json.loads(stream.read(length))
-    except OSError as error:
-        raise QuantError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, "its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _broken(path, "its header is not a JSON object")
+    header, data_start, size = _json_header(path)
     header.pop("__metadata__", None)
-    data_start = 8 + length
     tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
     _check_layout(path, tensors.values(), data_start, size)
     return tensors
+
+
+def _json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it stands there, where the tensors begin, and the size of the file."""
+    try:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8) or b""
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise _broken(path, f"its header claims {length} bytes in a file of {size}")
+            header = parse_json(stream.read(length).decode("utf-8"), unique=True)
+    except OSError as error:
+        raise QuantError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON as the format has it: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    return header, 8 + length, size
 
 
 def _broken(path: Path, why: str) -> QuantError:
@@ -91,6 +100,8 @@ def _broken(path: Path, why: str) -> QuantError:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > _LONGEST_NAME or not name.isprintable():  # it will be shown, and written into other files
+        raise _broken(path, f"a tensor has the impossible name {name[:120]!r}")
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
@@ -233,19 +244,31 @@ class SafetensorsWriter:
     """Writes one file in one pass: the header first, from specs; then the tensors' bytes in the same order.
 
     The file appears under a temporary name and is synced and renamed by `close`; leaving the `with` block by an
-    exception removes it. Tensors are laid out by falling item size.
+    exception removes it. Tensors are laid out by falling item size. checksum: of their bytes, put into the metadata for
+    `is_whole`.
     """
 
     def __init__(
-        self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None, *, sync: bool = True
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        metadata: dict[str, str] | None = None,
+        *,
+        sync: bool = True,
+        checksum: bool = False,
     ) -> None:
         self.path = path
         self._sync = sync
+        self._crc = 0
+        if checksum:
+            metadata = {_CHECKSUM: _UNKNOWN_CRC, **(metadata or {})}
         self.specs = in_file_order(specs)
         self._pending: Iterator[TensorSpec] = iter(self.specs)
         self._temporary = path.with_name(path.name + ".partial")
         self._stream = self._temporary.open("wb")
-        self._stream.write(encode_header(self.specs, metadata))
+        header = encode_header(self.specs, metadata)
+        self._crc_place = header.index(_UNKNOWN_CRC.encode()) if checksum else None
+        self._stream.write(header)
 
     def write(self, name: str, data: torch.Tensor | Iterable[memoryview]) -> None:
         """The next tensor, whole or as chunks of bytes. Order and sizes must be those of `specs`."""
@@ -256,12 +279,17 @@ class SafetensorsWriter:
         for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
             self._stream.write(chunk)
             written += len(chunk)
+            if self._crc_place is not None:
+                self._crc = zlib.crc32(chunk, self._crc)
         if written != spec.nbytes:
             raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {spec.nbytes}")
 
     def close(self) -> None:
         if (missing := next(self._pending, None)) is not None:
             raise ValueError(f"{self.path}: tensor {missing.name} was never written")
+        if self._crc_place is not None:
+            self._stream.seek(self._crc_place)
+            self._stream.write(f"{self._crc:08x}".encode())
         self._stream.flush()
         if self._sync:
             os.fsync(self._stream.fileno())
@@ -282,10 +310,28 @@ class SafetensorsWriter:
             self._temporary.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def is_whole(path: Path) -> bool:
+    """Whether a file is there that a SafetensorsWriter with `checksum` wrote, undamaged. All of it is read."""
+    try:
+        read_header(path)
+        header, data_start, _ = _json_header(path)
+        crc = 0
+        with path.open("rb") as stream:
+            stream.seek(data_start)
+            while chunk := stream.read(_COMPARED_BYTES):
+                crc = zlib.crc32(chunk, crc)
+    except (QuantError, OSError):
+        return False
+    metadata = header.get("__metadata__")
+    return isinstance(metadata, dict) and metadata.get(_CHECKSUM) == f"{crc:08x}"
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, *, checksum: bool = False
+) -> None:
     """A whole file from tensors in memory, written aside, synced and renamed."""
     specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
-    with SafetensorsWriter(path, specs, metadata) as writer:
+    with SafetensorsWriter(path, specs, metadata, checksum=checksum) as writer:
         for spec in writer.specs:
             writer.write(spec.name, tensors[spec.name].cpu())
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .models.spec import LayerInput
-from .safetensors_io import SafetensorsWriter, TensorSpec, load_tensor, read_header, write_tensors
+from .safetensors_io import SafetensorsWriter, TensorSpec, is_whole, load_tensor, read_header, write_tensors
 
 
 class _Cache:
@@ -49,6 +49,10 @@ class StemStore:
     def has(self, number: int) -> bool:
         return self._path(number).exists()
 
+    def is_whole(self, number: int) -> bool:
+        """Whether it is there as it was written; for what a stopped run left."""
+        return is_whole(self._path(number))
+
     def write(self, number: int, inputs: LayerInput, modality: torch.Tensor) -> None:
         tensors = {"hidden": inputs.hidden, "modality": modality}
         for name, value in inputs.arguments.items():
@@ -56,7 +60,8 @@ class StemStore:
                 tensors |= {f"argument.{name}.{i:03d}": part for i, part in enumerate(value)}
             else:
                 tensors[f"argument.{name}"] = value
-        write_tensors(self._path(number), {name: t.cpu().contiguous() for name, t in tensors.items()})
+        on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        write_tensors(self._path(number), on_cpu, checksum=True)
 
     def modality(self, number: int) -> torch.Tensor:
         return load_tensor(read_header(self._path(number))["modality"])
@@ -90,11 +95,15 @@ class HiddenStates:
 
     def write(self, hidden: Iterable[torch.Tensor], *, sync: bool = True) -> None:
         """Write the samples' hidden states in their order, float32 [1, tokens, hidden] each."""
-        with SafetensorsWriter(self.path, self._specs, sync=sync) as writer:
+        with SafetensorsWriter(self.path, self._specs, sync=sync, checksum=True) as writer:
             for number, tensor in enumerate(hidden):
                 on_cpu = tensor.to("cpu", torch.float32).contiguous()
                 writer.write(f"{number:06d}", on_cpu)
                 self._cache.offer(number, {"hidden": on_cpu})
+
+    def is_whole(self) -> bool:
+        """Whether they are there as they were written; for what a stopped run left."""
+        return is_whole(self.path)
 
     def read(self, number: int) -> torch.Tensor:
         kept = self._cache.get(number)

@@ -67,7 +67,7 @@ class CalibrationStream:
 
     def prepare(self, progress: Progress) -> None:
         """Run every sample through processor, towers and embedding; those a stopped run has done are kept."""
-        missing = self._team.told([number for number in range(len(self._samples)) if not self._stem.has(number)])
+        missing = self._team.told([number for number in range(len(self._samples)) if not self._stem.is_whole(number)])
         split = self._team.split([1.0] * len(missing))  # their lengths are not known yet
         left_out = self._run_stem([missing[item] for item in split.mine], progress)
         self.warnings += [warning for warning in split.collected(left_out) if warning]
@@ -160,13 +160,13 @@ class CalibrationStream:
         return HiddenStates(self._folder / f"{name}-{layer:04d}{whose}.safetensors", lengths, width, budget)
 
     def can_start_at(self, layer: int) -> bool:
-        """Whether the hidden states before this layer are there, those of every process."""
-        return layer == 0 or all(self._team.everyones(self._boundary(layer).path.exists()))
+        """Whether the hidden states before this layer are there, undamaged, those of every process."""
+        return layer == 0 or all(self._team.everyones(self._boundary(layer).is_whole()))
 
     def start_at(self, layer: int) -> None:
         """Take the stored hidden states before a layer; before the first, those of the stem."""
         self._hidden = self._boundary(layer)
-        if layer == 0 and not self._hidden.path.exists():
+        if layer == 0 and not self._hidden.is_whole():
             self._hidden.write(self._stem.hidden(self._kept[position]) for position in self._split.mine)
 
     def _inputs(self) -> Iterator[tuple[int, LayerInput]]:

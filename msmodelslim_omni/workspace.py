@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .checkpoint import load_json_object
+from .digests import value_digest
 from .errors import QuantError
 from .formats.shards import write_json
 from .report import human_bytes
@@ -71,7 +72,7 @@ class Workspace:
     # --- state ---
 
     def _read_manifest(self, overwrite: bool) -> dict[str, Any]:
-        if not self._manifest_path.is_file():
+        if not self._manifest_path.exists():
             return {}
         try:
             manifest = load_json_object(self._manifest_path)
@@ -79,18 +80,22 @@ class Workspace:
             if overwrite:
                 return {}
             raise QuantError(error.message, "pass --overwrite to begin anew") from error
-        return manifest if isinstance(manifest.get("units"), dict) else {}
+        if manifest.pop("digest", None) == value_digest(manifest) and _is_sound(manifest):
+            return manifest
+        if overwrite:
+            return {}
+        raise QuantError(f"{self._manifest_path}: is damaged", "pass --overwrite to begin anew")
 
     @property
     def _manifest_path(self) -> Path:
         return self.folder / "manifest.json"
 
     def _save_manifest(self) -> None:
-        write_json(self._manifest_path, self._manifest)
+        write_json(self._manifest_path, sealed(self._manifest))
 
     def _locked(self) -> IO[str]:
         """The kernel drops this lock when the process ends, however it ends."""
-        lock = (self.folder / "lock").open("w")
+        lock = (self.folder / "lock").open("a")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -178,6 +183,24 @@ class Workspace:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With a digest by which damage is noticed."""
+    return {**manifest, "digest": value_digest(manifest)}
+
+
+def _is_sound(manifest: dict[str, Any]) -> bool:
+    """Whether it has what is read of it, and the names to be deleted or moved are of entries of save_path."""
+    fingerprint, units = manifest.get("fingerprint"), manifest.get("units")
+    if not isinstance(fingerprint, dict) or not isinstance(units, dict):
+        return False
+    if not all(isinstance(unit, dict) and isinstance(unit.get("checksums"), dict) for unit in units.values()):
+        return False
+    lists = [manifest.get("replaced", []), manifest.get("committing", [])]
+    if not all(isinstance(names, list) for names in lists):
+        return False
+    return all(isinstance(n, str) and Path(n).name == n and n not in ("", "..") for names in lists for n in names)
 
 
 def remove(entry: Path) -> None:

@@ -158,7 +158,7 @@ def test_files_that_are_not_a_json_object(sharded: Path, name: str, content: byt
 def test_enormous_json_is_not_read(sharded: Path) -> None:
     with (sharded / "config.json").open("r+b") as stream:
         stream.truncate(MAX_JSON_BYTES + 1)
-    with pytest.raises(QuantError, match=rf"config\.json: larger than {MAX_JSON_BYTES} bytes; not read"):
+    with pytest.raises(QuantError, match=rf"config\.json: .* at most {MAX_JSON_BYTES} are read"):
         load_json_object(sharded / "config.json")
 
 

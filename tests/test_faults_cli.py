@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import io
@@ -13,7 +14,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ import torch
 from command import DATA, MINMAX, WORK, change_recipe, command, fast_recipe, files, quant, stop_at, write_index
 from safetensors.torch import load_file, save_file
 
-from msmodelslim_omni import QuantError
+from msmodelslim_omni import QuantError, quantize
+from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.workspace import check_room
 
 ROOT = Path(__file__).parent.parent
@@ -452,6 +454,49 @@ def test_disk_that_fills_up(after: int, tiny: Path, tmp_path: Path, monkeypatch:
     goes_on(tiny, save, tmp_path)
 
 
+class FillDisk(Progress):
+    """Fills the disk of `folder` at one layer, by a file that a user could delete."""
+
+    def __init__(self, folder: Path, layer: int) -> None:
+        self._filler, self._layer = folder / "filler", layer
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        if (phase, done) == ("layers", self._layer):
+            with contextlib.suppress(OSError), self._filler.open("wb", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(1 << 16))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own of 64 MiB, where mounting is allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("mounting is refused here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_disk_that_is_really_full(tiny: Path, small_disk: Path, tmp_path: Path) -> None:
+    save = small_disk / "out"
+    with pytest.raises(QuantError, match="disk is full") as caught:
+        quantize(tiny, save, device="cpu", config_path=MINMAX, progress=FillDisk(small_disk, 2))
+    assert "same command again" in caught.value.hint
+    assert_nothing_written(save)
+    assert "free are" in refused(tiny, save, *MINMAX_FLAGS) or "disk is full" in refused(tiny, save, *MINMAX_FLAGS)
+    (small_disk / "filler").unlink()
+    goes_on(tiny, save, tmp_path)
+
+
+def test_disk_that_is_too_small_from_the_start(tiny: Path, small_disk: Path) -> None:
+    (small_disk / "filler").write_bytes(bytes(63 << 20))
+    assert re.search(r"needs .* free are", refused(tiny, small_disk / "out", *MINMAX_FLAGS))
+
+
 class BadSector(io.FileIO):
     """A file on a disk that fails."""
 
@@ -479,6 +524,39 @@ def test_read_error_in_a_shard(after: int, tiny: Path, tmp_path: Path, monkeypat
 def goes_on(tiny: Path, save: Path, tmp_path: Path) -> None:
     quant(tiny, save, *MINMAX_FLAGS).done()
     quant(tiny, tmp_path / "whole", *MINMAX_FLAGS).done()
+    assert files(save) == files(tmp_path / "whole")
+
+
+class Vanish(Progress):
+    """Takes a file away at one step of a run."""
+
+    def __init__(self, file: Path, phase: str) -> None:
+        self._file, self._phase = file, phase
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        if phase == self._phase and self._file.exists():
+            self._file.rename(self._file.with_suffix(".away"))
+
+
+@pytest.mark.parametrize("phase", ["towers", "layers"])
+def test_dataset_file_that_vanishes(phase: str, tiny: Path, tmp_path: Path) -> None:
+    """Once the towers have seen a sample its file is not needed any more by this run, but the next asks for it."""
+    picture = Path(shutil.copy(DATA / "images" / "notice_zh.png", tmp_path / "picture.png"))
+    index = write_index(tmp_path / "data", {"text": "Why?"}, {"image": str(picture), "text": "Read it."})
+    recipe, save = fast_recipe(tmp_path), tmp_path / "out"
+    options: dict[str, Any] = {"device": "cpu", "config_path": str(recipe), "dataset": str(index)}
+    words = ("--config_path", recipe, "--dataset", index)
+    if phase == "towers":
+        with pytest.raises(QuantError, match=r"index\.jsonl:2: image .*picture\.png.*No such file"):
+            quantize(tiny, save, progress=Vanish(picture, phase), **options)
+        assert_nothing_written(save)
+        assert "picture.png' does not exist" in quant(tiny, save, *words).fault()
+        picture.with_suffix(".away").rename(picture)
+        quant(tiny, save, *words).done()
+    else:
+        quantize(tiny, save, progress=Vanish(picture, phase), **options)
+        picture.with_suffix(".away").rename(picture)
+    quant(tiny, tmp_path / "whole", *words).done()
     assert files(save) == files(tmp_path / "whole")
 
 

@@ -27,6 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "scheme": set(),
     "resources": set(),
     "digests": set(),
+    "aside": set(),
+    "untrusted": set(),
     "progress": set(),
     "budget": {"errors"},
     "patterns": {"errors"},
@@ -37,19 +39,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "arithmetic": BASIS | {"nf4"},
     "recipe_yaml": {"errors"},
     "recipe_faults": {"errors", "recipe_yaml"},
-    "recipe": {"errors", "recipe_faults", "recipe_yaml", "resources"},
+    "recipe": {"errors", "recipe_faults", "recipe_yaml", "resources", "untrusted"},
     "media": {"errors"},
-    "safetensors_io": {"errors"},
-    "checkpoint": {"errors", "safetensors_io"},
+    "safetensors_io": {"errors", "untrusted"},
+    "checkpoint": {"errors", "safetensors_io", "untrusted"},
     "models.*": {"errors", "checkpoint"},
     "gram": {"team"},
     "background": set(),
     "fidelity": set(),
     "capture": {"budget", "errors", "gram", "models.spec", "team"},
-    "calibration": {"digests", "errors", "media", "models.spec", "resources"},
+    "calibration": {"digests", "errors", "media", "models.spec", "resources", "untrusted"},
     "sample_store": {"models.spec", "safetensors_io"},
     "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe", "team"},
-    "formats.*": BASIS | {"arithmetic", "nf4", "safetensors_io"},
+    "formats.*": BASIS | {"arithmetic", "aside", "nf4", "safetensors_io", "untrusted"},
     "plan": BASIS
     | {
         "budget",
@@ -70,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "report": {"checkpoint", "formats.shards", "models.spec", "run_memory"},
     "peak_memory": {"budget", "capture", "errors", "gram", "models.spec", "plan"},
     "forecast": {"assembly", "formats", "formats.shards", "peak_memory", "plan", "run_memory", "summary"},
-    "workspace": {"errors", "checkpoint", "formats.shards", "report"},
+    "workspace": {"errors", "checkpoint", "digests", "formats.shards", "report"},
     "stream": BASIS
     | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
     | {"sample_store", "team"},
@@ -95,15 +97,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"assembly", "checkpoint", "device", "documents", "formats", "formats.job", "formats.shards", "models.running"}
     | {"models.spec", "outputs", "progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
     "report_html.*": {"fidelity", "models.spec", "report"},
-    "model_card": {"checkpoint", "eval_report", "fidelity", "models.spec", "report"},
-    "documents": {"errors", "fidelity", "model_card", "models.spec", "processors.work", "progress", "report"}
-    | {"report_html"},
+    "model_card": {"aside", "checkpoint", "eval_report", "fidelity", "models.spec", "report"},
+    "documents": {"aside", "errors", "fidelity", "model_card", "models.spec", "processors.work", "progress", "report"}
+    | {"report_html", "untrusted"},
     "generate": BASIS
     | {"arithmetic", "calibration", "checkpoint", "device", "formats.job", "models", "models.running", "models.spec"}
     | {"progress", "quantized", "report", "safetensors_io"},
     "doctor.*": BASIS
     | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.bitsandbytes", "formats.nibbles", "models"}
-    | {"models.spec", "nf4", "safetensors_io", "workspace"},
+    | {"models.spec", "nf4", "safetensors_io", "untrusted", "workspace"},
     "scoring": set(),
     "bootstrap": {"fidelity"},
     "comparable": {"checkpoint", "errors", "generate"},
@@ -122,7 +124,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "figures": {"bootstrap", "fidelity", "models.spec", "scoring", "side_by_side"},
     "logits": {"device", "errors", "figures", "generate", "models.spec", "progress", "safetensors_io", "scoring"}
     | {"side_by_side"},
-    "eval_report": {"checkpoint", "errors", "fidelity", "formats.shards", "models.spec", "report"},
+    "eval_report": {"aside", "checkpoint", "errors", "fidelity", "formats.shards", "models.spec", "report"},
     "evaluate": {"calibration", "checkpoint", "comparable", "device", "documents", "errors", "eval_report", "fidelity"}
     | {"figures", "generate", "logits", "models.spec", "progress", "quantized", "side_by_side", "summary"},
     "terminal": {"progress", "device"},

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import DATA, MINMAX, WORK, Answer, change_recipe, fast_recipe, files, quant, stop_at, write_index
@@ -21,6 +23,7 @@ from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni import QuantError, quantize
 from msmodelslim_omni.safetensors_io import read_header
+from msmodelslim_omni.workspace import sealed
 
 ROOT = Path(__file__).parent.parent
 LAYERS = 6
@@ -337,14 +340,60 @@ def test_a_second_run_on_the_same_folder_is_refused(
     assert files(save) == ascend
 
 
+@pytest.mark.parametrize("which", ["hidden-*", "stem/000000"])
+@pytest.mark.parametrize("how", ["flip", "cut"])
+def test_damaged_samples_are_made_anew(
+    which: str, how: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 3, model, save, index, config_path=str(recipe))
+    (file,) = (save / WORK).glob(f"{which}.safetensors")
+    content = bytearray(file.read_bytes())
+    if how == "flip":
+        content[-5] ^= 1
+    file.write_bytes(content if how == "flip" else content[:-5])
+    go_on(model, save, index, recipe).done()
+    assert files(save) == ascend
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "pipe"])
+def test_a_damaged_manifest_is_told(
+    damage: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+) -> None:
+    save = tmp_path / "out"
+    stop_at("layers", 2, model, save, index, config_path=str(recipe))
+    path = save / WORK / "manifest.json"
+    text = path.read_text()
+    path.unlink()
+    if damage == "pipe":
+        os.mkfifo(path)
+    elif damage == "flip":
+        checksum = re.search(r'"ascendv1_saver": (\d+)', text)
+        assert checksum
+        path.write_text(text.replace(checksum[1], str(int(checksum[1]) ^ 1)))
+    else:
+        path.write_text(text[: len(text) // 2] if damage == "cut" else "")
+    message = go_on(model, save, index, recipe).fault()
+    assert "manifest.json" in message and "--overwrite" in message
+    go_on(model, save, index, recipe, "--overwrite").done()
+    assert files(save) == ascend
+
+
 # --- killed during the last moves ----------------------------------------------------------------------------
+
+
+def change_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    manifest = json.loads(path.read_text())
+    del manifest["digest"]
+    change(manifest)
+    path.write_text(json.dumps(sealed(manifest)))
 
 
 def killed_in_commit(model: Path, index: Path, recipe: Path, save: Path, *formats: str) -> Path:
     """Leave `save` as a run does that was killed before its first move; returns the folder of finished outputs."""
     stop_at("layers", 1, model, save, index, config_path=str(recipe), save_format=formats)
     path = save / WORK / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "committing": formats}))
+    change_manifest(path, lambda manifest: manifest.update(committing=formats))
     whole, output = save.with_name("whole"), save / WORK / "output"
     words = [word for name in formats for word in ("--save_format", name)]
     go_on(model, whole, index, recipe, *words).done()
@@ -407,9 +456,7 @@ def test_a_run_of_another_version_is_refused(
     save = tmp_path / "out"
     stop_at("layers", 1, model, save, index, config_path=str(recipe))
     path = save / WORK / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["fingerprint"][field] = value
-    path.write_text(json.dumps(manifest))
+    change_manifest(path, lambda manifest: manifest["fingerprint"].update({field: value}))
     assert f"{field} was {value}, is " in go_on(model, save, index, recipe).fault()
 
 

@@ -115,7 +115,7 @@ def test_dtype_names_are_a_bijection() -> None:
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.lists(st.integers(0, 4), max_size=3), max_size=5))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_names_and_shapes_come_back(tmp_path: Path, shapes: dict[str, list[int]]) -> None:
-    shapes = {n: s for n, s in shapes.items() if n != "__metadata__" and not _has_surrogate(n)}
+    shapes = {n: s for n, s in shapes.items() if n != "__metadata__" and n.isprintable()}
     tensors = {name: random_tensor(torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
     path = tmp_path / "x.safetensors"
     write_tensors(path, tensors)
@@ -123,10 +123,6 @@ def test_any_names_and_shapes_come_back(tmp_path: Path, shapes: dict[str, list[i
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert_same(load_tensor(found[name]), tensor)
-
-
-def _has_surrogate(name: str) -> bool:
-    return any(0xD800 <= ord(c) < 0xE000 for c in name)
 
 
 # --- reading parts -------------------------------------------------------------------------------------------
@@ -236,12 +232,12 @@ def test_the_good_file_that_the_lies_are_made_from(tmp_path: Path) -> None:
 
 
 def test_header_limit_is_checked_before_reading(tmp_path: Path) -> None:
-    """A sparse file of 200 MB that claims a header of as much: refused at once, without 200 MB of memory."""
+    """A sparse file of 32 MiB that claims a header of as much: refused at once, unread."""
     path = tmp_path / "x"
     with path.open("wb") as stream:
         stream.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
         stream.truncate(2 * MAX_HEADER_BYTES)
-    with pytest.raises(QuantError, match=r"claims 100000001 bytes"):
+    with pytest.raises(QuantError, match=r"claims 16777217 bytes"):
         read_header(path)
 
 

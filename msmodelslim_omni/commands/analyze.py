@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .shell import (
+    INDEX_LIMITS,
+    MEDIA_LIMITS,
     Debug,
     Device,
     Json,
@@ -31,7 +33,9 @@ _SHOWN_UNITS, _SHOWN_UNIT_COLUMNS, _SHOWN_ROUND_COLUMNS = 20, 6, 7
 
 def analyze(
     model_path: Annotated[Path, flag("model_path", "Folder of the float checkpoint (config.json, safetensors).")],
-    dataset: Annotated[str, typer.Option(help="index.jsonl, its folder, or a name under lab_calib/.")] = "calibVideos",
+    dataset: Annotated[
+        str, typer.Option(help=f"index.jsonl, its folder, or a name under lab_calib/. {INDEX_LIMITS} {MEDIA_LIMITS}")
+    ] = "calibVideos",
     model_type: Annotated[
         str | None, flag("model_type", "e.g. Qwen2.5-Omni-7B; left out: derived from config.json.")
     ] = None,

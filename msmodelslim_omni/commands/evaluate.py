@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from .shell import (
+    INDEX_LIMITS,
+    MEDIA_LIMITS,
     Debug,
     Device,
     Json,
@@ -41,7 +43,9 @@ class OnBadSample(str, Enum):
 def eval_(
     float_: Annotated[Path, flag("float", "Folder of the float checkpoint.")],
     quant: Annotated[Path, flag("quant", "Folder of the checkpoint to compare: any format that is read, or float.")],
-    dataset: Annotated[str, flag("dataset", "index.json(l), its folder, or a name under lab_calib/.")],
+    dataset: Annotated[
+        str, flag("dataset", f"index.json(l), its folder, or a name under lab_calib/. {INDEX_LIMITS} {MEDIA_LIMITS}")
+    ],
     device: Device = "auto",
     max_samples: Annotated[int | None, flag("max_samples", "At most so many samples, a seeded choice.", min=1)] = None,
     max_tokens: Annotated[int, flag("max_tokens", "The longest sample, in tokens.", min=1)] = 8192,

@@ -28,7 +28,8 @@ def generate(
     """Let a checkpoint answer, in plain transformers: text on stdout as it comes, and speech.
 
     No quantized kernel is used: weights are dequantized and take their float size in memory (float32 on a CPU where
-    that fits, else bfloat16); int8 activations are emulated. Media are local files, read as calibration reads them.
+    that fits, else bfloat16); int8 activations are emulated. Media are local files, read as calibration reads them:
+    each at most 1 GiB, 64 megapixels, 600 s.
     """
     from ..terminal import TerminalProgress
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .shell import (
+    INDEX_LIMITS,
+    MEDIA_LIMITS,
     Debug,
     Device,
     Json,
@@ -47,8 +49,8 @@ def quant(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="index.jsonl, its folder, or a name under lab_calib/; overrides the recipe. Media: jpg png webp,"
-            " wav mp3 flac m4a, mp4 mkv mov webm; at most 1 GiB, 64 megapixels, 600 s each."
+            help="index.jsonl, its folder, or a name under lab_calib/; overrides the recipe."
+            f" {INDEX_LIMITS} {MEDIA_LIMITS}"
         ),
     ] = None,
     max_samples: Annotated[

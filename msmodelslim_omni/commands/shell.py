@@ -40,6 +40,13 @@ def flag(name: str, help_text: str, **more: Any) -> Any:
     return typer.Option(f"--{name}", help=help_text, **more)
 
 
+# media.py's and calibration.py's, which --help does not load; a test compares them.
+MEDIA_LIMITS = (
+    "Media: jpg png webp, wav mp3 flac m4a, mp4 mkv mov webm, local files alone; each at most 1 GiB, 64 megapixels,"
+    " 600 s, a clip 400 megapixels in all its frames that are taken."
+)
+INDEX_LIMITS = "At most 64 MiB and 100000 samples."
+
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a fault.")]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from ..untrusted import parse_json, read_regular
 from .findings import Finding, found
 from .headers import MAX_JSON_BYTES, read_json
 
@@ -55,8 +55,10 @@ def _check_file(file: Path) -> Iterator[Finding]:
         yield found("file_empty", file.name, "0 bytes")
     elif file.suffix == ".json" and size <= MAX_JSON_BYTES and not _is_examined(file.name):
         try:
-            json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
+            parse_json(read_regular(file, MAX_JSON_BYTES).decode("utf-8"))
+        except OSError as error:
+            yield found("file_unreadable", file.name, f"cannot be read: {error.strerror or error}")
+        except ValueError as error:
             yield found("json_broken", file.name, f"is not JSON: {error}")
 
 

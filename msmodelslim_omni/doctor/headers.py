@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..errors import QuantError
 from ..safetensors_io import TensorInfo, read_header
+from ..untrusted import open_regular, parse_json, read_regular
 from ..workspace import WORK_FOLDER
 from .findings import Finding, found, some
 
@@ -48,13 +50,10 @@ class Folder:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of bounded size. Raises QuantError."""
     try:
-        size = path.stat().st_size
-        if size > MAX_JSON_BYTES:
-            raise QuantError(f"has {size} bytes; at most {MAX_JSON_BYTES} are read")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path, MAX_JSON_BYTES).decode("utf-8"))
     except OSError as error:
         raise QuantError(f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise QuantError(f"is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise QuantError("is not a JSON object")
@@ -86,9 +85,9 @@ def _header_or_fault(file: Path) -> tuple[dict[str, TensorInfo], str]:
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
+        with open_regular(file) as stream:
+            length = int.from_bytes(stream.read(8) or b"", "little")
+            size = os.fstat(stream.fileno()).st_size
     except OSError as error:
         raise QuantError(f"{file}: cannot be read: {error.strerror or error}") from error
     if MAX_JSON_BYTES < length <= size:

@@ -22,6 +22,7 @@ from ..errors import QuantError
 from ..nf4 import LEVELS, NESTED_BLOCK_SIZE, NestedScales, pack, unpack
 from ..safetensors_io import TORCH_DTYPES, TensorInfo, TensorSpec, load_tensor
 from ..scheme import QuantScheme
+from ..untrusted import parse_json
 from .job import OutLinear, OutputJob, OutTensor
 from .skips import skipped_words
 from .stored import PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
@@ -186,8 +187,8 @@ def _load_state(info: TensorInfo) -> dict[str, Any]:
     if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > _MAX_STATE_BYTES:
         raise QuantError(f"quant_state is {info.dtype} {list(info.shape)}, not a short text")
     try:
-        state = json.loads(bytes(load_tensor(info).tolist()))
-    except (ValueError, RecursionError) as error:
+        state = parse_json(bytes(load_tensor(info).tolist()).decode("utf-8"))
+    except ValueError as error:
         raise QuantError(f"quant_state is no JSON: {error}") from error
     if not isinstance(state, dict) or state.get("quant_type") != "nf4":
         raise QuantError("quant_state is not of nf4")

@@ -6,7 +6,6 @@ Every byte is written once, at its place in the shard it belongs to, as soon as 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..aside import write_aside
 from ..errors import QuantError
 from ..safetensors_io import PlacedShard, TensorSpec, encode_header, in_file_order
 from .job import Format, OutLinear, OutputJob, OutTensor
@@ -179,9 +179,4 @@ def _json_text(content: dict[str, Any]) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """A JSON file, written aside, synced and renamed."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(_json_text(content))
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_aside(path, _json_text(content), sync=True)

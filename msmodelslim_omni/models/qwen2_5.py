@@ -125,10 +125,12 @@ def expected_shapes(
 
 
 def refuse_depth(config: Any, key: str = "config") -> None:
-    """Refuse counts of layers that would keep the library building for hours."""
+    """Refuse counts of layers, and lists with an entry for each, that would keep the library building for hours."""
     if isinstance(config, dict):
         for name, value in config.items():
             refuse_depth(value, str(name))
+    elif isinstance(config, list) and len(config) > _MAX_LAYERS:
+        raise QuantError(f"config.json: {key} has {len(config)} entries; at most {_MAX_LAYERS} are read")
     elif isinstance(config, int) and (key == "depth" or "layers" in key) and config > _MAX_LAYERS:
         raise QuantError(f"config.json: {key} is {config}; at most {_MAX_LAYERS} are read")
 

@@ -63,7 +63,7 @@ def model_spec(model_type: str) -> ModelSpec:
 def _text(config: dict[str, Any]) -> TextBlock:
     try:
         return TextBlock(dict(config["thinker_config"]["text_config"]), "thinker_config.text_config.")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise QuantError(
             "config.json has no thinker_config.text_config",
             "give the whole Qwen2.5-Omni, not its thinker alone",

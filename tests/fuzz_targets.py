@@ -1,0 +1,211 @@
+"""What reads a file from elsewhere, as functions of that file's bytes: for test_fuzz.py and for tests/fuzz/run.py.
+
+Each lays the bytes where they belong in a folder of its own and reads them by the package's own function. Whatever they
+are, it returns or raises QuantError whose message names the file; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from msmodelslim_omni.calibration import MEDIA_KINDS, load_calib_set
+from msmodelslim_omni.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
+from msmodelslim_omni.doctor.headers import check_files, check_index, read_folder
+from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.inspection import inspect_checkpoint
+from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
+from msmodelslim_omni.plan import declared_scheme, refuse_quantized
+from msmodelslim_omni.quantized import read_quantized
+from msmodelslim_omni.recipe import load_recipe
+from msmodelslim_omni.safetensors_io import load_tensor, read_header, write_tensors
+from msmodelslim_omni.workspace import WORK_FOLDER, Workspace, sealed
+
+ROOT = Path(__file__).parent.parent
+OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
+SHARD = "model-00001-of-00001.safetensors"
+FINGERPRINT = {"seed": "0", "device": "cpu"}
+
+
+def _refused(work: Callable[[], Any], name: str) -> None:
+    """Run it; of a fault see that it names the file and can be shown on any terminal."""
+    try:
+        work()
+    except QuantError as error:
+        assert name in error.message, error.message[:300]
+        assert len(error.message) < 400_000
+        assert all(c == "\n" or c >= " " for c in error.message), error.message[:300]
+        error.message.encode()
+
+
+# --- the four that the outside world writes ------------------------------------------------------------------
+
+
+def safetensors_file(folder: Path, content: bytes) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(content)
+
+    def read() -> None:
+        for info in read_header(path).values():
+            assert info.nbytes <= len(content) and load_tensor(info).nbytes == info.nbytes
+
+    _refused(read, path.name)
+    examined = read_folder(folder)  # the doctor's reader goes on where the other stops
+    list(check_files(examined))
+
+
+def shard_index(folder: Path, content: bytes) -> None:
+    if not (folder / SHARD).exists():
+        (folder / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
+        write_tensors(folder / SHARD, {"a": torch.ones(2), "b": torch.ones(3)})
+        write_tensors(folder.parent / "outside.safetensors", {"a": torch.ones(2)})
+    (folder / INDEX_NAME).write_bytes(content)
+
+    def read() -> None:
+        checkpoint = open_checkpoint(folder)
+        checkpoint.identity()
+        for name, info in checkpoint.tensors.items():
+            assert info.file.parent == folder
+            checkpoint.load(name)
+
+    _refused(read, INDEX_NAME)
+    examined = read_folder(folder)
+    list(check_index(examined))
+
+
+def recipe(folder: Path, content: bytes) -> None:
+    path = folder / "my.yaml"
+    path.write_bytes(content)
+
+    def read() -> None:
+        found = load_recipe(path)
+        found.where(("spec", "process"))
+        assert found.quant_type is not None and found.model_dump(mode="json")
+
+    _refused(read, path.name)
+
+
+def sample_index(folder: Path, content: bytes) -> None:
+    from PIL import Image
+
+    if not (folder / "red.png").exists():
+        Image.new("RGB", (32, 32)).save(folder / "red.png")
+        with wave.open(str(folder / "tone.wav"), "wb") as sound:
+            sound.setparams((1, 2, 16_000, 0, "NONE", ""))
+            sound.writeframes(bytes(3200))
+    path = folder / "index.jsonl"
+    path.write_bytes(content)
+
+    def read() -> None:
+        for sample in load_calib_set(str(path), "Describe.", OMNI, max_samples=100).samples:
+            assert all(file.is_file() for file in sample.files())
+            kinds = {part["type"] for message in sample.messages for part in message["content"]}
+            assert kinds <= {"text", *MEDIA_KINDS}
+
+    _refused(read, path.name)
+
+
+# --- what else lies in a folder ------------------------------------------------------------------------------
+
+
+def config(folder: Path, content: bytes) -> None:
+    """config.json, by all that reads it without building a model."""
+    path = folder / "config.json"
+    path.write_bytes(content)
+    if not (folder / "model.safetensors").exists():
+        write_tensors(folder / "model.safetensors", {"thinker.model.norm.weight": torch.ones(2)})
+
+    def read() -> None:
+        whole = load_json_object(path)
+        declared_scheme(folder, whole)
+        refuse_quantized(folder)
+        family = derive_model_type(whole).family
+        family.layer_spec(whole)
+        assert family.num_layers(whole) <= 1024
+        inspect_checkpoint(folder)
+
+    _refused(read, "")
+    _refused(lambda: read_quantized(folder), "")
+
+
+def manifest(folder: Path, content: bytes) -> None:
+    """The work folder's, also as one whose digest is right: whatever it says, nothing outside save_path is touched."""
+    outside = folder.parent / "precious"
+    outside.mkdir(exist_ok=True)
+    (outside / "file").write_text("precious")
+    try:
+        as_sealed = json.dumps(sealed(json.loads(content))).encode()
+    except (ValueError, TypeError, RecursionError):
+        as_sealed = content
+    for text in (content, as_sealed):
+        save = folder / "out"
+        (save / WORK_FOLDER / "output" / "awq").mkdir(parents=True)
+        (save / WORK_FOLDER / "manifest.json").write_bytes(text)
+
+        def go_on(save: Path = save) -> None:
+            with Workspace(save, FINGERPRINT, overwrite=False) as workspace:
+                workspace.checksums("layer 0")
+                if workspace.is_committing():
+                    workspace.commit(workspace.committed_savers())
+
+        _refused(go_on, WORK_FOLDER)
+        assert (outside / "file").read_text() == "precious"
+        assert sorted(entry.name for entry in folder.iterdir()) == ["out"]
+        shutil.rmtree(save)
+
+
+TARGETS: dict[str, Callable[[Path, bytes], None]] = {
+    "safetensors": safetensors_file,
+    "index": shard_index,
+    "recipe": recipe,
+    "samples": sample_index,
+    "config": config,
+    "manifest": manifest,
+}
+
+
+# --- good files to begin with --------------------------------------------------------------------------------
+
+
+def _safetensors_seed() -> bytes:
+    header = {
+        "__metadata__": {"format": "pt"},
+        "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+        "b": {"dtype": "BF16", "shape": [2, 1], "data_offsets": [4, 8]},
+    }
+    encoded = json.dumps(header).encode()
+    return len(encoded).to_bytes(8, "little") + encoded + bytes(8)
+
+
+def _config_seed() -> bytes:
+    text = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 100,
+    }  # fmt: skip
+    quantization = {"quant_method": "compressed-tensors", "bits": 4, "config_groups": {}, "ignore": []}
+    whole = {"model_type": "qwen2_5_omni", "architectures": ["x"], "quantization_config": quantization}
+    return json.dumps({**whole, "thinker_config": {"text_config": text, "model_type": "y"}}).encode()
+
+
+def _manifest_seed() -> bytes:
+    units = {"layer 0": {"checksums": {"awq": 1}, "record": {"index": 0}}}
+    return json.dumps({"fingerprint": FINGERPRINT, "units": units, "replaced": [], "committing": ["awq"]}).encode()
+
+
+SEEDS: dict[str, list[bytes]] = {
+    "safetensors": [_safetensors_seed()],
+    "index": [json.dumps({"metadata": {"total_size": 20}, "weight_map": {"a": SHARD, "b": SHARD}}).encode()],
+    "recipe": [(ROOT / "configs" / f"qwen2_5_omni_{name}.yaml").read_bytes() for name in ("w8a8", "w4a16")],
+    "samples": [
+        b'{"text": "Hello", "answer": "Yes."}\n{"image": ["red.png"], "audio": "tone.wav", "text": "What?"}\n'
+        b'{"messages": [{"role": "user", "content": [{"type": "image", "image": "red.png"}]}]}\n'
+    ],
+    "config": [_config_seed()],
+    "manifest": [_manifest_seed()],
+}
