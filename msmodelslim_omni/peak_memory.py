@@ -17,7 +17,7 @@ from .models.spec import MODALITIES, LinearGroup
 from .plan import QuantPlan
 
 # The interpreter, torch and transformers' classes; with a processor and decoded media, those too.
-_PROCESS = 330 * MIB
+_PROCESS = 300 * MIB
 _PROCESS_WITH_MEDIA = 620 * MIB
 _BLOCKS = 64 * MIB  # pieces of a weight that are worked on, written or copied
 _TOWER_TOKENS = 96 * 1024  # bytes of activations per token in the towers
@@ -38,7 +38,7 @@ def phase_memory(plan: QuantPlan, tokens: int, longest: int) -> dict[str, int]:
     layer = _Layer(plan)
     waiting = layer.stored if plan.budget.read_ahead else 0
     if tokens == 0:
-        held = {"layers": _PROCESS + layer.stored + waiting + 2 * layer.integers + layer.widest + _BLOCKS}
+        held = {"layers": _PROCESS + layer.stored + waiting + 2 * layer.integers + _BLOCKS}
     else:
         held = {"towers": _towers(plan, longest), **_calibrated(plan, layer, waiting, tokens, longest)}
     return {phase: int(size * (1 + _HEADROOM)) for phase, size in held.items()}

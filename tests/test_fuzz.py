@@ -60,7 +60,7 @@ def changed_values(draw: st.DrawFn, value: Any) -> Any:
             block = block[step]
         how = draw(st.sampled_from(("replace", "replace", "remove", "rename")))
         if how == "replace":
-            block[last] = draw(st.sampled_from(WEIRD))
+            block[last] = copy.deepcopy(draw(st.sampled_from(WEIRD)))
         elif how == "remove" or isinstance(block, list):
             del block[last]
         else:

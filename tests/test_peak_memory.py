@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,3 +87,31 @@ def test_a_limit_changes_no_byte(kind: str, tiny: Path, index: Path, tmp_path: P
 
 def test_a_limit_that_is_no_size(tiny: Path, tmp_path: Path) -> None:
     assert "'much' is no size" in quant(tiny, tmp_path / "out", "--max_memory", "much").fault()
+
+
+# --- against what is measured, at the true widths ------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 3B with two decoder layers, 7 GB: all else is whole."""
+    path = tmp_path_factory.mktemp("3b") / "model"
+    make = [sys.executable, str(ROOT / "benchmarks" / "make_checkpoint.py"), "3b", str(path), "--layers", "2"]
+    subprocess.run(make, check=True, capture_output=True)
+    return path
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", [MINMAX, "qwen2_5_omni_w8a8", "qwen2_5_omni_w4a16"])
+def test_the_foretold_peak_is_within_a_seventh_of_the_measured(recipe: str, two_layers: Path, tmp_path: Path) -> None:
+    index = write_index(tmp_path, *({"text": " ".join(f"word{n * i % 97}" for i in range(200))} for n in range(1, 9)))
+    command = [sys.executable, "-m", "msmodelslim_omni", "quant", "--model_path", two_layers, "--device", "cpu"]
+    command += ["--save_path", tmp_path / "out", "--config_path", recipe, "--json"]
+    command += ["--dataset", index] if recipe != MINMAX else []
+    told, measured = (
+        json.loads(subprocess.run([*map(str, command), *more], check=True, capture_output=True).stdout)
+        for more in (["--dry_run"], [])
+    )
+    assert told["peak_memory_bytes"] == pytest.approx(measured["peak_rss_bytes"], rel=0.15)
