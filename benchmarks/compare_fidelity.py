@@ -15,6 +15,7 @@ This process loads no torch: what a process weighs before it starts its child co
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -137,12 +138,17 @@ def as_markdown(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the tools, measure, print; 1 if a tool failed."""
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(args.model), "calibration": str(args.calibration), "text_only": args.text_only}
     settings |= {"heldout": str(args.heldout), "length": args.length}
+    settings["weights"] = [digest(file) for file in sorted(args.model.glob("*.safetensors"))]
     kept = work / "settings.json"
     if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != settings:
         sys.exit(f"{work} holds another comparison; take another --work")
