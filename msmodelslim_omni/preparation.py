@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -81,6 +81,8 @@ def prepare(
     samples = len(calib.samples) if calib else 0
     tokens, longest = assumed_tokens(plan, samples)
     plan = unasked(plan, tokens) if max_memory is None else within(plan, tokens, longest, max_memory)
+    if calib is not None and all(sample.modalities() == {"text"} for sample in calib.samples):
+        plan = replace(plan, budget=replace(plan.budget, towers=0))  # nothing will ask for their weights
     return Prepared(plan, chosen, calib, forecast(plan, samples), team)
 
 

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command import MINMAX, fast_recipe, files, int4_recipe, quant, write_index
+from command import MINMAX, fast_recipe, files, int4_recipe, mixed_index, quant, write_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni import QuantError
-from msmodelslim_omni.budget import MIB
+from msmodelslim_omni.budget import DEFAULT, MIB
 from msmodelslim_omni.forecast import assumed_tokens, forecast
 from msmodelslim_omni.peak_memory import peak_memory, phase_memory, within
 from msmodelslim_omni.plan import QuantPlan
@@ -62,6 +62,11 @@ def test_neither_layers_nor_samples_raise_the_peak(plan: QuantPlan) -> None:
     deeper = replace(plan, layers=plan.layers * 10)
     assert phase_memory(deeper, 10_000, 512) == phase_memory(plan, 10_000, 512)
     assert peak_memory(plan, 1_000_000, 512) == peak_memory(plan, 100_000, 512)
+
+
+def test_towers_are_not_loaded_for_text_alone(tiny: Path, index: Path, tmp_path: Path) -> None:
+    for_text, for_all = (prepare(tiny, device="cpu", dataset=str(d)).plan for d in (index, mixed_index(tmp_path)))
+    assert (for_text.budget.towers, for_all.budget.towers) == (0, DEFAULT.towers)
 
 
 def test_a_data_free_run_is_asked_for_less(tiny: Path) -> None:
