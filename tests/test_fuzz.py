@@ -60,7 +60,7 @@ def changed_values(draw: st.DrawFn, value: Any) -> Any:
             block = block[step]
         how = draw(st.sampled_from(("replace", "replace", "remove", "rename")))
         if how == "replace":
-            block[last] = draw(st.sampled_from(WEIRD))
+            block[last] = copy.deepcopy(draw(st.sampled_from(WEIRD)))
         elif how == "remove" or isinstance(block, list):
             del block[last]
         else:
@@ -224,6 +224,9 @@ REGRESSIONS: dict[str, tuple[str, bytes]] = {
     "name that a terminal obeys": ("safetensors", safetensors_named("\\u001b[2J")),
     "name that stands twice": ("safetensors", safetensors_named('a":1,"a')),
     "manifest that is a list of names": ("manifest", b'{"fingerprint": [], "units": {}, "committing": ["../x"]}'),
+    "manifest that no encoding has": (
+        "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "threads": "\\ud800"}'
+    ),
     "manifest that leads out": (
         "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "committing": ["../../precious"]}'
     ),
