@@ -224,6 +224,9 @@ REGRESSIONS: dict[str, tuple[str, bytes]] = {
     "name that a terminal obeys": ("safetensors", safetensors_named("\\u001b[2J")),
     "name that stands twice": ("safetensors", safetensors_named('a":1,"a')),
     "manifest that is a list of names": ("manifest", b'{"fingerprint": [], "units": {}, "committing": ["../x"]}'),
+    "manifest that no encoding has": (
+        "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "threads": "\\ud800"}'
+    ),
     "manifest that leads out": (
         "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "committing": ["../../precious"]}'
     ),

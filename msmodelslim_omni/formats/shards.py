@@ -174,7 +174,12 @@ def _copy_other_files(job: OutputJob, folder: Path) -> None:
 
 
 def _json_text(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half a pair, as in a path of another encoding: only escapes hold it
+        text = json.dumps(content, indent=2)
+    return text + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
