@@ -1,19 +1,21 @@
 """Time and memory of whole runs on checkpoints of the true shape: beside `cp -r`, over layers and over samples.
 
-    python benchmarks/scaling.py run {copy,recipes,memory,layers,samples} --shape {3b,7b} --work WORK [--threads 2]
+    python benchmarks/scaling.py run {copy,cold,recipes,memory,layers,samples} --shape {3b,7b} --work WORK [--threads 2]
     python benchmarks/scaling.py draw --work WORK --pictures benchmarks/pictures
 
-copy: data-free W8A8 in turn with `cp -r` of the same checkpoint, each onto the same disk, three times. recipes: each
-shipped recipe once, calibrated ones on 16 samples of 512 tokens; memory: the same on 2 layers. layers: 2, 8 and all
-layers, samples: 16, 64 and 256 samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; what a
-run writes is deleted behind it. Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw`
-makes the tables and pictures.
+copy: data-free W8A8 in turn with `cp -r` of the same checkpoint, each onto the same disk, three times; cold: the
+same, and before each the page cache is dropped (which root alone may), as if the checkpoint had lain on the disk
+since long or were larger than memory. recipes: each shipped recipe once, calibrated ones on 16 samples of 512 tokens;
+memory: the same on 2 layers. layers: 2, 8 and all layers, samples: 16, 64 and 256 samples on 2 layers. Checkpoints
+are made as they are needed and kept in WORK; what a run writes is deleted behind it. Results are lines of
+WORK/results.jsonl, a run that is there is not repeated; `draw` makes the tables and pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -26,6 +28,7 @@ from tool_runs import ROOT, run_process
 
 LAYERS = {"3b": 36, "7b": 28}
 MINMAX, NF4 = "qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_nf4"
+CURVE_TOKENS = 64  # of each sample, where the curves are drawn
 _WORDS = ("time", "way", "year", "work", "day", "part", "place", "case", "point", "group", "company", "number", "world")
 _WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
 
@@ -49,7 +52,7 @@ class Task:
 
 def tasks(kind: str, shape: str) -> list[Task]:
     everything = LAYERS[shape]
-    if kind == "copy":
+    if kind in ("copy", "cold"):
         turns = [(recipe, turn) for turn in range(3) for recipe in ("cp", MINMAX)]
         return [Task(kind, shape, everything, recipe, turn=turn) for recipe, turn in turns]
     if kind in ("recipes", "memory"):
@@ -57,15 +60,16 @@ def tasks(kind: str, shape: str) -> list[Task]:
         free = [Task(kind, shape, layers, recipe) for recipe in (MINMAX, NF4)]
         return [*free, *(Task(kind, shape, layers, recipe, 16, 512) for recipe in ("w8a8", "w4a16"))]
     if kind == "layers":
-        return [Task(kind, shape, layers, "w8a8", 16, 128) for layers in (2, 8, everything)]
-    return [Task(kind, shape, 2, recipe, samples, 128) for recipe in ("w8a8", "w4a16") for samples in (16, 64, 256)]
+        return [Task(kind, shape, layers, "w8a8", 16, CURVE_TOKENS) for layers in (2, 8, everything)]
+    recipes = ("w8a8", "w4a16")
+    return [Task(kind, shape, 2, recipe, samples, CURVE_TOKENS) for recipe in recipes for samples in (16, 64, 256)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
     run = verbs.add_parser("run")
-    run.add_argument("kind", choices=["copy", "recipes", "memory", "layers", "samples"])
+    run.add_argument("kind", choices=["copy", "cold", "recipes", "memory", "layers", "samples"])
     run.add_argument("--shape", choices=list(LAYERS), required=True)
     run.add_argument("--work", type=Path, required=True)
     run.add_argument("--threads", type=int, default=2)
@@ -103,6 +107,8 @@ def run_task(task: Task, work: Path, threads: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "msmodelslim_omni", "quant", "--model_path", str(source)]
         command += ["--save_path", str(out), "--device", "cpu", recipe, task.recipe]
         command += ["--dataset", str(dataset(task, work))] if task.samples else []
+    if task.kind == "cold":
+        drop_page_cache()
     seconds, peak = run_process(command, threads, log, PYTHONPATH=str(ROOT))
     report = out / "quant_report.json"
     phases = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
@@ -116,6 +122,11 @@ def run_task(task: Task, work: Path, threads: int) -> dict[str, Any]:
         "tokens": sum(phases.get("tokens_by_modality", {}).values()),
         "seconds_by_phase": phases.get("seconds_by_phase", {}),
     }
+
+
+def drop_page_cache() -> None:
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3\n", encoding="ascii")
 
 
 def checkpoint(task: Task, work: Path) -> Path:
@@ -149,19 +160,20 @@ def draw_all(arguments: argparse.Namespace) -> None:
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     for shape in LAYERS:
         mine = [row for row in rows if row["task"]["shape"] == shape]
-        print_copies(shape, [row for row in mine if row["task"]["kind"] == "copy"])
-        print_runs([row for row in mine if row["task"]["kind"] != "copy"])
-        for kind, label in (("layers", "decoder layers"), ("samples", "samples of 128 tokens")):
+        for kind in ("copy", "cold"):
+            print_copies(f"{shape}, {kind}", [row for row in mine if row["task"]["kind"] == kind])
+        print_runs([row for row in mine if row["task"]["kind"] not in ("copy", "cold")])
+        for kind, label in (("layers", "decoder layers"), ("samples", f"samples of {CURVE_TOKENS} tokens")):
             if points := [row for row in mine if row["task"]["kind"] == kind]:
                 draw_curves(points, kind, label, arguments.pictures / f"{shape}_{kind}.svg")
 
 
-def print_copies(shape: str, rows: list[dict[str, Any]]) -> None:
+def print_copies(what: str, rows: list[dict[str, Any]]) -> None:
     copies = [row["seconds"] for row in rows if row["task"]["recipe"] == "cp"]
     ours = [row["seconds"] for row in rows if row["task"]["recipe"] != "cp"]
     if copies and ours:
         ratios = [mine / copy for mine, copy in zip(ours, copies, strict=False)]
-        print(f"{shape}: cp {copies} s; data-free W8A8 {ours} s; median ratio {statistics.median(ratios):.2f}")
+        print(f"{what}: cp {copies} s; data-free W8A8 {ours} s; median ratio {statistics.median(ratios):.2f}")
 
 
 def print_runs(rows: list[dict[str, Any]]) -> None:

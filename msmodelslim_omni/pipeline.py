@@ -22,8 +22,10 @@ from .assembly import Item, Units, finished_items, make_job, units
 from .background import Background
 from .device import free_memory, peak_rss, told_out_of_memory
 from .documents import write_documents
+from .emulation import quantized_layer
 from .errors import QuantError
 from .forecast import forecast
+from .judging import Errors, LayerProbe, zero_errors
 from .measure import record_layer
 from .outputs import Outputs
 from .plan import LayerPlan, QuantPlan
@@ -32,7 +34,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .report import Report, read_report
-from .stream import CalibrationStream, Errors, LayerProbe, quantized_layer, zero_errors
+from .stream import CalibrationStream
 from .summary import make_report
 from .team import open_team
 from .workspace import WORK_FOLDER, Workspace, check_room, check_save_path

@@ -32,6 +32,7 @@ from .arithmetic import QuantizedLinear, dequantize, quantize_weight, relative_e
 from .calibration import CalibSet
 from .capture import InputStats
 from .device import free_memory
+from .emulation import EmulatedLinear
 from .errors import QuantError
 from .measure import output_error
 from .models.spec import MODALITIES, LayerSpec, LinearGroup
@@ -40,7 +41,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Progress
 from .scheme import QuantScheme
-from .stream import CalibrationStream, Captured, EmulatedLinear
+from .stream import CalibrationStream, Captured
 
 # A value counts as an outlier beyond so many times the root mean square of all values of the input.
 OUTLIER_RMS = 6.0

@@ -19,6 +19,7 @@ from .calibration import CalibSample, prepare_sample, told_of
 from .capture import run_layer
 from .checkpoint import Checkpoint
 from .device import free_memory, trim_heap
+from .emulation import quantized_layer
 from .errors import QuantError
 from .fidelity import LayerDrift
 from .generate import Source
@@ -28,7 +29,6 @@ from .quantized import load_linear
 from .safetensors_io import load_finite, same_bytes
 from .sample_store import HiddenStates, StemStore
 from .scoring import drift, drift_figures
-from .stream import quantized_layer
 
 # Memory for what is also on disk, for each of at most two files per model.
 HIDDEN_BUDGET = 128 << 20
@@ -261,7 +261,7 @@ def load_layer(source: Source, index: int) -> LoadedLayer:
 
 
 def build_layer(source: Source, index: int, loaded: LoadedLayer, device: torch.device) -> torch.nn.Module:
-    """The layer as a module of the library's; see stream.quantized_layer."""
+    """The layer as a module of the library's; see emulation.quantized_layer."""
     floats = {name: tensor.to(device) for name, tensor in loaded.floats.items()}
     linears = {name: _on_device(linear, device) for name, linear in loaded.linears.items()}
     return quantized_layer(source.model, source.config, index, floats, linears)

@@ -25,10 +25,12 @@ from msmodelslim_omni.budget import parse_size
 from msmodelslim_omni.calibration import load_calib_set
 from msmodelslim_omni.checkpoint import open_checkpoint
 from msmodelslim_omni.doctor import examine
+from msmodelslim_omni.emulation import EmulatedLinear
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.fidelity import Interval
 from msmodelslim_omni.holdout import choose_holdout
 from msmodelslim_omni.holdout import write_index as write_part
+from msmodelslim_omni.judging import LayerProbe, importance
 from msmodelslim_omni.mixed_recipe import FLOAT, W4, W8
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
 from msmodelslim_omni.models.spec import MODALITIES, LinearGroup
@@ -39,7 +41,7 @@ from msmodelslim_omni.recipe import AwqConfig, IterSmoothConfig, LinearQuantConf
 from msmodelslim_omni.rounds import _best, _kl_per_damage
 from msmodelslim_omni.scheme import QuantScheme
 from msmodelslim_omni.sensitivity import UnitSensitivity, as_made, measure_unit, tails
-from msmodelslim_omni.stream import Captured, EmulatedLinear, LayerProbe, importance
+from msmodelslim_omni.stream import Captured
 
 # --- one layer, against direct computation -------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from tiny_layer import HEAD_DIM, SPEC, Sample, build, layer_weights, output, rec
 from msmodelslim_omni.arithmetic import dequantize
 from msmodelslim_omni.capture import input_stats
 from msmodelslim_omni.gram import Gram
+from msmodelslim_omni.judging import LayerProbe
 from msmodelslim_omni.models.spec import MODALITIES, LayerSpec, LinearGroup
 from msmodelslim_omni.processors import awq, linear_quant
 from msmodelslim_omni.processors.awq import search_losses
@@ -21,7 +22,6 @@ from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, round_group, 
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe import AwqConfig, LinearQuantConfig
 from msmodelslim_omni.scheme import QuantScheme
-from msmodelslim_omni.stream import LayerProbe
 
 GPTQ = QuantScheme(4, None, "gptq", 32, symmetric=False)
 MINMAX, MSE = replace(GPTQ, weight_method="minmax"), replace(GPTQ, weight_method="mse")

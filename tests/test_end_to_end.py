@@ -30,9 +30,9 @@ from make_tiny_omni import make_tiny_omni
 from safetensors.torch import load_file
 
 from msmodelslim_omni.arithmetic import QuantizedLinear
+from msmodelslim_omni.emulation import emulate
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.scheme import QuantScheme
-from msmodelslim_omni.stream import emulate
 
 Tensors = dict[str, torch.Tensor]
 ASCEND, COMPRESSED = "ascendv1_saver", "compressed_tensors"

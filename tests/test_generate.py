@@ -16,6 +16,7 @@ from outputs import edit_config, edited, quantize_all, replaced, without
 from msmodelslim_omni import generate as module
 from msmodelslim_omni.arithmetic import QuantizedLinear, dequantize, quantize_weight, quantized_matmul
 from msmodelslim_omni.device import Device
+from msmodelslim_omni.emulation import EmulatedLinear
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.export import export
 from msmodelslim_omni.generate import (
@@ -30,7 +31,6 @@ from msmodelslim_omni.generate import (
 from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.quantized import open_quantized
 from msmodelslim_omni.scheme import QuantScheme
-from msmodelslim_omni.stream import EmulatedLinear
 
 CPU = Device("cpu", "as asked")
 TEXT = "Why is the sky blue?"

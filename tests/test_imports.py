@@ -73,8 +73,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "peak_memory": {"budget", "capture", "errors", "gram", "models.spec", "plan"},
     "forecast": {"assembly", "formats", "formats.shards", "peak_memory", "plan", "run_memory", "summary"},
     "workspace": {"errors", "checkpoint", "digests", "formats.shards", "report"},
+    "emulation": {"arithmetic", "models.spec"},
+    "judging": {"arithmetic", "capture", "models.spec", "recipe", "team"},
     "stream": BASIS
-    | {"arithmetic", "calibration", "capture", "device", "models.spec", "plan", "progress", "recipe"}
+    | {"arithmetic", "calibration", "capture", "device", "judging", "models.spec", "plan", "progress"}
     | {"sample_store", "team"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
     "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
@@ -120,7 +122,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "errors",
         "fidelity",
     }
-    | {"generate", "models.spec", "progress", "quantized", "safetensors_io", "sample_store", "scoring", "stream"},
+    | {"generate", "models.spec", "progress", "quantized", "safetensors_io", "sample_store", "scoring", "emulation"},
     "figures": {"bootstrap", "fidelity", "models.spec", "scoring", "side_by_side"},
     "logits": {"device", "errors", "figures", "generate", "models.spec", "progress", "safetensors_io", "scoring"}
     | {"side_by_side"},
@@ -130,7 +132,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": {"progress", "device"},
     "allocation": set(),
     "sensitivity": BASIS
-    | {"arithmetic", "calibration", "capture", "device", "measure", "models.spec", "plan", "processors"}
+    | {"arithmetic", "calibration", "capture", "device", "emulation", "measure", "models.spec", "plan", "processors"}
     | {"processors.work", "progress", "stream"},
     "mixed_recipe": {"scheme"},
     "holdout": {"calibration", "errors"},

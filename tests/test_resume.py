@@ -22,6 +22,7 @@ from command import DATA, MINMAX, WORK, Answer, change_recipe, fast_recipe, file
 from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni import QuantError, quantize
+from msmodelslim_omni.digests import file_digest
 from msmodelslim_omni.safetensors_io import read_header
 from msmodelslim_omni.workspace import sealed
 
@@ -166,10 +167,47 @@ def test_killed_at_twenty_random_moments(
                 finished = (
                     save.exists() and any(save.iterdir()) and not (save / WORK).exists()
                 )  # but for its last words
+                if not finished:
+                    assert layers_begun_to_be_written(run.messages) <= finished_layers(save) + 1
                 assert finished or not (save / WORK).exists() or finished_layers(save) >= before
         if not finished:
             quant(model, save, *words, *FORMATS).done()
         assert files(save) == undisturbed
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+def test_killed_on_the_3b_shape(tmp_path: Path) -> None:
+    """36 layers, 12 GB; a kill in every third of the run, the checkpoint's copied tensors and layers among them."""
+    model, words = tmp_path / "3b", ("--config_path", MINMAX)
+    make = [sys.executable, str(ROOT / "benchmarks" / "make_checkpoint.py"), "3b", str(model)]
+    subprocess.run(make, check=True, capture_output=True)
+    quant(model, tmp_path / "whole", *words).done()
+    undisturbed = digests(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole")
+    rng = random.Random(0)
+    save = tmp_path / "out"
+    for third in range(3):
+        goal = rng.randrange(12 * third, 12 * third + 12)
+        run = start(model, save, tmp_path / f"said{third}", *words)
+        run.wait_until(lambda run=run, goal=goal: run.parts >= goal and (save / WORK).exists(), seconds=900)
+        time.sleep(rng.random())
+        assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.messages
+        assert layers_begun_to_be_written(run.messages) <= finished_layers(save) + 1
+    before = finished_layers(save)
+    assert f"going on at layer {before}" in quant(model, save, *words).done().err
+    assert digests(save) == undisturbed
+
+
+def layers_begun_to_be_written(messages: str) -> int:
+    """The layers that are quantized. One of them may not be safe on the disk yet, and another is in work."""
+    return max((int(count) for count in re.findall(r"layers (\d+)/", messages)), default=0)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of every file but the reports, whose times differ."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): file_digest(p) for p in paths if "report" not in p.name}
 
 
 @pytest.mark.parametrize("moment", ["first line", "second layer"])

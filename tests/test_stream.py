@@ -23,13 +23,15 @@ from msmodelslim_omni.arithmetic import quantize_weight
 from msmodelslim_omni.calibration import load_calib_set, prepare_sample
 from msmodelslim_omni.capture import run_layer
 from msmodelslim_omni.checkpoint import Checkpoint, open_checkpoint
+from msmodelslim_omni.emulation import emulate
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.judging import LayerProbe, choose_judges, held_out, importance
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.spec import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
 from msmodelslim_omni.preparation import Prepared, prepare
 from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.scheme import QuantScheme
-from msmodelslim_omni.stream import CalibrationStream, LayerProbe, choose_judges, emulate, held_out, importance
+from msmodelslim_omni.stream import CalibrationStream
 
 DATA = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
 SILENT, WITH_SOUND = str(DATA / "videos/bouncing ball.mp4"), str(DATA / "videos/cat_pan_zh.mp4")

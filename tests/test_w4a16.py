@@ -21,11 +21,11 @@ from tiny_layer import arguments
 
 from msmodelslim_omni import pipeline
 from msmodelslim_omni.arithmetic import quantize_weight
+from msmodelslim_omni.judging import LayerProbe, importance
 from msmodelslim_omni.models.spec import LayerInput
 from msmodelslim_omni.preparation import prepare
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT
 from msmodelslim_omni.processors.work import Fold, LayerWork, SmoothingRecord
-from msmodelslim_omni.stream import LayerProbe, importance
 
 Tensors = dict[str, torch.Tensor]
 AWQ, COMPRESSED = "awq", "compressed_tensors"

@@ -1,0 +1,105 @@
+"""README.md and its Chinese edition, README.zh.md: the same outline, code and figures, and links that lead somewhere.
+
+The prose is not compared. Changing one edition means changing the other.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EDITIONS = {"README.md": "README.zh.md", "README.zh.md": "README.md"}  # each with the one that it names at its head
+
+NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+COMMENT = re.compile(r"(^|\s)#.*")  # what a shell and Python take for one, in these files' code
+CELLS = re.compile(r"(?<!\\)\|")
+
+
+@dataclass(frozen=True)
+class Edition:
+    """levels: of the headings, in order. blocks: of code, with their fences. tables: rows of cells. links: targets."""
+
+    levels: list[int]
+    blocks: list[list[str]]
+    tables: list[list[list[str]]]
+    links: list[str]
+
+
+def read(name: str) -> Edition:
+    edition = Edition([], [], [], [])
+    prose: list[str] = []
+    inside = in_table = False
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if line.startswith("```"):
+            if not inside:
+                edition.blocks.append([])
+            edition.blocks[-1].append(line)
+            inside = not inside
+            continue
+        if inside:
+            edition.blocks[-1].append(line)
+            continue
+        prose.append(line)
+        if heading := re.match(r"(#+) ", line):
+            edition.levels.append(len(heading[1]))
+        if line.startswith("|"):
+            if not in_table:
+                edition.tables.append([])
+            edition.tables[-1].append([cell.strip() for cell in CELLS.split(line.strip().strip("|"))])
+        in_table = line.startswith("|")
+    assert not inside, f"{name}: a code block is not closed"
+    edition.links.extend(LINK.findall("\n".join(prose)))  # a wrapped line may end within a link's text
+    return edition
+
+
+@pytest.fixture(scope="module")
+def english() -> Edition:
+    return read("README.md")
+
+
+@pytest.fixture(scope="module")
+def chinese() -> Edition:
+    return read("README.zh.md")
+
+
+def test_headings_have_the_same_levels_in_the_same_order(english: Edition, chinese: Edition) -> None:
+    assert english.levels[:2] == [1, 2]
+    assert chinese.levels == english.levels
+
+
+def test_code_differs_in_comments_only(english: Edition, chinese: Edition) -> None:
+    """The mark of a comment stays, so that a comment is in both editions or in none."""
+    code = [
+        [[COMMENT.sub(r"\1#", line) for line in block] for block in edition.blocks] for edition in (english, chinese)
+    ]
+    assert code[0] and code[1] == code[0]
+
+
+def test_tables_have_the_same_shape_and_numbers(english: Edition, chinese: Edition) -> None:
+    """Cell by cell: no number moves to another row or column in translation."""
+    assert english.tables and len(chinese.tables) == len(english.tables)
+    for number, (ours, theirs) in enumerate(zip(english.tables, chinese.tables, strict=True), start=1):
+        assert [len(row) for row in theirs] == [len(row) for row in ours], f"table {number}: rows and columns"
+        assert {len(row) for row in ours} == {len(ours[0])}, f"table {number}: a row is longer or shorter"
+        assert theirs[1] == ours[1], f"table {number}: alignment"
+        for row, other in zip(ours, theirs, strict=True):
+            for cell, translated in zip(row, other, strict=True):
+                figures, others = (Counter(NUMBER.findall(text)) for text in (cell, translated))
+                assert others == figures, f"table {number}: {cell!r} became {translated!r}"
+
+
+@pytest.mark.parametrize("name", EDITIONS)
+def test_relative_links_lead_to_files(name: str) -> None:
+    paths = [link.partition("#")[0] for link in read(name).links if not re.match(r"[a-z]+:|#", link)]
+    assert paths[0] == EDITIONS[name]
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
+def test_both_link_to_the_same_places(english: Edition, chinese: Edition) -> None:
+    assert chinese.links[1:] == english.links[1:]  # the first is that to the other edition
