@@ -79,6 +79,10 @@ def quant(
     work: torchrun --nproc_per_node N -m msmodelslim_omni quant ..."""
     if quant_type and config_path:
         raise typer.BadParameter("--quant_type and --config_path exclude each other; give one of them")
+    from ..read_ahead import read_ahead
+
+    if not dry_run:
+        read_ahead(model_path)
     from ..terminal import TerminalProgress
 
     progress = TerminalProgress(messages, log_level.value)
