@@ -28,7 +28,7 @@ from tool_runs import ROOT, run_process
 
 LAYERS = {"3b": 36, "7b": 28}
 MINMAX, NF4 = "qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_nf4"
-CURVE_TOKENS = 64  # of each sample, where the curves are drawn
+CURVE_TOKENS = 32  # of each sample, where the curves are drawn
 _WORDS = ("time", "way", "year", "work", "day", "part", "place", "case", "point", "group", "company", "number", "world")
 _WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
 
