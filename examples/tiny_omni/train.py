@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 TOWER_STEPS = 640  # of the first stage, towers.py
-RESTARTS = (3100,)  # the steps at which the rates, fallen to nothing, begin anew
-STEPS = 6000
+RESTARTS = (3100, 6000)  # the steps at which the rates, fallen to nothing, begin anew
+STEPS = 9000
 WARM_UP = 40
 TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
 MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
