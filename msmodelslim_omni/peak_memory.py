@@ -76,12 +76,11 @@ def _calibrated(plan: QuantPlan, layer: _Layer, waiting: int, tokens: int, longe
     common = _PROCESS_WITH_MEDIA + layer.stored + waiting + layer.integers + rows + stores + judges + _BLOCKS
     activations = 4 * longest * (3 * layer.inputs["down"] + 8 * layer.hidden)
     searching = plan.statistics == "gram"
-    grams = {name: _gram_bytes(plan.budget, width, tokens) for name, width in layer.inputs.items()} if searching else {}
-    weighed = {name: _weighed_bytes(plan.budget, width, tokens) for name, width in layer.inputs.items() if searching}
-    phases = {"forward": common + 4 * layer.integers + activations + sum(grams.values())}
+    grams = [_gram_bytes(plan.budget, width, tokens) for width in layer.inputs.values()] if searching else []
+    phases = {"forward": common + 4 * layer.integers + activations + sum(apart for apart, _ in grams)}
     if searching:
         # The float layer is there, to be tried; H is factorized, and its factors rescaled.
-        kept = common + 4 * layer.integers + 3 * sum(weighed.values())
+        kept = common + 4 * layer.integers + 3 * sum(together for _, together in grams)
         phases["search"] = kept + max(_trying(layer, group) for group in plan.layer_spec.groups)
         phases["check"] = common + 3 * layer.integers + activations
     else:
@@ -98,19 +97,13 @@ def _trying(layer: _Layer, group: LinearGroup) -> int:
     return (4 + 2) * layer.of(group) + 4 * layer.widest + layer.integers
 
 
-def _gram_bytes(budget: Budget, width: int, tokens: int) -> int:
-    """H of one input, of every modality by itself."""
-    rows = sketch_rows(_shared(tokens), width, budget.matrix, budget.factor)
-    return 4 * width**2 * len(MODALITIES) if rows is None else 4 * width * sum(rows)
-
-
-def _weighed_bytes(budget: Budget, width: int, tokens: int) -> int:
-    rows = sketch_rows(_shared(tokens), width, budget.matrix, budget.factor)
-    return 4 * width**2 if rows is None else 4 * width * sum(rows)
-
-
-def _shared(tokens: int) -> list[int]:
-    return [max(1, tokens // len(MODALITIES))] * len(MODALITIES)
+def _gram_bytes(budget: Budget, width: int, tokens: int) -> tuple[int, int]:
+    """H of one input: of every modality by itself, and weighed, of all together."""
+    share = [max(1, tokens // len(MODALITIES))] * len(MODALITIES)
+    rows = sketch_rows(share, width, budget.matrix, budget.factor)
+    if rows is None:
+        return 4 * width**2 * len(MODALITIES), 4 * width**2
+    return 4 * width * sum(rows), 4 * width * sum(rows)
 
 
 def unasked(plan: QuantPlan, tokens: int) -> QuantPlan:
@@ -132,13 +125,10 @@ def within(plan: QuantPlan, tokens: int, longest: int, limit: int) -> QuantPlan:
             arguments = min(left.values()) // 4
             hidden = min(left.values()) - arguments
             return replace(plan, budget=replace(least, hidden=hidden, arguments=arguments, towers=towers))
-    least_gib = math.ceil(max(needed.values()) / 2**30 * 100) / 100
+    heaviest = max(needed, key=lambda phase: needed[phase])
+    least_gib = math.ceil(needed[heaviest] / 2**30 * 100) / 100
     raise QuantError(
-        f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({_heaviest(needed)})",
+        f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({heaviest})",
         f"give --max_memory {least_gib}GiB"
         + (", lower calibration.max_tokens or max_pixels, or take a data-free recipe" if tokens else ""),
     )
-
-
-def _heaviest(phases: dict[str, int]) -> str:
-    return max(phases, key=lambda phase: phases[phase])

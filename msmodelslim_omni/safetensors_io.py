@@ -69,9 +69,12 @@ class TensorInfo:
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """All tensors of one file. Raises QuantError naming the file where the header or the file's length lies."""
-    header, data_start, size = _json_header(path)
-    header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in header.items()}
+    return _tensors_of(path, *_json_header(path))
+
+
+def _tensors_of(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
+    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in entries}
     _check_layout(path, tensors.values(), data_start, size)
     return tensors
 
@@ -313,8 +316,8 @@ class SafetensorsWriter:
 def is_whole(path: Path) -> bool:
     """Whether a file is there that a SafetensorsWriter with `checksum` wrote, undamaged. All of it is read."""
     try:
-        read_header(path)
-        header, data_start, _ = _json_header(path)
+        header, data_start, size = _json_header(path)
+        _tensors_of(path, header, data_start, size)
         crc = 0
         with path.open("rb") as stream:
             stream.seek(data_start)

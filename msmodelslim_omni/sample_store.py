@@ -94,8 +94,11 @@ class HiddenStates:
         self._cache = _Cache(budget)
 
     def write(self, hidden: Iterable[torch.Tensor], *, sync: bool = True) -> None:
-        """Write the samples' hidden states in their order, float32 [1, tokens, hidden] each."""
-        with SafetensorsWriter(self.path, self._specs, sync=sync, checksum=True) as writer:
+        """Write the samples' hidden states in their order, float32 [1, tokens, hidden] each.
+
+        sync: whether a run may go on from them; others need neither the disk nor a checksum.
+        """
+        with SafetensorsWriter(self.path, self._specs, sync=sync, checksum=sync) as writer:
             for number, tensor in enumerate(hidden):
                 on_cpu = tensor.to("cpu", torch.float32).contiguous()
                 writer.write(f"{number:06d}", on_cpu)

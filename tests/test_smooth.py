@@ -299,7 +299,7 @@ def test_refusal_is_due_to_audio() -> None:
     group, weight = both.spec.groups[0], both.weights["linear.weight"]
     assert both.stats is not None
     stats = both.stats["g"]
-    judge = smooth._Judge(stats, [lambda: weight], W8A8)
+    judge = smooth._Judge(stats, [weight], W8A8)
     candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
     assert len(candidates) == 2  # A as the peak, and with the modalities balanced
     for candidate in candidates:

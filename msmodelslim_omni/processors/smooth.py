@@ -11,9 +11,8 @@ then yields, and the columns W * s undo it. Two things differ from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -122,12 +121,11 @@ def _column_peaks(work: LayerWork, group: LinearGroup) -> torch.Tensor:
     return torch.stack(peaks).amax(dim=0)
 
 
-def _spread_rows(work: LayerWork, linear: str) -> Callable[[], torch.Tensor]:
+def _spread_rows(work: LayerWork, linear: str) -> torch.Tensor:
     """At most _SEARCH_ROWS rows of a weight, evenly spread."""
     count = len(work.weights[f"{linear}.weight"])
     rows = torch.linspace(0, count - 1, min(count, _SEARCH_ROWS)).round().long()
-    spread = work.weight(linear, rows).to(torch.float32)
-    return lambda: spread
+    return work.weight(linear, rows).to(torch.float32)
 
 
 def _ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> float:
@@ -143,7 +141,8 @@ def _ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch.Tenso
 
     def sums(piece: tuple[int, slice]) -> torch.Tensor:
         number, rows = piece
-        return _Judge(stats, [partial(work.weight, group.linears[number], rows)], scheme).sums(factors)[0]
+        weight = work.weight(group.linears[number], rows).to(torch.float32)
+        return _Judge(stats, [weight], scheme).sums(factors)[0]
 
     totals = [torch.zeros(3, len(stats.present()), dtype=torch.float64) for _ in group.linears]
     found = work.team.map(sums, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
@@ -166,13 +165,13 @@ def _worst_ratio(sums: list[torch.Tensor]) -> float:
 class _Judge:
     """Relative output error of a group under quantization, per modality, against that of plain rounding."""
 
-    def __init__(self, stats: InputStats, weights: Sequence[Callable[[], torch.Tensor]], scheme: QuantScheme) -> None:
-        """weights: what gives each Linear's [out, in], or some rows of it; one is in memory at a time."""
+    def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
+        """weights: of each Linear [out, in], or some rows of it; float32."""
         self._x = stats.rows
         self._members = [stats.row_modality == m for m in stats.present()]
         self._weights = weights
         self._scheme = scheme
-        self._exact = [self._x @ weight().to(torch.float32).T for weight in weights]  # [rows, out] each
+        self._exact = [self._x @ weight.T for weight in weights]  # [rows, out] each
         self._signals = [self._by_modality(row_squares(exact)) for exact in self._exact]
         self._plain = self._errors(None)
 
@@ -189,7 +188,7 @@ class _Judge:
         x = self._x if factors is None else self._x / factors
         errors = []
         for weight, exact in zip(self._weights, self._exact, strict=True):
-            linear = quantize_weight(Fold(factors).of(weight()), self._scheme)
+            linear = quantize_weight(Fold(factors).of(weight), self._scheme)
             errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact)))
         return errors
 
