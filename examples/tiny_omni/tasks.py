@@ -162,7 +162,7 @@ def picture_sample(rng: random.Random, fonts: Sequence[str], hard: bool, most: i
     if rng.random() < 0.55:
         count = rng.choices((1, 2, 3, 4), (6, 5, 4, 3) if hard else (4, 1, 0, 0))[0]
         return scene_sample(rng, count, most)
-    return writing_sample(rng, rng.choices(("digit", "word", "number"), (3, 3, 1 if hard else 0))[0], fonts)
+    return writing_sample(rng, rng.choices(("digit", "word", "number"), (3, 3, 3 if hard else 0))[0], fonts)
 
 
 # ---------------------------------------------------------------------------------------------- sound

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 TOWER_STEPS = 640  # of the first stage, towers.py
 RESTARTS = (3100, 6000)  # the steps at which the rates, fallen to nothing, begin anew
-STEPS = 9000
+STEPS = 9400
 WARM_UP = 40
 TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
 MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
@@ -52,11 +52,13 @@ KINDS = {
     "clip": (0.12, 6),
     "talking clip": (0.09, 6),
 }
+LATE_FROM = 6000  # the step from which on the shares are these: what is behind by then gets most of the time
+LATE_SHARES = {"prose": 0.15, "text": 0.15, "picture": 0.36, "sound": 0.22, "clip": 0.06, "talking clip": 0.06}
 MOST_TURNS = 3  # about one picture or clip: the more there are, the farther away it is
 PROSE_TOKENS = 448
 TEXT_TURNS = 10
 SOUNDS_PER_ROW = 3
-VOICES_PER_WORD = 90
+VOICES_PER_WORD = 150
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -116,7 +118,8 @@ class Steps(IterableDataset):
     def batch(self, step: int) -> tuple[str, omni.Batch]:
         """The batch of a step."""
         rng = random.Random(f"{self.seed} {step}")
-        kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
+        shares = LATE_SHARES if step >= LATE_FROM else {kind: share for kind, (share, _) in KINDS.items()}
+        kind = rng.choices(list(shares), list(shares.values()))[0]
         rows = KINDS[kind][1]
         hard = step >= HARD_FROM
         speeds = SPEEDS if step >= VARIED_FROM else None
