@@ -86,8 +86,8 @@ def test_batches_are_what_the_tool_makes_of_files(name: str, tmp_path: Path) -> 
         Image.fromarray(sample.picture).save(tmp_path / "a.png")
         entry["image"] = "a.png"
     elif sample.frames is not None:
-        render.write_clip(tmp_path / "a.mp4", sample.frames, sample.sound, lossless=True)
-        entry["video"] = "a.mp4"
+        render.write_clip(tmp_path / "a.mkv", sample.frames, sample.sound, lossless=True)
+        entry["video"] = "a.mkv"
     elif sample.sound is not None:
         render.write_sound(tmp_path / "a.flac", sample.sound)
         entry["audio"] = "a.flac"

@@ -38,7 +38,7 @@ def write_sample(folder: Path, name: str, sample: tasks.Sample, modality: str) -
         render.write_clip(folder / entry["video"], sample.frames, sample.sound)
         entry["use_audio_in_video"] = sample.sound is not None
     elif sample.sound is not None:
-        entry["audio"] = f"{name}.mp3"
+        entry["audio"] = f"{name}.flac"
         render.write_sound(folder / entry["audio"], sample.sound)
     return entry
 

@@ -111,8 +111,11 @@ def random_things(rng: random.Random, count: int) -> list[Thing]:
     return things
 
 
-def scene_sample(rng: random.Random, count: int, most: int) -> Sample:
-    """A scene of `count` shapes and at most `most` questions about it, in random order."""
+def scene_sample(rng: random.Random, count: int, most: int, places: float = 0.0) -> Sample:
+    """A scene of `count` shapes and at most `most` questions about it, in random order.
+
+    places: the share of scenes of which a place is asked first.
+    """
     things = random_things(rng, count)
     turns = [Turn("count", "How many shapes are there?", str(count))]
     colours, shapes = [t.colour for t in things], [t.shape for t in things]
@@ -135,6 +138,10 @@ def scene_sample(rng: random.Random, count: int, most: int) -> Sample:
             question = f"Is the {one.colour} {one.shape} left or right of the {two.colour} {two.shape}?"
             turns.append(Turn("left or right", question, "left" if one.x < two.x else "right"))
     rng.shuffle(turns)
+    asked = next((turn for turn in turns if turn.task == "position"), None)
+    if asked and places and rng.random() < places:
+        turns.remove(asked)
+        turns.insert(0, asked)
     return Sample(tuple(turns[:most]), picture=render.draw_scene(things, rng))
 
 
@@ -157,12 +164,12 @@ def writing_sample(rng: random.Random, kind: str, fonts: Sequence[str]) -> Sampl
     return Sample(tuple(turns), picture=render.draw_text(text, colour, rng.choice(fonts), rng))
 
 
-def picture_sample(rng: random.Random, fonts: Sequence[str], hard: bool, most: int = 1) -> Sample:
-    """A training picture; the easy ones hold one or two shapes, a digit or a word."""
+def picture_sample(rng: random.Random, fonts: Sequence[str], hard: bool, most: int = 1, places: float = 0.0) -> Sample:
+    """A training picture; the easy ones hold one or two shapes, a digit or a word. places: see `scene_sample`."""
     if rng.random() < 0.55:
         count = rng.choices((1, 2, 3, 4), (6, 5, 4, 3) if hard else (4, 1, 0, 0))[0]
-        return scene_sample(rng, count, most)
-    return writing_sample(rng, rng.choices(("digit", "word", "number"), (3, 3, 1 if hard else 0))[0], fonts)
+        return scene_sample(rng, count, most, places)
+    return writing_sample(rng, rng.choices(("digit", "word", "number"), (3, 3, 3 if hard else 0))[0], fonts)
 
 
 # ---------------------------------------------------------------------------------------------- sound

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 TOWER_STEPS = 640  # of the first stage, towers.py
-RESTARTS = (3100,)  # the steps at which the rates, fallen to nothing, begin anew
-STEPS = 6000
+RESTARTS = (3100, 6000, 8600, 9500)  # the steps at which the rates, fallen to nothing, begin anew
+STEPS = 9900
 WARM_UP = 40
 TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
 MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
@@ -52,11 +52,19 @@ KINDS = {
     "clip": (0.12, 6),
     "talking clip": (0.09, 6),
 }
+# The steps from which on the shares are these: what is behind by then gets most of the time.
+LATER_SHARES = {
+    6000: {"prose": 0.15, "text": 0.15, "picture": 0.36, "sound": 0.22, "clip": 0.06, "talking clip": 0.06},
+    8600: {"prose": 0.07, "text": 0.06, "picture": 0.76, "sound": 0.05, "clip": 0.03, "talking clip": 0.03},
+    9500: {"prose": 0.10, "text": 0.10, "picture": 0.50, "sound": 0.16, "clip": 0.07, "talking clip": 0.07},
+}
+LAST_FROM, LAST_RATE = 8600, 0.4  # from there on rates that leave as it is what is not practised
+PLACES_ASKED = 0.7  # of the scenes then, first of all
 MOST_TURNS = 3  # about one picture or clip: the more there are, the farther away it is
 PROSE_TOKENS = 448
 TEXT_TURNS = 10
 SOUNDS_PER_ROW = 3
-VOICES_PER_WORD = 90
+VOICES_PER_WORD = 150
 
 
 # ----------------------------------------------------------------------------------------------- data
@@ -116,7 +124,10 @@ class Steps(IterableDataset):
     def batch(self, step: int) -> tuple[str, omni.Batch]:
         """The batch of a step."""
         rng = random.Random(f"{self.seed} {step}")
-        kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
+        shares = {kind: share for kind, (share, _) in KINDS.items()}
+        for since, later in LATER_SHARES.items():
+            shares = later if step >= since else shares
+        kind = rng.choices(list(shares), list(shares.values()))[0]
         rows = KINDS[kind][1]
         hard = step >= HARD_FROM
         speeds = SPEEDS if step >= VARIED_FROM else None
@@ -127,7 +138,8 @@ class Steps(IterableDataset):
         if kind == "text":
             samples = [[tasks.text_sample(rng, TEXT_TURNS)] for _ in range(rows)]
         elif kind == "picture":
-            samples = [[tasks.picture_sample(rng, render.TRAIN_FONTS, hard, MOST_TURNS)] for _ in range(rows)]
+            places = PLACES_ASKED if step >= LAST_FROM else 0.0
+            samples = [[tasks.picture_sample(rng, render.TRAIN_FONTS, hard, MOST_TURNS, places)] for _ in range(rows)]
         elif kind == "sound":
             words = rng.choices((1, 2, 3), (3, 2, 2) if hard else (1, 0, 0))[0]
             noise = (0, 30) if hard else (15, 30)
@@ -320,7 +332,10 @@ def train(
     for step, (kind, batch) in enumerate(loader, start):
         first, end = cycle(step, steps)
         share = TOWER_SHARE if first == 0 else LATER_TOWER_SHARE
-        rates.set(rate_factor(step - first, end - first, FLAT), share)
+        rate = rate_factor(step - first, end - first, FLAT)
+        if first >= LAST_FROM:
+            rate, share = rate * LAST_RATE, 1.0
+        rates.set(rate, share)
         logits, labels = omni.answer_logits(thinker, batch)
         loss = F.cross_entropy(logits, labels)
         loss.backward()
