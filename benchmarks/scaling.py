@@ -3,12 +3,12 @@
     python benchmarks/scaling.py run {copy,cold,recipes,memory,layers,samples} --shape {3b,7b} --work WORK [--threads 2]
     python benchmarks/scaling.py draw --work WORK --pictures benchmarks/pictures
 
-copy: data-free W8A8 in turn with `cp -r` of the same checkpoint, each onto the same disk, three times; cold: the
-same, and before each the page cache is dropped (which root alone may), as if the checkpoint had lain on the disk
-since long or were larger than memory. recipes: each shipped recipe once, calibrated ones on 16 samples of 512 tokens;
-memory: the same on 2 layers. layers: 2, 8 and all layers, samples: 16, 64 and 256 samples on 2 layers. Checkpoints
-are made as they are needed and kept in WORK; what a run writes is deleted behind it. Results are lines of
-WORK/results.jsonl, a run that is there is not repeated; `draw` makes the tables and pictures.
+copy: data-free W8A8 in turn with `cp -r`, and with `cp -r` and `sync`, of the same checkpoint, each onto the same
+disk, three times; cold: the same, and before each the page cache is dropped (which root alone may), as if the
+checkpoint had lain on the disk since long or were larger than memory. recipes: each shipped recipe once, calibrated
+ones on 16 samples of 512 tokens; memory: the same on 2 layers. layers: 2, 8 and all layers, samples: 16, 64 and 256
+samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; what a run writes is deleted behind it.
+Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw` makes the tables and pictures.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tool_runs import ROOT, run_process
 
 LAYERS = {"3b": 36, "7b": 28}
 MINMAX, NF4 = "qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_nf4"
+CP, CP_SYNC = "cp", "cp and sync"  # the second until the copy is on the disk, as our outputs are
 CURVE_TOKENS = 32  # of each sample, where the curves are drawn
 _WORDS = ("time", "way", "year", "work", "day", "part", "place", "case", "point", "group", "company", "number", "world")
 _WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
@@ -35,7 +36,7 @@ _WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
 
 @dataclass(frozen=True)
 class Task:
-    """One run. recipe: of quant, or `cp`; samples of so many tokens each, 0 for a data-free run."""
+    """One run. recipe: of quant, or a copy; samples of so many tokens each, 0 for a data-free run."""
 
     kind: str
     shape: str
@@ -53,7 +54,7 @@ class Task:
 def tasks(kind: str, shape: str) -> list[Task]:
     everything = LAYERS[shape]
     if kind in ("copy", "cold"):
-        turns = [(recipe, turn) for turn in range(3) for recipe in ("cp", MINMAX)]
+        turns = [(recipe, turn) for turn in range(3) for recipe in (CP, CP_SYNC, MINMAX)]
         return [Task(kind, shape, everything, recipe, turn=turn) for recipe, turn in turns]
     if kind in ("recipes", "memory"):
         layers = everything if kind == "recipes" else 2
@@ -100,8 +101,10 @@ def run_all(arguments: argparse.Namespace) -> None:
 def run_task(task: Task, work: Path, threads: int) -> dict[str, Any]:
     source, out, log = checkpoint(task, work), work / "out", work / f"{task.name}.log"
     shutil.rmtree(out, ignore_errors=True)
-    if task.recipe == "cp":
+    if task.recipe == CP:
         command = ["cp", "-r", str(source), str(out)]
+    elif task.recipe == CP_SYNC:
+        command = ["sh", "-c", 'cp -r "$0" "$1" && sync "$1"/*', str(source), str(out)]
     else:
         recipe = "--config_path" if task.recipe in (MINMAX, NF4) else "--quant_type"
         command = [sys.executable, "-m", "msmodelslim_omni", "quant", "--model_path", str(source)]
@@ -169,11 +172,14 @@ def draw_all(arguments: argparse.Namespace) -> None:
 
 
 def print_copies(what: str, rows: list[dict[str, Any]]) -> None:
-    copies = [row["seconds"] for row in rows if row["task"]["recipe"] == "cp"]
-    ours = [row["seconds"] for row in rows if row["task"]["recipe"] != "cp"]
-    if copies and ours:
-        ratios = [mine / copy for mine, copy in zip(ours, copies, strict=False)]
-        print(f"{what}: cp {copies} s; data-free W8A8 {ours} s; median ratio {statistics.median(ratios):.2f}")
+    seconds = {
+        recipe: [row["seconds"] for row in rows if row["task"]["recipe"] == recipe] for recipe in (CP, CP_SYNC, MINMAX)
+    }
+    for recipe, times in seconds.items():
+        if times:
+            ratio = statistics.median(mine / copy for mine, copy in zip(seconds[MINMAX], times, strict=False))
+            shown = ", ".join(f"{value:.1f}" for value in times)
+            print(f"{what}: {recipe} {shown} s" + (f"; ours {ratio:.2f}x" if recipe != MINMAX else ""))
 
 
 def print_runs(rows: list[dict[str, Any]]) -> None:
