@@ -29,7 +29,7 @@ from tool_runs import ROOT, run_process
 LAYERS = {"3b": 36, "7b": 28}
 MINMAX, NF4 = "qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_nf4"
 CP, CP_SYNC = "cp", "cp and sync"  # the second until the copy is on the disk, as our outputs are
-CURVE_TOKENS = 32  # of each sample, where the curves are drawn
+CURVE_TOKENS = 32  # of each sample's text, where the curves are drawn
 _WORDS = ("time", "way", "year", "work", "day", "part", "place", "case", "point", "group", "company", "number", "world")
 _WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
 
@@ -166,8 +166,10 @@ def draw_all(arguments: argparse.Namespace) -> None:
         for kind in ("copy", "cold"):
             print_copies(f"{shape}, {kind}", [row for row in mine if row["task"]["kind"] == kind])
         print_runs([row for row in mine if row["task"]["kind"] not in ("copy", "cold")])
-        for kind, label in (("layers", "decoder layers"), ("samples", f"samples of {CURVE_TOKENS} tokens")):
+        for kind, label in (("layers", "decoder layers"), ("samples", "samples")):
             if points := [row for row in mine if row["task"]["kind"] == kind]:
+                each = round(points[0]["tokens"] / points[0]["task"]["samples"])
+                label += f" of {each} tokens" if kind == "samples" else ""
                 draw_curves(points, kind, label, arguments.pictures / f"{shape}_{kind}.svg")
 
 
