@@ -191,7 +191,7 @@ def test_generation_gives_the_answers_that_are_counted() -> None:
 
 
 def test_the_sets_are_sound_and_small() -> None:
-    for name, limit in (("heldout", 4.0), ("calib", 1.5)):
+    for name, limit in (("heldout", 10.0), ("calib", 1.5)):  # MB; sounds are lossless
         files = [file for file in (HERE / name).rglob("*") if file.is_file()]
         assert sum(file.stat().st_size for file in files) < limit * 1e6
     assert len(load_calib_set(str(HERE / "calib"), "", MODEL_TYPES["Qwen2.5-Omni-3B"]).samples) == 128
