@@ -21,7 +21,7 @@ class Budget:
     hidden: int = 96 * MIB
     arguments: int = 32 * MIB
     towers: int = 1280 * MIB
-    matrix: int = 512 * MIB
+    matrix: int = 448 * MIB  # less than H of the 3B's down_proj takes: three of it would not fit into 3 GiB
     factor: int = 160 * MIB
     read_ahead: bool = True
 
