@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .budget import MIB, Budget
+from .budget import DEFAULT, MIB, Budget
 from .capture import ROWS_PER_MODALITY
 from .errors import QuantError
 from .gram import sketch_rows
@@ -28,7 +28,13 @@ _HEADROOM = 0.05  # what the C library keeps of what was freed
 _USED = 0.9
 
 # From generous to frugal: how much of H is held, and whether the next layer is read ahead.
-_FRUGAL = ((448, 160, True), (448, 160, False), (256, 80, False), (128, 40, False), (64, 20, False))
+_FRUGAL = (
+    (DEFAULT.matrix, DEFAULT.factor, True),
+    (DEFAULT.matrix, DEFAULT.factor, False),
+    (256 * MIB, 80 * MIB, False),
+    (128 * MIB, 40 * MIB, False),
+    (64 * MIB, 20 * MIB, False),
+)
 
 
 def peak_memory(plan: QuantPlan, tokens: int, longest: int) -> int:
@@ -120,7 +126,7 @@ def unasked(plan: QuantPlan, tokens: int) -> QuantPlan:
 def within(plan: QuantPlan, tokens: int, longest: int, limit: int) -> QuantPlan:
     """The plan with the most generous budget that stays below a limit. Raises QuantError where none does."""
     for matrix, factor, read_ahead in _FRUGAL:
-        least = Budget(0, 0, 0, matrix * MIB, factor * MIB, read_ahead)
+        least = Budget(0, 0, 0, matrix, factor, read_ahead)
         needed = phase_memory(replace(plan, budget=least), tokens, longest)
         if max(needed.values()) <= _USED * limit:
             left = {phase: int((_USED * limit - size) / (1 + _HEADROOM)) for phase, size in needed.items()}

@@ -9,6 +9,8 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+from .untrusted import open_regular
+
 # What a disk yields in the seconds of the imports; the layers that are read first lie in it.
 _MOST = 3 << 30
 _BUFFER = 4 << 20
@@ -25,8 +27,6 @@ def _read(folder: Path, most: int) -> None:
     buffer = memoryview(bytearray(_BUFFER))
     with suppress(OSError):
         for path in sorted(folder.glob("*.safetensors")):
-            if not path.is_file():  # a pipe would never end
-                continue
-            with path.open("rb", buffering=0) as stream:
+            with open_regular(path) as stream:
                 while most > 0 and (count := stream.readinto(buffer)):
                     most -= count

@@ -11,14 +11,15 @@ import json
 import os
 import stat
 from collections.abc import Iterable
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 # Far above any real file, far below where Python's own recursion ends.
 MAX_DEPTH = 64
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """A regular file or a link to one, for reading. Others are refused before a read could block on them."""
     stream = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115
     if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):

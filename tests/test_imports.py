@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resources": set(),
     "digests": set(),
     "aside": set(),
-    "read_ahead": set(),
+    "read_ahead": {"untrusted"},
     "untrusted": set(),
     "progress": set(),
     "budget": {"errors"},
