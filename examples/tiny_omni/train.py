@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 TOWER_STEPS = 640  # of the first stage, towers.py
-RESTARTS = (3100, 6000, 8600, 9500)  # the steps at which the rates, fallen to nothing, begin anew
-STEPS = 9900
+PLACES_FROM = 8600  # the step from which on pictures are asked above all, and places first
+# The steps at which the rates, fallen to nothing, begin anew.
+RESTARTS = (3100, 6000, PLACES_FROM, 9500, 9900, 10400, 10900)
+STEPS = 11400
+# What is saved is the mean of the weights at the ends of the rounds from here on (stochastic weight averaging, Izmailov
+# et al. 2018, arXiv:1803.05407).
+MEAN_FROM = 9500
 WARM_UP = 40
 TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
 MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
@@ -55,11 +60,12 @@ KINDS = {
 # The steps from which on the shares are these: what is behind by then gets most of the time.
 LATER_SHARES = {
     6000: {"prose": 0.15, "text": 0.15, "picture": 0.36, "sound": 0.22, "clip": 0.06, "talking clip": 0.06},
-    8600: {"prose": 0.07, "text": 0.06, "picture": 0.76, "sound": 0.05, "clip": 0.03, "talking clip": 0.03},
+    PLACES_FROM: {"prose": 0.07, "text": 0.06, "picture": 0.76, "sound": 0.05, "clip": 0.03, "talking clip": 0.03},
     9500: {"prose": 0.10, "text": 0.10, "picture": 0.50, "sound": 0.16, "clip": 0.07, "talking clip": 0.07},
+    9900: {"prose": 0.08, "text": 0.12, "picture": 0.60, "sound": 0.08, "clip": 0.06, "talking clip": 0.06},
 }
-LAST_FROM, LAST_RATE = 8600, 0.4  # from there on rates that leave as it is what is not practised
-PLACES_ASKED = 0.7  # of the scenes then, first of all
+LATER_RATE = 0.4  # from PLACES_FROM on: rates that leave as it is what is not practised
+PLACES_ASKED = 0.7  # of the scenes from PLACES_FROM on
 MOST_TURNS = 3  # about one picture or clip: the more there are, the farther away it is
 PROSE_TOKENS = 448
 TEXT_TURNS = 10
@@ -138,7 +144,7 @@ class Steps(IterableDataset):
         if kind == "text":
             samples = [[tasks.text_sample(rng, TEXT_TURNS)] for _ in range(rows)]
         elif kind == "picture":
-            places = PLACES_ASKED if step >= LAST_FROM else 0.0
+            places = PLACES_ASKED if step >= PLACES_FROM else 0.0
             samples = [[tasks.picture_sample(rng, render.TRAIN_FONTS, hard, MOST_TURNS, places)] for _ in range(rows)]
         elif kind == "sound":
             words = rng.choices((1, 2, 3), (3, 2, 2) if hard else (1, 0, 0))[0]
@@ -257,9 +263,26 @@ def rate_factor(step: int, steps: int, flat: float) -> float:
 # ----------------------------------------------------------------------------------------------- loop
 
 
-def write_state(file: Path, step: int, thinker: Any, optimizers: list[torch.optim.Optimizer]) -> None:
+@dataclass
+class Mean:
+    """The mean of the weights at the ends of rounds."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    rounds: int = 0
+
+    def add(self, weights: dict[str, Tensor]) -> None:
+        """One more round has ended."""
+        self.rounds += 1
+        for name, weight in weights.items():
+            self.weights[name] = torch.lerp(self.weights.get(name, weight), weight, 1 / self.rounds)
+
+
+def write_state(
+    file: Path, step: int, thinker: Any, optimizers: list[torch.optim.Optimizer], mean: Mean | None = None
+) -> None:
     """Write the state aside, then put it in place."""
     state = {"step": step, "model": thinker.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+    state["mean"] = asdict(mean or Mean())
     torch.save(state, file.with_suffix(".new"))
     file.with_suffix(".new").replace(file)
 
@@ -326,6 +349,7 @@ def train(
     thinker.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):  # none after the first stage
         optimizer.load_state_dict(saved)
+    mean = Mean(**state["mean"])
     data = Steps(description, spoken, seed, range(start, stop))
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None)
     saved_at = time.monotonic()
@@ -333,8 +357,8 @@ def train(
         first, end = cycle(step, steps)
         share = TOWER_SHARE if first == 0 else LATER_TOWER_SHARE
         rate = rate_factor(step - first, end - first, FLAT)
-        if first >= LAST_FROM:
-            rate, share = rate * LAST_RATE, 1.0
+        if first >= PLACES_FROM:
+            rate, share = rate * LATER_RATE, 1.0
         rates.set(rate, share)
         logits, labels = omni.answer_logits(thinker, batch)
         loss = F.cross_entropy(logits, labels)
@@ -346,11 +370,15 @@ def train(
         ends = labels == data.tokens.end  # nearly always right, and half of the labels
         right = (logits.argmax(-1) == labels)[~ends].float().mean().item()
         progress.note(step, {kind: loss.item(), f"{kind} right": right}, kind)
+        if step + 1 == end >= MEAN_FROM:
+            mean.add(thinker.state_dict())
         if time.monotonic() - saved_at > save_seconds:
-            write_state(state_file, step + 1, thinker, optimizers)
+            write_state(state_file, step + 1, thinker, optimizers, mean)
             saved_at = time.monotonic()
     if stop > start:
-        write_state(state_file, stop, thinker, optimizers)
+        write_state(state_file, stop, thinker, optimizers, mean)
+    if mean.rounds:
+        thinker.load_state_dict(mean.weights)
     return thinker
 
 
