@@ -1,4 +1,4 @@
-"""What a run may hold in memory for the sake of speed, and how that follows from a limit."""
+"""What a run may hold in memory for the sake of speed, and how much there is to run."""
 
 from __future__ import annotations
 
@@ -27,6 +27,21 @@ class Budget:
 
 
 DEFAULT = Budget()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What is to run through the layers: tokens of all samples and of the longest, and how many modalities they are of.
+
+    All zero for a data-free run.
+    """
+
+    tokens: int = 0
+    longest: int = 0
+    modalities: int = 0
+
+
+NO_SAMPLES = Extent()
 
 _SIZE_UNITS = {"": 1, "b": 1} | {
     f"{p}{b}": n**k for k, p in enumerate("kmgt", 1) for b, n in (("b", 1000), ("ib", 1024))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .assembly import make_job
+from .budget import NO_SAMPLES, Extent
+from .calibration import CalibSample, CalibSet
 from .formats import FORMATS
 from .formats.shards import format_tensors
 from .peak_memory import peak_memory
@@ -13,8 +14,9 @@ from .plan import QuantPlan
 from .run_memory import RunMemory
 from .summary import memory_of, part_sizes
 
-# Assumed, since the media are not decoded for a forecast.
+# Assumed of a sample with media, since they are not decoded for a forecast, and of text.
 _TOKENS_PER_SAMPLE, _LONGEST = 512, 1024
+_BYTES_PER_TOKEN = 3
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,23 @@ class Forecast:
         return self.work_bytes + sum(self.output_bytes.values())
 
 
-def assumed_tokens(plan: QuantPlan, samples: int) -> tuple[int, int]:
-    """Of all samples, and of the longest; zero for a data-free run."""
+def assumed_extent(plan: QuantPlan, calib: CalibSet | None) -> Extent:
+    """Of samples that were not turned into tokens yet; none for a data-free run."""
+    if calib is None:
+        return NO_SAMPLES
     most = plan.calibration.max_tokens
-    return samples * min(_TOKENS_PER_SAMPLE, most), min(_LONGEST, most) if samples else 0
+    mean = sum(min(_TOKENS_PER_SAMPLE if sample.files() else _text_tokens(sample), most) for sample in calib.samples)
+    longest = max(min(_LONGEST if sample.files() else _text_tokens(sample), most) for sample in calib.samples)
+    return Extent(mean, longest, len({kind for sample in calib.samples for kind in sample.modalities()}))
 
 
-def forecast(plan: QuantPlan, samples: int, lengths: Sequence[int] = ()) -> Forecast:
-    """Foretell a run; `samples` is 0 for a data-free one, `lengths` in tokens where they are known already."""
-    tokens, longest = (sum(lengths), max(lengths)) if lengths else assumed_tokens(plan, samples)
+def _text_tokens(sample: CalibSample) -> int:
+    texts = [part["text"] for message in sample.messages for part in message["content"] if part["type"] == "text"]
+    return len("".join(texts).encode()) // _BYTES_PER_TOKEN + 1
+
+
+def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
+    """Foretell a run over samples of an extent, which may be an assumed one."""
     job = make_job(plan)
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
     tensors = {saver.type: format_tensors(FORMATS[saver.type], job) for saver in plan.savers}
@@ -53,4 +63,4 @@ def forecast(plan: QuantPlan, samples: int, lengths: Sequence[int] = ()) -> Fore
     served = memory_of(plan.model, plan.checkpoint.config, parts)
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
     # Per token: hidden states at up to four places, rotary tables and the like once.
-    return Forecast(outputs, tokens * (4 * hidden * 4 + 4096), peak_memory(plan, tokens, longest), served)
+    return Forecast(outputs, extent.tokens * (4 * hidden * 4 + 4096), peak_memory(plan, extent), served)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from .budget import DEFAULT, MIB, Budget
+from .budget import DEFAULT, MIB, NO_SAMPLES, Budget, Extent
 from .capture import ROWS_PER_MODALITY
 from .errors import QuantError
 from .gram import sketch_rows
-from .models.spec import MODALITIES, LinearGroup
+from .models.spec import LinearGroup
 from .plan import QuantPlan
 
 # The interpreter, torch and transformers' classes; with a processor and decoded media, those too.
@@ -37,19 +37,19 @@ _FRUGAL = (
 )
 
 
-def peak_memory(plan: QuantPlan, tokens: int, longest: int) -> int:
-    """Bytes. tokens: of all samples, 0 for a data-free run; longest: of the longest sample."""
-    return max(phase_memory(plan, tokens, longest).values())
+def peak_memory(plan: QuantPlan, extent: Extent) -> int:
+    """Bytes."""
+    return max(phase_memory(plan, extent).values())
 
 
-def phase_memory(plan: QuantPlan, tokens: int, longest: int) -> dict[str, int]:
+def phase_memory(plan: QuantPlan, extent: Extent) -> dict[str, int]:
     """What each phase holds, in bytes."""
     layer = _Layer(plan)
     waiting = layer.stored if plan.budget.read_ahead else 0
-    if tokens == 0:
+    if extent == NO_SAMPLES:
         held = {"layers": _PROCESS + layer.stored + waiting + 2 * layer.integers + _BLOCKS}
     else:
-        held = {"towers": _towers(plan, longest), **_calibrated(plan, layer, waiting, tokens, longest)}
+        held = {"towers": _towers(plan, extent), **_calibrated(plan, layer, waiting, extent)}
     return {phase: int(size * (1 + _HEADROOM)) for phase, size in held.items()}
 
 
@@ -71,21 +71,22 @@ class _Layer:
         return sum(self.numel[linear] for linear in group.linears)
 
 
-def _towers(plan: QuantPlan, longest: int) -> int:
+def _towers(plan: QuantPlan, extent: Extent) -> int:
     """Linears up to the budget, one more widened to float32, and the activations of the longest sample."""
     towers = sum(size for part, size in plan.kept_parts() if part.name.endswith("tower"))
-    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + _TOWER_TOKENS * longest
+    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + _TOWER_TOKENS * extent.longest
 
 
-def _calibrated(plan: QuantPlan, layer: _Layer, waiting: int, tokens: int, longest: int) -> dict[str, int]:
-    rows = 4 * sum(layer.inputs.values()) * min(tokens, len(MODALITIES) * ROWS_PER_MODALITY)
+def _calibrated(plan: QuantPlan, layer: _Layer, waiting: int, extent: Extent) -> dict[str, int]:
+    tokens, longest, searching = extent.tokens, extent.longest, plan.statistics == "gram"
+    rows = 4 * sum(layer.inputs.values()) * min(tokens, extent.modalities * ROWS_PER_MODALITY)
     stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, 2048 * tokens)
-    judges = 16 * layer.hidden * min(tokens, len(MODALITIES) * longest)
+    # What enters and leaves the layer; for a search, its blocks too.
+    judges = (16 if searching else 8) * layer.hidden * min(tokens, extent.modalities * longest)
     # The integers of the layer before are being written.
     common = _PROCESS_WITH_MEDIA + layer.stored + waiting + layer.integers + rows + stores + judges + _BLOCKS
     activations = 4 * longest * (3 * layer.inputs["down"] + 8 * layer.hidden)
-    searching = plan.statistics == "gram"
-    grams = [_gram_bytes(plan.budget, width, tokens) for width in layer.inputs.values()] if searching else []
+    grams = [_gram_bytes(plan.budget, width, extent) for width in layer.inputs.values()] if searching else []
     phases = {"forward": common + 4 * layer.integers + activations + sum(apart for apart, _ in grams)}
     if searching:
         # The float layer is there, to be tried; H is factorized, and its factors rescaled.
@@ -106,28 +107,28 @@ def _trying(layer: _Layer, group: LinearGroup) -> int:
     return (4 + 2) * layer.of(group) + 4 * layer.widest + layer.integers
 
 
-def _gram_bytes(budget: Budget, width: int, tokens: int) -> tuple[int, int]:
+def _gram_bytes(budget: Budget, width: int, extent: Extent) -> tuple[int, int]:
     """H of one input: of every modality by itself, and weighed, of all together."""
-    share = [max(1, tokens // len(MODALITIES))] * len(MODALITIES)
+    share = [max(1, extent.tokens // extent.modalities)] * extent.modalities
     rows = sketch_rows(share, width, budget.matrix, budget.factor)
     if rows is None:
-        return 4 * width**2 * len(MODALITIES), 4 * width**2
+        return 4 * width**2 * extent.modalities, 4 * width**2
     return 4 * width * sum(rows), 4 * width * sum(rows)
 
 
-def unasked(plan: QuantPlan, tokens: int) -> QuantPlan:
+def unasked(plan: QuantPlan, extent: Extent) -> QuantPlan:
     """The plan of a run that was given no limit. A data-free one reads ahead within 1.5 GiB only; it loses no time by
     that, since it copies the rest of the checkpoint meanwhile.
     """
-    fits = tokens > 0 or peak_memory(plan, 0, 0) <= _DATA_FREE
+    fits = extent != NO_SAMPLES or peak_memory(plan, extent) <= _DATA_FREE
     return plan if fits else replace(plan, budget=replace(plan.budget, read_ahead=False))
 
 
-def within(plan: QuantPlan, tokens: int, longest: int, limit: int) -> QuantPlan:
+def within(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
     """The plan with the most generous budget that stays below a limit. Raises QuantError where none does."""
     for matrix, factor, read_ahead in _FRUGAL:
         least = Budget(0, 0, 0, matrix, factor, read_ahead)
-        needed = phase_memory(replace(plan, budget=least), tokens, longest)
+        needed = phase_memory(replace(plan, budget=least), extent)
         if max(needed.values()) <= _USED * limit:
             left = {phase: int((_USED * limit - size) / (1 + _HEADROOM)) for phase, size in needed.items()}
             towers = left.pop("towers", 0)
@@ -139,5 +140,5 @@ def within(plan: QuantPlan, tokens: int, longest: int, limit: int) -> QuantPlan:
     raise QuantError(
         f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({heaviest})",
         f"give --max_memory {least_gib}GiB"
-        + (", lower calibration.max_tokens or max_pixels, or take a data-free recipe" if tokens else ""),
+        + (", lower calibration.max_tokens or max_pixels, or take a data-free recipe" if extent != NO_SAMPLES else ""),
     )

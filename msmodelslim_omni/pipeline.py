@@ -157,7 +157,7 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
     stream = _open_stream(prepared, workspace.folder, progress, clock)
     if stream is not None:
         # Now that the samples' lengths are known.
-        check_room(workspace.save_path, forecast(plan, len(stream), stream.lengths()).disk_bytes)
+        check_room(workspace.save_path, forecast(plan, stream.extent()).disk_bytes)
     job = make_job(plan)
     parts = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:

@@ -12,7 +12,7 @@ from .checkpoint import open_checkpoint
 from .device import Device, resolve_device
 from .digests import file_digest, value_digest
 from .errors import QuantError
-from .forecast import Forecast, assumed_tokens, forecast
+from .forecast import Forecast, assumed_extent, forecast
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
 from .peak_memory import unasked, within
@@ -78,12 +78,11 @@ def prepare(
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
-    samples = len(calib.samples) if calib else 0
-    tokens, longest = assumed_tokens(plan, samples)
-    plan = unasked(plan, tokens) if max_memory is None else within(plan, tokens, longest, max_memory)
-    if calib is not None and all(sample.modalities() == {"text"} for sample in calib.samples):
-        plan = replace(plan, budget=replace(plan.budget, towers=0))  # nothing will ask for their weights
-    return Prepared(plan, chosen, calib, forecast(plan, samples), team)
+    extent = assumed_extent(plan, calib)
+    plan = unasked(plan, extent) if max_memory is None else within(plan, extent, max_memory)
+    if extent.modalities == 1:
+        plan = replace(plan, budget=replace(plan.budget, towers=0))  # text alone: nothing will ask for their weights
+    return Prepared(plan, chosen, calib, forecast(plan, extent), team)
 
 
 def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from .arithmetic import relative_error
+from .budget import Extent
 from .calibration import CalibSample, CalibSet, prepare_sample, told_of
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
 from .device import free_memory, trim_heap
@@ -119,9 +120,9 @@ class CalibrationStream:
     def tokens_by_modality(self) -> dict[str, int]:
         return {name: count for name, count in zip(MODALITIES, self._counts(), strict=True) if count}
 
-    def lengths(self) -> list[int]:
-        """Tokens of each sample."""
-        return [len(modality) for modality in self._modalities]
+    def extent(self) -> Extent:
+        lengths = [len(modality) for modality in self._modalities]
+        return Extent(sum(lengths), max(lengths), len(self.tokens_by_modality()))
 
     def _counts(self, without: frozenset[int] = frozenset()) -> list[int]:
         """Tokens of each modality in all samples but those at some positions."""

@@ -72,12 +72,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "run_memory": {"models.spec"},
     "report": {"checkpoint", "formats.shards", "models.spec", "run_memory"},
     "peak_memory": {"budget", "capture", "errors", "gram", "models.spec", "plan"},
-    "forecast": {"assembly", "formats", "formats.shards", "peak_memory", "plan", "run_memory", "summary"},
+    "forecast": {
+        "assembly",
+        "budget",
+        "calibration",
+        "formats",
+        "formats.shards",
+        "peak_memory",
+        "plan",
+        "run_memory",
+        "summary",
+    },
     "workspace": {"errors", "checkpoint", "digests", "formats.shards", "report"},
     "emulation": {"arithmetic", "models.spec"},
     "judging": {"arithmetic", "capture", "models.spec", "recipe", "team"},
     "stream": BASIS
-    | {"arithmetic", "calibration", "capture", "device", "judging", "models.spec", "plan", "progress"}
+    | {"arithmetic", "budget", "calibration", "capture", "device", "judging", "models.spec", "plan", "progress"}
     | {"sample_store", "team"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
     "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
@@ -391,6 +401,13 @@ def test_the_pipeline_needs_no_media_libraries() -> None:
     modules, _, _ = loaded_by("import msmodelslim_omni.pipeline")
     assert "torch" in modules
     assert not modules & LAZY
+
+
+def test_the_models_classes_need_no_scikit_learn() -> None:
+    code = "from msmodelslim_omni.models.qwen2_5 import library; library().Qwen2_5OmniForConditionalGeneration"
+    modules, _, _ = loaded_by(code)
+    assert "transformers" in modules
+    assert "sklearn" not in modules
 
 
 def test_public_names() -> None:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni import QuantError
-from msmodelslim_omni.budget import DEFAULT, MIB
-from msmodelslim_omni.forecast import assumed_tokens, forecast
+from msmodelslim_omni.budget import DEFAULT, MIB, NO_SAMPLES, Extent
+from msmodelslim_omni.forecast import assumed_extent, forecast
+from msmodelslim_omni.models.spec import MODALITIES
 from msmodelslim_omni.peak_memory import peak_memory, phase_memory, within
 from msmodelslim_omni.plan import QuantPlan
 from msmodelslim_omni.preparation import prepare
@@ -35,24 +36,23 @@ def plan(request: pytest.FixtureRequest, tiny: Path, index: Path) -> QuantPlan:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    tokens=st.integers(1, 200_000), longest=st.integers(1, 8192), limit=st.integers(500, 40_000).map(lambda n: n * MIB)
+    extent=st.builds(Extent, st.integers(1, 200_000), st.integers(1, 8192), st.integers(1, len(MODALITIES))),
+    limit=st.integers(500, 40_000).map(lambda n: n * MIB),
 )
-def test_a_plan_keeps_within_its_limit_or_says_what_would_do(
-    plan: QuantPlan, tokens: int, longest: int, limit: int
-) -> None:
+def test_a_plan_keeps_within_its_limit_or_says_what_would_do(plan: QuantPlan, extent: Extent, limit: int) -> None:
     try:
-        found = within(plan, tokens, longest, limit)
+        found = within(plan, extent, limit)
     except QuantError as error:
         least = int(float(re.search(r"--max_memory ([\d.]+)GiB", error.hint or "")[1]) * 2**30)  # type: ignore[index]
         assert least > limit
-        assert peak_memory(within(plan, tokens, longest, least), tokens, longest) <= least
+        assert peak_memory(within(plan, extent, least), extent) <= least
     else:
-        assert peak_memory(found, tokens, longest) <= limit
+        assert peak_memory(found, extent) <= limit
         assert replace(found, budget=plan.budget) == plan  # nothing else is changed
 
 
 def test_more_memory_is_used_for_what_would_be_read_again(plan: QuantPlan) -> None:
-    budgets = [within(plan, 10_000, 1024, gib << 30).budget for gib in (2, 4, 8, 16)]
+    budgets = [within(plan, Extent(10_000, 1024, 4), gib << 30).budget for gib in (2, 4, 8, 16)]
     assert [b.towers for b in budgets] == sorted({b.towers for b in budgets})
     assert [b.hidden for b in budgets] == sorted({b.hidden for b in budgets})
     assert all(b.read_ahead for b in budgets[1:])
@@ -60,8 +60,9 @@ def test_more_memory_is_used_for_what_would_be_read_again(plan: QuantPlan) -> No
 
 def test_neither_layers_nor_samples_raise_the_peak(plan: QuantPlan) -> None:
     deeper = replace(plan, layers=plan.layers * 10)
-    assert phase_memory(deeper, 10_000, 512) == phase_memory(plan, 10_000, 512)
-    assert peak_memory(plan, 1_000_000, 512) == peak_memory(plan, 100_000, 512)
+    few, more, most = (Extent(tokens, 512, 4) for tokens in (10_000, 100_000, 1_000_000))
+    assert phase_memory(deeper, few) == phase_memory(plan, few)
+    assert peak_memory(plan, most) == peak_memory(plan, more)
 
 
 def test_towers_are_not_loaded_for_text_alone(tiny: Path, index: Path, tmp_path: Path) -> None:
@@ -71,9 +72,24 @@ def test_towers_are_not_loaded_for_text_alone(tiny: Path, index: Path, tmp_path:
 
 def test_a_data_free_run_is_asked_for_less(tiny: Path) -> None:
     plan = prepare(tiny, device="cpu", config_path=MINMAX).plan
-    assert assumed_tokens(plan, 0) == (0, 0)
-    assert set(phase_memory(plan, 0, 0)) == {"layers"}
-    assert forecast(plan, 0).peak_memory_bytes < 600 * MIB
+    assert assumed_extent(plan, None) == NO_SAMPLES
+    assert set(phase_memory(plan, NO_SAMPLES)) == {"layers"}
+    assert forecast(plan, NO_SAMPLES).peak_memory_bytes < 600 * MIB
+
+
+def test_what_is_assumed_of_samples(tiny: Path, tmp_path: Path) -> None:
+    """Text by its bytes, three a token, the system's turn among them; media by what is common."""
+    short, long = (
+        prepare(tiny, device="cpu", dataset=str(write_index(tmp_path / str(n), *({"text": "é" * n} for _ in range(2)))))
+        for n in (30, 330)
+    )
+    few, many = assumed_extent(short.plan, short.calib), assumed_extent(long.plan, long.calib)
+    assert many == Extent(few.tokens + 2 * 200, few.longest + 200, 1)
+    mixed = prepare(tiny, device="cpu", dataset=str(mixed_index(tmp_path / "mixed")))
+    assert mixed.calib is not None
+    assumed = assumed_extent(mixed.plan, mixed.calib)
+    assert (assumed.longest, assumed.modalities) == (1024, 4)
+    assert assumed.tokens <= 512 * len(mixed.calib.samples)
 
 
 @pytest.mark.parametrize("kind", ["w8a8", "w4a16"])

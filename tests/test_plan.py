@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from msmodelslim_omni.budget import NO_SAMPLES, Extent
 from msmodelslim_omni.checkpoint import INDEX_NAME, open_checkpoint
 from msmodelslim_omni.device import resolve_device
 from msmodelslim_omni.errors import QuantError
@@ -567,7 +568,7 @@ def files_under(folder: Path) -> Iterator[Path]:
 
 def test_forecast_is_what_a_run_writes(tiny: Path, tmp_path: Path) -> None:
     formats = ["ascendv1_saver", "compressed_tensors"]
-    expected = forecast(plan_of(tiny, save_formats=formats), samples=0)
+    expected = forecast(plan_of(tiny, save_formats=formats), NO_SAMPLES)
     report = quantize(
         tiny,
         tmp_path / "out",
@@ -588,10 +589,11 @@ def test_forecast_is_what_a_run_writes(tiny: Path, tmp_path: Path) -> None:
 
 def test_forecast_of_the_work_folder(tiny: Path) -> None:
     plan = plan_of(tiny)
-    assert forecast(plan, 0).work_bytes == 0  # outputs are written once, at their place
-    assert forecast(plan, 10).work_bytes > 0
-    assert forecast(plan, 10).disk_bytes == forecast(plan, 10).work_bytes + sum(forecast(plan, 0).output_bytes.values())
-    assert forecast(plan, 16).peak_memory_bytes < 4 * GB
+    data_free, calibrated = forecast(plan, NO_SAMPLES), forecast(plan, Extent(8192, 1024, 4))
+    assert data_free.work_bytes == 0  # outputs are written once, at their place
+    assert calibrated.work_bytes > 0
+    assert calibrated.disk_bytes == calibrated.work_bytes + sum(data_free.output_bytes.values())
+    assert calibrated.peak_memory_bytes < 4 * GB
     assert resolve_device("cpu").torch.type == "cpu"
 
 

@@ -6,6 +6,8 @@ The library has a decoder layer and a tower class of its own for each; their nam
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,7 +150,25 @@ def library() -> Any:
     ensure_torchvision_imports()
     import transformers
 
+    _import_generation()
     return transformers
+
+
+def _import_generation() -> None:
+    """Import transformers' generation without scikit-learn, which costs each run seconds.
+
+    transformers 4 takes one function of it, for a kind of generation that is not used here, wherever it is installed.
+    """
+    name = "transformers.generation.candidate_generator"
+    if name in sys.modules:
+        return
+    utils: Any = importlib.import_module("transformers.utils")
+    asked = utils.is_sklearn_available
+    utils.is_sklearn_available = lambda: False
+    try:
+        importlib.import_module(name)
+    finally:
+        utils.is_sklearn_available = asked
 
 
 @contextmanager
