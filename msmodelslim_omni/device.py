@@ -144,11 +144,14 @@ def free_memory(device: torch.device) -> None:
         getattr(torch, device.type).empty_cache()
 
 
-def trim_heap() -> None:
-    """Give freed memory back to the system: of modules that refer to themselves in circles, as the library's may, and
-    what the C library keeps for itself, as glibc does.
-    """
+def collect_modules() -> None:
+    """Free modules that refer to themselves in circles, as the library's may, and give their memory back."""
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give back to the system what was freed and the C library keeps for itself, as glibc does."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

@@ -18,7 +18,7 @@ from .budget import DEFAULT
 from .calibration import CalibSample, prepare_sample, told_of
 from .capture import run_layer
 from .checkpoint import Checkpoint
-from .device import free_memory, trim_heap
+from .device import collect_modules, free_memory
 from .emulation import quantized_layer
 from .errors import QuantError
 from .fidelity import LayerDrift
@@ -113,7 +113,7 @@ class SideBySide:
                 progress.step("towers" if shared else f"towers of the {side} model", done, len(samples), sample.where)
             del stem
             free_memory(self._device)
-            trim_heap()  # the towers are larger than all that follows
+            collect_modules()  # the towers are larger than all that follows
         if not usable:
             raise QuantError("no sample could be used:\n" + "\n".join(self.warnings[:10]))
         self._kept = list(usable)
