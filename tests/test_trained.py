@@ -14,7 +14,7 @@ TINY = ROOT / "examples" / "tiny_omni"
 MEDIA = ("image", "audio", "video")
 
 
-@pytest.fixture(scope="module", params=[20, pytest.param(1, marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[20, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def every(request: pytest.FixtureRequest) -> int:
     """Which of the held-out samples are asked: every 20th, enough to tell the recipes apart by text, or all."""
     return int(request.param)
