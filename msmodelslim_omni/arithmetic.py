@@ -100,13 +100,16 @@ def _refuse_nonfinite(block: torch.Tensor) -> None:
 
 
 def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
-    assert scheme.group_size is not None
-    blocks = []
-    for rows in row_blocks(weight):
+    block_size = scheme.group_size
+    assert block_size is not None
+    codes = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty((weight.shape[0], weight.shape[1] // block_size), dtype=torch.float32)
+
+    def round_rows(rows: slice) -> None:
         _refuse_nonfinite(weight[rows])
-        blocks.append(codes_of(weight[rows], scheme.group_size))
-    codes = torch.cat([block for block, _ in blocks])
-    scales = torch.cat([absmax for _, absmax in blocks])
+        codes[rows], scales[rows] = codes_of(weight[rows], block_size)
+
+    map_row_blocks(round_rows, weight)
     nested = nest(scales) if scheme.double_quant else None
     scales = scales if nested is None else nested.absmax().view_as(scales)
     return QuantizedLinear(codes.to(weight.device), scales.to(weight.device), scheme, nested=nested)
