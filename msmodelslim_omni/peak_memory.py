@@ -17,7 +17,7 @@ from .models.spec import LinearGroup
 from .plan import QuantPlan
 
 # The interpreter, torch and transformers' classes; with a processor and decoded media, those too.
-_PROCESS = 300 * MIB
+_PROCESS = 330 * MIB
 _PROCESS_WITH_MEDIA = 620 * MIB
 _BLOCKS = 64 * MIB  # pieces of a weight that are worked on, written or copied
 _TOWER_TOKENS = 96 * 1024  # bytes of activations per token in the towers
