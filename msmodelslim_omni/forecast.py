@@ -14,7 +14,7 @@ from .plan import QuantPlan
 from .run_memory import RunMemory
 from .summary import memory_of, part_sizes
 
-# Assumed of a sample with media, since they are not decoded for a forecast, and of text.
+# Assumed of a sample's media, since they are not decoded for a forecast, and of its text.
 _TOKENS_PER_SAMPLE, _LONGEST = 512, 1024
 _BYTES_PER_TOKEN = 3
 
@@ -41,9 +41,12 @@ def assumed_extent(plan: QuantPlan, calib: CalibSet | None) -> Extent:
     if calib is None:
         return NO_SAMPLES
     most = plan.calibration.max_tokens
-    mean = sum(min(_TOKENS_PER_SAMPLE if sample.files() else _text_tokens(sample), most) for sample in calib.samples)
-    longest = max(min(_LONGEST if sample.files() else _text_tokens(sample), most) for sample in calib.samples)
-    return Extent(mean, longest, len({kind for sample in calib.samples for kind in sample.modalities()}))
+    tokens, longest = (
+        [min(bool(sample.files()) * media + _text_tokens(sample), most) for sample in calib.samples]
+        for media in (_TOKENS_PER_SAMPLE, _LONGEST)
+    )
+    modalities = {kind for sample in calib.samples for kind in sample.modalities()}
+    return Extent(sum(tokens), max(longest), len(modalities))
 
 
 def _text_tokens(sample: CalibSample) -> int:

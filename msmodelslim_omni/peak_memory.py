@@ -38,7 +38,7 @@ _FRUGAL = (
 
 
 def peak_memory(plan: QuantPlan, extent: Extent) -> int:
-    """Bytes."""
+    """Of the phase that holds most, in bytes."""
     return max(phase_memory(plan, extent).values())
 
 

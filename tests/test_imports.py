@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -403,6 +404,7 @@ def test_the_pipeline_needs_no_media_libraries() -> None:
     assert not modules & LAZY
 
 
+@pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
 def test_the_models_classes_need_no_scikit_learn() -> None:
     code = "from msmodelslim_omni.models.qwen2_5 import library; library().Qwen2_5OmniForConditionalGeneration"
     modules, _, _ = loaded_by(code)

@@ -78,7 +78,7 @@ def test_a_data_free_run_is_asked_for_less(tiny: Path) -> None:
 
 
 def test_what_is_assumed_of_samples(tiny: Path, tmp_path: Path) -> None:
-    """Text by its bytes, three a token, the system's turn among them; media by what is common."""
+    """Text by its bytes, three a token; media by what is common, and the text beside them."""
     short, long = (
         prepare(tiny, device="cpu", dataset=str(write_index(tmp_path / str(n), *({"text": "é" * n} for _ in range(2)))))
         for n in (30, 330)
@@ -88,8 +88,11 @@ def test_what_is_assumed_of_samples(tiny: Path, tmp_path: Path) -> None:
     mixed = prepare(tiny, device="cpu", dataset=str(mixed_index(tmp_path / "mixed")))
     assert mixed.calib is not None
     assumed = assumed_extent(mixed.plan, mixed.calib)
-    assert (assumed.longest, assumed.modalities) == (1024, 4)
-    assert assumed.tokens <= 512 * len(mixed.calib.samples)
+    texts = [assumed_extent(mixed.plan, replace(mixed.calib, samples=(s,))) for s in mixed.calib.samples]
+    assert assumed.tokens == sum(one.tokens for one in texts)
+    assert [one.tokens > 512 for one in texts] == [False, True, True, True]
+    assert assumed.longest == max(one.tokens for one in texts) + 512
+    assert assumed.modalities == 4
 
 
 @pytest.mark.parametrize("kind", ["w8a8", "w4a16"])

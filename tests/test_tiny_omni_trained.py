@@ -123,8 +123,10 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monk
     monkeypatch.setattr(train, "PROSE_TOKENS", 40)
     monkeypatch.setattr(towers, "KINDS", {"sound": (1, 2), "clip": (1, 1)})
     monkeypatch.setattr(render, "TRAIN_FONTS", ())  # they need not be installed
-    ends = []
-    for name, stops in (("once", (2,)), ("twice", (1, 2))):
+    monkeypatch.setattr(train, "RESTARTS", (1, 2))
+    monkeypatch.setattr(train, "MEAN_FROM", 2)
+    ends, states = [], []
+    for name, stops in (("once", (3,)), ("thrice", (1, 2, 3))):
         work = tmp_path / name
         (work / "description").mkdir(parents=True)
         for file in MODEL.iterdir():
@@ -134,9 +136,13 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monk
         samples_of = {str(n): tone.samples for n, tone in enumerate(tones())}
         np.savez(work / f"voices_train_{train.VOICES_PER_WORD}_5.npz", names=names, **samples_of)
         for stop in stops:
-            thinker = train.train(seed=5, steps=4, stop=stop, work=work, workers=0, save_seconds=1e9, tower_steps=2)
+            thinker = train.train(seed=5, steps=3, stop=stop, work=work, workers=0, save_seconds=1e9, tower_steps=2)
+            states.append(torch.load(work / "state.pt", weights_only=True))
         ends.append(thinker.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+    assert [state["mean"]["rounds"] for state in states] == [2, 0, 1, 2]
+    for name, mean in ends[1].items():  # of the ends of the second and the third round
+        torch.testing.assert_close(mean, (states[2]["model"][name] + states[3]["model"][name]) / 2)
 
 
 @needs_model

@@ -35,8 +35,8 @@ PLACES_FROM = 8600  # the step from which on pictures are asked above all, and p
 # The steps at which the rates, fallen to nothing, begin anew.
 RESTARTS = (3100, 6000, PLACES_FROM, 9500, 9900, 10400, 10900)
 STEPS = 11400
-# What is saved is the mean of the weights at the ends of the rounds from here on (stochastic weight averaging, Izmailov
-# et al. 2018, arXiv:1803.05407).
+# What is saved from here on is the mean of the weights at the ends of the rounds that end at this step or later
+# (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
 MEAN_FROM = 9500
 WARM_UP = 40
 TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
@@ -328,7 +328,10 @@ def train_towers(thinker: Any, spoken: Sequence[render.Utterance], seed: int, st
 def train(
     *, seed: int, steps: int, stop: int, work: Path, workers: int, save_seconds: float, tower_steps: int = TOWER_STEPS
 ) -> Any:
-    """Train up to step `stop` of a schedule of `steps` and return the thinker; work/ holds state and data."""
+    """Train up to step `stop` of a schedule of `steps` and return the thinker; work/ holds state and data.
+
+    Where rounds have ended since MEAN_FROM it has the mean of their weights, not those of step `stop`.
+    """
     work.mkdir(parents=True, exist_ok=True)
     description = work / "description"
     if not (description / "vocab.json").exists():
@@ -388,7 +391,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="length of the schedule")
-    parser.add_argument("--stop", type=int, default=None, help="stop after so many steps of the schedule")
+    parser.add_argument(
+        "--stop", type=int, default=None, help="stop after so many steps of the schedule; see MEAN_FROM"
+    )
     parser.add_argument("--work", type=Path, default=None, help="folder of state and data (default: OUT.work)")
     args = parser.parse_args()
     work = args.work or args.out.with_name(args.out.name + ".work")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QuantError
@@ -157,18 +158,24 @@ def library() -> Any:
 def _import_generation() -> None:
     """Import transformers' generation without scikit-learn, which costs each run seconds.
 
-    transformers 4 takes one function of it, for a kind of generation that is not used here, wherever it is installed.
+    transformers 4 takes one function of it, wherever it is installed, for a kind of generation that is not used here;
+    transformers 5 takes it when it is called. So does what we put in its place.
     """
     name = "transformers.generation.candidate_generator"
-    if name in sys.modules:
-        return
     utils: Any = importlib.import_module("transformers.utils")
+    if name in sys.modules or version("transformers").split(".")[0] != "4":
+        return
     asked = utils.is_sklearn_available
     utils.is_sklearn_available = lambda: False
     try:
-        importlib.import_module(name)
+        module: Any = importlib.import_module(name)
     finally:
         utils.is_sklearn_available = asked
+    module.is_sklearn_available, module.roc_curve = asked, _roc_curve
+
+
+def _roc_curve(*arguments: Any, **named: Any) -> Any:
+    return importlib.import_module("sklearn.metrics").roc_curve(*arguments, **named)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from ..gram import Gram
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128
 _STRIP = 32  # of a block, within which errors are handed on one by one; to the rest of it all at once
-_PART = 12 << 20  # weights rounded at once by one thread; with fewer the products are too narrow to be fast
+_PART = 13 << 20  # weights rounded at once by one thread; with fewer the products are too narrow to be fast
 
 
 @dataclass(frozen=True)
