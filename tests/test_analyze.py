@@ -421,6 +421,7 @@ def kl_of(one: Any) -> float:
     return float(one["measured_kl"]["value"])
 
 
+@pytest.mark.full
 def test_max_kl_is_kept(small: Path, texts: Path, tmp_path: Path) -> None:
     """A KL that all int4 keeps, then half of it, then one that nothing keeps."""
     words = ("--eval_dataset", texts, "--save_path", tmp_path / "out", "--overwrite")

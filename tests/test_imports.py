@@ -404,6 +404,7 @@ def test_the_pipeline_needs_no_media_libraries() -> None:
     assert not modules & LAZY
 
 
+@pytest.mark.full
 @pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
 def test_the_models_classes_need_no_scikit_learn() -> None:
     code = "from msmodelslim_omni.models.qwen2_5 import library; library().Qwen2_5OmniForConditionalGeneration"

@@ -204,6 +204,7 @@ def test_eval_export_inspect_and_generate_read_it(outputs: dict[str, Path], tiny
     assert answer.out.strip()
 
 
+@pytest.mark.full
 def test_awq_before_nf4(tiny: Path, tmp_path: Path) -> None:
     """Scaled from a few samples, and never worse by the output's error than nf4 alone."""
     index = write_index(tmp_path / "data", {"text": "Why is the sky blue?", "answer": "Short waves scatter most."})

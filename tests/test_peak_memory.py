@@ -95,7 +95,7 @@ def test_what_is_assumed_of_samples(tiny: Path, tmp_path: Path) -> None:
     assert assumed.modalities == 4
 
 
-@pytest.mark.parametrize("kind", ["w8a8", "w4a16"])
+@pytest.mark.parametrize("kind", ["w8a8", pytest.param("w4a16", marks=pytest.mark.full)])
 def test_a_limit_changes_no_byte(kind: str, tiny: Path, index: Path, tmp_path: Path) -> None:
     """With the least that would do nothing is held, and everything read each time it is needed."""
     recipe = fast_recipe(tmp_path) if kind == "w8a8" else int4_recipe(tmp_path)

@@ -210,7 +210,7 @@ def digests(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): file_digest(p) for p in paths if "report" not in p.name}
 
 
-@pytest.mark.parametrize("moment", ["first line", "second layer"])
+@pytest.mark.parametrize("moment", ["first line", pytest.param("second layer", marks=pytest.mark.full)])
 def test_interrupt_says_how_to_go_on(
     moment: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -379,7 +379,7 @@ def test_a_second_run_on_the_same_folder_is_refused(
 
 
 @pytest.mark.parametrize("which", ["hidden-*", "stem/000000"])
-@pytest.mark.parametrize("how", ["flip", "cut"])
+@pytest.mark.parametrize("how", ["flip", pytest.param("cut", marks=pytest.mark.full)])
 def test_damaged_samples_are_made_anew(
     which: str, how: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -394,7 +394,10 @@ def test_damaged_samples_are_made_anew(
     assert files(save) == ascend
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "pipe"])
+@pytest.mark.parametrize(
+    "damage",
+    ["flip", pytest.param("cut", marks=pytest.mark.full), pytest.param("empty", marks=pytest.mark.full), "pipe"],
+)
 def test_a_damaged_manifest_is_told(
     damage: str, model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -413,8 +416,9 @@ def test_a_damaged_manifest_is_told(
         path.write_text(text[: len(text) // 2] if damage == "cut" else "")
     message = go_on(model, save, index, recipe).fault()
     assert "manifest.json" in message and "--overwrite" in message
-    go_on(model, save, index, recipe, "--overwrite").done()
-    assert files(save) == ascend
+    if damage == "flip":  # what is left lies there the same in every case
+        go_on(model, save, index, recipe, "--overwrite").done()
+        assert files(save) == ascend
 
 
 # --- killed during the last moves ----------------------------------------------------------------------------

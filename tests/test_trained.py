@@ -14,9 +14,9 @@ TINY = ROOT / "examples" / "tiny_omni"
 MEDIA = ("image", "audio", "video")
 
 
-@pytest.fixture(scope="module", params=[20, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
+@pytest.fixture(scope="module", params=[40, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def every(request: pytest.FixtureRequest) -> int:
-    """Which of the held-out samples are asked: every 20th, enough to tell the recipes apart by text, or all."""
+    """Which of the held-out samples are asked: every 40th, enough to tell the recipes apart by text, or all."""
     return int(request.param)
 
 
@@ -43,7 +43,7 @@ def reports(every: int, questions: Path, tmp_path_factory: pytest.TempPathFactor
         "rounded": ("--config_path", ROOT / "benchmarks" / "recipes" / "w4a16_rounded.yaml"),
     }
     found = {}
-    fewer = ("--max_samples", 40) if every == 20 else ()
+    fewer = ("--max_samples", 40) if every == 40 else ()
     for name, flags in recipes.items():
         quant(TINY / "model", folder / name, "--dataset", TINY / "calib", *fewer, *flags).done()
         words = ("--float", TINY / "model", "--quant", folder / name, "--dataset", questions, "--device", "cpu")
@@ -62,7 +62,7 @@ def test_float_answers_are_far_above_chance(reports: dict[str, Any]) -> None:
 
 def test_w8a8_is_nearly_the_float_model(reports: dict[str, Any], every: int) -> None:
     for modality in ("text", *MEDIA):
-        assert kl(reports["w8a8"], modality) < (0.003 if every == 20 else 0.002), modality
+        assert kl(reports["w8a8"], modality) < (0.003 if every == 40 else 0.002), modality
         change = reports["w8a8"]["by_modality"][modality]["exact_change"]
         assert change["low"] <= 0.0 <= change["high"], modality
 
@@ -71,7 +71,7 @@ def test_w4a16_loses_less_than_plain_rounding(reports: dict[str, Any], every: in
     """Of the media a dozen answers each are too few to tell apart what is nearly nothing."""
     assert kl(reports["w4a16"]) < 0.75 * kl(reports["rounded"])
     assert kl(reports["w4a16"], "text") < 0.75 * kl(reports["rounded"], "text")
-    for modality in MEDIA if every < 20 else ():
+    for modality in MEDIA if every < 40 else ():
         assert kl(reports["w4a16"], modality) < kl(reports["rounded"], modality), modality
 
 
