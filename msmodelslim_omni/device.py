@@ -139,22 +139,19 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def free_memory(device: torch.device) -> None:
-    """Give cached memory of the accelerator back; nothing to do on a CPU."""
+    """Give memory back that was freed but is kept: by the accelerator, and by the C library, as glibc does."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
 
-
-def collect_modules() -> None:
-    """Free modules that refer to themselves in circles, as the library's may, and give their memory back."""
-    gc.collect()
-    trim_heap()
-
-
-def trim_heap() -> None:
-    """Give back to the system what was freed and the C library keeps for itself, as glibc does."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def free_modules(device: torch.device) -> None:
+    """The same, of modules too that refer to themselves in circles, as the library's may."""
+    gc.collect()
+    free_memory(device)
 
 
 def peak_rss() -> int:

@@ -20,7 +20,7 @@ import torch
 from .arithmetic import QuantizedLinear, quantize_weight, relative_error
 from .assembly import Item, Units, finished_items, make_job, units
 from .background import Background
-from .device import free_memory, peak_rss, told_out_of_memory, trim_heap
+from .device import free_memory, peak_rss, told_out_of_memory
 from .documents import write_documents
 from .emulation import quantized_layer
 from .errors import QuantError
@@ -211,7 +211,6 @@ def _quantized_layers(
             yield layer.index, results, record
             del results
             free_memory(device)
-            trim_heap()
 
 
 def _unit(layer: int) -> str:

@@ -18,7 +18,7 @@ from .budget import DEFAULT
 from .calibration import CalibSample, prepare_sample, told_of
 from .capture import run_layer
 from .checkpoint import Checkpoint
-from .device import collect_modules, free_memory
+from .device import free_memory, free_modules
 from .emulation import quantized_layer
 from .errors import QuantError
 from .fidelity import LayerDrift
@@ -112,8 +112,7 @@ class SideBySide:
                 prepared[number] = Sample(sample.where, inputs.tensors["input_ids"][0], inputs.modality, inputs.answer)
                 progress.step("towers" if shared else f"towers of the {side} model", done, len(samples), sample.where)
             del stem
-            free_memory(self._device)
-            collect_modules()  # the towers are larger than all that follows
+            free_modules(self._device)  # the towers are larger than all that follows
         if not usable:
             raise QuantError("no sample could be used:\n" + "\n".join(self.warnings[:10]))
         self._kept = list(usable)

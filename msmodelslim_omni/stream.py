@@ -12,7 +12,7 @@ from .arithmetic import relative_error
 from .budget import Extent
 from .calibration import CalibSample, CalibSet, prepare_sample, told_of
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
-from .device import collect_modules, free_memory
+from .device import free_modules
 from .errors import QuantError
 from .judging import Errors, LayerProbe, added, choose_judges, held_out, importance, squared_errors
 from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits
@@ -113,8 +113,7 @@ class CalibrationStream:
             self._stem.write(number, reached, inputs.modality)
             progress.step("towers", done + 1, len(missing), sample.where)
         del stem
-        free_memory(self._device)
-        collect_modules()  # the towers are larger than all that follows
+        free_modules(self._device)  # the towers are larger than all that follows
         return left_out
 
     def tokens_by_modality(self) -> dict[str, int]:

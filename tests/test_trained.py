@@ -75,6 +75,6 @@ def test_w4a16_loses_less_than_plain_rounding(reports: dict[str, Any], every: in
         assert kl(reports["w4a16"], modality) < kl(reports["rounded"], modality), modality
 
 
-def test_rounding_shows(reports: dict[str, Any]) -> None:
+def test_rounding_shows(reports: dict[str, Any], every: int) -> None:
     """The measure is not blind: plain rounding costs many times what W8A8 does."""
-    assert kl(reports["rounded"]) > 5 * kl(reports["w8a8"]) > 0
+    assert kl(reports["rounded"]) > (5 if every == 40 else 10) * kl(reports["w8a8"]) > 0

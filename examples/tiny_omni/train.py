@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -277,12 +277,10 @@ class Mean:
             self.weights[name] = torch.lerp(self.weights.get(name, weight), weight, 1 / self.rounds)
 
 
-def write_state(
-    file: Path, step: int, thinker: Any, optimizers: list[torch.optim.Optimizer], mean: Mean | None = None
-) -> None:
+def write_state(file: Path, step: int, thinker: Any, optimizers: list[torch.optim.Optimizer], mean: Mean) -> None:
     """Write the state aside, then put it in place."""
     state = {"step": step, "model": thinker.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-    state["mean"] = asdict(mean or Mean())
+    state["mean"] = vars(mean)
     torch.save(state, file.with_suffix(".new"))
     file.with_suffix(".new").replace(file)
 
@@ -344,7 +342,7 @@ def train(
     start = 0
     if not state_file.exists():
         train_towers(thinker, spoken, seed, tower_steps, workers)
-        write_state(state_file, 0, thinker, [])
+        write_state(state_file, 0, thinker, [], Mean())
     optimizers = make_optimizers(thinker)
     rates, progress = Rates(optimizers), Progress(100)
     state = torch.load(state_file, weights_only=True)
