@@ -29,7 +29,7 @@ from tool_runs import ROOT, run_process
 LAYERS = {"3b": 36, "7b": 28}
 MINMAX, NF4 = "qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_nf4"
 CP, CP_SYNC = "cp", "cp and sync"  # the second until the copy is on the disk, as our outputs are
-CURVE_TOKENS = 32  # of each sample's text, where the curves are drawn
+CURVE_TOKENS = {"w8a8": 32, "w4a16": 512}  # of each sample's text, where the curves are drawn: H is at its bounds then
 _WORDS = ("time", "way", "year", "work", "day", "part", "place", "case", "point", "group", "company", "number", "world")
 _WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
 
@@ -61,9 +61,9 @@ def tasks(kind: str, shape: str) -> list[Task]:
         free = [Task(kind, shape, layers, recipe) for recipe in (MINMAX, NF4)]
         return [*free, *(Task(kind, shape, layers, recipe, 16, 512) for recipe in ("w8a8", "w4a16"))]
     if kind == "layers":
-        return [Task(kind, shape, layers, "w8a8", 16, CURVE_TOKENS) for layers in (2, 8, everything)]
-    recipes = ("w8a8", "w4a16")
-    return [Task(kind, shape, 2, recipe, samples, CURVE_TOKENS) for recipe in recipes for samples in (16, 64, 256)]
+        return [Task(kind, shape, layers, "w8a8", 16, CURVE_TOKENS["w8a8"]) for layers in (2, 8, everything)]
+    lengths = CURVE_TOKENS.items()
+    return [Task(kind, shape, 2, recipe, samples, each) for recipe, each in lengths for samples in (16, 64, 256)]
 
 
 def main() -> None:
@@ -166,11 +166,9 @@ def draw_all(arguments: argparse.Namespace) -> None:
         for kind in ("copy", "cold"):
             print_copies(f"{shape}, {kind}", [row for row in mine if row["task"]["kind"] == kind])
         print_runs([row for row in mine if row["task"]["kind"] not in ("copy", "cold")])
-        for kind, label in (("layers", "decoder layers"), ("samples", "samples")):
+        for kind, label in (("layers", "decoder layers"), ("samples", "tokens of 16, 64 and 256 samples")):
             if points := [row for row in mine if row["task"]["kind"] == kind]:
-                each = round(points[0]["tokens"] / points[0]["task"]["samples"])
-                label += f" of {each} tokens" if kind == "samples" else ""
-                draw_curves(points, kind, label, arguments.pictures / f"{shape}_{kind}.svg")
+                draw_curves(points, label, arguments.pictures / f"{shape}_{kind}.svg")
 
 
 def print_copies(what: str, rows: list[dict[str, Any]]) -> None:
@@ -193,14 +191,14 @@ def print_runs(rows: list[dict[str, Any]]) -> None:
         print("  ", {phase: round(seconds, 1) for phase, seconds in row["seconds_by_phase"].items()})
 
 
-def draw_curves(rows: list[dict[str, Any]], kind: str, label: str, path: Path) -> None:
-    """Seconds and peak memory over layers or samples, from zero, so that a straight line is seen to be one."""
+def draw_curves(rows: list[dict[str, Any]], label: str, path: Path) -> None:
+    """Seconds and peak memory over layers or tokens, from zero, so that a straight line is seen to be one."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for recipe in dict.fromkeys(row["task"]["recipe"] for row in rows):
         mine = [row for row in rows if row["task"]["recipe"] == recipe]
-        x = [row["task"][kind] for row in mine]
+        x = [row["task"]["layers"] if row["task"]["kind"] == "layers" else row["tokens"] for row in mine]
         for axis, y in zip(
             axes, ([r["seconds"] for r in mine], [r["peak_rss_bytes"] / 2**30 for r in mine]), strict=True
         ):

@@ -6,7 +6,7 @@ Left out on purpose: files, model names, and where a tensor comes from.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -18,6 +18,7 @@ from .errors import QuantError
 from .nf4 import NestedScales, codes_of, nest, values_of
 from .scheme import QuantScheme
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 # Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
@@ -76,9 +77,10 @@ def quantize_weight(
 
     def round_rows(rows: slice) -> None:
         block = weight[rows].to(torch.float32)  # [rows, in]
-        _refuse_nonfinite(block)
+        absmax = block.abs().amax(dim=1, keepdim=True)
+        _refuse_nonfinite(absmax)
         if scheme.group_size is None:
-            s = _channel_scales(block, scheme)
+            s = _channel_scales(block, absmax, scheme)
             q, z = (block / s).round_().clamp_(*scheme.weight_range), None
         else:
             grouped = block.view(-1, groups, scheme.group_size)  # [rows, groups, g]
@@ -86,7 +88,7 @@ def quantize_weight(
             q = round_to_grid(grouped, s, z, scheme).flatten(1)
             s = s.squeeze(2)
         scales[rows] = s
-        qweight[rows] = q.to(torch.int8)
+        qweight[rows] = q
         if zeros is not None and z is not None:
             zeros[rows] = z.squeeze(2).to(torch.int8)
 
@@ -94,8 +96,8 @@ def quantize_weight(
     return QuantizedLinear(qweight, scales, scheme, zeros)
 
 
-def _refuse_nonfinite(block: torch.Tensor) -> None:
-    if not torch.isfinite(block.abs().amax()):
+def _refuse_nonfinite(absmax: torch.Tensor) -> None:
+    if not torch.isfinite(absmax).all():
         raise QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
 
 
@@ -106,7 +108,7 @@ def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
     scales = torch.empty((weight.shape[0], weight.shape[1] // block_size), dtype=torch.float32)
 
     def round_rows(rows: slice) -> None:
-        _refuse_nonfinite(weight[rows])
+        _refuse_nonfinite(weight[rows].abs().amax())
         codes[rows], scales[rows] = codes_of(weight[rows], block_size)
 
     map_row_blocks(round_rows, weight)
@@ -115,10 +117,9 @@ def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
     return QuantizedLinear(codes.to(weight.device), scales.to(weight.device), scheme, nested=nested)
 
 
-def _channel_scales(block: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """[rows, in] -> [rows, 1]."""
+def _channel_scales(block: torch.Tensor, absmax: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """[rows, in] and each row's absmax [rows, 1] -> [rows, 1]."""
     qmax = scheme.weight_range[1]
-    absmax = block.abs().amax(dim=1, keepdim=True)
     s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
     s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
     return _search_mse_scale(block, s, qmax) if scheme.weight_method == "mse" else s
@@ -217,19 +218,23 @@ def row_blocks(weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[sl
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
 
-def map_row_blocks(function: Callable[[slice], T], weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[T]:
-    """What the function gives for each of row_blocks, in their order.
+def map_row_blocks(function: Callable[[slice], T], weight: torch.Tensor) -> list[T]:
+    """What the function gives for each of row_blocks, in their order."""
+    return map_blocks(function, row_blocks(weight), weight.device)
+
+
+def map_blocks(function: Callable[[S], T], blocks: Sequence[S], device: torch.device) -> list[T]:
+    """What the function gives for each block of work, in their order.
 
     On the CPU each thread works on blocks of its own, since one block is too little for all of them together.
     """
-    blocks = row_blocks(weight, elements)
-    threads = min(torch.get_num_threads(), len(blocks)) if weight.device.type == "cpu" else 1
-    if threads == 1:
-        return [function(rows) for rows in blocks]
+    threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
+    if threads <= 1:
+        return [function(block) for block in blocks]
 
-    def by_itself(rows: slice) -> T:
+    def by_itself(block: S) -> T:
         torch.set_num_threads(1)  # of this thread
-        return function(rows)
+        return function(block)
 
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(by_itself, blocks))

@@ -15,7 +15,8 @@ class Budget:
 
     hidden: hidden states of all samples, at the boundaries of a layer together. arguments: the samples' other arguments
     of a layer. towers: Linears of the towers. matrix, factor: H of one input, see gram.sketch_rows; what a run finds
-    depends on these two alone. read_ahead: whether the next layer is read while one is worked on.
+    depends on these two alone. read_ahead: whether what comes next is read meanwhile. limit: what the user allows the
+    process, from which the others follow; None where nothing was said.
     """
 
     hidden: int = 96 * MIB
@@ -24,6 +25,7 @@ class Budget:
     matrix: int = 448 * MIB  # less than H of the 3B's down_proj takes: three of it would not fit into 3 GiB
     factor: int = 160 * MIB
     read_ahead: bool = True
+    limit: int | None = None
 
 
 DEFAULT = Budget()

@@ -142,7 +142,6 @@ def free_memory(device: torch.device) -> None:
     """Give memory back that was freed but is kept: by the accelerator, and by the C library, as glibc does."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
-
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)

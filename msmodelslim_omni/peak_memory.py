@@ -7,6 +7,7 @@ measured; only the process itself is.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from .budget import DEFAULT, MIB, NO_SAMPLES, Budget, Extent
@@ -19,9 +20,9 @@ from .plan import QuantPlan
 # The interpreter, torch and transformers' classes; with a processor and decoded media, those too.
 _PROCESS = 330 * MIB
 _PROCESS_WITH_MEDIA = 620 * MIB
+_BITSANDBYTES = 80 * MIB  # with what it takes for itself on each thread
 _BLOCKS = 64 * MIB  # pieces of a weight that are worked on, written or copied
 _TOWER_TOKENS = 96 * 1024  # bytes of activations per token in the towers
-_DATA_FREE = 1536 * MIB
 _HEADROOM = 0.05  # what the C library keeps of what was freed
 
 # Of a limit that the user sets; the rest is for what is foretold too low, by a tenth at most where it was measured.
@@ -45,16 +46,20 @@ def peak_memory(plan: QuantPlan, extent: Extent) -> int:
 def phase_memory(plan: QuantPlan, extent: Extent) -> dict[str, int]:
     """What each phase holds, in bytes."""
     layer = _Layer(plan)
-    waiting = layer.stored if plan.budget.read_ahead else 0
     if extent == NO_SAMPLES:
-        held = {"layers": _PROCESS + layer.stored + waiting + 2 * layer.integers + _BLOCKS}
+        # A Linear and the next; integers of a layer that is written, and of one that is in work.
+        waiting = layer.widest_stored if plan.budget.read_ahead else 0
+        held = {"layers": _PROCESS + layer.widest_stored + waiting + 2 * layer.integers + _BLOCKS}
     else:
+        waiting = layer.stored if plan.budget.read_ahead else 0
         held = {"towers": _towers(plan, extent), **_calibrated(plan, layer, waiting, extent)}
-    return {phase: int(size * (1 + _HEADROOM)) for phase, size in held.items()}
+    schemes = {scheme for planned in plan.layers for scheme in planned.schemes.values()}
+    more = _BITSANDBYTES if any(scheme.codebook for scheme in schemes) else 0
+    return {phase: int((size + more) * (1 + _HEADROOM)) for phase, size in held.items()}
 
 
 class _Layer:
-    """Sizes of a decoder layer: as stored, in float32, as integers; its widest Linear and group, in weights."""
+    """Sizes of a decoder layer and its widest Linear: bytes as stored, and weights, which are the bytes as integers."""
 
     def __init__(self, plan: QuantPlan) -> None:
         shapes = plan.layer_spec.shapes
@@ -62,6 +67,7 @@ class _Layer:
         self.numel = {linear: shapes[f"{linear}.weight"][0] * shapes[f"{linear}.weight"][1]
                       for linear in plan.layer_spec.linears}  # fmt: skip
         self.stored = sum(info.nbytes for info in infos)
+        self.widest_stored = max(info.nbytes for info in infos)
         self.integers = sum(self.numel.values())
         self.widest = max(self.numel.values())
         self.inputs = {group.name: shapes[f"{group.linears[0]}.weight"][1] for group in plan.layer_spec.groups}
@@ -116,17 +122,24 @@ def _gram_bytes(budget: Budget, width: int, extent: Extent) -> tuple[int, int]:
     return 4 * width * sum(rows), 4 * width * sum(rows)
 
 
-def unasked(plan: QuantPlan, extent: Extent) -> QuantPlan:
-    """The plan of a run that was given no limit. A data-free one reads ahead within 1.5 GiB only; it loses no time by
-    that, since it copies the rest of the checkpoint meanwhile.
-    """
-    fits = extent != NO_SAMPLES or peak_memory(plan, extent) <= _DATA_FREE
-    return plan if fits else replace(plan, budget=replace(plan.budget, read_ahead=False))
-
-
 def within(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
     """The plan with the most generous budget that stays below a limit. Raises QuantError where none does."""
-    for matrix, factor, read_ahead in _FRUGAL:
+    return _within(plan, extent, limit, _FRUGAL)
+
+
+def settled(plan: QuantPlan, extent: Extent) -> QuantPlan:
+    """The plan with its limit, if it has one, shared out anew, now that the extent is no longer an assumed one.
+
+    H, on which results depend, keeps its room. Raises QuantError where too little is left for the rest.
+    """
+    budget = plan.budget
+    if budget.limit is None:
+        return plan
+    return _within(plan, extent, budget.limit, [way for way in _FRUGAL if way[:2] == (budget.matrix, budget.factor)])
+
+
+def _within(plan: QuantPlan, extent: Extent, limit: int, ways: Sequence[tuple[int, int, bool]]) -> QuantPlan:
+    for matrix, factor, read_ahead in ways:
         least = Budget(0, 0, 0, matrix, factor, read_ahead)
         needed = phase_memory(replace(plan, budget=least), extent)
         if max(needed.values()) <= _USED * limit:
@@ -134,11 +147,13 @@ def within(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
             towers = left.pop("towers", 0)
             arguments = min(left.values()) // 4
             hidden = min(left.values()) - arguments
-            return replace(plan, budget=replace(least, hidden=hidden, arguments=arguments, towers=towers))
+            budget = replace(least, hidden=hidden, arguments=arguments, towers=towers, limit=limit)
+            return replace(plan, budget=budget)
     heaviest = max(needed, key=lambda phase: needed[phase])
     least_gib = math.ceil(needed[heaviest] / _USED / 2**30 * 100) / 100
+    samples = f", {extent.tokens} tokens, {extent.longest} in one sample" if extent != NO_SAMPLES else ""
     raise QuantError(
-        f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({heaviest})",
+        f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({heaviest}{samples})",
         f"give --max_memory {least_gib}GiB"
         + (", lower calibration.max_tokens or max_pixels, or take a data-free recipe" if extent != NO_SAMPLES else ""),
     )

@@ -27,6 +27,7 @@ from .errors import QuantError
 from .forecast import forecast
 from .judging import Errors, LayerProbe, zero_errors
 from .measure import record_layer
+from .models.spec import LayerSpec
 from .outputs import Outputs
 from .plan import LayerPlan, QuantPlan
 from .preparation import Prepared, fingerprint, prepare
@@ -197,20 +198,51 @@ def _open_stream(prepared: Prepared, folder: Path, progress: Progress, clock: Cl
 def _quantized_layers(
     prepared: Prepared, stream: CalibrationStream | None, first: int, clock: Clock
 ) -> Iterator[tuple[int, Results, dict[str, Any]]]:
-    """Each layer's number, what became of it, and its record; the next one is read meanwhile."""
+    """Each layer's number, what became of it, and its record; what is next is read meanwhile."""
+    if stream is None:
+        yield from _rounded_layers(prepared, first, clock)
+        return
     plan, device = prepared.plan, prepared.device.torch
     with Background() as reading:
         for layer in plan.layers[first:]:
             with clock("read"):
-                weights = reading.result() if reading.busy else _load_layer(plan, layer, stream is not None)
-            if plan.budget.read_ahead and layer.index + 1 < len(plan.layers):
-                reading.start(_load_layer, plan, plan.layers[layer.index + 1], stream is not None)
+                weights = reading.result() if reading.busy else _load(plan, layer.index, plan.layer_spec)
+            if stream.budget.read_ahead and layer.index + 1 < len(plan.layers):
+                reading.start(_load, plan, layer.index + 1, plan.layer_spec)
             work, record = _quantize_layer(prepared, layer, weights, stream, clock)
             results = _results(plan, work)
             del work, weights  # not held while the layer before is written
             yield layer.index, results, record
             del results
             free_memory(device)
+
+
+def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tuple[int, Results, dict[str, Any]]]:
+    """The same of a data-free run, which needs no more of a layer at once than a Linear and the next."""
+    plan, device = prepared.plan, prepared.device.torch
+    linears = plan.layer_spec.linears
+    turns = [(layer, linear) for layer in plan.layers[first:] for linear in linears]
+    quantized: dict[str, QuantizedLinear] = {}
+    records: list[dict[str, Any]] = []
+    with Background() as reading:
+        for turn, (layer, linear) in enumerate(turns, start=1):
+            spec = plan.layer_spec.of(linear)
+            with clock("read"):
+                weights = reading.result() if reading.busy else _load(plan, layer.index, spec)
+            if plan.budget.read_ahead and turn < len(turns):
+                next_layer, next_linear = turns[turn]
+                reading.start(_load, plan, next_layer.index, plan.layer_spec.of(next_linear))
+            on_device = {name: tensor.to(device) for name, tensor in weights.items()}
+            loaded = LayerWork(layer.index, spec, layer.schemes, on_device, team=prepared.team)
+            work = _process(layer.of(linear), loaded, clock)
+            with clock("measure"):
+                records.append(record_layer(plan, layer, work, None))
+            quantized |= _results(plan, work)[0]
+            del work, loaded, weights, on_device
+            if len(records) == len(linears):
+                yield layer.index, (quantized, {}), {**records[0], "linears": [r["linears"][0] for r in records]}
+                quantized, records = {}, []
+                free_memory(device)
 
 
 def _unit(layer: int) -> str:
@@ -250,28 +282,22 @@ def _quantize_layer(
     prepared: Prepared,
     layer: LayerPlan,
     weights: dict[str, torch.Tensor],
-    stream: CalibrationStream | None,
+    stream: CalibrationStream,
     clock: Clock,
 ) -> tuple[LayerWork, dict[str, Any]]:
     """One decoder layer: capture -> process -> propagate -> measure. Returns it quantized, and its record."""
     plan = prepared.plan
     on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
     work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
-    output = None
-    if stream is None:
-        work = _process(layer, work, clock)
-    else:
-        with clock("forward"):
-            seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
-        probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
-        seen = replace(seen, stats={})  # H of each modality
-        loaded = replace(
-            work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance
-        )
-        work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
-        work, judged = _judged(plan, loaded, work, probe, clock)
-        with clock("propagate"):
-            output = stream.advance(layer.index, partial(_module, plan, work), judged)
+    with clock("forward"):
+        seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
+    probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
+    seen = replace(seen, stats={})  # H of each modality
+    loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
+    work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
+    work, judged = _judged(plan, loaded, work, probe, clock)
+    with clock("propagate"):
+        output = stream.advance(layer.index, partial(_module, plan, work), judged)
     with clock("measure"):
         return work, record_layer(plan, layer, work, output)
 
@@ -339,13 +365,10 @@ def _no_worse_than_rounding(
     return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
 
-def _load_layer(plan: QuantPlan, layer: LayerPlan, calibrated: bool) -> dict[str, torch.Tensor]:
-    """The layer's tensors in their stored dtype. A data-free run leaves the check for NaN to the rounding itself."""
-    weights = {}
-    for relative, shape in plan.layer_spec.shapes.items():
-        load = plan.checkpoint.load_finite if calibrated or len(shape) == 1 else plan.checkpoint.load
-        weights[relative] = load(plan.model.layer_name(layer.index, relative))
-    return weights
+def _load(plan: QuantPlan, index: int, spec: LayerSpec) -> dict[str, torch.Tensor]:
+    """Tensors of a layer in their stored dtype. A data-free run leaves the check for NaN to the rounding itself."""
+    load = plan.checkpoint.load if plan.dataset is None else plan.checkpoint.load_finite
+    return {relative: load(plan.model.layer_name(index, relative)) for relative in spec.shapes}
 
 
 def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:

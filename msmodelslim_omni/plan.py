@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class LayerPlan:
     index: int
     schemes: dict[str, QuantScheme]  # by relative name; a Linear that is not here stays float
     steps: tuple[Step, ...]
+
+    def of(self, linear: str) -> LayerPlan:
+        """What is planned for one Linear of the layer."""
+        return replace(self, steps=tuple(replace(step, linears=step.linears & {linear}) for step in self.steps))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from .errors import QuantError
 from .forecast import Forecast, assumed_extent, forecast
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
-from .peak_memory import unasked, within
+from .peak_memory import within
 from .plan import QuantPlan, make_plan, refuse_quantized
 from .progress import Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
@@ -79,7 +79,8 @@ def prepare(
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
     extent = assumed_extent(plan, calib)
-    plan = unasked(plan, extent) if max_memory is None else within(plan, extent, max_memory)
+    if max_memory is not None:
+        plan = within(plan, extent, max_memory)
     if extent.modalities == 1:
         plan = replace(plan, budget=replace(plan.budget, towers=0))  # text alone: nothing will ask for their weights
     return Prepared(plan, chosen, calib, forecast(plan, extent), team)

@@ -374,6 +374,7 @@ class PlacedShard:
             written += self._write_at(info.start + written, chunk)
         if written != info.nbytes:
             raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {info.nbytes}")
+        self._let_go(info.start, info.nbytes)
         return crc
 
     def _write_at(self, start: int, chunk: memoryview) -> int:
@@ -395,6 +396,16 @@ class PlacedShard:
     def sync(self) -> None:
         """Return when all that was put is on the disk."""
         os.fsync(self._stream.fileno())
+        self._let_go(0, 0)
+
+    def _let_go(self, start: int, nbytes: int) -> None:
+        """Have the disk begin to write this part (of 0 bytes: all from `start` on); what it has leaves the page cache.
+
+        Nobody here reads it again. The pages serve the next tensors instead of fresh ones, whose first touch is slow,
+        and the source's stay where they are.
+        """
+        if hasattr(os, "posix_fadvise"):  # not on a Mac
+            os.posix_fadvise(self._stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         """Sync, and give the file its name. The caller knows that every tensor was put."""

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 
 from .arithmetic import relative_error
-from .budget import Extent
+from .budget import Budget, Extent
 from .calibration import CalibSample, CalibSet, prepare_sample, told_of
 from .capture import InputRecorder, InputStats, choose_rows, run_layer
 from .device import free_modules
 from .errors import QuantError
 from .judging import Errors, LayerProbe, added, choose_judges, held_out, importance, squared_errors
 from .models.spec import MODALITIES, LayerInput, LayerSpec, MediaLimits
+from .peak_memory import settled
 from .plan import QuantPlan
 from .progress import Progress
 from .sample_store import HiddenStates, StemStore
@@ -75,6 +76,8 @@ class CalibrationStream:
         self._held_out = held_out(self._judges, self._modalities)
         self._refuse_weightless()
         self._importance = importance(self._plan.calibration.modality_weights, self._counts(self._held_out))
+        self._plan = settled(self._plan, self.extent())
+        self._stem = StemStore(self._folder / "stem", self.budget.arguments)
 
     def _refuse_weightless(self) -> None:
         """Samples that were left out may have been the only ones of the modalities that weigh anything."""
@@ -118,6 +121,11 @@ class CalibrationStream:
 
     def tokens_by_modality(self) -> dict[str, int]:
         return {name: count for name, count in zip(MODALITIES, self._counts(), strict=True) if count}
+
+    @property
+    def budget(self) -> Budget:
+        """The plan's, until `prepare` knows how much there is to run."""
+        return self._plan.budget
 
     def extent(self) -> Extent:
         lengths = [len(modality) for modality in self._modalities]

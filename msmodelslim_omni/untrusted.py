@@ -1,19 +1,25 @@
 """Files that nobody vouches for: opened only if they are regular, read up to a limit, parsed up to a depth.
 
-A pipe, a device or a JSON of a thousand levels in a folder from elsewhere must neither hang the command nor break it.
-What is wrong is raised as OSError or ValueError; the callers say which file it was.
+A pipe, a device, a JSON of a thousand levels or a template of endless loops in a folder from elsewhere must neither
+hang the command nor break it. What is wrong is raised as OSError or ValueError; the callers say which file it was.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import os
 import stat
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 # Far above any real file, far below where Python's own recursion ends.
 MAX_DEPTH = 64
@@ -55,6 +61,27 @@ def parse_json(text: str, *, unique: bool = False) -> Any:
     if level:
         raise ValueError(f"it is nested too deeply, more than {MAX_DEPTH} levels")
     return value
+
+
+def within_seconds(call: Callable[[], T], seconds: float) -> T:
+    """What the call gives. Raises TimeoutError if it takes longer; it is then stopped at its next step in Python."""
+    task: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            task.set_result(call())
+        except BaseException as error:  # handed to the caller
+            task.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        return task.result(seconds)
+    except FutureTimeoutError as error:
+        raise TimeoutError(f"not done in {seconds} s") from error  # in Python 3.10 they are not the same
+    finally:
+        if not task.done():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
 def _inside(container: Any) -> Iterable[Any]:

@@ -15,7 +15,6 @@ from command import DATA, Answer, StopAt, command, files, quant, write_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_tiny_omni import make_tiny_omni
-from test_plan import _remembered_shapes  # noqa: F401
 from tiny_layer import SPEC, Sample, build, layer_weights, output, record, sample, token_counts
 
 from msmodelslim_omni.analysis import Round, as_markdown, exclude_text

@@ -11,7 +11,7 @@ from grams import FORMS, Form, as_factor, as_matrix
 from msmodelslim_omni.arithmetic import QuantizedLinear, dequantize, quantize_weight
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.processors import gptq
-from msmodelslim_omni.processors.gptq import DAMPING, Triangle, factorize, round_in_order
+from msmodelslim_omni.processors.gptq import DAMPING, Triangle, factorize, parts, round_in_order
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, enough_for_gptq, round_group, triangle_for
 from msmodelslim_omni.scheme import QuantScheme
 
@@ -255,10 +255,21 @@ def test_a_few_enormous_activations(form: Form, size: float) -> None:
 def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "_PART", 32 * 500)
     x, weight = tokens(80, width=32), normal(540, 32, seed=1)
-    triangle, grid = factorize(as_matrix(x)), quantize_weight(weight, MINMAX)
-    whole = round_in_order(weight, grid, triangle)
-    last = round_in_order(weight[-40:], quantize_weight(weight[-40:], MINMAX), triangle)
-    assert float((whole.qweight[-40:] == last.qweight).double().mean()) > 0.99
+    assert [(rows.start, rows.stop) for rows in parts(weight)] == [(0, 270), (270, 540)]
+    gram = as_matrix(x)
+    triangle = factorize(gram)
+    in_parts = round_group([("a", weight)], {"a": ASYM}, gram, triangle)["a"]
+    at_once = round_in_order(weight, in_parts, triangle)
+    assert float((in_parts.qweight == at_once.qweight).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [((2048, 11008), [1024] * 2), ((3584, 3584), [3584]), ((18944, 3584), [3158] * 5 + [3154]), ((5, 1), [5])],
+)
+def test_parts_are_equal_and_even_in_number(shape: tuple[int, int], sizes: list[int]) -> None:
+    weight = torch.empty(1).expand(shape)  # no memory
+    assert [len(range(shape[0])[rows]) for rows in parts(weight)] == sizes
 
 
 def test_the_same_again_gives_the_same_bytes_and_changes_no_input() -> None:

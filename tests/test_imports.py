@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "media": {"errors"},
     "safetensors_io": {"errors", "untrusted"},
     "checkpoint": {"errors", "safetensors_io", "untrusted"},
-    "models.*": {"errors", "checkpoint"},
+    "models.*": {"errors", "checkpoint", "untrusted"},
     "gram": {"team"},
     "background": set(),
     "fidelity": set(),
@@ -89,7 +89,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "judging": {"arithmetic", "capture", "models.spec", "recipe", "team"},
     "stream": BASIS
     | {"arithmetic", "budget", "calibration", "capture", "device", "judging", "models.spec", "plan", "progress"}
-    | {"sample_store", "team"},
+    | {"peak_memory", "sample_store", "team"},
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
     "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
     "inspection": {

@@ -12,7 +12,6 @@ from command import command
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from outputs import edit_config, edited, without
-from test_plan import _remembered_shapes  # noqa: F401
 
 from msmodelslim_omni.arithmetic import dequantize
 from msmodelslim_omni.assembly import make_job

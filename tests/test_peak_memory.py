@@ -18,7 +18,7 @@ from msmodelslim_omni import QuantError
 from msmodelslim_omni.budget import DEFAULT, MIB, NO_SAMPLES, Extent
 from msmodelslim_omni.forecast import assumed_extent, forecast
 from msmodelslim_omni.models.spec import MODALITIES
-from msmodelslim_omni.peak_memory import peak_memory, phase_memory, within
+from msmodelslim_omni.peak_memory import peak_memory, phase_memory, settled, within
 from msmodelslim_omni.plan import QuantPlan
 from msmodelslim_omni.preparation import prepare
 
@@ -107,6 +107,34 @@ def test_a_limit_changes_no_byte(kind: str, tiny: Path, index: Path, tmp_path: P
     quant(tiny, tmp_path / "least", *common, "--max_memory", least[1]).done()
     quant(tiny, tmp_path / "default", *common).done()
     assert files(tmp_path / "least") == files(tmp_path / "default")
+
+
+def test_the_limit_is_shared_out_anew_once_the_tokens_are_known(plan: QuantPlan) -> None:
+    """Not H's part: the work folder was made for it."""
+    assumed, true, far = Extent(10_000, 1024, 4), Extent(60_000, 1500, 4), Extent(60_000, 32_000, 4)
+    first = within(plan, assumed, 1400 * MIB)
+    then = settled(first, true)
+    assert (then.budget.matrix, then.budget.factor) == (first.budget.matrix, first.budget.factor)
+    assert then.budget.hidden < first.budget.hidden
+    assert peak_memory(then, true) <= 1400 * MIB < peak_memory(first, far)
+    needs = r"1\.37 GiB are allowed, and this run needs .* 60000 tokens, 32000 in one sample"
+    with pytest.raises(QuantError, match=needs):
+        settled(first, far)
+    assert settled(plan, far) == plan  # no limit
+
+
+def test_samples_that_are_longer_than_assumed(tiny: Path, tmp_path: Path) -> None:
+    """Foretold from the bytes of the text; where it has more tokens than that, the run stops before its first layer."""
+    index = write_index(tmp_path / "data", {"text": "1 2 3 4 " * 400})
+    words = ("--config_path", fast_recipe(tmp_path), "--dataset", index)
+    plan = prepare(tiny, device="cpu", config_path=str(fast_recipe(tmp_path)), dataset=str(index))
+    limit = round(plan.forecast.peak_memory_bytes / 0.9 * 1.01)
+    refused = quant(tiny, tmp_path / "out", *words, "--max_memory", limit)
+    assert "GiB are allowed, and this run needs" in refused.fault() and "towers 1/1" in refused.err
+    assert not (tmp_path / "out" / "config.json").exists()
+    enough = re.search(r"--max_memory ([\d.]+GiB)", refused.err)
+    assert enough is not None
+    quant(tiny, tmp_path / "out", *words, "--max_memory", enough[1]).done()
 
 
 def test_a_limit_that_is_no_size(tiny: Path, tmp_path: Path) -> None:

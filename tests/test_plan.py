@@ -30,22 +30,6 @@ QCONFIG = {"act": {}, "weight": {}}
 LAYER = "thinker.model.layers.{}."
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _remembered_shapes() -> Iterator[None]:
-    """The library's class is built once per config.json instead of once per test: a second each."""
-    real, known = qwen2_5_omni.expected_tensors, {}
-
-    def remembered(config: dict[str, Any]) -> Any:
-        key = json.dumps(config, sort_keys=True)
-        if key not in known:
-            known[key] = real(config)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(qwen2_5_omni, "expected_tensors", remembered)
-        yield
-
-
 def linear_quant(**keys: Any) -> dict[str, Any]:
     return {"type": "linear_quant", "qconfig": QCONFIG, **keys}
 

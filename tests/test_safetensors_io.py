@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from msmodelslim_omni.safetensors_io import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
     TORCH_DTYPES,
+    PlacedShard,
     SafetensorsWriter,
     TensorSpec,
     load_finite,
@@ -379,6 +381,32 @@ def test_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
         assert not (tmp_path / "x").exists()
         writer.write("small", torch.zeros(3, dtype=torch.int8))
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def cached(path: Path) -> bool:
+    """Whether the page cache has the second megabyte of a file. Looking brings it there, so look once."""
+    with path.open("rb", buffering=0) as stream:
+        try:
+            return os.preadv(stream.fileno(), [bytearray(1 << 20)], 1 << 20, os.RWF_NOWAIT) > 0
+        except BlockingIOError:
+            return False
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what is cached")
+def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path: Path) -> None:
+    tensor = random_tensor(torch.float32, (4 << 20,))
+    (tmp_path / "plain").write_bytes(raw_bytes(tensor))
+    with (tmp_path / "plain").open("rb") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(tmp_path / "plain"):
+        pytest.skip("this file system is one of memory")
+    shard = PlacedShard(tmp_path / "x", [TensorSpec("a", "F32", (4 << 20,))])
+    shard.put("a", tensor)
+    shard.sync()
+    assert not cached(tmp_path / "x.partial")
+    shard.close()
+    assert_same(load_tensor(read_header(tmp_path / "x")["a"]), tensor)
 
 
 # --- NaN and Inf ---------------------------------------------------------------------------------------------

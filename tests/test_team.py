@@ -19,7 +19,7 @@ from msmodelslim_omni.gram import GramBuilder
 from msmodelslim_omni.packing import pack, unpack
 from msmodelslim_omni.processors import gptq
 from msmodelslim_omni.processors.gptq import factorize, parts
-from msmodelslim_omni.processors.rounding import _rounded
+from msmodelslim_omni.processors.rounding import rounded_parts
 from msmodelslim_omni.safetensors_io import load_tensor, read_header
 from msmodelslim_omni.scheme import QuantScheme
 from msmodelslim_omni.team import ALONE, Split, Team
@@ -101,11 +101,13 @@ def test_parts_of_a_linear_have_the_bits_of_the_whole(method: str, monkeypatch: 
     builder = GramBuilder(64, None, CPU, 0)
     builder.add(x)
     gram = builder.finish()
-    whole = _rounded(weight, scheme, gram.diagonal_blocks(32), factorize(gram))
-    first, _, last = (torch.arange(612)[rows] for rows in parts(weight))
-    rows = torch.cat([first, last])
-    ends = _rounded(weight[rows], scheme, gram.diagonal_blocks(32), factorize(gram))
-    assert torch.equal(whole.qweight[rows], ends.qweight) and torch.equal(whole.scales[rows], ends.scales)
+    blocks = [weight[rows] for rows in parts(weight)]
+    importance, triangle = gram.diagonal_blocks(32), factorize(gram)
+    whole = rounded_parts(blocks, scheme, importance, triangle)
+    ends = rounded_parts([blocks[0], blocks[-1]], scheme, importance, triangle)
+    assert [len(block) for block in blocks] == [153] * 4
+    for there, here in zip([whole[0], whole[-1]], ends, strict=True):
+        assert torch.equal(there.qweight, here.qweight) and torch.equal(there.scales, here.scales)
 
 
 # --- two processes -------------------------------------------------------------------------------------------

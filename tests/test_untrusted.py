@@ -9,8 +9,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,10 @@ from msmodelslim_omni.aside import write_aside
 from msmodelslim_omni.calibration import load_calib_set
 from msmodelslim_omni.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
 from msmodelslim_omni.doctor import examine
-from msmodelslim_omni.models import MODEL_TYPES
+from msmodelslim_omni.models import MODEL_TYPES, qwen2_5_media
 from msmodelslim_omni.recipe import MAX_RECIPE_BYTES, load_recipe
 from msmodelslim_omni.safetensors_io import read_header
-from msmodelslim_omni.untrusted import MAX_DEPTH, open_regular, parse_json, read_regular
+from msmodelslim_omni.untrusted import MAX_DEPTH, open_regular, parse_json, read_regular, within_seconds
 
 OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
 ROOT = Path(__file__).parent.parent
@@ -271,11 +273,16 @@ def test_writing_replaces_a_link_and_not_what_it_leads_to(tmp_path: Path) -> Non
 
 # --- code and templates in a checkpoint ----------------------------------------------------------------------
 
-_PRINTS = '{{ cycler.__init__.__globals__.os.system("touch executed") }}'
+_TEMPLATES = {
+    "template that runs code": '{{ cycler.__init__.__globals__.os.system("touch executed") }}',
+    "template without end": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "template of loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+}
 
 
 @pytest.mark.parametrize(
-    "damage", ["template that runs code", "template without end", "auto_map", "tokenizer", "preprocessor"]
+    "damage",
+    ["template that runs code", "template without end", "template of loops", "auto_map", "tokenizer", "preprocessor"],
 )
 def test_no_code_of_a_checkpoint_runs(
     damage: str, tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -283,7 +290,8 @@ def test_no_code_of_a_checkpoint_runs(
     monkeypatch.chdir(tmp_path)
     (tiny_copy / "evil.py").write_text("import pathlib\npathlib.Path('executed').touch()\nclass C: pass\n")
     if damage.startswith("template"):
-        ends = _PRINTS if "runs" in damage else "{% for i in range(10 ** 9) %}x{% endfor %}"
+        monkeypatch.setattr(qwen2_5_media, "_TEMPLATE_SECONDS", 1)
+        ends = _TEMPLATES[damage]
         for name in ("chat_template.jinja", "chat_template.json"):
             (tiny_copy / name).unlink(missing_ok=True)
         (tiny_copy / "chat_template.json").write_text(json.dumps({"chat_template": ends}))
@@ -302,8 +310,26 @@ def test_no_code_of_a_checkpoint_runs(
     if damage == "auto_map":
         answer.done()
     else:
-        answer.fault()
+        assert ("chat template takes more than 1 s" in answer.fault()) == (damage == "template of loops")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_call_that_takes_too_long_is_stopped() -> None:
+    steps = count()
+
+    def endless() -> None:
+        for _ in steps:
+            pass
+
+    with pytest.raises(TimeoutError):
+        within_seconds(endless, 0.1)
+    time.sleep(0.5)  # for the thread to see that it is to end
+    reached = next(steps)
+    time.sleep(0.1)
+    assert next(steps) == reached + 1
+    assert within_seconds(lambda: 7, 10) == 7
+    with pytest.raises(ZeroDivisionError):
+        within_seconds(lambda: 1 // 0, 10)
 
 
 # --- memory --------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from command import DATA, files, int4_recipe, quant, stop_at, thinker_inputs, wr
 from make_tiny_omni import make_tiny_omni
 from safetensors.torch import load_file, save_file
 from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, load_thinker, logits, relative
-from test_plan import _remembered_shapes  # noqa: F401
 from test_resume import finished_layers, start
 from tiny_layer import arguments
 
@@ -288,7 +287,7 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     index = write_index(folder / "data", {"text": "One sentence."})
     plan = prepare(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index)).plan
     layer = plan.layers[0]
-    weights = pipeline._load_layer(plan, layer, True)
+    weights = pipeline._load(plan, layer.index, plan.layer_spec)
     loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=importance("tokens", [40, 0, 0, 0]))
     module = pipeline._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)

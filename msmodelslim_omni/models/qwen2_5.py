@@ -7,6 +7,7 @@ The library has a decoder layer and a tower class of its own for each; their nam
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ PROCESSORS = frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq"})
 
 # More than any model has: what a hostile config.json may make us build.
 _MAX_LAYERS = 1024
+
+# What the library's classes gave for the content of a config.json, by the names of the modules.
+_MOST_BUILT = 8
+_built_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
 DiskName = Callable[[str], str]  # a module's tensor -> its name on disk
 
@@ -105,26 +110,36 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Every tensor that config.json implies: decoder layers from our table, the rest from the library's class.
 
-    build: gives the library's whole model with one decoder layer. It is built on the meta device, so that this takes no
-    memory and little time.
+    build: gives the library's whole model with one decoder layer. It takes a second, so one config.json after another
+    of the same content is not built again.
     """
-    import torch
-
     layers, layer_shapes = num_layers(text), layer_spec(text).shapes
-    library()
-    refuse_depth(config)
-    try:
-        with torch.device("meta"):
-            model = build()
-    except Exception as error:  # whatever a config.json of another shape makes the library raise
-        raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
-    shapes = {disk_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    key = json.dumps([layer_prefix, config], sort_keys=True)
+    if key not in _built_shapes:
+        refuse_depth(config)
+        if len(_built_shapes) == _MOST_BUILT:
+            _built_shapes.clear()
+        _built_shapes[key] = _shapes_of(build)
     first = layer_prefix.format(index=0)
+    shapes = {disk_name(name): shape for name, shape in _built_shapes[key].items()}
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
     for index in range(layers):
         prefix = layer_prefix.format(index=index)
         shapes.update({prefix + name: shape for name, shape in layer_shapes.items()})
     return shapes
+
+
+def _shapes_of(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+    """Of a module that is built on the meta device, so that it takes no memory."""
+    import torch
+
+    library()
+    try:
+        with torch.device("meta"):
+            module = build()
+    except Exception as error:  # whatever a config.json of another shape makes the library raise
+        raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def refuse_depth(config: Any, key: str = "config") -> None:

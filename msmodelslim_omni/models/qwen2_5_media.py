@@ -6,14 +6,18 @@ version of them. What a processor takes besides pictures and frames is its model
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from ..untrusted import within_seconds
 from .qwen2_5 import library
 from .spec import MODALITIES, MediaLimits, ModelInputs
 
 Messages = list[dict[str, Any]]
+
+_TEMPLATE_SECONDS = 30  # a program of the checkpoint's, in a sandbox that bounds each loop but not loops in loops
 
 # Pixels below which the library enlarges a video frame.
 _SMALLEST_FRAME = 128 * 28 * 28
@@ -91,7 +95,14 @@ class VisionProcessor:
         """
 
         def rendered(turns: list[dict[str, Any]], to_answer: bool) -> str:
-            text: str = self._processor.apply_chat_template(turns, add_generation_prompt=to_answer, tokenize=False)
+            call = partial(self._processor.apply_chat_template, turns, add_generation_prompt=to_answer, tokenize=False)
+            try:
+                text: str = within_seconds(call, _TEMPLATE_SECONDS)
+            except TimeoutError as error:
+                raise QuantError(
+                    f"the checkpoint's chat template takes more than {_TEMPLATE_SECONDS} s",
+                    "fetch chat_template.json again",
+                ) from error
             return text
 
         if messages[-1]["role"] != "assistant":

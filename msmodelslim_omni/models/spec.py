@@ -7,7 +7,7 @@ transformers version. Inside one layer, names are relative to the layer (`self_a
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -55,6 +55,11 @@ class LayerSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(linear for group in self.groups for linear in group.linears)
+
+    def of(self, linear: str) -> LayerSpec:
+        """One Linear's weight, without its bias, and what it is of the layer."""
+        groups = tuple(replace(group, linears=(linear,)) for group in self.groups if linear in group.linears)
+        return LayerSpec(groups, {f"{linear}.weight": self.shapes[f"{linear}.weight"]})
 
     @property
     def cache_width(self) -> int:

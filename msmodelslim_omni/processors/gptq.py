@@ -14,17 +14,18 @@ blocks B before, L below the diagonal is R_Jᵀ V_B with V_B = P R_B L_BB^-T. Th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import QuantizedLinear, linear_rows, map_row_blocks, round_to_grid, row_blocks
+from ..arithmetic import QuantizedLinear, round_to_grid
 from ..gram import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128
 _STRIP = 32  # of a block, within which errors are handed on one by one; to the rest of it all at once
-_PART = 13 << 20  # weights rounded at once by one thread; with fewer the products are too narrow to be fast
+_PART = 13 << 20  # weights rounded at once by one thread, at most; with few the products are too narrow to be fast
 
 
 @dataclass(frozen=True)
@@ -95,28 +96,18 @@ def _of_factor(r: torch.Tensor, order: torch.Tensor, damping: float) -> Triangle
     return Triangle(order, inner, below, r)
 
 
-def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> QuantizedLinear:
-    """The weight rounded to the levels of `grid`, whose own integers are not used. weight: [out, in] float32.
-
-    Output channels do not depend on one another; see map_row_blocks.
-    """
-
-    def part(rows: slice) -> torch.Tensor:
-        return _round_rows(weight[rows], linear_rows(grid, rows), triangle)
-
-    return replace(grid, qweight=torch.cat(map_row_blocks(part, weight, _part_size(weight))))
-
-
 def parts(weight: torch.Tensor) -> list[slice]:
-    """Output channels of [out, in] that are rounded at once."""
-    return row_blocks(weight, _part_size(weight))
+    """Output channels of [out, in] that are rounded at once: they do not depend on one another.
+
+    One part is all, or there is an even number of equal ones, so that two threads have as much to do.
+    """
+    count = math.ceil(weight.numel() / (_PART if weight.device.type == "cpu" else 4 * _PART))
+    step = math.ceil(len(weight) / (count + count % 2 if count > 1 else 1))
+    return [slice(first, first + step) for first in range(0, len(weight), step)]
 
 
-def _part_size(weight: torch.Tensor) -> int:
-    return _PART if weight.device.type == "cpu" else 4 * _PART
-
-
-def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> torch.Tensor:
+def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> QuantizedLinear:
+    """The weight rounded to the levels of `grid`, whose own integers are not used. weight: [out, in] float32."""
     order = triangle.order
     group_of = order // (weight.shape[1] // grid.scales.shape[1])  # of each input, in the order
     w = weight.T[order]  # [in, out]: an input's weights side by side
@@ -151,4 +142,4 @@ def _round_rows(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle)
             carried.addmm_(factor[:, block], errors)
     restored = torch.empty_like(q)
     restored[order] = q
-    return restored.T
+    return replace(grid, qweight=restored.T.contiguous())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..arithmetic import QuantizedLinear, linear_rows, quantize_weight
+from ..arithmetic import QuantizedLinear, map_blocks, quantize_weight
 from ..errors import QuantError
 from ..gram import Gram
 from ..scheme import QuantScheme
@@ -57,9 +57,8 @@ def round_group(
             blocks = [weight[rows] for rows in parts(weight)]
             whose = [(len(owners) + block) % team.size for block in range(len(blocks))]
             own = [block for block, owner in zip(blocks, whose, strict=True) if owner == team.rank]
-            if own:
-                part = weight if len(own) == len(blocks) else torch.cat(own)
-                mine += _blocks(_rounded(part, schemes[name], _importance(schemes[name], gram, triangle), triangle))
+            rounded = rounded_parts(own, schemes[name], _importance(schemes[name], gram, triangle), triangle)
+            mine += [[part.qweight, part.scales, part.zeros] for part in rounded]
             found[name] = len(blocks)
             owners += whose
     everyones = iter(Split(team, tuple(owners)).collected(mine))
@@ -78,21 +77,23 @@ def _importance(scheme: QuantScheme, gram: Gram | None, triangle: Triangle | Non
     return gram.diagonal_blocks(scheme.group_size) if gram is not None else None
 
 
-def _rounded(
-    weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None, triangle: Triangle | None
-) -> QuantizedLinear:
-    """One of gptq.py's parts at a time, so that some parts of a weight alone have the bits that they have in it."""
-    grids = [quantize_weight(weight[rows], scheme, importance) for rows in parts(weight)]
-    grid = _of_blocks([[grid.qweight, grid.scales, grid.zeros] for grid in grids], scheme)
-    if triangle is None or scheme.weight_method != "gptq":
-        return grid
-    return round_in_order(weight.to(torch.float32), grid, triangle)
+def rounded_parts(
+    blocks: Sequence[torch.Tensor],
+    scheme: QuantScheme,
+    importance: torch.Tensor | None,
+    triangle: Triangle | None,
+) -> list[QuantizedLinear]:
+    """gptq.py's parts of a weight, each by itself: they have the same bits whichever of them are here."""
+    grids = [quantize_weight(block, scheme, importance) for block in blocks]
+    if triangle is None or scheme.weight_method != "gptq" or not blocks:
+        return grids
+    given = triangle
 
+    def rounded(pair: tuple[torch.Tensor, QuantizedLinear]) -> QuantizedLinear:
+        block, grid = pair
+        return round_in_order(block.to(torch.float32), grid, given)
 
-def _blocks(linear: QuantizedLinear) -> list[list[torch.Tensor | None]]:
-    """Integers, scales and zero points of each part."""
-    cut = [linear_rows(linear, rows) for rows in parts(linear.qweight)]
-    return [[part.qweight, part.scales, part.zeros] for part in cut]
+    return map_blocks(rounded, list(zip(blocks, grids, strict=True)), blocks[0].device)
 
 
 def _of_blocks(blocks: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
