@@ -145,10 +145,12 @@ def open_team(device: str) -> Iterator[Team]:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    with _as_one_fault():
+    try:
         store, rank, size = next(rendezvous("env://"))
         # A program may quantize several times: what one team has left in the store is nothing to the next.
         store = PrefixStore(f"run {store.add(f'runs of {rank}', 1)}", store)
+    except RuntimeError as error:
+        raise _alone() from error
     team = Team(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     before = signal.signal(signal.SIGTERM, _stop)  # torchrun ends the processes that are left
     try:
@@ -161,10 +163,12 @@ def open_team(device: str) -> Iterator[Team]:
         yield team
         dist.destroy_process_group()
         signal.signal(signal.SIGTERM, before)
-    except (QuantError, OSError, KeyboardInterrupt):
+    except (_Stopped, QuantError, OSError, KeyboardInterrupt) as fault:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if not _is_first_to_tell(store):
             raise SystemExit(1) from None
+        if isinstance(fault, _Stopped):
+            raise _alone() from fault
         raise
 
 
@@ -181,13 +185,17 @@ def _as_one_fault() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise _stopped() from error
+        raise _Stopped from error
 
 
 def _stop(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _stopped()
+    raise _Stopped
 
 
-def _stopped() -> QuantError:
+def _alone() -> QuantError:
     return QuantError("another process of this run stopped", "run the same command again to go on")
+
+
+class _Stopped(BaseException):
+    """Another process is gone. Not a QuantError, which would be taken for a fault of what is at work just then."""

@@ -15,6 +15,8 @@ import torch
 from command import WORK, change_recipe, command, files, int4_recipe, mixed_index, quant, write_index
 from make_tiny_omni import make_tiny_omni
 
+from msmodelslim_omni import team
+from msmodelslim_omni.calibration import CalibSample, prepare_sample
 from msmodelslim_omni.gram import GramBuilder
 from msmodelslim_omni.packing import pack, unpack
 from msmodelslim_omni.processors import gptq
@@ -108,6 +110,21 @@ def test_parts_of_a_linear_have_the_bits_of_the_whole(method: str, monkeypatch: 
     assert [len(block) for block in blocks] == [153] * 4
     for there, here in zip([whole[0], whole[-1]], ends, strict=True):
         assert torch.equal(there.qweight, here.qweight) and torch.equal(there.scales, here.scales)
+
+
+def test_the_end_of_another_process_is_no_fault_of_the_sample_at_work() -> None:
+    """Else on_bad_sample: skip would leave the sample out."""
+
+    class Interrupted:
+        def prepare(self, *_: object) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, team._stop)
+    try:
+        with pytest.raises(team._Stopped):
+            prepare_sample(CalibSample("index.jsonl:1", (), False), Interrupted())  # type: ignore[arg-type]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- two processes -------------------------------------------------------------------------------------------
