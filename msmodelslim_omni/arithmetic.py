@@ -6,6 +6,7 @@ Left out on purpose: files, model names, and where a tensor comes from.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 # Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
 # (and in bounded memory) instead of being several times the weight.
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 3 << 18
 _PRODUCT_ELEMENTS = 1 << 22  # of a weight that is made of its integers for a product
 
 # Candidates of the `mse` clip: the scale is shrunk to these shares of the one that covers the whole range.
@@ -41,6 +42,7 @@ class QuantizedLinear:
     qweight: int8 [out, in], signed. scales: float32 [out, groups]; per channel there is one group.
     zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
     nested: what the scales are stored as where the scheme quantizes them too; `scales` are what that stands for.
+    error: |W - Ŵ| / |W|, where rounding has found it on the way; see weight_error.
     """
 
     qweight: torch.Tensor
@@ -48,6 +50,7 @@ class QuantizedLinear:
     scheme: QuantScheme
     zeros: torch.Tensor | None = None
     nested: NestedScales | None = None
+    error: float | None = None
 
 
 def quantize_weight(
@@ -69,31 +72,65 @@ def quantize_weight(
     """
     if scheme.codebook is not None:
         return _quantize_by_codebook(weight, scheme)
+    if scheme.group_size is None:
+        return _quantize_per_channel(weight, scheme)
     out_features, in_features = weight.shape
-    groups = in_features // scheme.group_size if scheme.group_size else 1
+    groups = in_features // scheme.group_size
     qweight = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
     scales = torch.empty((out_features, groups), dtype=torch.float32, device=weight.device)
     zeros = None if scheme.symmetric else torch.empty_like(scales, dtype=torch.int8)
 
     def round_rows(rows: slice) -> None:
         block = weight[rows].to(torch.float32)  # [rows, in]
-        absmax = block.abs().amax(dim=1, keepdim=True)
-        _refuse_nonfinite(absmax)
-        if scheme.group_size is None:
-            s = _channel_scales(block, absmax, scheme)
-            q, z = (block / s).round_().clamp_(*scheme.weight_range), None
-        else:
-            grouped = block.view(-1, groups, scheme.group_size)  # [rows, groups, g]
-            s, z = group_grid(grouped, scheme, importance)
-            q = round_to_grid(grouped, s, z, scheme).flatten(1)
-            s = s.squeeze(2)
-        scales[rows] = s
-        qweight[rows] = q
+        _refuse_nonfinite(block.abs().amax())
+        grouped = block.view(-1, groups, in_features // groups)  # [rows, groups, g]
+        s, z = group_grid(grouped, scheme, importance)
+        scales[rows] = s.squeeze(2)
+        qweight[rows] = round_to_grid(grouped, s, z, scheme).flatten(1)
         if zeros is not None and z is not None:
             zeros[rows] = z.squeeze(2).to(torch.int8)
 
     map_row_blocks(round_rows, weight)
     return QuantizedLinear(qweight, scales, scheme, zeros)
+
+
+def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+    """The error comes along: the weight and its integers are in the cache here, and would have to be widened again."""
+    qweight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scales = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
+    buffers = _Buffers(weight.device)
+
+    def round_rows(rows: slice) -> tuple[float, float]:
+        block, q = buffers.two(weight[rows].shape)  # [rows, in]
+        block.copy_(weight[rows])
+        absmax = torch.abs(block, out=q).amax(dim=1, keepdim=True)
+        _refuse_nonfinite(absmax)
+        signal = _sum_of_squares(q)
+        s = _channel_scales(block, absmax, scheme)
+        torch.div(block, s, out=q).round_().clamp_(*scheme.weight_range)
+        scales[rows], qweight[rows] = s, q
+        return _sum_of_squares(q.mul_(s).sub_(block)), signal
+
+    errors, signals = zip(*map_row_blocks(round_rows, weight), strict=True)
+    return QuantizedLinear(qweight, scales, scheme, error=relative_error(sum(errors), sum(signals)))
+
+
+class _Buffers(threading.local):
+    """float32 memory of each thread, kept from block to block: fresh memory takes longer than what is done in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._memory = torch.empty((2, 0), device=device)
+
+    def two(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+        if shape.numel() > self._memory.shape[1]:
+            self._memory = torch.empty((2, shape.numel()), device=self._memory.device)
+        block, other = self._memory[:, : shape.numel()]
+        return block.view(shape), other.view(shape)
+
+
+def _sum_of_squares(x: torch.Tensor) -> float:
+    """squared_norm, in the memory of x itself."""
+    return float(x.square_().sum(dim=-1).cpu().to(torch.float64).sum())
 
 
 def _refuse_nonfinite(absmax: torch.Tensor) -> None:
@@ -277,7 +314,9 @@ def dequantize(linear: QuantizedLinear) -> torch.Tensor:
 def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
     """Some output channels of a quantized Linear, for its numbers: what its scales are stored as is not cut."""
     zeros = None if linear.zeros is None else linear.zeros[rows]
-    return replace(linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros, nested=None)
+    return replace(
+        linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros, nested=None, error=None
+    )
 
 
 def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -328,6 +367,8 @@ def relative_error(error: float, signal: float) -> float:
 
 def weight_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
     """Relative Frobenius error of the weight itself: |W - s q| / |W|."""
+    if linear.error is not None:
+        return linear.error
 
     def squares(rows: slice) -> tuple[float, float]:
         block = weight[rows].to(torch.float32)
