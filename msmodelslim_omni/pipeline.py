@@ -27,7 +27,6 @@ from .errors import QuantError
 from .forecast import forecast
 from .judging import Errors, LayerProbe, zero_errors
 from .measure import record_layer
-from .models.spec import LayerSpec
 from .outputs import Outputs
 from .plan import LayerPlan, QuantPlan
 from .preparation import Prepared, fingerprint, prepare
@@ -206,9 +205,9 @@ def _quantized_layers(
     with Background() as reading:
         for layer in plan.layers[first:]:
             with clock("read"):
-                weights = reading.result() if reading.busy else _load(plan, layer.index, plan.layer_spec)
+                weights = reading.result() if reading.busy else _load(plan, layer.index)
             if stream.budget.read_ahead and layer.index + 1 < len(plan.layers):
-                reading.start(_load, plan, layer.index + 1, plan.layer_spec)
+                reading.start(_load, plan, layer.index + 1)
             work, record = _quantize_layer(prepared, layer, weights, stream, clock)
             results = _results(plan, work)
             del work, weights  # not held while the layer before is written
@@ -220,26 +219,33 @@ def _quantized_layers(
 def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tuple[int, Results, dict[str, Any]]]:
     """The same of a data-free run, which needs no more of a layer at once than a Linear and the next."""
     plan, device = prepared.plan, prepared.device.torch
-    linears = plan.layer_spec.linears
-    turns = [(layer, linear) for layer in plan.layers[first:] for linear in linears]
+    names = {linear: f"{linear}.weight" for linear in plan.layer_spec.linears}
+    turns = [(layer, linear) for layer in plan.layers[first:] for linear in names]
+    sizes = [
+        plan.checkpoint.tensors[plan.model.layer_name(layer.index, names[linear])].nbytes for layer, linear in turns
+    ]
+    # Taken in turn: one is read into while the other is rounded. Fresh memory takes longer than reading into it.
+    memory = [torch.empty(max(sizes, default=0), dtype=torch.uint8) for _ in range(2 if plan.budget.read_ahead else 1)]
+
+    def load(turn: int) -> torch.Tensor:
+        layer, linear = turns[turn]
+        return plan.checkpoint.load(plan.model.layer_name(layer.index, names[linear]), memory[turn % len(memory)])
+
     quantized: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
     with Background() as reading:
-        for turn, (layer, linear) in enumerate(turns, start=1):
-            spec = plan.layer_spec.of(linear)
+        for turn, (layer, linear) in enumerate(turns):
             with clock("read"):
-                weights = reading.result() if reading.busy else _load(plan, layer.index, spec)
-            if plan.budget.read_ahead and turn < len(turns):
-                next_layer, next_linear = turns[turn]
-                reading.start(_load, plan, next_layer.index, plan.layer_spec.of(next_linear))
-            on_device = {name: tensor.to(device) for name, tensor in weights.items()}
-            loaded = LayerWork(layer.index, spec, layer.schemes, on_device, team=prepared.team)
+                weight = reading.result() if reading.busy else load(turn)
+            if plan.budget.read_ahead and turn + 1 < len(turns):
+                reading.start(load, turn + 1)
+            spec, weights = plan.layer_spec.of(linear), {names[linear]: weight.to(device)}
+            loaded = LayerWork(layer.index, spec, layer.schemes, weights, team=prepared.team)
             work = _process(layer.of(linear), loaded, clock)
             with clock("measure"):
                 records.append(record_layer(plan, layer, work, None))
             quantized |= _results(plan, work)[0]
-            del work, loaded, weights, on_device
-            if len(records) == len(linears):
+            if len(records) == len(names):
                 yield layer.index, (quantized, {}), {**records[0], "linears": [r["linears"][0] for r in records]}
                 quantized, records = {}, []
                 free_memory(device)
@@ -365,10 +371,12 @@ def _no_worse_than_rounding(
     return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
 
-def _load(plan: QuantPlan, index: int, spec: LayerSpec) -> dict[str, torch.Tensor]:
-    """Tensors of a layer in their stored dtype. A data-free run leaves the check for NaN to the rounding itself."""
-    load = plan.checkpoint.load if plan.dataset is None else plan.checkpoint.load_finite
-    return {relative: load(plan.model.layer_name(index, relative)) for relative in spec.shapes}
+def _load(plan: QuantPlan, index: int) -> dict[str, torch.Tensor]:
+    """The tensors of a layer in their stored dtype."""
+    return {
+        relative: plan.checkpoint.load_finite(plan.model.layer_name(index, relative))
+        for relative in plan.layer_spec.shapes
+    }
 
 
 def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from .errors import QuantError
+from .placed_file import PlacedFile
 from .untrusted import open_regular, parse_json
 
 # Room for a hundred thousand tensors. Parsed, a header takes up to some thirty times its size.
@@ -150,9 +151,10 @@ def read_bytes(info: TensorInfo, first: int, buffer: memoryview) -> None:
         ) from error
 
 
-def load_tensor(info: TensorInfo) -> torch.Tensor:
-    """One tensor in its stored dtype, in memory of exactly its size."""
-    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+def load_tensor(info: TensorInfo, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """One tensor in its stored dtype, in memory of exactly its size, or in the first of these bytes (uint8)."""
+    memory = torch.empty(info.nbytes, dtype=torch.uint8) if memory is None else memory[: info.nbytes]
+    tensor = memory.view(TORCH_DTYPES[info.dtype]).view(info.shape)
     if info.nbytes:
         read_bytes(info, 0, byte_view(tensor))
     return tensor
@@ -364,24 +366,18 @@ class PlacedShard:
             with self._temporary.open("wb") as stream:
                 stream.write(header)
                 stream.truncate(position)
-        self._stream = self._temporary.open("r+b", buffering=0)
+        self._file = PlacedFile(self._temporary)
 
     def put(self, name: str, data: torch.Tensor | Iterable[memoryview], crc: int = 0) -> int:
         """Write one tensor, whole or as chunks of bytes. Returns the CRC-32 of its bytes, going on from `crc`."""
         info, written = self._infos[name], 0
         for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
             crc = zlib.crc32(chunk, crc)
-            written += self._write_at(info.start + written, chunk)
+            self._file.write(info.start + written, chunk)
+            written += len(chunk)
         if written != info.nbytes:
             raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {info.nbytes}")
-        self._let_go(info.start, info.nbytes)
         return crc
-
-    def _write_at(self, start: int, chunk: memoryview) -> int:
-        done = 0
-        while done < len(chunk):
-            done += os.pwrite(self._stream.fileno(), chunk[done:], start + done)
-        return done
 
     def crc(self, name: str, crc: int = 0) -> int:
         """The CRC-32 of a tensor's bytes as they are in the file, going on from `crc`."""
@@ -395,27 +391,17 @@ class PlacedShard:
 
     def sync(self) -> None:
         """Return when all that was put is on the disk."""
-        os.fsync(self._stream.fileno())
-        self._let_go(0, 0)
-
-    def _let_go(self, start: int, nbytes: int) -> None:
-        """Have the disk begin to write this part (of 0 bytes: all from `start` on); what it has leaves the page cache.
-
-        Nobody here reads it again. The pages serve the next tensors instead of fresh ones, whose first touch is slow,
-        and the source's stay where they are.
-        """
-        if hasattr(os, "posix_fadvise"):  # not on a Mac
-            os.posix_fadvise(self._stream.fileno(), start, nbytes, os.POSIX_FADV_DONTNEED)
+        self._file.sync()
 
     def close(self) -> None:
         """Sync, and give the file its name. The caller knows that every tensor was put."""
         self.sync()
-        self._stream.close()
+        self._file.close()
         self._temporary.replace(self.path)
 
     def abandon(self) -> None:
         """Close the file and leave it under its temporary name."""
-        self._stream.close()
+        self._file.close()
 
 
 def _begins_with(path: Path, header: bytes, size: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.placed_file import PlacedFile
 from msmodelslim_omni.safetensors_io import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
@@ -23,6 +25,7 @@ from msmodelslim_omni.safetensors_io import (
     PlacedShard,
     SafetensorsWriter,
     TensorSpec,
+    byte_view,
     load_finite,
     load_rows,
     load_tensor,
@@ -407,6 +410,47 @@ def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path: Path) -> None:
     assert not cached(tmp_path / "x.partial")
     shard.close()
     assert_same(load_tensor(read_header(tmp_path / "x")["a"]), tensor)
+
+
+@pytest.mark.parametrize("start", [0, 1, 4095, 4096, 100_001])
+@pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 4097, (17 << 20) + 5])
+@pytest.mark.parametrize("refused", [None, 0, 3 << 20], ids=str)
+def test_parts_of_any_place_and_size_are_written(
+    tmp_path: Path, start: int, size: int, refused: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past the page cache and through it; also where a file system refuses the first from some place on."""
+    length, data = start + size + 7, random_tensor(torch.int8, (size,))
+    (tmp_path / "x").write_bytes(b"." * length)
+    file = PlacedFile(tmp_path / "x")
+    if refused is not None:
+        direct, pwrite = file._direct, os.pwrite
+
+        def some(to: int, piece: memoryview, at: int) -> int:
+            if to != direct:
+                return pwrite(to, piece, at)
+            if at >= refused:
+                raise OSError(errno.EINVAL, "not with this alignment")
+            return pwrite(to, piece[:4096], at)  # less than was asked for
+
+        monkeypatch.setattr(os, "pwrite", some)
+    file.write(start, byte_view(data))
+    file.sync()
+    file.close()
+    file.close()
+    assert (tmp_path / "x").read_bytes() == b"." * start + raw_bytes(data) + b"." * 7
+
+
+def test_a_full_disk_is_told_when_written_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x").write_bytes(bytes(3 << 20))
+    file = PlacedFile(tmp_path / "x")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left"):
+        file.write(5, byte_view(torch.zeros(2 << 20, dtype=torch.uint8)))
+    file.close()
 
 
 # --- NaN and Inf ---------------------------------------------------------------------------------------------
