@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from .forecast import forecast
 from .judging import Errors, LayerProbe, zero_errors
 from .measure import record_layer
 from .outputs import Outputs
-from .plan import LayerPlan, QuantPlan
+from .plan import LayerPlan, QuantPlan, check_whole
 from .preparation import Prepared, fingerprint, prepare
 from .processors import PROCESSORS
 from .processors.work import LayerWork
@@ -83,6 +84,7 @@ def quantize(
             max_memory=max_memory,
             progress=progress,
             team=team,
+            check_later=True,
         )
         return run_guarded(prepared, Path(save_path), overwrite=overwrite, progress=progress)
 
@@ -166,7 +168,11 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         if first:
             progress.say(f"going on at layer {first}; the layers before it are finished")
         with Background() as writing, Background() as copying:
-            copying.start(_copy_others, outputs, parts)
+            stop = Event()
+            copying.start(_copy_others, outputs, parts, stop)
+            if not plan.checked:
+                with clock("check"):
+                    prepared = _checked(prepared, workspace, stop, progress)
             for layer, results, record in _quantized_layers(prepared, stream, first, clock):
                 with clock("write"):
                     copying.raise_what_failed()
@@ -272,11 +278,25 @@ def _first_layer(finished: int, stream: CalibrationStream | None) -> int:
     return first
 
 
-def _copy_others(outputs: Outputs, parts: Units) -> None:
+def _checked(prepared: Prepared, workspace: Workspace, stop: Event, progress: Progress) -> Prepared:
+    """With the whole checkpoint checked, while it is already copied. A fault ends that, and nothing is left of it."""
+    plan = prepared.plan
+    try:
+        warnings = check_whole(plan.model, plan.checkpoint)
+    except QuantError:
+        stop.set()
+        workspace.discard()
+        raise
+    for warning in warnings:
+        progress.say(f"warning: {warning}")
+    return replace(prepared, plan=replace(plan, warnings=(*warnings, *plan.warnings), checked=True))
+
+
+def _copy_others(outputs: Outputs, parts: Units, stop: Event) -> None:
     """What no layer computes: towers, talker and all else, as they are."""
     for number, items in enumerate(parts.others):
         unit = f"others {number}"
-        if not outputs.is_whole(unit, items):
+        if not stop.is_set() and not outputs.is_whole(unit, items):
             outputs.save(unit, items)
 
 

@@ -71,7 +71,8 @@ class LayerPlan:
 class QuantPlan:
     """All decisions of a run. `dataset` is None for a data-free recipe: no sample is read, no tower is run.
 
-    statistics: what must be known of the Linears' inputs; see processors.Processor.needs.
+    statistics: what must be known of the Linears' inputs; see processors.Processor.needs. checked: whether check_whole
+    has passed.
     """
 
     model: ModelSpec
@@ -87,6 +88,7 @@ class QuantPlan:
     seed: int
     trust_remote_code: bool
     warnings: tuple[str, ...]
+    checked: bool
     budget: Budget = DEFAULT
 
     def kept_parts(self) -> list[tuple[Part, int]]:
@@ -109,13 +111,18 @@ def make_plan(
     max_samples: int | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
+    check_later: bool = False,
 ) -> QuantPlan:
     """Decide everything. Arguments other than the first three override the recipe where given.
+
+    check_later: leave check_whole to the caller where the recipe is data-free.
 
     Raises QuantError for what cannot be done, with the recipe's file:line where the recipe says so.
     """
     refuse_quantized(checkpoint.path)
-    warnings = _check_tensors(model, checkpoint)
+    _check_type(model, checkpoint)
+    _check_layers(model, checkpoint)
+    warnings: list[str] = []
     selections = _selections(recipe, model, checkpoint, warnings)
     layer_spec = model.family.layer_spec(checkpoint.config)
     layers = tuple(
@@ -139,6 +146,7 @@ def make_plan(
         calibration = calibration.model_copy(update={"max_samples": max_samples})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)
+    checked = not (check_later and data_free)
     return QuantPlan(
         model=model,
         recipe=recipe,
@@ -152,7 +160,8 @@ def make_plan(
         statistics=statistics,
         seed=seed,
         trust_remote_code=trust_remote_code,
-        warnings=tuple(warnings),
+        warnings=(*(check_whole(model, checkpoint) if checked else ()), *warnings),
+        checked=checked,
     )
 
 
@@ -188,10 +197,38 @@ def refuse_quantized(path: Path) -> None:
         raise QuantError(f"{path} is already quantized ({scheme})", "give the float checkpoint it was made from")
 
 
-def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
-    """Names, shapes and dtypes against config.json; surplus tensors outside the layers are warned of and kept."""
-    _check_type(model, checkpoint)
+def _check_layers(model: ModelSpec, checkpoint: Checkpoint) -> None:
+    """The decoder layers' tensors against config.json, without the library."""
+    shapes = model.family.layer_spec(checkpoint.config).shapes
+    layers = range(model.family.num_layers(checkpoint.config))
+    expected = {model.layer_name(index, name): shape for index in layers for name, shape in shapes.items()}
+    _compare(checkpoint, expected, frozenset())
+    found = [name for name in checkpoint.tensors if name.startswith(model.layers_prefix)]
+    if surplus := sorted(set(found) - set(expected)):
+        raise QuantError(
+            f"{checkpoint.path}: {_named(surplus)} {_verb(surplus)} not in a model of this config.json",
+            "config.json and the weights are of different models",
+        )
+    if odd := [name for name in found if checkpoint.tensors[name].dtype not in _QUANTIZABLE_DTYPES]:
+        raise QuantError(f"{checkpoint.path}: {odd[0]} is {checkpoint.tensors[odd[0]].dtype}, not a float to quantize")
+
+
+def check_whole(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    """Every tensor against what the library's classes make of config.json: seconds, most of them for imports.
+
+    Returns warnings: surplus tensors, which are kept, and a config.json of another shape than the model type's.
+    """
     expected, optional = model.family.expected_tensors(checkpoint.config)
+    _compare(checkpoint, expected, optional)
+    surplus = sorted(set(checkpoint.tensors) - set(expected) - optional)
+    warnings = [f"{_named(surplus)} {_verb(surplus)} unknown to this model; kept as is"] if surplus else []
+    shape = model.family.shape_name(checkpoint.config)
+    if shape and shape != model.model_type:
+        warnings.append(f"config.json has the shape of {shape}, not of {model.model_type}; its shape is what counts")
+    return warnings
+
+
+def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], optional: frozenset[str]) -> None:
     found = checkpoint.tensors
     missing = sorted(set(expected) - set(found) - optional)
     if missing:
@@ -207,21 +244,6 @@ def _check_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
             f" config.json implies {list(expected[first])} ({len(wrong)} such)",
             "config.json and the weights are of different models",
         )
-    layers = model.layers_prefix
-    surplus = sorted(set(found) - set(expected) - optional)
-    if in_layers := [name for name in surplus if name.startswith(layers)]:
-        raise QuantError(
-            f"{checkpoint.path}: {_named(in_layers)} {_verb(in_layers)} not in a model of this config.json",
-            "config.json and the weights are of different models",
-        )
-    odd = [n for n, i in found.items() if n.startswith(layers) and i.dtype not in _QUANTIZABLE_DTYPES]
-    if odd:
-        raise QuantError(f"{checkpoint.path}: {odd[0]} is {found[odd[0]].dtype}, not a float to quantize")
-    shape = model.family.shape_name(checkpoint.config)
-    warnings = [f"{_named(surplus)} {_verb(surplus)} unknown to this model; kept as is"] if surplus else []
-    if shape and shape != model.model_type:
-        warnings.append(f"config.json has the shape of {shape}, not of {model.model_type}; its shape is what counts")
-    return warnings
 
 
 def _check_type(model: ModelSpec, checkpoint: Checkpoint) -> None:

@@ -49,10 +49,11 @@ def prepare(
     max_memory: int | None = None,
     progress: Progress | None = None,
     team: Team = ALONE,
+    check_later: bool = False,
 ) -> Prepared:
     """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast.
 
-    max_memory: bytes that the process may have in memory.
+    max_memory: bytes that the process may have in memory. check_later: see make_plan; `run` makes up for it.
     """
     progress = progress or Progress()
     chosen = resolve_device(device, team.place)
@@ -74,6 +75,7 @@ def prepare(
         max_samples=max_samples,
         seed=seed,
         trust_remote_code=trust_remote_code,
+        check_later=check_later,
     )
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")

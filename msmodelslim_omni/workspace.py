@@ -11,6 +11,7 @@ import fcntl
 import shutil
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,6 +44,7 @@ class Workspace:
                 " --overwrite will not delete it",
                 "choose another folder, or empty this one yourself",
             )
+        self._made_save_path, self._discarded = not save_path.exists(), False
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
@@ -174,8 +176,17 @@ class Workspace:
                 remove(entry)
         remove(self.folder)
 
+    def discard(self) -> None:
+        """Leave nothing behind when this is closed: what was begun could not be gone on with."""
+        self._discarded = True
+
     def close(self) -> None:
         """Release the lock."""
+        if self._discarded:
+            remove(self.folder)
+            if self._made_save_path:
+                with suppress(OSError):  # something came into it meanwhile
+                    self.save_path.rmdir()
         self._lock.close()
 
     def __enter__(self) -> Workspace:

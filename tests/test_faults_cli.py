@@ -137,6 +137,39 @@ def test_config_json_without_its_parts(tiny_copy: Path, tmp_path: Path) -> None:
     assert "thinker_config" in refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
 
 
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "an output"])
+def test_towers_that_are_not_whole_leave_nothing_behind(there: str, tiny_copy: Path, tmp_path: Path) -> None:
+    """A data-free run holds them against the library's classes while they are already copied."""
+    save = tmp_path / "out"
+    if there == "an empty folder":
+        save.mkdir()
+    if there == "an output":
+        quant(tiny_copy, save, *MINMAX_FLAGS).done()
+    before = files(save)
+    tower = "thinker.visual.merger.mlp.0.weight"
+    change_tensors(tiny_copy, tower, lambda tensors: tensors.update({tower: torch.zeros(3, 5)}))
+    for more in ([], ["--dry_run"]):
+        message = quant(tiny_copy, save, "--overwrite", *MINMAX_FLAGS, *more).fault()
+        assert f"{tower} has shape [3, 5]" in message and "different models" in message
+        assert files(save) == before and save.exists() == (there != "nothing")
+        assert not (save / WORK).exists()
+
+
+def test_what_a_data_free_run_does_not_know_is_told_and_kept(tiny_copy: Path, tmp_path: Path) -> None:
+    change_tensors(tiny_copy, Q_PROJ, lambda tensors: tensors.update({"extra.weight": torch.ones(4)}))
+    index = tiny_copy / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["extra.weight"] = content["weight_map"][Q_PROJ]
+    index.write_text(json.dumps(content))
+    save = tmp_path / "out"
+    told = quant(tiny_copy, save, *MINMAX_FLAGS).done()
+    warning = "tensor extra.weight is unknown to this model; kept as is"
+    assert told.err.count(f"warning: {warning}") == 1
+    report = json.loads((save / "quant_report.json").read_text())
+    assert report["warnings"] == [warning] and "check" in report["seconds_by_phase"]
+    assert any("extra.weight" in load_file(shard) for shard in save.glob("*.safetensors"))
+
+
 def test_truncated_safetensors(tiny_copy: Path, tmp_path: Path) -> None:
     shard = shard_of(tiny_copy, Q_PROJ)
     whole = shard.read_bytes()

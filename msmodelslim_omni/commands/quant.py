@@ -118,6 +118,7 @@ def quant(
             max_memory=None if max_memory is None else parse_size(max_memory),
             progress=told,
             team=team,
+            check_later=not dry_run,
         )
         if dry_run:
             if team.leads:
