@@ -119,11 +119,11 @@ class _Buffers(threading.local):
     """float32 memory of each thread, kept from block to block: fresh memory takes longer than what is done in it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._memory = torch.empty((2, 0), device=device)
+        self._memory = torch.empty((2, 0), dtype=torch.float32, device=device)
 
     def two(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         if shape.numel() > self._memory.shape[1]:
-            self._memory = torch.empty((2, shape.numel()), device=self._memory.device)
+            self._memory = self._memory.new_empty((2, shape.numel()))
         block, other = self._memory[:, : shape.numel()]
         return block.view(shape), other.view(shape)
 

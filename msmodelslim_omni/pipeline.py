@@ -121,6 +121,8 @@ def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progr
 def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progress) -> Report:
     """The process that owns the output, and computes its share of it; of one process all."""
     check_room(save_path, prepared.forecast.disk_bytes)
+    if (save_path / WORK_FOLDER).exists():  # nothing of what lies there is touched before all is checked
+        prepared = _checked(prepared, progress)
     with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
         if prepared.team.told(workspace.is_committing()):
             progress.say("the output is finished; moving it to its place")
@@ -167,12 +169,10 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
             first = _first_layer(prepared.team.told(_whole_layers(outputs, parts)), stream)
         if first:
             progress.say(f"going on at layer {first}; the layers before it are finished")
-        with Background() as writing, Background() as copying:
-            stop = Event()
+        with Background() as writing, Background() as copying, _stop_on_fault() as stop:
             copying.start(_copy_others, outputs, parts, stop)
-            if not plan.checked:
-                with clock("check"):
-                    prepared = _checked(prepared, workspace, stop, progress)
+            with clock("check"), _discard_on_fault(workspace):
+                prepared = _checked(prepared, progress)
             for layer, results, record in _quantized_layers(prepared, stream, first, clock):
                 with clock("write"):
                     copying.raise_what_failed()
@@ -278,18 +278,36 @@ def _first_layer(finished: int, stream: CalibrationStream | None) -> int:
     return first
 
 
-def _checked(prepared: Prepared, workspace: Workspace, stop: Event, progress: Progress) -> Prepared:
-    """With the whole checkpoint checked, while it is already copied. A fault ends that, and nothing is left of it."""
+def _checked(prepared: Prepared, progress: Progress) -> Prepared:
+    """With the whole checkpoint checked, if it is not yet."""
     plan = prepared.plan
-    try:
-        warnings = check_whole(plan.model, plan.checkpoint)
-    except QuantError:
-        stop.set()
-        workspace.discard()
-        raise
+    if plan.checked:
+        return prepared
+    warnings = check_whole(plan.model, plan.checkpoint)
     for warning in warnings:
         progress.say(f"warning: {warning}")
     return replace(prepared, plan=replace(plan, warnings=(*warnings, *plan.warnings), checked=True))
+
+
+@contextmanager
+def _discard_on_fault(workspace: Workspace) -> Iterator[None]:
+    """Leave nothing of a run whose checkpoint turns out not to be whole: it could not be gone on with."""
+    try:
+        yield
+    except QuantError:
+        workspace.discard()
+        raise
+
+
+@contextmanager
+def _stop_on_fault() -> Iterator[Event]:
+    """What is to stop a thread when something goes wrong beside it."""
+    stop = Event()
+    try:
+        yield stop
+    except BaseException:
+        stop.set()
+        raise
 
 
 def _copy_others(outputs: Outputs, parts: Units, stop: Event) -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-# What O_DIRECT asks of places, lengths and addresses, at most: a page.
-_ALIGNMENT = 4096
+# What O_DIRECT asks of places, lengths and addresses, at most; and no page is written in both ways.
+_ALIGNMENT = max(4096, mmap.PAGESIZE)
+_REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
 _LEAST_DIRECT = 1 << 20  # bytes; the disk is asked and answers once for each
 _BUFFER = 8 << 20  # of each thread
 
@@ -28,30 +29,32 @@ class PlacedFile:
     def __init__(self, path: Path) -> None:
         self._stream = path.open("r+b", buffering=0)
         self._direct = _open_direct(path)
+        self._refused = False
 
     def write(self, start: int, data: memoryview) -> None:
         """Put bytes at `start`. They are on the disk only after `sync`."""
-        if self._direct is not None and len(data) >= _LEAST_DIRECT:
+        if self._direct is not None and not self._refused and len(data) >= _LEAST_DIRECT:
             first = -start % _ALIGNMENT
-            written = first + self._write_direct(start + first, data[first:])
+            written = first + self._write_direct(self._direct, start + first, data[first:])
             self._write_buffered(start, data[:first])
             start, data = start + written, data[written:]
         self._write_buffered(start, data)
 
-    def _write_direct(self, start: int, data: memoryview) -> int:
+    def _write_direct(self, to: int, start: int, data: memoryview) -> int:
         """Write from an aligned place on as many bytes as can be. Returns how many."""
         done, end = 0, len(data) - len(data) % _ALIGNMENT
-        while done < end and self._direct is not None:
+        while done < end:
             piece = _buffer.filled(data[done : min(done + _BUFFER, end)])
             try:
-                count = os.pwrite(self._direct, piece, start + done)
+                count = os.pwrite(to, piece, start + done)
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in _REFUSALS:
                     raise
-                count = 0
+                self._refused = True  # a file system that opens a file so, but will not write it
+                return done
             done += count - count % _ALIGNMENT
-            if count < len(piece):  # a file system that opens the file so, but will not write it; or its disk is full
-                break
+            if count < len(piece):
+                return done
         return done
 
     def _write_buffered(self, start: int, data: memoryview) -> None:
@@ -84,7 +87,7 @@ class _Buffer(threading.local):
     """Page-aligned memory of each thread, for all its files."""
 
     def __init__(self) -> None:
-        self._memory = memoryview(mmap.mmap(-1, _BUFFER))
+        self._memory = memoryview(mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
     def filled(self, data: memoryview) -> memoryview:
         filled = self._memory[: len(data)]

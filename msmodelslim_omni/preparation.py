@@ -25,7 +25,8 @@ from .team import ALONE, Team
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that could start: everything checked, nothing computed. team: the processes that share it."""
+    """A run that could start: everything checked but what `check_later` puts off, nothing computed. team: the processes
+    that share it."""
 
     plan: QuantPlan
     device: Device

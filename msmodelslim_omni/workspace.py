@@ -182,12 +182,14 @@ class Workspace:
 
     def close(self) -> None:
         """Release the lock."""
-        if self._discarded:
-            remove(self.folder)
-            if self._made_save_path:
-                with suppress(OSError):  # something came into it meanwhile
-                    self.save_path.rmdir()
-        self._lock.close()
+        try:
+            if self._discarded:
+                with suppress(OSError):  # what remains stands in nobody's way; the fault behind it is what is told
+                    remove(self.folder)
+                    if self._made_save_path:
+                        self.save_path.rmdir()
+        finally:
+            self._lock.close()
 
     def __enter__(self) -> Workspace:
         return self

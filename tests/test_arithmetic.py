@@ -559,6 +559,16 @@ def test_weight_error_over_several_blocks() -> None:
     assert weight_error(weight, replace(linear, error=None)) == pytest.approx(difference.item(), rel=1e-5)
 
 
+def test_float32_whatever_the_default_dtype() -> None:
+    weight = normal(20, 300)
+    expected = quantize_weight(weight, MINMAX)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(quantize_weight(weight, MINMAX).qweight, expected.qweight)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("scheme", [MINMAX, MSE])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rounding_finds_the_weight_s_error_on_the_way(dtype: torch.dtype, scheme: QuantScheme) -> None:

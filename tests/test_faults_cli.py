@@ -23,7 +23,7 @@ import torch
 from command import DATA, MINMAX, WORK, change_recipe, command, fast_recipe, files, quant, stop_at, write_index
 from safetensors.torch import load_file, save_file
 
-from msmodelslim_omni import QuantError, quantize
+from msmodelslim_omni import QuantError, pipeline, quantize
 from msmodelslim_omni.progress import Progress
 from msmodelslim_omni.workspace import check_room
 
@@ -153,6 +153,26 @@ def test_towers_that_are_not_whole_leave_nothing_behind(there: str, tiny_copy: P
         assert f"{tower} has shape [3, 5]" in message and "different models" in message
         assert files(save) == before and save.exists() == (there != "nothing")
         assert not (save / WORK).exists()
+
+
+def test_a_stopped_run_is_not_discarded_by_a_check_that_fails(
+    tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it would be gone on with or replaced: what lies there is touched only after the check."""
+    save = tmp_path / "out"
+    stop_at("layers", 2, tiny_copy, save, None, config_path=MINMAX)
+    before = files(save)
+
+    def broken(*_: object) -> None:
+        raise QuantError("the library does not load just now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "check_whole", broken)
+        for overwrite in (False, True):
+            with pytest.raises(QuantError, match="does not load"):
+                quantize(tiny_copy, save, overwrite=overwrite, device="cpu", config_path=MINMAX)
+            assert files(save) == before and (save / WORK).exists()
+    assert "going on at layer" in quant(tiny_copy, save, *MINMAX_FLAGS).done().err
 
 
 def test_what_a_data_free_run_does_not_know_is_told_and_kept(tiny_copy: Path, tmp_path: Path) -> None:

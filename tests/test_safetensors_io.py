@@ -414,38 +414,48 @@ def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start", [0, 1, 4095, 4096, 100_001])
 @pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 4097, (17 << 20) + 5])
-@pytest.mark.parametrize("refused", [None, 0, 3 << 20], ids=str)
+@pytest.mark.parametrize("fault", ["none", "refused", "refused later", "short"])
 def test_parts_of_any_place_and_size_are_written(
-    tmp_path: Path, start: int, size: int, refused: int | None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, start: int, size: int, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past the page cache and through it; also where a file system refuses the first from some place on."""
+    """Past the page cache and through it; also where a file system refuses the first, or writes less than asked."""
     length, data = start + size + 7, random_tensor(torch.int8, (size,))
     (tmp_path / "x").write_bytes(b"." * length)
-    file = PlacedFile(tmp_path / "x")
-    if refused is not None:
-        direct, pwrite = file._direct, os.pwrite
+    file, pwrite, counts = PlacedFile(tmp_path / "x"), os.pwrite, []
+    direct = file._direct
+    if direct is None:
+        pytest.skip("this file system has no direct writing")
 
-        def some(to: int, piece: memoryview, at: int) -> int:
-            if to != direct:
-                return pwrite(to, piece, at)
-            if at >= refused:
-                raise OSError(errno.EINVAL, "not with this alignment")
-            return pwrite(to, piece[:4096], at)  # less than was asked for
+    def some(to: int, piece: memoryview, at: int) -> int:
+        if to != direct:
+            return pwrite(to, piece, at)
+        if fault == "refused" or (fault == "refused later" and at >= 8 << 20):
+            raise OSError(errno.EINVAL, "not with this alignment")
+        counts.append(pwrite(file._stream.fileno(), piece[:5000], at) if fault == "short" else pwrite(to, piece, at))
+        return counts[-1]
 
-        monkeypatch.setattr(os, "pwrite", some)
+    monkeypatch.setattr(os, "pwrite", some)
     file.write(start, byte_view(data))
     file.sync()
     file.close()
     file.close()
     assert (tmp_path / "x").read_bytes() == b"." * start + raw_bytes(data) + b"." * 7
+    assert bool(counts) == (fault != "refused" and size >= 1 << 20)
+    if fault == "none" and counts:
+        assert size - 2 * 4096 < sum(counts) <= size
 
 
 def test_a_full_disk_is_told_when_written_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(bytes(3 << 20))
-    file = PlacedFile(tmp_path / "x")
+    file, pwrite = PlacedFile(tmp_path / "x"), os.pwrite
+    direct = file._direct
+    if direct is None:
+        pytest.skip("this file system has no direct writing")
 
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(to: int, piece: memoryview, at: int) -> int:
+        if to == direct:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(to, piece, at)
 
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(OSError, match="No space left"):

@@ -287,7 +287,7 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     index = write_index(folder / "data", {"text": "One sentence."})
     plan = prepare(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index)).plan
     layer = plan.layers[0]
-    weights = pipeline._load(plan, layer.index, plan.layer_spec)
+    weights = pipeline._load(plan, layer.index)
     loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=importance("tokens", [40, 0, 0, 0]))
     module = pipeline._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)

@@ -142,4 +142,4 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triang
             carried.addmm_(factor[:, block], errors)
     restored = torch.empty_like(q)
     restored[order] = q
-    return replace(grid, qweight=restored.T.contiguous())
+    return replace(grid, qweight=restored.T.contiguous(), error=None)
