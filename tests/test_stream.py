@@ -418,14 +418,17 @@ def test_the_next_layer_sees_the_quantized_layers_output(prepared: Prepared, tmp
         fake.get_submodule(linear).register_forward_pre_hook(round_per_token)
     exact = omni.build_layer(plan.checkpoint.config, 0, weights)
     missed = signal = 0.0
+    differences = []
     for number, hidden in enumerate(stored.values()):
         inputs = stem_inputs(work / "stem" / f"{number:06d}.safetensors")
         expected = run_layer(fake, inputs)
-        # On some processors an activation halfway between two integers falls to the other side: 2e-5.
-        assert difference(hidden, expected) < 1e-4
         wanted = run_layer(exact, inputs)
+        differences.append(difference(hidden, expected))
+        # Where an activation lies halfway between two integers, it depends on the processor to which it falls.
+        assert differences[-1] < 0.01 * difference(wanted, expected)
         missed += float((expected - wanted).double().square().sum())
         signal += float((wanted - inputs.hidden).double().square().sum())
+    assert sorted(differences)[len(differences) // 2] < 1e-5
     assert error.overall == pytest.approx((missed / signal) ** 0.5, rel=1e-3)
     assert error.overall > 1e-3
 
