@@ -42,9 +42,9 @@ class Checkpoint:
     def total_bytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
-    def load(self, name: str, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """One tensor in its stored dtype, on the CPU. memory: as load_tensor has it."""
-        return load_tensor(self.tensors[name], memory)
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor in its stored dtype, on the CPU."""
+        return load_tensor(self.tensors[name])
 
     def load_finite(self, name: str) -> torch.Tensor:
         """`load`, refusing NaN and Inf by the tensor's name."""

@@ -35,6 +35,7 @@ from .processors import PROCESSORS
 from .processors.work import LayerWork
 from .progress import Clock, Progress
 from .report import Report, read_report
+from .safetensors_io import load_tensor
 from .stream import CalibrationStream
 from .summary import make_report
 from .team import open_team
@@ -225,33 +226,34 @@ def _quantized_layers(
 def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tuple[int, Results, dict[str, Any]]]:
     """The same of a data-free run, which needs no more of a layer at once than a Linear and the next."""
     plan, device = prepared.plan, prepared.device.torch
-    names = {linear: f"{linear}.weight" for linear in plan.layer_spec.linears}
-    turns = [(layer, linear) for layer in plan.layers[first:] for linear in names]
-    sizes = [
-        plan.checkpoint.tensors[plan.model.layer_name(layer.index, names[linear])].nbytes for layer, linear in turns
+    linears = plan.layer_spec.linears
+    turns = [
+        (layer, linear, plan.checkpoint.tensors[plan.model.layer_name(layer.index, f"{linear}.weight")])
+        for layer in plan.layers[first:]
+        for linear in linears
     ]
     # Taken in turn: one is read into while the other is rounded. Fresh memory takes longer than reading into it.
-    memory = [torch.empty(max(sizes, default=0), dtype=torch.uint8) for _ in range(2 if plan.budget.read_ahead else 1)]
+    widest = max((info.nbytes for _, _, info in turns), default=0)
+    memory = [torch.empty(widest, dtype=torch.uint8) for _ in range(2 if plan.budget.read_ahead else 1)]
 
     def load(turn: int) -> torch.Tensor:
-        layer, linear = turns[turn]
-        return plan.checkpoint.load(plan.model.layer_name(layer.index, names[linear]), memory[turn % len(memory)])
+        return load_tensor(turns[turn][2], memory[turn % len(memory)])
 
     quantized: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
     with Background() as reading:
-        for turn, (layer, linear) in enumerate(turns):
+        for turn, (layer, linear, _) in enumerate(turns):
             with clock("read"):
                 weight = reading.result() if reading.busy else load(turn)
             if plan.budget.read_ahead and turn + 1 < len(turns):
                 reading.start(load, turn + 1)
-            spec, weights = plan.layer_spec.of(linear), {names[linear]: weight.to(device)}
+            spec, weights = plan.layer_spec.of(linear), {f"{linear}.weight": weight.to(device)}
             loaded = LayerWork(layer.index, spec, layer.schemes, weights, team=prepared.team)
             work = _process(layer.of(linear), loaded, clock)
             with clock("measure"):
                 records.append(record_layer(plan, layer, work, None))
             quantized |= _results(plan, work)[0]
-            if len(records) == len(names):
+            if len(records) == len(linears):
                 yield layer.index, (quantized, {}), {**records[0], "linears": [r["linears"][0] for r in records]}
                 quantized, records = {}, []
                 free_memory(device)
