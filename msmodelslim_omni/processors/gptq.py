@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import QuantizedLinear, round_to_grid
+from ..arithmetic import QuantizedLinear
 from ..gram import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
@@ -111,14 +111,13 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triang
     order = triangle.order
     group_of = order // (weight.shape[1] // grid.scales.shape[1])  # of each input, in the order
     w = weight.T[order]  # [in, out]: an input's weights side by side
-    scales = grid.scales.T.contiguous()  # [groups, out]
-    zeros = None if grid.zeros is None else grid.zeros.T.to(torch.float32).contiguous()
+    scales = grid.scales.T.to(torch.float32)  # [groups, out]
+    zeros = None if grid.zeros is None else grid.zeros.T.to(torch.float32)
     q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
     # Δ of all inputs, or, with a factor, of those of a block; R Δᵀ of what is rounded stands for the others.
     factor = triangle.factor
     delta = torch.empty_like(w) if factor is None else w.new_empty((_BLOCK, w.shape[1]))
     carried = None if factor is None else w.new_zeros((factor.shape[0], w.shape[1]))
-    groups = group_of.tolist()
     for number in reversed(range(len(triangle.inner))):
         first = number * _BLOCK
         inner, below = triangle.inner[number], triangle.below[number]
@@ -126,20 +125,41 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triang
         errors = delta[block] if carried is None else delta[: inner.shape[0]]
         # Σ_j Δ_j L_ji over the inputs rounded in earlier blocks, [size, out]
         pull = below.T @ (delta[block.stop :] if carried is None else carried)
-        pivots = inner.diagonal().tolist()
-        for end in range(inner.shape[0], 0, -_STRIP):
-            start = max(0, end - _STRIP)
-            for i in reversed(range(start, end)):
-                at = first + i
-                s, z = scales[groups[at]], None if zeros is None else zeros[groups[at]]
-                level = round_to_grid(torch.sub(w[at], pull[i], alpha=1.0 / pivots[i]), s, z, grid.scheme)
-                q[at] = level
-                error = ((level if z is None else level - z) * s).sub_(w[at])
-                errors[i] = error
-                pull[start:i].addr_(inner[i, start:i], error)
-            pull[:start].addmm_(inner[start:end, :start].T, errors[start:end])
+        steps = scales[group_of[block]]  # [size, out]
+        levels = w[block] / steps  # before rounding, and not yet pulled
+        if zeros is not None:
+            levels += zeros[group_of[block]]
+        q[block] = _round_block(levels, steps, inner, pull, errors, grid.scheme.weight_range)
         if carried is not None and factor is not None:
             carried.addmm_(factor[:, block], errors)
     restored = torch.empty_like(q)
     restored[order] = q
     return replace(grid, qweight=restored.T.contiguous(), error=None)
+
+
+def _round_block(
+    levels: torch.Tensor,
+    steps: torch.Tensor,
+    inner: torch.Tensor,
+    pull: torch.Tensor,
+    errors: torch.Tensor,
+    weight_range: tuple[int, int],
+) -> torch.Tensor:
+    """The integers of a block as floats; Δ goes to `errors`, `pull` is used up. All [size, out], inner [size, size].
+
+    An input's weights are few, so that the calls cost more than the arithmetic: six for each, in memory that is there.
+    """
+    rounded = torch.empty_like(levels)
+    minus_inverse = (-1.0 / inner.diagonal()).tolist()
+    given = [each.unbind() for each in (levels, steps, pull, rounded, errors)]
+    for end in range(inner.shape[0], 0, -_STRIP):
+        start = max(0, end - _STRIP)
+        for i in reversed(range(start, end)):
+            level, step, pulled, to, error = (rows[i] for rows in given)
+            torch.addcdiv(level, pulled, step, value=minus_inverse[i], out=to)
+            to.round_().clamp_(*weight_range)
+            torch.sub(to, level, out=error).mul_(step)
+            if i > start:
+                pull[start:i].addr_(inner[i, start:i], error)
+        pull[:start].addmm_(inner[start:end, :start].T, errors[start:end])
+    return rounded
