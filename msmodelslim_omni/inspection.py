@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .admission import declared_scheme
 from .checkpoint import load_json_object
 from .errors import QuantError
 from .formats import FORMATS
 from .models import derive_model_type
 from .models.spec import ModelSpec
-from .plan import declared_scheme
 from .run_memory import RunMemory, run_memory
 from .safetensors_io import TensorInfo, read_header
 

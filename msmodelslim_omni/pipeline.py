@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .admission import check_whole
 from .arithmetic import QuantizedLinear, quantize_weight, relative_error
 from .assembly import Item, Units, finished_items, make_job, units
 from .background import Background
@@ -29,7 +30,7 @@ from .forecast import forecast
 from .judging import Errors, LayerProbe, zero_errors
 from .measure import record_layer
 from .outputs import Outputs
-from .plan import LayerPlan, QuantPlan, check_whole
+from .plan import LayerPlan, QuantPlan
 from .preparation import Prepared, fingerprint, prepare
 from .processors import PROCESSORS
 from .processors.work import LayerWork

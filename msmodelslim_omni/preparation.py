@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from .admission import refuse_quantized
 from .calibration import CalibSet, load_calib_set
 from .checkpoint import open_checkpoint
 from .device import Device, resolve_device
@@ -16,7 +17,7 @@ from .forecast import Forecast, assumed_extent, forecast
 from .models import derive_model_type, named_model_type
 from .models.spec import ModelSpec
 from .peak_memory import within
-from .plan import QuantPlan, make_plan, refuse_quantized
+from .plan import QuantPlan, make_plan
 from .progress import Progress
 from .recipe import Recipe, find_recipe, resolve_recipe
 from .summary import versions

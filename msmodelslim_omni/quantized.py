@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .admission import quantization_of
 from .arithmetic import QuantizedLinear
 from .checkpoint import Checkpoint, config_block, follow_index, load_json_object
 from .errors import QuantError
@@ -23,7 +24,6 @@ from .formats.job import OutLinear
 from .formats.stored import PartFault, Reader, StoredLinear
 from .models import derive_model_type
 from .models.spec import ModelSpec
-from .plan import quantization_of
 from .safetensors_io import DTYPE_NAMES, FLOAT_DTYPES, TensorInfo, load_tensor, read_header
 from .scheme import QuantScheme
 

@@ -55,20 +55,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sample_store": {"models.spec", "safetensors_io"},
     "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe", "team"},
     "formats.*": BASIS | {"arithmetic", "aside", "nf4", "safetensors_io", "untrusted"},
+    "admission": {"checkpoint", "errors", "formats.ascend", "models", "models.spec"},
     "plan": BASIS
-    | {
-        "budget",
-        "recipe",
-        "recipe_yaml",
-        "patterns",
-        "checkpoint",
-        "formats",
-        "formats.ascend",
-        "nf4",
-        "processors",
-        "models",
-        "models.spec",
-    },
+    | {"admission", "budget", "checkpoint", "formats", "models.spec", "nf4", "patterns", "processors", "recipe"}
+    | {"recipe_yaml"},
     "assembly": BASIS | {"arithmetic", "plan", "formats.job", "safetensors_io"},
     "outputs": {"formats", "formats.job", "formats.shards", "workspace"},
     "run_memory": {"models.spec"},
@@ -94,20 +84,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
     "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
     "inspection": {
+        "admission",
         "errors",
         "checkpoint",
         "formats",
         "formats.ascend",
         "models",
         "models.spec",
-        "plan",
         "run_memory",
         "safetensors_io",
     },
     "quantized": BASIS
-    | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.bitsandbytes"}
+    | {"admission", "arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.bitsandbytes"}
     | {"formats.compressed_tensors"}
-    | {"formats.job", "formats.stored", "models", "models.spec", "plan", "safetensors_io"},
+    | {"formats.job", "formats.stored", "models", "models.spec", "safetensors_io"},
     "export": BASIS
     | {"assembly", "checkpoint", "device", "documents", "formats", "formats.job", "formats.shards", "models.running"}
     | {"models.spec", "outputs", "progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
@@ -157,7 +147,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"models.spec", "preparation", "progress", "proposal", "report", "rounds", "sensitivity", "stream", "summary"}
     | {"workspace"},
     "preparation": BASIS
-    | {"calibration", "checkpoint", "device", "digests", "forecast", "models", "models.spec", "plan", "progress"}
+    | {
+        "admission",
+        "calibration",
+        "checkpoint",
+        "device",
+        "digests",
+        "forecast",
+        "models",
+        "models.spec",
+        "plan",
+        "progress",
+    }
     | {"peak_memory", "recipe", "summary", "team"},
     "pipeline": {m for m in MODULES if not m.startswith("commands")}
     - {"cli", "__main__", "evaluate", "terminal"}
