@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 class Background:
@@ -39,3 +43,21 @@ class Background:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
+
+
+@contextmanager
+def one_ahead(call: Callable[[Item], Found], items: Sequence[Item], ahead: bool = True) -> Iterator[Iterator[Found]]:
+    """What the call makes of each item, in order; with `ahead` the next is made while whoever asks works on one.
+
+    Nothing that was given is held here. Leaving the block waits for the thread.
+    """
+    with Background() as thread:
+
+        def results() -> Iterator[Found]:
+            for number, item in enumerate(items):
+                found = [thread.result() if thread.busy else call(item)]
+                if ahead and number + 1 < len(items):
+                    thread.start(call, items[number + 1])
+                yield found.pop()
+
+        yield results()

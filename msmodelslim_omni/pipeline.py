@@ -21,7 +21,7 @@ import torch
 from .admission import check_whole
 from .arithmetic import QuantizedLinear, quantize_weight, relative_error
 from .assembly import Item, Units, finished_items, make_job, units
-from .background import Background
+from .background import Background, one_ahead
 from .device import free_memory, peak_rss, told_out_of_memory
 from .documents import write_documents
 from .emulation import quantized_layer
@@ -210,12 +210,11 @@ def _quantized_layers(
         yield from _rounded_layers(prepared, first, clock)
         return
     plan, device = prepared.plan, prepared.device.torch
-    with Background() as reading:
-        for layer in plan.layers[first:]:
+    layers = plan.layers[first:]
+    with one_ahead(partial(_load, plan), layers, stream.budget.read_ahead) as loaded:
+        for layer in layers:
             with clock("read"):
-                weights = reading.result() if reading.busy else _load(plan, layer.index)
-            if stream.budget.read_ahead and layer.index + 1 < len(plan.layers):
-                reading.start(_load, plan, layer.index + 1)
+                weights = next(loaded)
             work, record = _quantize_layer(prepared, layer, weights, stream, clock)
             results = _results(plan, work)
             del work, weights  # not held while the layer before is written
@@ -242,15 +241,12 @@ def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tu
 
     quantized: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
-    with Background() as reading:
-        for turn, (layer, linear, _) in enumerate(turns):
+    with one_ahead(load, range(len(turns)), plan.budget.read_ahead) as loaded:
+        for layer, linear, _ in turns:
             with clock("read"):
-                weight = reading.result() if reading.busy else load(turn)
-            if plan.budget.read_ahead and turn + 1 < len(turns):
-                reading.start(load, turn + 1)
-            spec, weights = plan.layer_spec.of(linear), {f"{linear}.weight": weight.to(device)}
-            loaded = LayerWork(layer.index, spec, layer.schemes, weights, team=prepared.team)
-            work = _process(layer.of(linear), loaded, clock)
+                weights = {f"{linear}.weight": next(loaded).to(device)}
+            work = LayerWork(layer.index, plan.layer_spec.of(linear), layer.schemes, weights, team=prepared.team)
+            work = _process(layer.of(linear), work, clock)
             with clock("measure"):
                 records.append(record_layer(plan, layer, work, None))
             quantized |= _results(plan, work)[0]
@@ -412,10 +408,10 @@ def _no_worse_than_rounding(
     return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
 
-def _load(plan: QuantPlan, index: int) -> dict[str, torch.Tensor]:
+def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
     """The tensors of a layer in their stored dtype."""
     return {
-        relative: plan.checkpoint.load_finite(plan.model.layer_name(index, relative))
+        relative: plan.checkpoint.load_finite(plan.model.layer_name(layer.index, relative))
         for relative in plan.layer_spec.shapes
     }
 

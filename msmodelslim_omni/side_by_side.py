@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .arithmetic import QuantizedLinear
-from .background import Background
+from .background import one_ahead
 from .budget import DEFAULT
 from .calibration import CalibSample, prepare_sample, told_of
 from .capture import run_layer
@@ -178,17 +178,13 @@ class SideBySide:
         steps = [(index, side) for index in range(self._layers) for side in (FLOAT, QUANT)]
         following: dict[str, HiddenStates] = {}
         sums = torch.zeros((len(MODALITIES), 4), dtype=torch.float64)
-        with Background() as reading:
-            reading.start(load_layer, self._sources[FLOAT], 0)
+        with one_ahead(lambda step: load_layer(self._sources[step[1]], step[0]), steps) as loaded:
             for done, (index, side) in enumerate(steps, 1):
                 with clock("read"):
-                    loaded = reading.result()
-                if done < len(steps):
-                    ahead, its_side = steps[done]
-                    reading.start(load_layer, self._sources[its_side], ahead)
+                    weights = next(loaded)
                 with clock("forward"):
-                    module = build_layer(self._sources[side], index, loaded, self._device)
-                    del loaded
+                    module = build_layer(self._sources[side], index, weights, self._device)
+                    del weights
                     following[side] = self._advance(side, index, module, following.get(FLOAT), sums)
                     del module
                 free_memory(self._device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from contextlib import nullcontext
 
 import pytest
 
-from msmodelslim_omni.background import Background
+from msmodelslim_omni.background import Background, one_ahead
 from msmodelslim_omni.errors import QuantError
 
 
@@ -72,3 +73,53 @@ def test_no_thread_is_left() -> None:
         background.start(time.sleep, 0)
         background.result()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_one_ahead_gives_each_in_order_and_makes_no_more_than_the_next(ahead: bool) -> None:
+    made: list[int] = []
+
+    def square(number: int) -> int:
+        made.append(number)
+        return number * number
+
+    for count in (0, 1, 4):
+        made.clear()
+        found = []
+        with one_ahead(square, range(count), ahead) as squares:
+            for done, each in enumerate(squares, 1):
+                found.append(each)
+                assert len(made) <= min(count, done + ahead)
+        assert found == [number * number for number in range(count)]
+        assert made == list(range(count))
+
+
+def test_one_ahead_makes_the_next_meanwhile() -> None:
+    meeting = threading.Barrier(2, timeout=10)
+    with one_ahead(lambda number: number and meeting.wait(), range(2)) as results:
+        assert next(results) == 0
+        meeting.wait()  # neither would come here alone
+        next(results)
+
+
+def test_one_ahead_holds_nothing_that_it_gave() -> None:
+    class Weight:
+        pass
+
+    with one_ahead(lambda number: Weight(), range(3)) as weights:
+        weight = next(weights)
+        seen = weakref.ref(weight)
+        del weight
+        assert seen() is None
+
+
+def test_one_ahead_raises_what_the_call_raises_in_its_turn() -> None:
+    def fail(number: int) -> int:
+        if number:
+            raise QuantError("cannot be read")
+        return number
+
+    with one_ahead(fail, range(2)) as results:
+        assert next(results) == 0
+        with pytest.raises(QuantError, match="cannot be read"):
+            next(results)

@@ -265,9 +265,17 @@ def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("shape", "sizes"),
-    [((2048, 11008), [1024] * 2), ((3584, 3584), [3584]), ((18944, 3584), [3158] * 5 + [3154]), ((5, 1), [5])],
+    [
+        ((2048, 11008), [1024] * 2),
+        ((3584, 3584), [3584]),
+        ((18944, 3584), [9472] * 2),
+        ((29568, 8192), [4928] * 6),
+        ((5, 1), [5]),
+    ],
 )
-def test_parts_are_equal_and_even_in_number(shape: tuple[int, int], sizes: list[int]) -> None:
+def test_parts_are_as_wide_as_memory_allows_and_two_where_that_is_worth_it(
+    shape: tuple[int, int], sizes: list[int]
+) -> None:
     weight = torch.empty(1).expand(shape)  # no memory
     assert [len(range(shape[0])[rows]) for rows in parts(weight)] == sizes
 

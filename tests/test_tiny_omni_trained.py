@@ -116,6 +116,7 @@ def test_batches_are_what_the_tool_makes_of_files(name: str, tmp_path: Path) -> 
 
 
 @needs_model
+@pytest.mark.full
 def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "chapters", lambda: [("a", "In the beginning was the word. " * 40)])
     kinds = {"prose": (1, 2), "text": (1, 2), "sound": (1, 2), "clip": (1, 1)}
@@ -163,6 +164,7 @@ def test_harden_keeps_the_logits(tmp_path: Path) -> None:
 
 
 @needs_model
+@pytest.mark.full
 def test_the_model_scores_what_its_card_says() -> None:
     """On every 9th held-out question; the limits are three standard errors of so small a sample."""
     card = (HERE / "README.md").read_text(encoding="utf-8")
@@ -180,6 +182,7 @@ def test_the_model_scores_what_its_card_says() -> None:
 
 
 @needs_model
+@pytest.mark.full
 def test_generation_gives_the_answers_that_are_counted() -> None:
     index = HERE / "heldout" / "image" / "index.jsonl"
     items = score.read_items(index, MODEL, every=60)

@@ -182,6 +182,7 @@ def test_two_runs_give_the_same_bytes(
     assert files(tmp_path / "again") == undisturbed
 
 
+@pytest.mark.full  # what W8A8 is asked in test_resume.py
 def test_killed_run_goes_on_to_the_same_bytes(
     tiny: Path,
     text: Path,
@@ -287,7 +288,7 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     index = write_index(folder / "data", {"text": "One sentence."})
     plan = prepare(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index)).plan
     layer = plan.layers[0]
-    weights = pipeline._load(plan, layer.index)
+    weights = pipeline._load(plan, layer)
     loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=importance("tokens", [40, 0, 0, 0]))
     module = pipeline._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)

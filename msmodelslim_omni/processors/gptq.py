@@ -25,7 +25,8 @@ from ..gram import Gram
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128
 _STRIP = 32  # of a block, within which errors are handed on one by one; to the rest of it all at once
-_PART = 13 << 20  # weights rounded at once by one thread, at most; with few the products are too narrow to be fast
+_PART = 40 << 20  # weights rounded at once, at most: an input's are too few to be worth their calls where they are cut
+_SHARED = 16 << 20  # of more weights than these two processes share the work
 
 
 @dataclass(frozen=True)
@@ -97,44 +98,42 @@ def _of_factor(r: torch.Tensor, order: torch.Tensor, damping: float) -> Triangle
 
 
 def parts(weight: torch.Tensor) -> list[slice]:
-    """Output channels of [out, in] that are rounded at once: they do not depend on one another.
-
-    One part is all, or there is an even number of equal ones, so that two threads have as much to do.
-    """
-    count = math.ceil(weight.numel() / (_PART if weight.device.type == "cpu" else 4 * _PART))
-    step = math.ceil(len(weight) / (count + count % 2 if count > 1 else 1))
+    """Output channels of [out, in] that are rounded at once, as many at a time: they do not depend on one another."""
+    on_cpu = weight.device.type == "cpu"
+    most = math.ceil(weight.numel() / (_PART if on_cpu else 4 * _PART))
+    step = math.ceil(len(weight) / max(most, 2 if on_cpu and weight.numel() > _SHARED else 1))
     return [slice(first, first + step) for first in range(0, len(weight), step)]
 
 
 def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, triangle: Triangle) -> QuantizedLinear:
-    """The weight rounded to the levels of `grid`, whose own integers are not used. weight: [out, in] float32."""
+    """The weight [out, in] rounded to the levels of `grid`, whose own integers are not used."""
     order = triangle.order
     group_of = order // (weight.shape[1] // grid.scales.shape[1])  # of each input, in the order
-    w = weight.T[order]  # [in, out]: an input's weights side by side
     scales = grid.scales.T.to(torch.float32)  # [groups, out]
     zeros = None if grid.zeros is None else grid.zeros.T.to(torch.float32)
-    q = torch.empty(w.shape, dtype=torch.int8, device=w.device)
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     # Δ of all inputs, or, with a factor, of those of a block; R Δᵀ of what is rounded stands for the others.
     factor = triangle.factor
-    delta = torch.empty_like(w) if factor is None else w.new_empty((_BLOCK, w.shape[1]))
-    carried = None if factor is None else w.new_zeros((factor.shape[0], w.shape[1]))
+    kept = len(order) if factor is None else _BLOCK
+    delta = torch.empty((kept, len(weight)), dtype=torch.float32, device=weight.device)
+    carried = None if factor is None else delta.new_zeros((factor.shape[0], len(weight)))
     for number in reversed(range(len(triangle.inner))):
         first = number * _BLOCK
         inner, below = triangle.inner[number], triangle.below[number]
         block = slice(first, first + inner.shape[0])
+        inputs, groups = order[block], group_of[block]
         errors = delta[block] if carried is None else delta[: inner.shape[0]]
         # Σ_j Δ_j L_ji over the inputs rounded in earlier blocks, [size, out]
         pull = below.T @ (delta[block.stop :] if carried is None else carried)
-        steps = scales[group_of[block]]  # [size, out]
-        levels = w[block] / steps  # before rounding, and not yet pulled
+        steps = scales[groups]  # [size, out]
+        levels = weight.T[inputs] / steps  # before rounding, and not yet pulled
         if zeros is not None:
-            levels += zeros[group_of[block]]
-        q[block] = _round_block(levels, steps, inner, pull, errors, grid.scheme.weight_range)
+            levels += zeros[groups]
+        rounded = _round_block(levels, steps, inner, pull, errors, grid.scheme.weight_range)
+        q.T[inputs] = rounded.to(torch.int8)
         if carried is not None and factor is not None:
             carried.addmm_(factor[:, block], errors)
-    restored = torch.empty_like(q)
-    restored[order] = q
-    return replace(grid, qweight=restored.T.contiguous(), error=None)
+    return replace(grid, qweight=q, error=None)
 
 
 def _round_block(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..arithmetic import QuantizedLinear, map_blocks, quantize_weight
+from ..arithmetic import QuantizedLinear, quantize_weight
 from ..errors import QuantError
 from ..gram import Gram
 from ..scheme import QuantScheme
@@ -85,15 +85,9 @@ def rounded_parts(
 ) -> list[QuantizedLinear]:
     """gptq.py's parts of a weight, each by itself: they have the same bits whichever of them are here."""
     grids = [quantize_weight(block, scheme, importance) for block in blocks]
-    if triangle is None or scheme.weight_method != "gptq" or not blocks:
+    if triangle is None or scheme.weight_method != "gptq":
         return grids
-    given = triangle
-
-    def rounded(pair: tuple[torch.Tensor, QuantizedLinear]) -> QuantizedLinear:
-        block, grid = pair
-        return round_in_order(block.to(torch.float32), grid, given)
-
-    return map_blocks(rounded, list(zip(blocks, grids, strict=True)), blocks[0].device)
+    return [round_in_order(block, grid, triangle) for block, grid in zip(blocks, grids, strict=True)]
 
 
 def _of_blocks(blocks: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
