@@ -259,7 +259,7 @@ def test_a_run_of_other_inputs_is_refused(what: str, model: Path, index: Path, r
     if what == "recipe process":
         words = ("--dataset", index, "--config_path", written(tmp_path, text.replace("alpha: 0.5 ", "alpha: 0.6 ")))
     elif what == "recipe calibration":
-        words = ("--dataset", index, "--config_path", written(tmp_path, text.replace("200704", "100352")))
+        words = ("--dataset", index, "--config_path", written(tmp_path, text.replace("12544", "100352")))
     elif what == "seed":
         words += ("--seed", 1)
     elif what == "dataset":

@@ -35,7 +35,7 @@ def questions(every: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(every: int, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """eval_report.json of W8A8, W4A16 and plain rounding to int4, calibrated on 40 samples or on all."""
+    """eval_report.json of W8A8, W4A16 and plain rounding to int4, calibrated on 16 samples or on all."""
     folder = tmp_path_factory.mktemp("trained")
     recipes = {
         "w8a8": ("--quant_type", "w8a8", "--save_format", "compressed_tensors"),
@@ -43,7 +43,7 @@ def reports(every: int, questions: Path, tmp_path_factory: pytest.TempPathFactor
         "rounded": ("--config_path", ROOT / "benchmarks" / "recipes" / "w4a16_rounded.yaml"),
     }
     found = {}
-    fewer = ("--max_samples", 40) if every == 40 else ()
+    fewer = ("--max_samples", 16) if every == 40 else ()
     for name, flags in recipes.items():
         quant(TINY / "model", folder / name, "--dataset", TINY / "calib", *fewer, *flags).done()
         words = ("--float", TINY / "model", "--quant", folder / name, "--dataset", questions, "--device", "cpu")
