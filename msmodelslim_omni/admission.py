@@ -45,6 +45,27 @@ def refuse_quantized(path: Path) -> None:
         raise QuantError(f"{path} is already quantized ({scheme})", "give the float checkpoint it was made from")
 
 
+def check_type(model: ModelSpec, checkpoint: Checkpoint) -> None:
+    """config.json and the names of the tensors are of this model type; where they are of another, that one is named."""
+    said = checkpoint.config.get("model_type")
+    if said != model.hf_model_type:
+        right = "give the checkpoint that belongs to --model_type"
+        with suppress(QuantError):  # of no model that is read
+            right = f"give --model_type {derive_model_type(checkpoint.config).model_type}"
+        raise QuantError(
+            f"config.json has model_type {said!r}; {model.model_type} is {model.hf_model_type!r}",
+            f"{right}, or leave --model_type out",
+        )
+    names = checkpoint.tensors.keys()
+    others = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type != said and names]
+    if other := next((spec for spec in others if all(spec.part_of(n).prefix for n in names)), None):
+        raise QuantError(
+            f"config.json has model_type {said!r}, but the tensors are named as those of {other.hf_model_type!r}"
+            f" ({min(names)})",
+            f"fetch the config.json of this checkpoint; it is a {other.model_type} or of that family",
+        )
+
+
 def check_layers(model: ModelSpec, checkpoint: Checkpoint) -> None:
     """The decoder layers' tensors against config.json, without the library."""
     shapes = model.family.layer_spec(checkpoint.config).shapes
@@ -91,27 +112,6 @@ def _compare(checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], optio
             f"{checkpoint.path}: {first} has shape {list(found[first].shape)},"
             f" config.json implies {list(expected[first])} ({len(wrong)} such)",
             "config.json and the weights are of different models",
-        )
-
-
-def check_type(model: ModelSpec, checkpoint: Checkpoint) -> None:
-    """config.json and the names of the tensors are of this model type; where they are of another, that one is named."""
-    said = checkpoint.config.get("model_type")
-    if said != model.hf_model_type:
-        right = "give the checkpoint that belongs to --model_type"
-        with suppress(QuantError):  # of no model that is read
-            right = f"give --model_type {derive_model_type(checkpoint.config).model_type}"
-        raise QuantError(
-            f"config.json has model_type {said!r}; {model.model_type} is {model.hf_model_type!r}",
-            f"{right}, or leave --model_type out",
-        )
-    names = checkpoint.tensors.keys()
-    others = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type != said and names]
-    if other := next((spec for spec in others if all(spec.part_of(n).prefix for n in names)), None):
-        raise QuantError(
-            f"config.json has model_type {said!r}, but the tensors are named as those of {other.hf_model_type!r}"
-            f" ({min(names)})",
-            f"fetch the config.json of this checkpoint; it is a {other.model_type} or of that family",
         )
 
 

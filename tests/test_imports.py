@@ -160,6 +160,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "progress",
     }
     | {"peak_memory", "recipe", "summary", "team"},
+    "layers": {"arithmetic", "background", "device", "emulation", "judging", "measure", "plan", "preparation"}
+    | {"processors", "processors.work", "progress", "safetensors_io", "stream"},
     "pipeline": {m for m in MODULES if not m.startswith("commands")}
     - {"cli", "__main__", "evaluate", "terminal"}
     - {"analysis", "analyze", "proposal", "rounds", "sensitivity"},

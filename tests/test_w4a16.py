@@ -18,7 +18,7 @@ from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, l
 from test_resume import finished_layers, start
 from tiny_layer import arguments
 
-from msmodelslim_omni import pipeline
+from msmodelslim_omni import layers
 from msmodelslim_omni.arithmetic import quantize_weight
 from msmodelslim_omni.judging import LayerProbe, importance
 from msmodelslim_omni.models.spec import LayerInput
@@ -288,9 +288,9 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     index = write_index(folder / "data", {"text": "One sentence."})
     plan = prepare(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index)).plan
     layer = plan.layers[0]
-    weights = pipeline._load(plan, layer)
+    weights = layers._load(plan, layer)
     loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=importance("tokens", [40, 0, 0, 0]))
-    module = pipeline._module(plan, loaded)
+    module = layers._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((1, 40, 256), generator=generator)
@@ -311,7 +311,7 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
         work, quantized={**plain, "mlp.up_proj": replace(plain["mlp.up_proj"], scales=9 * plain["mlp.up_proj"].scales)}
     )
 
-    found, errors = pipeline._no_worse_than_rounding(plan, loaded, worse, probe)
+    found, errors = layers._no_worse_than_rounding(plan, loaded, worse, probe)
     assert found.over_plain == 1.0
     assert found.smoothing == (SmoothingRecord("qkv", None, 1.0, "taken back: as searched"),)
     assert found.weights is loaded.weights and not found.changed  # norms and biases of the checkpoint, no factors
@@ -319,7 +319,7 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
         assert torch.equal(quantized.qweight, plain[linear].qweight)
         assert torch.equal(quantized.scales, plain[linear].scales)
     assert found.notes[0] == "before"
-    of_worse, of_found = (probe.errors(pipeline._module(plan, made)) for made in (worse, found))
+    of_worse, of_found = (probe.errors(layers._module(plan, made)) for made in (worse, found))
     torch.testing.assert_close(errors[0], of_found[0], rtol=1e-4, atol=0.0)
     ratio = (probe.weighed(of_worse) / probe.weighed(of_found)) ** 0.5
     assert ratio > 2 and found.notes[1].startswith("fell back to plain rounding") and f"{ratio:.3f}x" in found.notes[1]
@@ -330,7 +330,7 @@ def test_a_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path)
     exact = {linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="mse"))
              for linear, scheme in loaded.schemes.items()}  # fmt: skip
     better = replace(loaded, quantized={"mlp.up_proj": exact["mlp.up_proj"]})  # all others as they are
-    found, _ = pipeline._no_worse_than_rounding(plan, loaded, better, probe)
+    found, _ = layers._no_worse_than_rounding(plan, loaded, better, probe)
     assert found.quantized is better.quantized and found.notes == ()
     assert found.over_plain is not None and 0 < found.over_plain < 1
 
