@@ -150,9 +150,9 @@ def write_samples(checkpoint: Path, folder: Path, samples: int, tokens: int, see
 
     The ids are what the quantizer itself makes of the index: through its reader, chat template and tokenizer.
     """
-    from msmodelslim_omni.calibration import load_calib_set, prepare_sample
+    from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
     from msmodelslim_omni.models import MODEL_TYPES
-    from msmodelslim_omni.models.spec import MediaLimits
+    from msmodelslim_omni.models.inputs import MediaLimits
 
     spec = MODEL_TYPES["Qwen2.5-Omni-7B"]
     processor = spec.family.open_media_processor(checkpoint, MediaLimits(1 << 20, None, 2.0), False)

@@ -34,11 +34,11 @@ DEFAULT_TEXT = "What are the elements can you see and hear in these medias."
 
 def media_rows(model: Path, index: Path) -> tuple[list[Tensor], Tensor]:
     """Token ids of every sample, media tokens renumbered from the vocabulary's end on, and their rows [n, hidden]."""
-    from msmodelslim_omni.budget import DEFAULT
-    from msmodelslim_omni.calibration import load_calib_set, prepare_sample
-    from msmodelslim_omni.checkpoint import open_checkpoint
+    from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
     from msmodelslim_omni.models import derive_model_type
-    from msmodelslim_omni.models.spec import MediaLimits
+    from msmodelslim_omni.models.inputs import MediaLimits
+    from msmodelslim_omni.runtime.budget import DEFAULT
+    from msmodelslim_omni.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     spec = derive_model_type(checkpoint.config)

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import QuantError
 from .recipe import Recipe, load_recipe
+from .version import __version__
 
 if TYPE_CHECKING:
-    from .pipeline import quantize
+    from .run import quantize
 
-__version__ = "0.1.0"
 __all__ = ["QuantError", "Recipe", "__version__", "load_recipe", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "quantize":
-        from .pipeline import quantize
+        from .run import quantize
 
         return quantize
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

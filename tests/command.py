@@ -10,11 +10,11 @@ from typing import Any
 from typer.testing import CliRunner
 
 from msmodelslim_omni import quantize
-from msmodelslim_omni.calibration import load_calib_set, prepare_sample
+from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.cli import app
 from msmodelslim_omni.models import qwen2_5_omni as omni
-from msmodelslim_omni.models.spec import MediaLimits
-from msmodelslim_omni.progress import Progress
+from msmodelslim_omni.models.inputs import MediaLimits
+from msmodelslim_omni.runtime.progress import Progress
 
 DATA = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
 MINMAX = "qwen2_5_omni_w8a8_minmax"

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from msmodelslim_omni.admission import declared_scheme, refuse_quantized
-from msmodelslim_omni.calibration import MEDIA_KINDS, load_calib_set
-from msmodelslim_omni.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
+from msmodelslim_omni.calibration.samples import MEDIA_KINDS, load_calib_set
 from msmodelslim_omni.doctor.headers import check_files, check_index, read_folder
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.inspection import inspect_checkpoint
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
-from msmodelslim_omni.quantized import read_quantized
-from msmodelslim_omni.recipe import load_recipe
-from msmodelslim_omni.safetensors_io import load_tensor, read_header, write_tensors
-from msmodelslim_omni.workspace import WORK_FOLDER, Workspace, sealed
+from msmodelslim_omni.plan.admission import declared_scheme, refuse_quantized
+from msmodelslim_omni.quantized.inspect import inspect_checkpoint
+from msmodelslim_omni.quantized.reader import read_quantized
+from msmodelslim_omni.recipe.schema import load_recipe
+from msmodelslim_omni.run.workspace import WORK_FOLDER, Workspace, sealed
+from msmodelslim_omni.storage.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
+from msmodelslim_omni.storage.safetensors_io import load_tensor, read_header, write_tensors
 
 ROOT = Path(__file__).parent.parent
 OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]

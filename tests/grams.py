@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from msmodelslim_omni.gram import Gram
+from msmodelslim_omni.statistics.gram import Gram
 
 
 def as_matrix(x: torch.Tensor) -> Gram:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from msmodelslim_omni.pipeline import quantize
+from msmodelslim_omni.run.pipeline import quantize
 
 # One Linear stays float in one layer, so that what is said of such Linears is tested too.
 FLOAT_LINEAR = "thinker.model.layers.1.mlp.down_proj"

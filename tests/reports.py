@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from msmodelslim_omni.fidelity import EvalReport, Fidelity, Interval, LayerDrift
-from msmodelslim_omni.report import LayerRecord, LinearRecord, PartSize, Report
+from msmodelslim_omni.report.fidelity import (
+    EvalReport,
+    Fidelity,
+    Interval,
+    LayerDrift,
+)
+from msmodelslim_omni.report.report import (
+    LayerRecord,
+    LinearRecord,
+    PartSize,
+    Report,
+)
 
 MODALITIES = ("text", "image", "audio", "video")
 LINEARS = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))

@@ -1,4 +1,4 @@
-"""Who may import whom, as a table; who names devices; and what stays unloaded until it is needed."""
+"""The order of rooms, what each file may import, who names devices, and what stays unloaded until it is needed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,175 +22,30 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# Module, or `folder.*`, -> what of ours it may import. A folder's modules may also import each other.
-BASIS = {"errors", "scheme"}
-MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(),
-    "scheme": set(),
-    "resources": set(),
-    "digests": set(),
-    "aside": set(),
-    "read_ahead": {"untrusted"},
-    "untrusted": set(),
-    "progress": set(),
-    "budget": {"errors"},
-    "patterns": {"errors"},
-    "device": {"errors"},
-    "packing": set(),
-    "team": {"device", "errors", "packing"},
-    "nf4": {"errors"},
-    "arithmetic": BASIS | {"nf4"},
-    "recipe_yaml": {"errors"},
-    "recipe_faults": {"errors", "recipe_yaml"},
-    "recipe": {"errors", "recipe_faults", "recipe_yaml", "resources", "untrusted"},
-    "media": {"errors"},
-    "placed_file": set(),
-    "safetensors_io": {"errors", "placed_file", "untrusted"},
-    "checkpoint": {"errors", "safetensors_io", "untrusted"},
-    "models.*": {"errors", "checkpoint", "untrusted"},
-    "gram": {"team"},
-    "background": set(),
-    "fidelity": set(),
-    "capture": {"budget", "errors", "gram", "models.spec", "team"},
-    "calibration": {"digests", "errors", "media", "models.spec", "resources", "untrusted"},
-    "sample_store": {"models.spec", "safetensors_io"},
-    "processors.*": BASIS | {"arithmetic", "capture", "device", "gram", "models.spec", "recipe", "team"},
-    "formats.*": BASIS | {"arithmetic", "aside", "nf4", "safetensors_io", "untrusted"},
-    "admission": {"checkpoint", "errors", "formats.ascend", "models", "models.spec"},
-    "plan": BASIS
-    | {"admission", "budget", "checkpoint", "formats", "models.spec", "nf4", "patterns", "processors", "recipe"}
-    | {"recipe_yaml"},
-    "assembly": BASIS | {"arithmetic", "plan", "formats.job", "safetensors_io"},
-    "outputs": {"formats", "formats.job", "formats.shards", "workspace"},
-    "run_memory": {"models.spec"},
-    "report": {"checkpoint", "formats.shards", "models.spec", "run_memory"},
-    "peak_memory": {"budget", "capture", "errors", "gram", "models.spec", "plan"},
-    "forecast": {
-        "assembly",
-        "budget",
-        "calibration",
-        "formats",
-        "formats.shards",
-        "peak_memory",
-        "plan",
-        "run_memory",
-        "summary",
-    },
-    "workspace": {"errors", "checkpoint", "digests", "formats.shards", "report"},
-    "emulation": {"arithmetic", "models.spec"},
-    "judging": {"arithmetic", "capture", "models.spec", "recipe", "team"},
-    "stream": BASIS
-    | {"arithmetic", "budget", "calibration", "capture", "device", "judging", "models.spec", "plan", "progress"}
-    | {"peak_memory", "sample_store", "team"},
-    "measure": {"arithmetic", "capture", "models.spec", "plan", "processors.work", "report", "stream"},
-    "summary": {"", "device", "formats.job", "models.spec", "plan", "progress", "report", "run_memory", "stream"},
-    "inspection": {
-        "admission",
-        "errors",
-        "checkpoint",
-        "formats",
-        "formats.ascend",
-        "models",
-        "models.spec",
-        "run_memory",
-        "safetensors_io",
-    },
-    "quantized": BASIS
-    | {"admission", "arithmetic", "checkpoint", "formats", "formats.ascend", "formats.awq", "formats.bitsandbytes"}
-    | {"formats.compressed_tensors"}
-    | {"formats.job", "formats.stored", "models", "models.spec", "safetensors_io"},
-    "export": BASIS
-    | {"assembly", "checkpoint", "device", "documents", "formats", "formats.job", "formats.shards", "models.running"}
-    | {"models.spec", "outputs", "progress", "quantized", "recipe", "report", "safetensors_io", "summary", "workspace"},
-    "report_html.*": {"fidelity", "models.spec", "report"},
-    "model_card": {"aside", "checkpoint", "eval_report", "fidelity", "models.spec", "report"},
-    "documents": {"aside", "errors", "fidelity", "model_card", "models.spec", "processors.work", "progress", "report"}
-    | {"report_html", "untrusted"},
-    "generate": BASIS
-    | {"arithmetic", "calibration", "checkpoint", "device", "formats.job", "models", "models.running", "models.spec"}
-    | {"progress", "quantized", "report", "safetensors_io"},
-    "doctor.*": BASIS
-    | {"arithmetic", "checkpoint", "formats", "formats.ascend", "formats.bitsandbytes", "formats.nibbles", "models"}
-    | {"models.spec", "nf4", "safetensors_io", "untrusted", "workspace"},
-    "scoring": set(),
-    "bootstrap": {"fidelity"},
-    "comparable": {"checkpoint", "errors", "generate"},
-    "side_by_side": {
-        "arithmetic",
-        "background",
-        "budget",
-        "calibration",
-        "capture",
-        "checkpoint",
-        "device",
-        "errors",
-        "fidelity",
-    }
-    | {"generate", "models.spec", "progress", "quantized", "safetensors_io", "sample_store", "scoring", "emulation"},
-    "figures": {"bootstrap", "fidelity", "models.spec", "scoring", "side_by_side"},
-    "logits": {"device", "errors", "figures", "generate", "models.spec", "progress", "safetensors_io", "scoring"}
-    | {"side_by_side"},
-    "eval_report": {"aside", "checkpoint", "errors", "fidelity", "formats.shards", "models.spec", "report"},
-    "evaluate": {"calibration", "checkpoint", "comparable", "device", "documents", "errors", "eval_report", "fidelity"}
-    | {"figures", "generate", "logits", "models.spec", "progress", "quantized", "side_by_side", "summary"},
-    "terminal": {"progress", "device"},
-    "allocation": set(),
-    "sensitivity": BASIS
-    | {"arithmetic", "calibration", "capture", "device", "emulation", "measure", "models.spec", "plan", "processors"}
-    | {"processors.work", "progress", "stream"},
-    "mixed_recipe": {"scheme"},
-    "holdout": {"calibration", "errors"},
-    "analysis": {"fidelity", "formats.shards", "mixed_recipe", "models.spec", "report", "sensitivity"},
-    "proposal": {"allocation", "assembly", "checkpoint", "formats", "formats.job", "formats.shards", "mixed_recipe"}
-    | {"models.spec", "plan", "recipe", "sensitivity"},
-    "rounds": {"analysis", "evaluate", "mixed_recipe", "pipeline", "progress", "proposal", "report", "sensitivity"},
-    "analyze": {"analysis", "calibration", "checkpoint", "device", "errors", "holdout", "mixed_recipe", "models"}
-    | {"models.spec", "preparation", "progress", "proposal", "report", "rounds", "sensitivity", "stream", "summary"}
-    | {"workspace"},
-    "preparation": BASIS
-    | {
-        "admission",
-        "calibration",
-        "checkpoint",
-        "device",
-        "digests",
-        "forecast",
-        "models",
-        "models.spec",
-        "plan",
-        "progress",
-    }
-    | {"peak_memory", "recipe", "summary", "team"},
-    "layers": {"arithmetic", "background", "device", "emulation", "judging", "measure", "plan", "preparation"}
-    | {"processors", "processors.work", "progress", "safetensors_io", "stream"},
-    "pipeline": {m for m in MODULES if not m.startswith("commands")}
-    - {"cli", "__main__", "evaluate", "terminal"}
-    - {"analysis", "analyze", "proposal", "rounds", "sensitivity"},
-    "commands.*": {
-        "analysis",
-        "analyze",
-        "budget",
-        "errors",
-        "recipe",
-        "pipeline",
-        "preparation",
-        "progress",
-        "read_ahead",
-        "inspection",
-        "report",
-        "team",
-        "terminal",
-        "workspace",
-        "export",
-        "generate",
-        "evaluate",
-        "eval_report",
-    }
-    | {"doctor"},
-    "cli": {m for m in MODULES if m.startswith("commands")},
-    "": {"errors", "recipe", "pipeline"},  # the package itself
-    "__main__": {"cli"},
-}
+# A room imports only rooms that come after it. Top-level files are rooms of their own, but for the command's.
+ROOMS = (
+    "commands",  # with cli.py and __main__.py
+    "package",  # msmodelslim_omni/__init__.py, the public API
+    "analysis",
+    "evaluation",
+    "doctor",
+    "quantized",
+    "run",
+    "calibration",
+    "report",
+    "plan",
+    "processors",
+    "statistics",
+    "formats",
+    "models",
+    "recipe",
+    "numerics",
+    "runtime",
+    "storage",
+    "files",
+    "errors",
+    "version",
+)
 
 # Heavy or optional libraries that may only be imported inside functions.
 LAZY = {
@@ -202,12 +58,17 @@ def parsed(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
+def room_of(module: str) -> str:
+    first = module.split(".")[0]
+    return {"": "package", "cli": "commands", "__main__": "commands"}.get(first, first)
+
+
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
 
 
 def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those under `if TYPE_CHECKING`."""
+    """All nodes except those under `if TYPE_CHECKING`."""
     if is_type_checking(node):
         return
     yield node
@@ -215,45 +76,100 @@ def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from running_nodes(child)
 
 
-def own_imports(module: str) -> set[str]:
-    """Modules of ours that a module imports, also inside functions."""
+def own_imports(module: str, *, for_types: bool = False) -> set[str]:
+    """Modules of this package that a module imports, inside functions too. for_types: also those for type checkers."""
     found = set()
     folder = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
-    for node in running_nodes(parsed(module)):
+    nodes = ast.walk(parsed(module)) if for_types else running_nodes(parsed(module))
+    for node in nodes:
         if not isinstance(node, ast.ImportFrom) or node.level == 0:
             continue
         base = [part for part in folder if part][: len(folder) - node.level + 1]
         target = ".".join([*base, *(node.module.split(".") if node.module else [])])
         for alias in node.names:
             inner = f"{target}.{alias.name}".lstrip(".")
-            if inner in MODULES:
-                found.add(inner)
-            elif target or alias.name != "__version__":
-                found.add(target)
+            found.add(inner if inner in MODULES and not is_handed_on(target, alias.name) else target)
     return found
 
 
-def row_of(module: str) -> str:
-    folder = module.split(".")[0]
-    return f"{folder}.*" if f"{folder}.*" in MAY_IMPORT else module
+def is_handed_on(package: str, name: str) -> bool:
+    """Whether a room's __init__.py hands on something under this name that is not the file of that name."""
+    nodes = [node for node in parsed(package).body if isinstance(node, ast.ImportFrom) and node.module]
+    return any(alias.name == name for node in nodes for alias in node.names)
+
+
+# --- the order of rooms --------------------------------------------------------------------------------------
+
+
+def test_every_folder_and_file_is_a_room() -> None:
+    assert {room_of(module) for module in MODULES} == set(ROOMS)
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_imports_are_in_the_table(module: str) -> None:
-    row = row_of(module)
-    assert row in MAY_IMPORT, f"{module} has no row: decide what it may import"
-    siblings = {m for m in MODULES if row.endswith(".*") and row_of(m) == row}
-    surplus = own_imports(module) - MAY_IMPORT[row] - siblings
-    assert not surplus, f"{module} must not import {sorted(surplus)}"
+def test_a_room_imports_only_rooms_under_it(module: str) -> None:
+    mine = ROOMS.index(room_of(module))
+    above = {target for target in own_imports(module) if ROOMS.index(room_of(target)) < mine}
+    assert not above, f"{module} is in {ROOMS[mine]} and must not import {sorted(above)}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_are_entered_by_their_door(module: str) -> None:
+    """Other rooms see what a room's __init__.py hands on, never its files; types included."""
+    others = {target for target in own_imports(module, for_types=True) if room_of(target) != room_of(module)}
+    inner = {target for target in others if "." in target}
+    assert not inner, f"{module} must import from the room itself, not from {sorted(inner)}"
+
+
+def handed_on(room: str) -> list[str]:
+    """`__all__` of a room."""
+    for node in parsed(room).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return list(ast.literal_eval(node.value))
+    return []
+
+
+def test_a_door_hands_on_what_others_use_and_nothing_else() -> None:
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module in MODULES:
+        for node in ast.walk(parsed(module)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names = {alias.name for alias in node.names}
+                for room in imported_rooms(module, node):
+                    used[room] |= names
+    doors = [room for room in ROOMS if room in MODULES and MODULES[room].name == "__init__.py" and room != "commands"]
+    assert {room: set(handed_on(room)) for room in doors} == {room: used[room] for room in doors}
+
+
+def imported_rooms(module: str, node: ast.ImportFrom) -> set[str]:
+    """The room whose door an import names from outside; empty for imports inside a room."""
+    folder = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
+    base = [part for part in folder if part][: len(folder) - node.level + 1]
+    target = ".".join([*base, *(node.module.split(".") if node.module else [])])
+    return {target} if target in ROOMS and target != room_of(module) else set()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_circles_inside_a_room(room: str) -> None:
+    """Nor by types alone: two files that know each other's types are one file."""
+    inside = [module for module in MODULES if room_of(module) == room]
+    graph = {module: own_imports(module, for_types=True) & set(inside) - {module} for module in inside}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("room", [room for room in ROOMS if room in MODULES and "." not in room])
+def test_a_room_says_what_lives_there(room: str) -> None:
+    if MODULES[room].name == "__init__.py":
+        text = ast.get_docstring(parsed(room)) or ""
+        assert 3 <= len(text.splitlines()) <= 8, f"{room}/__init__.py: three to eight lines"
 
 
 def test_the_reader_of_imports_sees_them() -> None:
-    assert own_imports("processors.smooth") >= {"arithmetic", "capture", "models.spec", "processors.work"}
-    assert own_imports("commands.quant") >= {"commands.shell", "pipeline"}  # those inside functions too
-    assert "checkpoint" not in own_imports("models.spec")  # for type checkers only
-    assert own_imports("") == {"errors", "recipe", "pipeline"}  # the last one inside a function
-    formats = {"ascend", "awq", "bitsandbytes", "compressed_tensors", "job"}
-    assert own_imports("formats") == {f"formats.{name}" for name in formats}
+    assert own_imports("processors.smooth") >= {"numerics", "statistics", "models", "processors.work"}
+    assert own_imports("commands.quant") >= {"commands.shell", "run"}  # inside functions
+    assert "storage" not in own_imports("models.spec")  # for type checkers only
+    assert "storage" in own_imports("models.spec", for_types=True)
+    assert own_imports("") == {"errors", "recipe", "run", "version"}  # `run` inside a function
+    assert own_imports("formats") >= {"formats.registry", "formats.job"}
 
 
 def test_nobody_imports_ours_by_its_full_name() -> None:
@@ -281,7 +197,15 @@ def test_heavy_libraries_are_imported_inside_functions(module: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["recipe", "errors", "patterns", "scheme", "resources", "models.spec", "cli", "commands.shell", "progress"],
+    [
+        *(m for m in MODULES if room_of(m) in ("recipe", "files", "errors", "version", "package")),
+        "cli",
+        "commands.shell",
+        "models.spec",
+        "numerics.scheme",
+        "runtime.progress",
+        "runtime.budget",
+    ],
 )
 def test_no_torch_at_the_top(module: str) -> None:
     assert "torch" not in top_level_imports(module)
@@ -317,13 +241,13 @@ def words(module: str) -> Iterator[str]:
             yield node.value
 
 
-@pytest.mark.parametrize("module", [module for module in MODULES if module != "device"])
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "runtime.device"])
 def test_only_device_names_devices(module: str) -> None:
     assert not [word for word in words(module) if DEVICE_WORDS.search(word)]
 
 
 def test_device_does_name_them() -> None:
-    found = {match[1].lower() for word in words("device") for match in DEVICE_WORDS.finditer(word)}
+    found = {match[1].lower() for word in words("runtime.device") for match in DEVICE_WORDS.finditer(word)}
     assert found == {"cuda", "npu", "torch_npu"}
 
 
@@ -370,7 +294,7 @@ def loaded_by(code: str, *arguments: str) -> tuple[set[str], str, float]:
     return set(done.stderr.split("\n")[-2].split()), done.stdout, seconds
 
 
-@pytest.mark.parametrize("module", ["cli", "recipe", "errors", "patterns", "scheme"])
+@pytest.mark.parametrize("module", ["cli", "recipe", "errors", "files"])
 def test_importing_without_torch(module: str) -> None:
     modules, _, _ = loaded_by(f"import msmodelslim_omni.{module}")
     assert "msmodelslim_omni" in modules
@@ -403,7 +327,7 @@ def test_commands_that_answer_at_once(arguments: list[str], shows: str) -> None:
 
 
 def test_the_pipeline_needs_no_media_libraries() -> None:
-    modules, _, _ = loaded_by("import msmodelslim_omni.pipeline")
+    modules, _, _ = loaded_by("import msmodelslim_omni.run.pipeline")
     assert "torch" in modules
     assert not modules & LAZY
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_omni import harden, render, score, tasks, text, towers, train
 from tiny_omni import model as omni
 
-from msmodelslim_omni.calibration import load_calib_set, parse_sample, prepare_sample
+from msmodelslim_omni.calibration.samples import load_calib_set, parse_sample, prepare_sample
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
 

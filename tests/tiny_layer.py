@@ -12,13 +12,14 @@ import torch
 import transformers
 from make_tiny_omni import TINY, omni_config
 
-from msmodelslim_omni.capture import InputRecorder, InputStats, run_layer
-from msmodelslim_omni.judging import importance
+from msmodelslim_omni.calibration.layer_probe import importance
 from msmodelslim_omni.models import qwen2_5_omni
-from msmodelslim_omni.models.spec import MODALITIES, LayerInput, LayerSpec
+from msmodelslim_omni.models.inputs import MODALITIES, LayerInput
+from msmodelslim_omni.models.spec import LayerSpec
 from msmodelslim_omni.models.torchvision_shim import ensure_torchvision_imports
+from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors.work import LayerWork
-from msmodelslim_omni.scheme import QuantScheme
+from msmodelslim_omni.statistics.capture import InputRecorder, InputStats, run_layer
 
 ensure_torchvision_imports()
 

@@ -25,10 +25,10 @@ from tiny_omni import model as omni
 from tiny_omni import text
 from torch import Tensor
 
-from msmodelslim_omni.calibration import load_calib_set, prepare_sample
+from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.models import MODEL_TYPES
+from msmodelslim_omni.models.inputs import MediaLimits
 from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
-from msmodelslim_omni.models.spec import MediaLimits
 
 LIMITS = MediaLimits(max_tokens=4096, max_pixels=200_704, video_fps=2.0)  # those of the recipes
 ROWS = 12

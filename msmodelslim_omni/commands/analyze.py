@@ -75,14 +75,14 @@ def analyze(
     """
     if target_size is not None and max_kl is not None:
         raise typer.BadParameter("--target_size and --max_kl exclude each other; give one of them")
-    from ..terminal import TerminalProgress
+    from .live_progress import TerminalProgress
 
     progress = TerminalProgress(messages)
     quiet_libraries()
 
     def work() -> None:
-        from ..analyze import analyze as run_analyze
-        from ..budget import parse_size
+        from ..analysis import analyze as run_analyze
+        from ..runtime import parse_size
 
         analysis = run_analyze(
             model_path, dataset, model_type=model_type, device=device, max_samples=max_samples,
@@ -106,8 +106,14 @@ def analyze(
 
 
 def _show(analysis: Analysis, save_path: Path | None) -> None:
-    from ..analysis import ROUND_COLUMNS, UNIT_COLUMNS, exclude_text, round_rows, unit_rows
-    from ..terminal import table
+    from ..analysis import (
+        ROUND_COLUMNS,
+        UNIT_COLUMNS,
+        exclude_text,
+        round_rows,
+        unit_rows,
+    )
+    from .tables import table
 
     rows = [row[:_SHOWN_UNIT_COLUMNS] for row in unit_rows(analysis.units, _SHOWN_UNITS)]
     more = f" ({len(rows)} of {len(analysis.units)})" if len(rows) < len(analysis.units) else ""

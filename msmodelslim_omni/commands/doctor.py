@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from .shell import Debug, Json, guarded, messages, print_json, quiet_libraries, results
+from .shell import (
+    Debug,
+    Json,
+    guarded,
+    messages,
+    print_json,
+    quiet_libraries,
+    results,
+)
+
+if TYPE_CHECKING:
+    from ..doctor import Diagnosis
 
 
 def doctor(
@@ -28,11 +42,36 @@ def doctor(
         if as_json:
             print_json(diagnosis.as_dict())
         else:
-            from ..terminal import print_diagnosis
-
-            print_diagnosis(results, diagnosis)
+            _print_diagnosis(results, diagnosis)
         if not diagnosis.healthy:
             raise typer.Exit(1)
 
     quiet_libraries()
     guarded(work, debug)
+
+
+_LEVEL_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
+
+
+def _print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+    """doctor's findings as a table; below it, once for each kind, why it matters and what to do."""
+    built = Table(title=f"{diagnosis.path}: {diagnosis.format or 'no format'}", title_justify="left")
+    for column in ("", "check", "where", "what"):
+        built.add_column(column, overflow="fold", no_wrap=column in ("", "check"))
+    kinds = {}
+    for finding in diagnosis.findings:
+        style = _LEVEL_STYLES[finding.level]
+        what = f"{finding.code}: {finding.what}" if finding.code else finding.what
+        built.add_row(Text(finding.level, style), Text(finding.check), Text(finding.where), Text(what))
+        if finding.code:
+            kinds[finding.code] = finding
+    console.print(built)
+    for code, finding in kinds.items():
+        more = f" ({diagnosis.unlisted[code]} more of this kind)" if code in diagnosis.unlisted else ""
+        whom = f" [{', '.join(finding.runtimes)}]" if finding.runtimes else ""
+        console.print(
+            Text.assemble((code, _LEVEL_STYLES[finding.level]), f"{more}: {finding.why}{whom}. To do: {finding.todo}."),
+            soft_wrap=True,
+        )
+    errors, warnings = f"{diagnosis.errors} errors", f"{diagnosis.warnings} warnings"
+    console.print(Text(f"{errors}, {warnings}", _LEVEL_STYLES["ok" if diagnosis.healthy else "error"]))

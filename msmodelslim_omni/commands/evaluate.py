@@ -23,7 +23,7 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..fidelity import EvalReport
+    from ..report import EvalReport
 
 # A narrower terminal has no room for the intervals of every modality.
 _ROOM_FOR_INTERVALS = 120
@@ -73,13 +73,13 @@ def eval_(
     KL of next-token distributions, top-1 and top-5 agreement, perplexity, exact match of answers, drift of what the
     talker reads; with bootstrap intervals. Both models pass layer by layer, in the memory of one layer.
     """
-    from ..terminal import TerminalProgress
+    from .live_progress import TerminalProgress
 
     progress = TerminalProgress(messages)
     quiet_libraries()
 
     def work() -> None:
-        from ..evaluate import default_save_path, evaluate
+        from ..evaluation import default_save_path, evaluate
 
         folder = save_path or default_save_path(quant)
         report = evaluate(
@@ -108,8 +108,8 @@ def eval_(
 
 
 def _print_report(report: EvalReport) -> None:
-    from ..eval_report import NOTE, figure_rows
-    from ..terminal import table
+    from ..report import NOTE, figure_rows
+    from .tables import table
 
     columns, rows = figure_rows(report, all_intervals=results.width >= _ROOM_FOR_INTERVALS, between="\n")
     title = f"{report.quant_path} ({report.quant_format}) against {report.float_path}; scored: {report.scored}"

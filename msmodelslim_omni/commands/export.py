@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from .shell import Debug, Json, flag, guarded, messages, print_json, quiet_libraries, results
+from .shell import (
+    Debug,
+    Json,
+    flag,
+    guarded,
+    messages,
+    print_json,
+    quiet_libraries,
+    results,
+)
 
 
 def export(
@@ -24,13 +33,14 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a quantized checkpoint in another format, without quantizing again."""
-    from ..terminal import TerminalProgress, table
+    from .live_progress import TerminalProgress
+    from .tables import table
 
     progress = TerminalProgress(messages)
     quiet_libraries()
 
     def work() -> None:
-        from ..export import export as run_export
+        from ..quantized import export as run_export
         from ..report import human_bytes
 
         done = run_export(

@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from .shell import Debug, Device, TrueFalse, TrustRemoteCode, flag, guarded, messages, quiet_libraries
+from .shell import (
+    Debug,
+    Device,
+    TrueFalse,
+    TrustRemoteCode,
+    flag,
+    guarded,
+    messages,
+    quiet_libraries,
+)
 
 
 def generate(
@@ -31,7 +40,7 @@ def generate(
     that fits, else bfloat16); int8 activations are emulated. Media are local files, read as calibration reads them:
     each at most 1 GiB, 64 megapixels, 600 s.
     """
-    from ..terminal import TerminalProgress
+    from .live_progress import TerminalProgress
 
     progress = TerminalProgress(messages)
     quiet_libraries()
@@ -41,7 +50,7 @@ def generate(
         typer.echo(piece, nl=False)
 
     def work() -> None:
-        from ..generate import generate as run_generate
+        from ..quantized import generate as run_generate
 
         answer = run_generate(
             path, text, images=image or (), audios=audio or (), videos=video or (), speech=speech, speaker=speaker,

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from .shell import Debug, Json, guarded, print_json, quiet_libraries, results
+from .shell import (
+    Debug,
+    Json,
+    guarded,
+    print_json,
+    quiet_libraries,
+    results,
+)
 
 
 def inspect(
@@ -19,9 +26,9 @@ def inspect(
     """What is in a checkpoint: parts, dtypes, bytes, scheme."""
 
     def work() -> None:
-        from ..inspection import inspect_checkpoint
+        from ..quantized import inspect_checkpoint
         from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
-        from ..terminal import table
+        from .tables import table
 
         found = inspect_checkpoint(path)
         if as_json:

@@ -26,9 +26,9 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..preparation import Prepared
     from ..report import Report
-    from ..team import Team
+    from ..run import Prepared
+    from ..runtime import Team
 
 
 def quant(
@@ -79,28 +79,25 @@ def quant(
     work: torchrun --nproc_per_node N -m msmodelslim_omni quant ..."""
     if quant_type and config_path:
         raise typer.BadParameter("--quant_type and --config_path exclude each other; give one of them")
-    from ..read_ahead import read_ahead
+    from ..files import read_ahead
 
     if not dry_run:
         read_ahead(model_path)
-    from ..terminal import TerminalProgress
+    from .live_progress import TerminalProgress
 
     progress = TerminalProgress(messages, log_level.value)
     # transformers' and the media libraries' own remarks are not about what the user does
     quiet_libraries()
 
     def work() -> None:
-        from ..team import open_team
+        from ..runtime import open_team
 
         with open_team(device) as team:
             carry_out(team)
 
     def carry_out(team: Team) -> None:
-        from ..budget import parse_size
-        from ..pipeline import run_guarded
-        from ..preparation import prepare
-        from ..progress import Progress
-        from ..workspace import check_save_path
+        from ..run import check_save_path, prepare, run_guarded
+        from ..runtime import Progress, parse_size
 
         told = progress if team.leads else Progress()
         check_save_path(save_path, model_path)
@@ -138,7 +135,7 @@ def quant(
 
 def _show_plan(prepared: Prepared, as_json: bool) -> None:
     from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
-    from ..terminal import table
+    from .tables import table
 
     plan, expected = prepared.plan, prepared.forecast
     linears = [
@@ -180,8 +177,13 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
 
 
 def _show_report(report: Report, as_json: bool) -> None:
-    from ..report import RUN_MEMORY_COLUMNS, human_bytes, part_errors, run_memory_rows
-    from ..terminal import table
+    from ..report import (
+        RUN_MEMORY_COLUMNS,
+        human_bytes,
+        part_errors,
+        run_memory_rows,
+    )
+    from .tables import table
 
     if as_json:
         print_json(asdict(report))

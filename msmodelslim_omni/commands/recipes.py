@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
-from .shell import Debug, Json, guarded, print_json, results
+from .shell import (
+    Debug,
+    Json,
+    guarded,
+    print_json,
+    results,
+)
 
 
 def recipes_list(as_json: Json = False, debug: Debug = False) -> None:
@@ -15,7 +21,7 @@ def recipes_list(as_json: Json = False, debug: Debug = False) -> None:
 
     def work() -> None:
         from ..recipe import shipped_recipes
-        from ..terminal import table
+        from .tables import table
 
         found = [
             {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..untrusted import parse_json, read_regular
+from ..files import parse_json, read_regular
 from .findings import Finding, found
 from .headers import MAX_JSON_BYTES, read_json
 

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import config_block
 from ..errors import QuantError
-from ..formats.ascend import DESCRIPTION_FILE
-from ..models import MODEL_TYPES
-from ..models.spec import ModelSpec
+from ..formats import DESCRIPTION_FILE
+from ..models import MODEL_TYPES, ModelSpec
+from ..storage import config_block
 from .findings import Finding, found, some
 from .headers import read_json
 from .quantization import Declared, config_groups

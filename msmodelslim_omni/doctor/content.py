@@ -8,12 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..arithmetic import QuantizedLinear, row_blocks
-from ..formats import bitsandbytes
-from ..formats.nibbles import unpack_gemm, unpack_plain
-from ..nf4 import LEVELS
-from ..safetensors_io import FLOAT_DTYPES, TORCH_DTYPES, TensorInfo, byte_view, load_tensor, read_bytes
-from ..scheme import QuantScheme
+from ..formats import nf4_linear, unpack_gemm, unpack_plain
+from ..numerics import NF4_LEVELS, QuantizedLinear, QuantScheme, row_blocks
+from ..storage import (
+    FLOAT_DTYPES,
+    TORCH_DTYPES,
+    TensorInfo,
+    byte_view,
+    load_tensor,
+    read_bytes,
+)
 from .findings import Finding, found
 from .linears import StoredLinear
 
@@ -42,7 +46,7 @@ def _not_empty(linear: StoredLinear) -> bool:
 def load_integers(linear: StoredLinear) -> QuantizedLinear:
     """qweight [out, in], scales [out, groups] and zeros of a Linear that is readable, whatever wrote it."""
     if linear.form == "nf4":
-        stored = bitsandbytes.stored_linear(linear.name, linear.tensors, "F32")
+        stored = nf4_linear(linear.name, linear.tensors, "F32")
         return QuantizedLinear(stored.qweight(), stored.scales(), stored.scheme)
     tensors = {suffix: load_tensor(info) for suffix, info in linear.tensors.items() if suffix in _LOADED}
     assert linear.shape is not None
@@ -136,7 +140,7 @@ def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
 
 
 def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
-    zero = 0 if linear.scheme.codebook is None else LEVELS.index(0.0)
+    zero = 0 if linear.scheme.codebook is None else NF4_LEVELS.index(0.0)
     tally, bits, blocks = _Tally(zero), linear.scheme.weight_bits, row_blocks(linear.qweight)
     # The same memory for every block: allocating it anew takes longer than all the arithmetic.
     floats = torch.empty(linear.qweight[blocks[0]].shape)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..safetensors_io import TensorInfo, read_header
-from ..untrusted import open_regular, parse_json, read_regular
-from ..workspace import WORK_FOLDER
+from ..files import open_regular, parse_json, read_regular
+from ..run import WORK_FOLDER
+from ..storage import TensorInfo, read_header
 from .findings import Finding, found, some
 
 # A JSON file takes up to some thirty times its size once parsed; those of real checkpoints stay below this.

@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import QuantError
-from ..formats import bitsandbytes
-from ..safetensors_io import FLOAT_DTYPES, TensorInfo
+from ..formats import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_form
+from ..storage import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, found, some
 from .headers import Folder
 from .quantization import Declared
@@ -24,7 +24,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "ascend": ("weight", "weight_scale", "weight_offset"),
     "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
                       "weight_offset?"),
-    "nf4": ("weight", *bitsandbytes.PARTS[1:], *(f"{suffix}?" for suffix in bitsandbytes.NESTED)),
+    "nf4": ("weight", *NF4_PARTS[1:], *(f"{suffix}?" for suffix in NF4_NESTED)),
     "float": ("weight",),
 }  # fmt: skip
 
@@ -133,7 +133,7 @@ def _own_shape(form: str, tensors: dict[str, TensorInfo]) -> tuple[int, int] | N
     """(out, in) as the tensors themselves say, for a Linear that config.json does not imply."""
     if form == "nf4":
         with suppress(QuantError):
-            return bitsandbytes.stored_form(tensors)[0]
+            return nf4_form(tensors)[0]
         return None
     first = tensors.get(FORMS[form][0])
     if first is None or len(first.shape) != 2:
@@ -213,15 +213,15 @@ def _misfits(name: str, form: str, tensors: dict[str, TensorInfo], shape: tuple[
 
 def _nf4_misfits(name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> Iterator[Finding]:
     """What its quant_state says of the tensors and of the shape; a Linear that is not whole is told of elsewhere."""
-    if any(suffix not in tensors for suffix in bitsandbytes.PARTS):
+    if any(suffix not in tensors for suffix in NF4_PARTS):
         return
     try:
-        said = bitsandbytes.stored_form(tensors)[0]
+        said = nf4_form(tensors)[0]
     except QuantError as error:
         yield found("nf4_state_wrong", name, error.message)
         return
     if said != shape:
-        yield found("tensor_shape", f"{name}.{bitsandbytes.STATE}", f"says {list(said)}, not {list(shape)}")
+        yield found("tensor_shape", f"{name}.{NF4_STATE}", f"says {list(said)}, not {list(shape)}")
 
 
 def _group_count(form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> int:
@@ -261,7 +261,7 @@ def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterat
     if declared.bits is not None and forms and declared.bits != bits[forms.most_common(1)[0][0]]:
         form = forms.most_common(1)[0][0]
         yield found("bits_wrong", f"{key}.{declared.bits_key}", f"is {declared.bits}; {bits[form]} bits are stored")
-    nested = {linear.name for linear in quantized if bitsandbytes.NESTED[0] in linear.tensors}
+    nested = {linear.name for linear in quantized if NF4_NESTED[0] in linear.tensors}
     if declared.nested is not None and (declared.nested != bool(nested) or len(nested) not in (0, len(quantized))):
         told = f"is {declared.nested}; {len(nested)} of {len(quantized)} Linears have nested scales"
         yield found("nested_wrong", f"{key}.bnb_4bit_use_double_quant", told)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from ..checkpoint import config_block
-from ..models.spec import ModelSpec
+from ..models import ModelSpec
+from ..storage import config_block
 from .config import KEY
 from .findings import Finding, found, some
 from .linears import StoredLinear, linear_of

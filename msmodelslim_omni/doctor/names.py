@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from ..models.spec import ModelSpec, Renaming, renamed
+from ..models import ModelSpec, Renaming, renamed
 
 Rename = Callable[[str], str | None]
 Skips = Callable[[str], bool]

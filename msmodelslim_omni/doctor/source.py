@@ -15,11 +15,23 @@ from typing import Any
 
 import torch
 
-from ..arithmetic import QuantizedLinear, dequantize, linear_rows, relative_error
-from ..checkpoint import Checkpoint, open_checkpoint
 from ..errors import QuantError
-from ..models.spec import LinearGroup, ModelSpec
-from ..safetensors_io import TORCH_DTYPES, TensorInfo, byte_view, load_tensor, read_bytes
+from ..models import LinearGroup, ModelSpec
+from ..numerics import (
+    QuantizedLinear,
+    dequantize,
+    linear_rows,
+    relative_error,
+)
+from ..storage import (
+    TORCH_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    byte_view,
+    load_tensor,
+    open_checkpoint,
+    read_bytes,
+)
 from .config import KEY, blocks
 from .content import is_readable, load_integers, pieces
 from .findings import Finding, found, some

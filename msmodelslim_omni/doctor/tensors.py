@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..models.spec import ModelSpec
-from ..safetensors_io import FLOAT_DTYPES, TensorInfo
+from ..models import ModelSpec
+from ..storage import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, found, some
 from .headers import Folder
 from .linears import Shapes, StoredLinear, linear_of

@@ -1,13 +1,39 @@
-"""The output formats: a new one is one file here and a line in this table (and its saver in recipe.py)."""
+"""Output formats: the bytes of a quantized checkpoint, written and read back.
+
+A format is one module that implements format.py's `Format`, and one line in registry.py's table. shards.py writes
+the files, whatever the format.
+May import: numerics, runtime, storage, files, errors.
+Left out on purpose: models and processors. A format sees names, schemes and tensors.
+"""
 
 from __future__ import annotations
 
-from . import ascend, awq, bitsandbytes, compressed_tensors
-from .job import Format
+from .ascend import DESCRIPTION_FILE
+from .bitsandbytes import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_form, nf4_linear
+from .job import FLOAT, OutLinear, OutputJob, OutTensor
+from .nibbles import unpack_gemm, unpack_plain
+from .registry import FORMATS
+from .shards import Output, format_tensors, output_files, write_json
+from .stored import PartFault, StoredLinear
 
-FORMATS: dict[str, Format] = {
-    "ascendv1_saver": ascend,
-    "awq": awq,
-    "bitsandbytes": bitsandbytes,
-    "compressed_tensors": compressed_tensors,
-}
+__all__ = [
+    "DESCRIPTION_FILE",
+    "FLOAT",
+    "FORMATS",
+    "NF4_NESTED",
+    "NF4_PARTS",
+    "NF4_STATE",
+    "OutLinear",
+    "OutTensor",
+    "Output",
+    "OutputJob",
+    "PartFault",
+    "StoredLinear",
+    "format_tensors",
+    "nf4_form",
+    "nf4_linear",
+    "output_files",
+    "unpack_gemm",
+    "unpack_plain",
+    "write_json",
+]

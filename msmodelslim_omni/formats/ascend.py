@@ -16,12 +16,28 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..safetensors_io import TensorInfo, TensorSpec, load_tensor
-from ..scheme import QuantScheme
-from .job import FLOAT, Data, OutLinear, OutputJob, OutTensor
-from .stored import FLOATS, PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
+from ..numerics import QuantScheme
+from ..storage import TensorInfo, TensorSpec, load_tensor
+from .job import (
+    FLOAT,
+    Data,
+    OutLinear,
+    OutputJob,
+    OutTensor,
+)
+from .stored import (
+    FLOATS,
+    PartFault,
+    Parts,
+    StoredLinear,
+    StoredLinears,
+    group_parts,
+    missing_parts,
+    wrong_parts,
+)
 
 weights_stem = "quant_model_weights"
+quant_method: str | None = None
 DESCRIPTION_FILE = "quant_model_description.json"
 
 _DESCRIPTION_VERSION = "1.0.0"

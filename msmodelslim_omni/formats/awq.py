@@ -22,14 +22,29 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..safetensors_io import TensorInfo, TensorSpec, load_tensor
-from ..scheme import QuantScheme
-from .job import Data, OutLinear, OutputJob, OutTensor
+from ..numerics import QuantScheme
+from ..storage import TensorInfo, TensorSpec, load_tensor
+from .job import (
+    Data,
+    OutLinear,
+    OutputJob,
+    OutTensor,
+)
 from .nibbles import PER_WORD, pack_gemm, unpack_gemm
 from .skips import skipped_words
-from .stored import FLOATS, PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
+from .stored import (
+    FLOATS,
+    PartFault,
+    Parts,
+    StoredLinear,
+    StoredLinears,
+    group_parts,
+    missing_parts,
+    wrong_parts,
+)
 
 weights_stem = "model"
+quant_method: str | None = "awq"
 
 _LARGEST_HALF = 65504.0
 

@@ -19,17 +19,37 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..nf4 import LEVELS, NESTED_BLOCK_SIZE, NestedScales, pack, unpack
-from ..safetensors_io import TORCH_DTYPES, TensorInfo, TensorSpec, load_tensor
-from ..scheme import QuantScheme
-from ..untrusted import parse_json
+from ..files import parse_json
+from ..numerics import (
+    NESTED_BLOCK_SIZE,
+    NF4_LEVELS,
+    NestedScales,
+    QuantScheme,
+    pack_nf4,
+    unpack_nf4,
+)
+from ..storage import (
+    TORCH_DTYPES,
+    TensorInfo,
+    TensorSpec,
+    load_tensor,
+)
 from .job import OutLinear, OutputJob, OutTensor
 from .skips import skipped_words
-from .stored import PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
+from .stored import (
+    PartFault,
+    Parts,
+    StoredLinear,
+    StoredLinears,
+    group_parts,
+    missing_parts,
+    wrong_parts,
+)
 
 weights_stem = "model"
+quant_method: str | None = "bitsandbytes"
 
-STATE = "weight.quant_state.bitsandbytes__nf4"
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
 # The longest text of a float64, with room for its sign and exponent.
 _OFFSET_LENGTH = 24
@@ -59,9 +79,9 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
         return torch.tensor(list(_state(linear, nested().offset if nested is not None else 0.0)), dtype=torch.uint8)
 
     tensors = [
-        OutTensor(spec("weight", "U8", out_features * in_features // 2, 1), lambda: pack(linear.qweight()), kind),
-        OutTensor(spec("weight.quant_map", "F32", len(LEVELS)), lambda: torch.tensor(LEVELS), kind),
-        OutTensor(spec(STATE, "U8", len(_state(linear, 0.0))), state, kind),
+        OutTensor(spec("weight", "U8", out_features * in_features // 2, 1), lambda: pack_nf4(linear.qweight()), kind),
+        OutTensor(spec("weight.quant_map", "F32", len(NF4_LEVELS)), lambda: torch.tensor(NF4_LEVELS), kind),
+        OutTensor(spec(NF4_STATE, "U8", len(_state(linear, 0.0))), state, kind),
     ]
     if nested is None:
         return [*tensors, OutTensor(spec("weight.absmax", "F32", blocks), lambda: linear.scales().flatten(), kind)]
@@ -120,8 +140,8 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
 
 # --- reading -------------------------------------------------------------------------------------------------
 
-PARTS = ("weight", "weight.absmax", "weight.quant_map", STATE)
-NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+NF4_PARTS = ("weight", "weight.absmax", "weight.quant_map", NF4_STATE)
+NF4_NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 
 
 def read_linears(
@@ -138,21 +158,21 @@ def read_linears(
         raise QuantError(f"a bitsandbytes checkpoint with {said} is not read", "read is nf4, stored as uint8")
     linears: dict[str, StoredLinear] = {}
     faults = []
-    for name, parts in group_parts(tensors, (*PARTS, *NESTED)).items():
+    for name, parts in group_parts(tensors, (*NF4_PARTS, *NF4_NESTED)).items():
         if set(parts) == {"weight"}:
             continue  # a float Linear, a norm, an embedding
         try:
-            linears[name] = StoredLinear(stored_linear(name, parts, float_dtype(name)), parts)
+            linears[name] = StoredLinear(nf4_linear(name, parts, float_dtype(name)), parts)
         except QuantError as error:
             faults.append(PartFault(name, error.message))
     return StoredLinears(linears, tuple(faults))
 
 
-def stored_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
+def nf4_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
     """Shape (out, in), scheme and offset of the nested scales of a whole Linear. Raises QuantError for any other."""
-    if why := missing_parts(parts, PARTS):
+    if why := missing_parts(parts, NF4_PARTS):
         raise QuantError(why)
-    state = _load_state(parts[STATE])
+    state = _load_state(parts[NF4_STATE])
     shape, block_size, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or not 0 < n < 2**24 for n in shape):
         raise QuantError(f"quant_state says shape {str(shape)[:60]}")
@@ -163,13 +183,13 @@ def stored_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         "weight": (("U8",), (shape[0] * shape[1] // 2, 1)),
         "weight.absmax": (("U8",) if is_nested else ("F32",), (blocks,)),
-        "weight.quant_map": (("F32",), (len(LEVELS),)),
+        "weight.quant_map": (("F32",), (len(NF4_LEVELS),)),
     }
     if is_nested:
         if type(offset) is not float or state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
             said = str(state.get("nested_blocksize"))[:60]
             raise QuantError(f"quant_state says nested_offset {str(offset)[:60]}, nested_blocksize {said}")
-        if why := missing_parts(parts, NESTED):
+        if why := missing_parts(parts, NF4_NESTED):
             raise QuantError(why)
         expected |= {
             "weight.nested_absmax": (("F32",), (-(-blocks // NESTED_BLOCK_SIZE),)),
@@ -177,7 +197,7 @@ def stored_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
         }
     if why := wrong_parts(parts, expected):
         raise QuantError(why)
-    if not torch.allclose(load_tensor(parts["weight.quant_map"]), torch.tensor(LEVELS), rtol=0, atol=1e-6):
+    if not torch.allclose(load_tensor(parts["weight.quant_map"]), torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6):
         raise QuantError("weight.quant_map holds other levels than nf4's")
     scheme = QuantScheme(4, None, group_size=block_size, codebook="nf4", double_quant=is_nested)
     return (shape[0], shape[1]), scheme, float(offset or 0.0)
@@ -195,12 +215,12 @@ def _load_state(info: TensorInfo) -> dict[str, Any]:
     return state
 
 
-def stored_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
+def nf4_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
     """A Linear by its tensors. Raises QuantError where they are not whole."""
-    shape, scheme, offset = stored_form(parts)
+    shape, scheme, offset = nf4_form(parts)
 
     def nested() -> NestedScales:
-        codes, levels, scales = (load_tensor(parts[ending]) for ending in ("weight.absmax", *reversed(NESTED)))
+        codes, levels, scales = (load_tensor(parts[ending]) for ending in ("weight.absmax", *reversed(NF4_NESTED)))
         return NestedScales(codes, levels, scales, offset)
 
     def scales() -> torch.Tensor:
@@ -212,7 +232,7 @@ def stored_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
         scheme,
         shape,
         float_dtype,
-        lambda: unpack(load_tensor(parts["weight"]), shape),
+        lambda: unpack_nf4(load_tensor(parts["weight"]), shape),
         scales,
         nested=nested if scheme.double_quant else None,
     )

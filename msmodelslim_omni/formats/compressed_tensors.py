@@ -20,13 +20,28 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..safetensors_io import TORCH_DTYPES, TensorInfo, TensorSpec, load_tensor
-from ..scheme import QuantScheme
+from ..numerics import QuantScheme
+from ..storage import (
+    TORCH_DTYPES,
+    TensorInfo,
+    TensorSpec,
+    load_tensor,
+)
 from .job import OutLinear, OutputJob, OutTensor
 from .nibbles import PER_WORD, pack_plain, unpack_plain
-from .stored import FLOATS, PartFault, Parts, StoredLinear, StoredLinears, group_parts, missing_parts, wrong_parts
+from .stored import (
+    FLOATS,
+    PartFault,
+    Parts,
+    StoredLinear,
+    StoredLinears,
+    group_parts,
+    missing_parts,
+    wrong_parts,
+)
 
 weights_stem = "model"
+quant_method: str | None = "compressed-tensors"
 
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:

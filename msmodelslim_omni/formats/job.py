@@ -6,13 +6,12 @@ import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..nf4 import NestedScales
-from ..safetensors_io import TensorSpec
-from ..scheme import QuantScheme
+from ..numerics import NestedScales, QuantScheme
+from ..storage import TensorSpec
 
 FLOAT = "FLOAT"
 
@@ -85,28 +84,3 @@ class OutputJob:
     @property
     def quantized_biases(self) -> frozenset[str]:
         return frozenset(f"{linear.name}.bias" for linear in self.linears)
-
-
-class Format(Protocol):
-    """One output format; see FORMATS.
-
-    weights_stem: `model` gives model-00001-of-00003.safetensors, model.safetensors and the index's name.
-    """
-
-    weights_stem: str
-
-    def refusal(self, schemes: frozenset[QuantScheme]) -> str:
-        """Why this format cannot hold these schemes in one checkpoint, or an empty string."""
-        ...
-
-    def linear_tensors(self, linear: OutLinear) -> list[OutTensor]:
-        """The tensors of one quantized Linear."""
-        ...
-
-    def float_tensor(self, tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
-        """A float tensor as this format keeps it."""
-        ...
-
-    def json_files(self, job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
-        """config.json and the format's own files, by name."""
-        ...

@@ -13,10 +13,20 @@ from typing import Any
 
 import torch
 
-from ..aside import write_aside
 from ..errors import QuantError
-from ..safetensors_io import PlacedShard, TensorSpec, encode_header, in_file_order
-from .job import Format, OutLinear, OutputJob, OutTensor
+from ..files import write_aside
+from ..storage import (
+    PlacedShard,
+    TensorSpec,
+    encode_header,
+    in_file_order,
+)
+from .format import Format
+from .job import (
+    OutLinear,
+    OutputJob,
+    OutTensor,
+)
 
 GB = 10**9
 

@@ -5,11 +5,10 @@ A reader names every fault it finds and goes on, since one caller stops at the f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
-from ..safetensors_io import FLOAT_DTYPES, TensorInfo
+from ..storage import FLOAT_DTYPES, TensorInfo
 from .job import OutLinear
 
 FLOATS = tuple(sorted(FLOAT_DTYPES))
@@ -43,18 +42,6 @@ class StoredLinears:
 
     linears: dict[str, StoredLinear]
     faults: tuple[PartFault, ...]
-
-
-class Reader(Protocol):
-    """The reading side of a format.
-
-    settings: the quantization_config, or the description. float_dtype: of a Linear's other tensors, by its name.
-    Raises QuantError for settings that this format's writer would never make and that mean something else.
-    """
-
-    def __call__(
-        self, settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
-    ) -> StoredLinears: ...
 
 
 def group_parts(tensors: Mapping[str, TensorInfo], endings: tuple[str, ...]) -> dict[str, Parts]:

@@ -17,11 +17,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QuantError
-from .spec import LayerInput, LayerSpec, LinearGroup, ModelInputs
+from .inputs import LayerInput, ModelInputs
+from .spec import LayerSpec, LinearGroup
 from .torchvision_shim import ensure_torchvision_imports
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..storage import Checkpoint
 
 # Recipe processors that know the groups of this decoder layer.
 PROCESSORS = frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq"})

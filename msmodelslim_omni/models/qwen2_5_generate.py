@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import load_json_object
 from ..errors import QuantError
+from ..storage import load_json_object
+from .inputs import ModelInputs
 from .qwen2_5 import library, parameters_on_meta, refuse_depth
-from .spec import ModelInputs
 
 
 def build_model(config: dict[str, Any], build: Callable[[], Any]) -> Any:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..untrusted import within_seconds
+from ..files import within_seconds
+from .inputs import MODALITIES, MediaLimits, ModelInputs
 from .qwen2_5 import library
-from .spec import MODALITIES, MediaLimits, ModelInputs
 
 Messages = list[dict[str, Any]]
 

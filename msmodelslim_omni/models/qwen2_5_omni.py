@@ -12,13 +12,29 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import QuantError
 from . import qwen2_5, qwen2_5_omni_generate
-from .qwen2_5 import DecoderStem, TextBlock, changed, library, with_weights
+from .inputs import ModelInputs
+from .qwen2_5 import (
+    DecoderStem,
+    TextBlock,
+    changed,
+    library,
+    with_weights,
+)
 from .qwen2_5_omni_media import open_media_processor
-from .qwen2_5_omni_names import EMBEDDING, IGNORE_PATTERNS, LAYER_PREFIX, LOADERS, PARTS, SPEECH, TOWERS, disk_name
-from .spec import LayerSpec, ModelFamily, ModelInputs, ModelSpec
+from .qwen2_5_omni_names import (
+    EMBEDDING,
+    IGNORE_PATTERNS,
+    LAYER_PREFIX,
+    LOADERS,
+    PARTS,
+    SPEECH,
+    TOWERS,
+    disk_name,
+)
+from .spec import LayerSpec, ModelFamily, ModelSpec
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..storage import Checkpoint
 
 __all__ = ["model_spec", "open_media_processor"]
 

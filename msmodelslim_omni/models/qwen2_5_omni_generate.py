@@ -11,10 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from .inputs import ModelInputs
 from .qwen2_5 import library
-from .qwen2_5_generate import answer_tokens, build_model, greedy, new_tokens, open_tokenizer, text_streamer
+from .qwen2_5_generate import (
+    answer_tokens,
+    build_model,
+    greedy,
+    new_tokens,
+    open_tokenizer,
+    text_streamer,
+)
 from .qwen2_5_omni_names import disk_name
-from .spec import ModelInputs
 
 FLOAT32_PREFIXES: tuple[str, ...] = ("token2wav.",)
 SPEECH_RATE = 24_000

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from .inputs import MediaLimits
 from .qwen2_5_media import Messages, VisionProcessor, open_processor
-from .spec import MediaLimits
 
 
 def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: bool) -> OmniMediaProcessor:

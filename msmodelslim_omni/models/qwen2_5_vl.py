@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import QuantError
 from . import qwen2_5
-from .qwen2_5 import DecoderStem, TextBlock, changed, library, with_weights
+from .inputs import MediaLimits, ModelInputs
+from .qwen2_5 import (
+    DecoderStem,
+    TextBlock,
+    changed,
+    library,
+    with_weights,
+)
 from .qwen2_5_generate import answer_tokens, build_model
 from .qwen2_5_media import Messages, VisionProcessor, open_processor
 from .running import Running
-from .spec import LayerSpec, LibraryClass, LoaderNames, MediaLimits, ModelFamily, ModelInputs, ModelSpec, Part
+from .spec import LayerSpec, LibraryClass, LoaderNames, ModelFamily, ModelSpec, Part
 
 if TYPE_CHECKING:
-    from ..checkpoint import Checkpoint
+    from ..storage import Checkpoint
 
 FLOAT32_PREFIXES: tuple[str, ...] = ()
 

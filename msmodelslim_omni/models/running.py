@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from .spec import ModelInputs
+from .inputs import ModelInputs
 
 if TYPE_CHECKING:
     import torch

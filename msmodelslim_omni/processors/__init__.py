@@ -1,29 +1,14 @@
-"""The processors of a recipe: a new one is one file here and a line in this table (and its fields in recipe.py)."""
+"""Quantization methods on one layer's tensors: smoothing, AWQ, GPTQ, rounding.
+
+A processor is one module with `needs` and `apply`, and one line in registry.py's table. work.py defines LayerWork,
+the layer as it is handed from one processor to the next.
+May import: statistics, models, recipe, numerics, runtime, errors.
+Left out on purpose: files and formats.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from .registry import PROCESSORS
+from .work import LayerWork, SmoothingRecord
 
-from . import awq, linear_quant, smooth
-from .work import LayerWork
-
-
-class Processor(Protocol):
-    """A step on one layer's tensors.
-
-    needs: "" for nothing, "inputs" for maxima and some tokens of the Linears' inputs, "gram" for H as well; if no
-    processor needs anything, no sample is read.
-    apply: the layer after this step. `linears`: the relative names of the Linears that the recipe gives to it.
-    """
-
-    def needs(self, config: Any) -> Literal["", "inputs", "gram"]: ...
-
-    def apply(self, work: LayerWork, config: Any, linears: frozenset[str]) -> LayerWork: ...
-
-
-PROCESSORS: dict[str, Processor] = {
-    "linear_quant": linear_quant,
-    "smooth_quant": smooth,
-    "iter_smooth": smooth,
-    "awq": awq,
-}
+__all__ = ["PROCESSORS", "LayerWork", "SmoothingRecord"]

@@ -20,13 +20,25 @@ from typing import Literal
 
 import torch
 
-from ..arithmetic import QuantizedLinear, dequantize, grouped_rounding_error, relative_error, row_blocks
-from ..gram import Gram
-from ..models.spec import LinearGroup
+from ..models import LinearGroup
+from ..numerics import (
+    QuantizedLinear,
+    QuantScheme,
+    dequantize,
+    grouped_rounding_error,
+    relative_error,
+    row_blocks,
+)
 from ..recipe import AwqConfig
-from ..scheme import QuantScheme
-from ..team import ALONE, Team
-from .fold import folded, refusal, repeated, shared_mean, storable
+from ..runtime import ALONE, Team
+from ..statistics import Gram
+from .fold import (
+    folded,
+    refusal,
+    repeated,
+    shared_mean,
+    storable,
+)
 from .gptq import Triangle
 from .rounding import round_group, triangle_for
 from .work import LayerWork, SmoothingRecord

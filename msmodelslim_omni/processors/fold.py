@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from ..models.spec import LinearGroup
+from ..models import LinearGroup
 from .work import LayerWork
 
 

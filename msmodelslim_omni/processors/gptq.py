@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..arithmetic import QuantizedLinear
-from ..gram import Gram
+from ..numerics import QuantizedLinear
+from ..statistics import Gram
 
 DAMPING = 0.02  # of the mean of diag(H), added to it; 0.003 fits few calibration tokens too closely
 _BLOCK = 128

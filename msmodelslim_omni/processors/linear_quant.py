@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Literal
 
 from ..errors import QuantError
-from ..gram import Gram
-from ..models.spec import LinearGroup
+from ..models import LinearGroup
 from ..recipe import LinearQuantConfig
+from ..statistics import Gram
 from .rounding import TOKENS_PER_INPUT, round_group, triangle_for
 from .work import LayerWork
 

@@ -11,12 +11,16 @@ from contextlib import contextmanager
 
 import torch
 
-from ..arithmetic import QuantizedLinear, quantize_weight
 from ..errors import QuantError
-from ..gram import Gram
-from ..scheme import QuantScheme
-from ..team import ALONE, Split, Team
-from .gptq import Triangle, factorize, parts, round_in_order
+from ..numerics import QuantizedLinear, QuantScheme, quantize_weight
+from ..runtime import ALONE, Split, Team
+from ..statistics import Gram
+from .gptq import (
+    Triangle,
+    factorize,
+    parts,
+    round_in_order,
+)
 
 # With fewer tokens than this share of a Linear's inputs GPTQ would fit the calibration data instead of the model.
 TOKENS_PER_INPUT = 0.125

@@ -17,12 +17,23 @@ from typing import Literal
 
 import torch
 
-from ..arithmetic import quantize_weight, quantized_matmul, row_blocks, row_squares
-from ..capture import InputStats
-from ..models.spec import LinearGroup
+from ..models import LinearGroup
+from ..numerics import (
+    QuantScheme,
+    quantize_weight,
+    quantized_matmul,
+    row_blocks,
+    row_squares,
+)
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
-from ..scheme import QuantScheme
-from .fold import folded, refusal, repeated, shared_peak, storable
+from ..statistics import InputStats
+from .fold import (
+    folded,
+    refusal,
+    repeated,
+    shared_peak,
+    storable,
+)
 from .work import Fold, LayerWork, SmoothingRecord
 
 ALPHA_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))

@@ -8,11 +8,10 @@ from typing import Protocol
 
 import torch
 
-from ..arithmetic import QuantizedLinear
-from ..capture import InputStats
-from ..models.spec import LayerSpec
-from ..scheme import QuantScheme
-from ..team import ALONE, Team
+from ..models import LayerSpec
+from ..numerics import QuantizedLinear, QuantScheme
+from ..runtime import ALONE, Team
+from ..statistics import InputStats
 from .gptq import Triangle
 
 

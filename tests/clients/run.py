@@ -196,7 +196,7 @@ def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) ->
     with_package = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, ROOT / "examples" / maker, model, *options], check=True, env=with_package)
     program = (
-        "import sys; from msmodelslim_omni.pipeline import quantize; "
+        "import sys; from msmodelslim_omni.run.pipeline import quantize; "
         "quantize(sys.argv[1], sys.argv[2], config_path=sys.argv[3], device='cpu')"
     )
     for name, process in PROCESSES.items():

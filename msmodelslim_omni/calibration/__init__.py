@@ -1,0 +1,31 @@
+"""Calibration samples: from index.jsonl and media files to the inputs of each decoder layer.
+
+samples.py parses the index, media.py decodes, stems.py runs towers and embedding, stream.py walks the samples through
+the layers, and layer_probe.py measures how much a changed layer differs from the float layer.
+May import: plan, statistics, models, numerics, runtime, storage, files and errors.
+Left out on purpose: quantization. The stream is handed a layer and does not know what was done to it.
+"""
+
+from __future__ import annotations
+
+from .layer_probe import Errors, LayerProbe, zero_errors
+from .sample_store import HiddenStates, StemStore
+from .samples import CalibSample, CalibSet, load_calib_set, parse_sample, prepare_sample, told_of
+from .stream import CalibrationStream, Captured, OutputError
+
+__all__ = [
+    "CalibSample",
+    "CalibSet",
+    "CalibrationStream",
+    "Captured",
+    "Errors",
+    "HiddenStates",
+    "LayerProbe",
+    "OutputError",
+    "StemStore",
+    "load_calib_set",
+    "parse_sample",
+    "prepare_sample",
+    "told_of",
+    "zero_errors",
+]

@@ -1,0 +1,123 @@
+"""Tensors of all calibration samples between layers: on disk, and as far as a budget goes in memory as well.
+
+What is on disk is what a resumed run goes on from, so it is written aside, synced and renamed; memory only saves
+reading it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from ..models import LayerInput
+from ..storage import (
+    SafetensorsWriter,
+    TensorSpec,
+    is_whole,
+    load_tensor,
+    read_header,
+    write_tensors,
+)
+
+
+class _Cache:
+    """Keeps tensors until a budget of bytes is used up."""
+
+    def __init__(self, budget: int) -> None:
+        self._room = budget
+        self._kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def offer(self, number: int, tensors: dict[str, torch.Tensor]) -> None:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size <= self._room:
+            self._room -= size
+            self._kept[number] = tensors
+
+    def get(self, number: int) -> dict[str, torch.Tensor] | None:
+        return self._kept.get(number)
+
+
+class StemStore:
+    """What precedes the first decoder layer, one file per sample: hidden states, the layers' arguments, modalities.
+
+    hidden: float32 [1, tokens, hidden]; modality: int8 [tokens]; arguments: whatever the library passes to a layer.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._cache = _Cache(budget)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number:06d}.safetensors"
+
+    def has(self, number: int) -> bool:
+        return self._path(number).exists()
+
+    def is_whole(self, number: int) -> bool:
+        """Whether it is there as it was written; for what a stopped run left."""
+        return is_whole(self._path(number))
+
+    def write(self, number: int, inputs: LayerInput, modality: torch.Tensor) -> None:
+        tensors = {"hidden": inputs.hidden, "modality": modality}
+        for name, value in inputs.arguments.items():
+            if isinstance(value, tuple):
+                tensors |= {f"argument.{name}.{i:03d}": part for i, part in enumerate(value)}
+            else:
+                tensors[f"argument.{name}"] = value
+        on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
+        write_tensors(self._path(number), on_cpu, checksum=True)
+
+    def modality(self, number: int) -> torch.Tensor:
+        return load_tensor(read_header(self._path(number))["modality"])
+
+    def hidden(self, number: int) -> torch.Tensor:
+        return load_tensor(read_header(self._path(number))["hidden"])
+
+    def arguments(self, number: int, device: torch.device) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
+        """The layer's other arguments for one sample; tuples are put together again."""
+        stored = self._cache.get(number)
+        if stored is None:
+            infos = read_header(self._path(number))
+            stored = {n: load_tensor(info) for n, info in sorted(infos.items()) if n.startswith("argument.")}
+            self._cache.offer(number, stored)
+        arguments: dict[str, torch.Tensor | tuple[torch.Tensor, ...]] = {}
+        for name, tensor in stored.items():
+            _, key, *position = name.split(".")
+            before = arguments.get(key, ())
+            here = tensor.to(device)
+            arguments[key] = (*before, here) if position else here
+        return arguments
+
+
+class HiddenStates:
+    """The hidden states of all samples at one boundary between layers, in one file."""
+
+    def __init__(self, path: Path, lengths: Sequence[int], width: int, budget: int) -> None:
+        self.path = path
+        self._specs = [TensorSpec(f"{n:06d}", "F32", (1, length, width)) for n, length in enumerate(lengths)]
+        self._cache = _Cache(budget)
+
+    def write(self, hidden: Iterable[torch.Tensor], *, sync: bool = True) -> None:
+        """Write the samples' hidden states in their order, float32 [1, tokens, hidden] each.
+
+        sync: whether a run may go on from them; others need neither the disk nor a checksum.
+        """
+        with SafetensorsWriter(self.path, self._specs, sync=sync, checksum=sync) as writer:
+            for number, tensor in enumerate(hidden):
+                on_cpu = tensor.to("cpu", torch.float32).contiguous()
+                writer.write(f"{number:06d}", on_cpu)
+                self._cache.offer(number, {"hidden": on_cpu})
+
+    def is_whole(self) -> bool:
+        """Whether they are there as they were written; for what a stopped run left."""
+        return is_whole(self.path)
+
+    def read(self, number: int) -> torch.Tensor:
+        kept = self._cache.get(number)
+        return kept["hidden"] if kept else load_tensor(read_header(self.path)[f"{number:06d}"])
+
+    def __len__(self) -> int:
+        return len(self._specs)

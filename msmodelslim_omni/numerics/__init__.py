@@ -1,0 +1,47 @@
+"""Quantize and dequantize: pure functions on tensors.
+
+scheme.py names a scheme, arithmetic.py computes with it, nf4.py is the codebook of bitsandbytes.
+May import: errors.
+Left out on purpose: files, model names, logging, and the search for good scales (see processors).
+"""
+
+from __future__ import annotations
+
+from .arithmetic import (
+    QuantizedLinear,
+    dequantize,
+    grouped_rounding_error,
+    linear_rows,
+    quantize_act,
+    quantize_weight,
+    quantized_matmul,
+    relative_error,
+    row_blocks,
+    row_squares,
+    squared_norm,
+    weight_error,
+)
+from .nf4 import NESTED_BLOCK_SIZE, NF4_LEVELS, NestedScales, pack_nf4, require_bitsandbytes, unpack_nf4
+from .scheme import QuantScheme
+
+__all__ = [
+    "NESTED_BLOCK_SIZE",
+    "NF4_LEVELS",
+    "NestedScales",
+    "QuantScheme",
+    "QuantizedLinear",
+    "dequantize",
+    "grouped_rounding_error",
+    "linear_rows",
+    "pack_nf4",
+    "quantize_act",
+    "quantize_weight",
+    "quantized_matmul",
+    "relative_error",
+    "require_bitsandbytes",
+    "row_blocks",
+    "row_squares",
+    "squared_norm",
+    "unpack_nf4",
+    "weight_error",
+]

@@ -1,0 +1,26 @@
+"""Everything that is decided before a weight is read.
+
+plan.py assigns a scheme to every Linear; admission.py refuses checkpoints that cannot be quantized; peak_memory.py
+estimates memory and fits the run to --max_memory.
+May import: processors, formats, models, recipe, numerics, runtime, storage, errors.
+Left out on purpose: samples and tensors. A plan is made from the recipe, config.json and safetensors headers.
+"""
+
+from __future__ import annotations
+
+from .admission import check_whole, declared_scheme, quantization_of, refuse_quantized
+from .peak_memory import peak_memory, settled, within
+from .plan import LayerPlan, QuantPlan, make_plan
+
+__all__ = [
+    "LayerPlan",
+    "QuantPlan",
+    "check_whole",
+    "declared_scheme",
+    "make_plan",
+    "peak_memory",
+    "quantization_of",
+    "refuse_quantized",
+    "settled",
+    "within",
+]

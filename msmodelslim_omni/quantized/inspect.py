@@ -1,0 +1,104 @@
+"""What is in a float or quantized checkpoint, from its headers alone: parts, dtypes, bytes, scheme."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import QuantError
+from ..formats import FORMATS
+from ..models import ModelSpec, derive_model_type
+from ..plan import declared_scheme
+from ..report import RunMemory, run_memory
+from ..storage import TensorInfo, load_json_object, read_header
+
+
+@dataclass(frozen=True)
+class PartContent:
+    name: str
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]  # bytes by dtype
+    scheme: str
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.dtypes.values())
+
+    @property
+    def float_bytes(self) -> int:
+        """What it takes, or would take in 16 bits if it is quantized."""
+        return self.nbytes if self.scheme == "float" else 2 * self.parameters
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`scheme` is `float` or what quantized the checkpoint; `parts` in the model's order."""
+
+    path: str
+    model_type: str
+    scheme: str
+    files: int
+    parts: tuple[PartContent, ...]
+    run_memory: RunMemory
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Look into a checkpoint folder, float or written by any of our formats. Raises QuantError if it is none."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise QuantError(
+            f"{str(path)!r} is not a checkpoint: it holds no config.json",
+            "give the folder that holds config.json",
+        )
+    config = load_json_object(path / "config.json")
+    model = derive_model_type(config)
+    tensors, files = _all_tensors(path)
+    scheme = declared_scheme(path, config)
+    parts: dict[str, list[TensorInfo]] = {}
+    for name, info in tensors.items():
+        parts.setdefault(model.part_of(name).name, []).append(info)
+    contents = tuple(_part_content(part.name, parts[part.name], scheme) for part in model.parts if part.name in parts)
+    memory = run_memory(model, config, ((part.name, part.float_bytes, part.nbytes) for part in contents))
+    return Inspection(str(path), _model_name(model, config), scheme, files, contents, memory)
+
+
+def _all_tensors(path: Path) -> tuple[dict[str, TensorInfo], int]:
+    """Tensors of every file with a format's or the standard stem."""
+    stems = {"model", *(fmt.weights_stem for fmt in FORMATS.values())}
+    files = sorted(file for stem in stems for file in path.glob(f"{stem}*.safetensors"))
+    if not files:
+        raise QuantError(f"{str(path)!r} holds no safetensors files", "give the folder of the whole checkpoint")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        tensors |= read_header(file)
+    return tensors, len(files)
+
+
+def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartContent:
+    dtypes: dict[str, int] = {}
+    for info in infos:
+        dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
+    quantized = scheme != "float" and bool(dtypes.keys() & _PER_ELEMENT.keys())
+    parameters = sum(_parameters(info) for info in infos)
+    return PartContent(name, len(infos), parameters, dtypes, scheme if quantized else "float")
+
+
+# Weights that an element of a quantized Linear's main tensor holds, by its dtype; and the tensors beside it.
+_PER_ELEMENT = {"I8": 1, "I32": 8, "U8": 2}
+_BESIDE = (
+    "_scale", "_offset", "_zero_point", "_shape", "_g_idx", ".qzeros", ".scales", "absmax", "quant_map", "__nf4",
+)  # fmt: skip
+
+
+def _parameters(info: TensorInfo) -> int:
+    return 0 if info.name.endswith(_BESIDE) else info.numel * _PER_ELEMENT.get(info.dtype, 1)
+
+
+def _model_name(model: ModelSpec, config: dict[str, Any]) -> str:
+    return model.family.shape_name(config) or f"{model.hf_model_type} (own shape)"

@@ -1,0 +1,56 @@
+"""Recipes: YAML to a frozen, validated Recipe, with file:line in every error.
+
+schema.py is the pydantic schema and finds shipped recipes; patterns.py matches include and exclude.
+May import: files, errors. No torch.
+Left out on purpose: models. Whether a recipe fits a model is checked in plan.
+"""
+
+from __future__ import annotations
+
+from .patterns import matches
+from .schema import (
+    GROUP_SIZES,
+    SAVER_CONFIGS,
+    ActConfig,
+    AwqConfig,
+    CalibrationConfig,
+    IterSmoothConfig,
+    LinearQuantConfig,
+    Modality,
+    ProcessorConfig,
+    Recipe,
+    SaverConfig,
+    SmoothQuantConfig,
+    WeightConfig,
+    find_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_schema,
+    resolve_recipe,
+    shipped_recipes,
+)
+from .yaml_lines import Location
+
+__all__ = [
+    "GROUP_SIZES",
+    "SAVER_CONFIGS",
+    "ActConfig",
+    "AwqConfig",
+    "CalibrationConfig",
+    "IterSmoothConfig",
+    "LinearQuantConfig",
+    "Location",
+    "Modality",
+    "ProcessorConfig",
+    "Recipe",
+    "SaverConfig",
+    "SmoothQuantConfig",
+    "WeightConfig",
+    "find_recipe",
+    "load_recipe",
+    "matches",
+    "parse_recipe",
+    "recipe_schema",
+    "resolve_recipe",
+    "shipped_recipes",
+]

@@ -1,0 +1,53 @@
+"""Documents about a run: quant_report as JSON, Markdown and HTML, the model card, the evaluation report.
+
+report.py and fidelity.py define the data; the other files render it; html/ draws the page.
+May import: processors, formats, models, storage, files and errors.
+Left out on purpose: measuring. Numbers arrive finished; see run/measure.py and evaluation/.
+"""
+
+from __future__ import annotations
+
+from .documents import stored_recipe, stored_report, write_documents, write_evaluation
+from .eval_report import NOTE, figure_rows, write_eval_report
+from .fidelity import EvalReport, Fidelity, Interval, LayerDrift
+from .report import (
+    RUN_MEMORY_COLUMNS,
+    LayerRecord,
+    LinearRecord,
+    PartSize,
+    Report,
+    human_bytes,
+    layer_record,
+    markdown_table,
+    part_errors,
+    read_report,
+    run_memory_rows,
+)
+from .run_memory import RunMemory, run_memory
+
+__all__ = [
+    "NOTE",
+    "RUN_MEMORY_COLUMNS",
+    "EvalReport",
+    "Fidelity",
+    "Interval",
+    "LayerDrift",
+    "LayerRecord",
+    "LinearRecord",
+    "PartSize",
+    "Report",
+    "RunMemory",
+    "figure_rows",
+    "human_bytes",
+    "layer_record",
+    "markdown_table",
+    "part_errors",
+    "read_report",
+    "run_memory",
+    "run_memory_rows",
+    "stored_recipe",
+    "stored_report",
+    "write_documents",
+    "write_eval_report",
+    "write_evaluation",
+]

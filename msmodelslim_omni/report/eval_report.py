@@ -1,0 +1,166 @@
+"""What an evaluation found, as JSON for programs and Markdown for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import QuantError
+from ..files import write_aside
+from ..formats import write_json
+from ..models import MODALITIES
+from ..storage import load_json_object
+from .fidelity import (
+    EvalReport,
+    Fidelity,
+    Interval,
+    LayerDrift,
+)
+from .report import human_bytes, markdown_table
+
+JSON_NAME, PAGE_NAME = "eval_report.json", "eval_report.md"
+
+_INTERVALS = ("kl_mean", "top1", "top5", "perplexity_float", "perplexity_quant")
+_EXACT = ("exact_float", "exact_quant", "exact_change")
+
+
+def write_eval_report(report: EvalReport, folder: Path) -> None:
+    """eval_report.json and eval_report.md, each written aside and renamed; a report that is there is replaced."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / JSON_NAME, asdict(report))
+        write_aside(folder / PAGE_NAME, as_markdown(report))
+    except OSError as error:
+        raise QuantError(
+            f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
+        ) from error
+
+
+def read_eval_report(folder: Path) -> EvalReport:
+    """The EvalReport that a folder holds."""
+    stored = load_json_object(folder / JSON_NAME)
+    try:
+        return EvalReport(
+            **{
+                **stored,
+                "overall": _fidelity(stored["overall"]),
+                "by_modality": {name: _fidelity(part) for name, part in stored["by_modality"].items()},
+                "layers": tuple(LayerDrift(**layer) for layer in stored["layers"]),
+                "warnings": tuple(stored["warnings"]),
+            }
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise QuantError(f"{folder / JSON_NAME}: is no evaluation's report: {error}", "run eval again") from error
+
+
+def _fidelity(stored: dict[str, Any]) -> Fidelity:
+    intervals = {name: Interval(**stored[name]) for name in _INTERVALS}
+    exact = {name: None if stored[name] is None else Interval(**stored[name]) for name in _EXACT}
+    return Fidelity(**{**stored, **intervals, **exact})
+
+
+# --- for people ----------------------------------------------------------------------------------------------
+
+
+def figure_rows(
+    report: EvalReport, *, all_intervals: bool = True, between: str = " "
+) -> tuple[list[str], list[list[str]]]:
+    """Columns (overall, then each modality) and rows of the figures, as text: the table of terminal and page.
+
+    all_intervals: else they stand in the first column alone. between: what parts a figure from its interval.
+    """
+    columns = ["", "overall", *report.by_modality]
+    parts = [report.overall, *report.by_modality.values()]
+    shown = [True, *(all_intervals for _ in report.by_modality)]
+
+    def row(name: str, figure: str, form: str) -> list[str]:
+        values = [getattr(part, figure) for part in parts]
+        return [name, *(_cell(v, form, between if s else None) for v, s in zip(values, shown, strict=True))]
+
+    rows = [
+        row("samples", "samples", "d"),
+        row("positions", "positions", "d"),
+        row("KL mean, nats", "kl_mean", ".3g"),
+        row("KL p99, nats", "kl_p99", ".3g"),
+        row("top-1 agreement", "top1", ".1%"),
+        row("top-5 agreement", "top5", ".1%"),
+        row("perplexity, float", "perplexity_float", ".4g"),
+        row("perplexity, quant", "perplexity_quant", ".4g"),
+    ]
+    if report.overall.answered:
+        rows += [
+            row("answered samples", "answered", "d"),
+            row("exact, float", "exact_float", ".1%"),
+            row("exact, quant", "exact_quant", ".1%"),
+            row("exact, change", "exact_change", "+.1%"),
+        ]
+    rows += [
+        row("hidden error", "hidden_error", ".3g"),
+        row("hidden cosine", "hidden_cosine", ".5f"),
+        row("embedding error", "embedding_error", ".3g"),
+        row("embedding cosine", "embedding_cosine", ".5f"),
+    ]
+    return columns, rows
+
+
+def _cell(value: Interval | float | None, form: str, between: str | None) -> str:
+    """between: what parts a figure from its interval; None: no interval."""
+    if value is None:
+        return ""
+    if not isinstance(value, Interval):
+        return f"{value:{form}}"
+    return f"{value.value:{form}}" + (f"{between}[{value.low:{form}}, {value.high:{form}}]" if between else "")
+
+
+NOTE = (
+    "KL(float || quant) of next-token distributions; in brackets 95 % bootstrap intervals over samples. Column text:"
+    " samples of text alone; the others: samples with such media, one with several in each. Exact: greedy answers that"
+    " are the expected ones. Hidden, embedding: what the talker reads of the thinker; in a modality's column hidden"
+    " states of its own tokens."
+)
+
+
+def as_markdown(report: EvalReport) -> str:
+    """The report as one page."""
+    schemes = ", ".join(f"{count} Linears {name}" for name, count in report.linears_by_scheme.items())
+    tokens = ", ".join(f"{name} {count}" for name, count in report.tokens_by_modality.items())
+    columns, rows = figure_rows(report)
+    lines = [
+        f"# Evaluation report: {report.model_type}, {report.quant_format}",
+        "",
+        f"- float: `{report.float_path}`, {human_bytes(report.float_bytes)}",
+        f"- compared: `{report.quant_path}`, {human_bytes(report.quant_bytes)}; {schemes or 'float'}",
+        f"- dataset: `{report.dataset}`, {report.samples} samples; tokens: {tokens}",
+        f"- scored: {report.scored}",
+        f"- device {report.device}; seed {report.seed};"
+        f" {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
+        + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
+        "",
+        *markdown_table(columns, rows),
+        "",
+        NOTE,
+        "",
+        "## Drift of the hidden states after each layer",
+        "",
+        "Relative error |quantized - float| / |float|, over all tokens and by their modality.",
+        "",
+        *markdown_table(*layer_rows(report)),
+        "",
+        "## Time",
+        "",
+        *markdown_table(["phase", "seconds"], [[n, f"{s:.2f}"] for n, s in report.seconds_by_phase.items()]),
+    ]
+    if report.warnings:
+        lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def layer_rows(report: EvalReport) -> tuple[list[str], list[list[str]]]:
+    seen = [name for name in MODALITIES if any(name in layer.error_by_modality for layer in report.layers)]
+    rows = []
+    for layer in report.layers:
+        by_modality = (layer.error_by_modality.get(name) for name in seen)
+        rows.append([f"{layer.index}", f"{layer.error:.4g}", *("" if e is None else f"{e:.4g}" for e in by_modality)])
+    return ["layer", "all", *seen], rows

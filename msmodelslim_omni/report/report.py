@@ -1,0 +1,254 @@
+"""What a run did, as JSON for programs and Markdown for people."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..formats import write_json
+from ..models import MODALITIES
+from ..storage import load_json_object
+from .run_memory import RunMemory
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """One part of the model: its bytes before and after, and what was done to it."""
+
+    name: str
+    tensors: int
+    bytes_before: int
+    bytes_after: int
+    scheme: str
+
+
+@dataclass(frozen=True)
+class LinearRecord:
+    """One Linear. weight_error: |W - Ŵ| / |W|; output_error: |Y - Ŷ| / |Y| on calibration tokens, by modality.
+
+    Errors are of the Linear alone, on the inputs of the quantized model; None where a data-free run has no inputs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    scheme: str
+    weight_error: float | None = None
+    output_error: float | None = None
+    output_error_by_modality: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One decoder layer: its Linears, the smoothing chosen, and the error of its output against the float layer.
+
+    error_over_plain: the true output error over that of plain rounding, where it was compared; 1 where it fell back.
+    """
+
+    index: int
+    linears: tuple[LinearRecord, ...]
+    smoothing: tuple[dict[str, Any], ...] = ()
+    output_error: float | None = None
+    output_error_by_modality: dict[str, float] = field(default_factory=dict)
+    error_over_plain: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything quant_report.json holds; see the fields' names.
+
+    peak_rise_by_phase: bytes by which the peak of memory rose while the phase ran. It and run_memory are empty in
+    reports from before them.
+    """
+
+    model_type: str
+    model_path: str
+    quant_type: str
+    recipe: str
+    savers: dict[str, str]
+    versions: dict[str, str]
+    device: str
+    seed: int
+    data_free: bool
+    samples: int
+    tokens_by_modality: dict[str, int]
+    parts: tuple[PartSize, ...]
+    output_bytes: dict[str, int]
+    source_bytes: int
+    bits_per_weight: float
+    layers: tuple[LayerRecord, ...]
+    seconds: float
+    seconds_by_phase: dict[str, float]
+    resumed_at_layer: int
+    peak_rss_bytes: int
+    peak_device_bytes: int
+    warnings: tuple[str, ...]
+    peak_rise_by_phase: dict[str, int] = field(default_factory=dict)
+    run_memory: RunMemory | None = None
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """quant_report.json and quant_report.md."""
+    write_json(folder / "quant_report.json", asdict(report))
+    (folder / "quant_report.md").write_text(as_markdown(report), encoding="utf-8")
+
+
+def read_report(folder: Path) -> Report:
+    """The Report that an output holds."""
+    stored = load_json_object(folder / "quant_report.json")
+    layers = tuple(layer_record(layer) for layer in stored["layers"])
+    parts = tuple(PartSize(**part) for part in stored["parts"])
+    memory = RunMemory(**stored["run_memory"]) if stored.get("run_memory") else None
+    return Report(
+        **{**stored, "layers": layers, "parts": parts, "warnings": tuple(stored["warnings"]), "run_memory": memory}
+    )
+
+
+def layer_record(stored: dict[str, Any]) -> LayerRecord:
+    """A LayerRecord from the JSON of a part."""
+    linears = tuple(LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in stored["linears"])
+    return LayerRecord(
+        **{**stored, "linears": linears, "smoothing": tuple(stored["smoothing"]), "notes": tuple(stored["notes"])}
+    )
+
+
+def part_errors(report: Report) -> dict[str, float]:
+    """Per kind of Linear (q_proj, ...) the root mean square over the layers of its error: of output, else of weight."""
+    errors: dict[str, list[float]] = {}
+    for layer in report.layers:
+        for linear in layer.linears:
+            error = linear.output_error if linear.output_error is not None else linear.weight_error
+            if error is not None:
+                errors.setdefault(linear.name.rsplit(".", 1)[-1], []).append(error)
+    return {name: root_mean_square(values) for name, values in errors.items()}
+
+
+def root_mean_square(values: Sequence[float]) -> float:
+    return math.sqrt(sum(value * value for value in values) / len(values))
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table; all columns but the first are flush right."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return [head, "|---|" + "--:|" * (len(columns) - 1), *body]
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+RUN_MEMORY_COLUMNS = ("what is in memory", "float", "now", "change")
+RUN_MEMORY_NOTE = "Activations, and what a runtime sets aside for itself, come on top."
+
+
+def run_memory_rows(memory: RunMemory) -> list[list[str]]:
+    """Rows under RUN_MEMORY_COLUMNS."""
+
+    def row(what: str, before: int, now: int) -> list[str]:
+        return [what, human_bytes(before), human_bytes(now), f"{now / before - 1:+.0%}" if now != before else ""]
+
+    rows = [row("weights that answer in text", memory.text_float, memory.text_now)]
+    if memory.all_float > memory.text_float:
+        rows.append(row("all weights, speech too", memory.all_float, memory.all_now))
+    return [*rows, row("keys and values of 1000 tokens", memory.cache, memory.cache)]
+
+
+def as_markdown(report: Report) -> str:
+    """The report as one page."""
+    lines = [
+        f"# Quantization report: {report.model_type}, {report.quant_type}",
+        "",
+        f"- source: `{report.model_path}`, {human_bytes(report.source_bytes)}",
+        *(f"- {saver}: {human_bytes(size)}" for saver, size in report.output_bytes.items()),
+        f"- quantized Linears: {report.bits_per_weight:.3f} bits per weight, scales included",
+        f"- recipe: `{report.recipe}`; device {report.device}; seed {report.seed}",
+        f"- versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
+        f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
+        + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
+    ]
+    if report.resumed_at_layer:
+        lines.append(f"- resumed at layer {report.resumed_at_layer}; times are of the last run alone")
+    lines += ["", "## Parts", "", "| part | tensors | before | after | what |", "|---|--:|--:|--:|---|"]
+    lines += [
+        f"| {p.name} | {p.tensors} | {human_bytes(p.bytes_before)} | {human_bytes(p.bytes_after)} | {p.scheme} |"
+        for p in report.parts
+    ]
+    if report.run_memory is not None:
+        table = markdown_table(RUN_MEMORY_COLUMNS, run_memory_rows(report.run_memory))
+        lines += ["", "## Memory at run time", "", *table, "", RUN_MEMORY_NOTE]
+    lines += ["", "## Calibration data", "", _calibration_text(report)]
+    lines += ["", "## Error per layer and Linear", "", _error_note(report), "", *_error_table(report)]
+    lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []
+    notes = [f"- layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
+    lines += ["", "## Notes", "", *notes] if notes else []
+    lines += ["", "## Time", "", "| phase | seconds |", "|---|--:|"]
+    lines += [f"| {phase} | {seconds:.2f} |" for phase, seconds in report.seconds_by_phase.items()]
+    if report.warnings:
+        lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
+    return "\n".join(lines) + "\n"
+
+
+def _calibration_text(report: Report) -> str:
+    if report.data_free:
+        return "None: the recipe is data-free. No dataset was read and no tower was run."
+    total = sum(report.tokens_by_modality.values())
+    shares = ", ".join(f"{m} {n} ({n / total:.1%})" for m, n in report.tokens_by_modality.items())
+    return f"{report.samples} samples, {total} tokens: {shares}."
+
+
+def _error_note(report: Report) -> str:
+    if report.data_free:
+        return "Relative error of the weights, |W - Ŵ| / |W|. Without data no output error is known."
+    return (
+        "Relative output error |Y - Ŷ| / |Y| of each Linear as it is stored and multiplied, on calibration tokens;"
+        " `layer` is what the whole layer adds to the residual stream, by modality beside it; `over plain` is the"
+        " layer's error over that of plain rounding, on samples kept out of the search where there are enough."
+    )
+
+
+def _error_table(report: Report) -> list[str]:
+    kinds = list(dict.fromkeys(linear.name.rsplit(".", 1)[-1] for layer in report.layers for linear in layer.linears))
+    seen = [m for m in MODALITIES if any(m in layer.output_error_by_modality for layer in report.layers)]
+    compared = any(layer.error_over_plain is not None for layer in report.layers)
+    columns = [*kinds, *(["layer", *seen] if seen else []), *(["over plain"] if compared else [])]
+    rows = [f"| layer | {' | '.join(columns)} |", "|--:|" + "--:|" * len(columns)]
+    for layer in report.layers:
+        by_kind = {linear.name.rsplit(".", 1)[-1]: linear for linear in layer.linears}
+        cells = [_error_cell(by_kind.get(kind)) for kind in kinds]
+        if seen:
+            cells.append(_number(layer.output_error))
+            cells += [_number(layer.output_error_by_modality.get(m)) for m in seen]
+        if compared:
+            cells.append(_number(layer.error_over_plain))
+        rows.append(f"| {layer.index} | {' | '.join(cells)} |")
+    return rows
+
+
+def _error_cell(linear: LinearRecord | None) -> str:
+    if linear is None or linear.scheme == "FLOAT":
+        return "float"
+    return _number(linear.output_error if linear.output_error is not None else linear.weight_error)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _smoothing_table(report: Report) -> list[str]:
+    rows = [
+        "| layer | group | exponent | error over that without | note |",
+        "|--:|---|--:|--:|---|",
+    ]
+    for layer in report.layers:
+        for entry in layer.smoothing:
+            alpha = "none" if entry["alpha"] is None else f"{entry['alpha']:.2f}"
+            rows.append(f"| {layer.index} | {entry['group']} | {alpha} | {entry['gain']:.3f} | {entry['reason']} |")
+    return rows if len(rows) > 2 else ["No smoothing was asked for."]

@@ -1,0 +1,41 @@
+"""A quantization run: the loop over decoder layers, the work folder, resume, and the outputs.
+
+pipeline.py is the file to read first. layers.py quantizes one layer after another; preparation.py does every check
+that needs no weights; workspace.py makes a run resumable; assembly.py turns layers into what a format writes.
+May import: calibration, report, plan and every room under them.
+Left out on purpose: arithmetic (numerics, processors) and bytes of a format (formats).
+"""
+
+from __future__ import annotations
+
+from .assembly import float_item, in_pieces, make_job
+from .emulation import EmulatedLinear, quantized_layer
+from .measure import output_error
+from .outputs import Outputs
+from .pipeline import quantize, run_guarded
+from .preparation import Prepared, prepare
+from .summary import bits_per_weight, memory_of, versions, written_parts
+from .workspace import WORK_FOLDER, Workspace, check_room, check_save_path, remove
+
+__all__ = [
+    "WORK_FOLDER",
+    "EmulatedLinear",
+    "Outputs",
+    "Prepared",
+    "Workspace",
+    "bits_per_weight",
+    "check_room",
+    "check_save_path",
+    "float_item",
+    "in_pieces",
+    "make_job",
+    "memory_of",
+    "output_error",
+    "prepare",
+    "quantize",
+    "quantized_layer",
+    "remove",
+    "run_guarded",
+    "versions",
+    "written_parts",
+]

@@ -1,0 +1,176 @@
+"""What becomes of each decoder layer: load -> capture -> process -> propagate -> measure; the next is read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..calibration import CalibrationStream, Errors, LayerProbe, zero_errors
+from ..numerics import QuantizedLinear, quantize_weight, relative_error
+from ..plan import LayerPlan, QuantPlan
+from ..processors import PROCESSORS, LayerWork
+from ..runtime import Clock, free_memory, one_ahead
+from ..storage import load_tensor
+from .emulation import quantized_layer
+from .measure import record_layer
+from .preparation import Prepared
+
+# A layer's quantized Linears and the float tensors that changed, by checkpoint name.
+Results = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
+
+
+def quantized_layers(
+    prepared: Prepared, stream: CalibrationStream | None, first: int, clock: Clock
+) -> Iterator[tuple[int, Results, dict[str, Any]]]:
+    """Each layer's number, what became of it, and its record; what is next is read meanwhile."""
+    if stream is None:
+        yield from _rounded_layers(prepared, first, clock)
+        return
+    plan, device = prepared.plan, prepared.device.torch
+    layers = plan.layers[first:]
+    with one_ahead(partial(_load, plan), layers, stream.budget.read_ahead) as loaded:
+        for layer in layers:
+            with clock("read"):
+                weights = next(loaded)
+            work, record = _quantize_layer(prepared, layer, weights, stream, clock)
+            results = _results(plan, work)
+            del work, weights  # not held while the layer before is written
+            yield layer.index, results, record
+            del results
+            free_memory(device)
+
+
+def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tuple[int, Results, dict[str, Any]]]:
+    """The same of a data-free run, which needs no more of a layer at once than a Linear and the next."""
+    plan, device = prepared.plan, prepared.device.torch
+    linears = plan.layer_spec.linears
+    turns = [
+        (layer, linear, plan.checkpoint.tensors[plan.model.layer_name(layer.index, f"{linear}.weight")])
+        for layer in plan.layers[first:]
+        for linear in linears
+    ]
+    # Taken in turn: one is read into while the other is rounded. Fresh memory takes longer than reading into it.
+    widest = max((info.nbytes for _, _, info in turns), default=0)
+    memory = [torch.empty(widest, dtype=torch.uint8) for _ in range(2 if plan.budget.read_ahead else 1)]
+
+    def load(turn: int) -> torch.Tensor:
+        return load_tensor(turns[turn][2], memory[turn % len(memory)])
+
+    quantized: dict[str, QuantizedLinear] = {}
+    records: list[dict[str, Any]] = []
+    with one_ahead(load, range(len(turns)), plan.budget.read_ahead) as loaded:
+        for layer, linear, _ in turns:
+            with clock("read"):
+                weights = {f"{linear}.weight": next(loaded).to(device)}
+            work = LayerWork(layer.index, plan.layer_spec.of(linear), layer.schemes, weights, team=prepared.team)
+            work = _process(layer.of(linear), work, clock)
+            with clock("measure"):
+                records.append(record_layer(plan, layer, work, None))
+            quantized |= _results(plan, work)[0]
+            if len(records) == len(linears):
+                yield layer.index, (quantized, {}), {**records[0], "linears": [r["linears"][0] for r in records]}
+                quantized, records = {}, []
+                free_memory(device)
+
+
+def _quantize_layer(
+    prepared: Prepared,
+    layer: LayerPlan,
+    weights: dict[str, torch.Tensor],
+    stream: CalibrationStream,
+    clock: Clock,
+) -> tuple[LayerWork, dict[str, Any]]:
+    """One decoder layer: capture -> process -> propagate -> measure. Returns it quantized, and its record."""
+    plan = prepared.plan
+    on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
+    work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
+    with clock("forward"):
+        seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
+    probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
+    seen = replace(seen, stats={})  # H of each modality
+    loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
+    work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
+    work, judged = _judged(plan, loaded, work, probe, clock)
+    with clock("propagate"):
+        output = stream.advance(layer.index, partial(_module, plan, work), judged)
+    with clock("measure"):
+        return work, record_layer(plan, layer, work, output)
+
+
+def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
+    for step in layer.steps:
+        with clock(step.processor):
+            work = PROCESSORS[step.processor].apply(work, step.config, step.linears)
+    return work
+
+
+def _judged(
+    plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe, clock: Clock
+) -> tuple[LayerWork, Errors]:
+    """The layer as it is to be written, and the errors of its outputs on the judging samples.
+
+    Where a search was made on H the layer is tried, and plainly rounded if that is better; elsewhere the errors are
+    asked for only if no sample runs through the quantized layer anyway.
+    """
+    probe.release()
+    if plan.statistics == "gram":
+        with clock("check"):
+            return _no_worse_than_rounding(plan, loaded, work, probe)
+    if plan.calibration.propagate_error:
+        return work, zero_errors()
+    with clock("check"):
+        return work, probe.errors(_module(plan, work, held=False))
+
+
+def _no_worse_than_rounding(
+    plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe
+) -> tuple[LayerWork, Errors]:
+    """The layer as it is, if its true output error is below that of plain rounding; else plainly rounded."""
+    if not loaded.schemes:
+        return work, probe.errors(_module(plan, work, held=False))
+    plain = replace(
+        loaded,
+        quantized={
+            linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"))
+            for linear, scheme in loaded.schemes.items()
+        },
+        smoothing=tuple(
+            replace(record, alpha=None, gain=1.0, reason=f"taken back: {record.reason}") for record in work.smoothing
+        ),
+        notes=work.notes,
+    )
+    searched = probe.errors(_module(plan, work, held=False))
+    rounded = probe.errors(_module(plan, plain, held=False))
+    error, of_plain = probe.weighed(searched), probe.weighed(rounded)
+    ratio = relative_error(error, of_plain)
+    if error < of_plain:
+        return replace(work, over_plain=ratio), searched
+    note = "fell back to plain rounding: " + (
+        f"the search's output error would be {ratio:.3f}x of it" if of_plain > 0 else "it loses nothing here"
+    )
+    return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
+
+
+def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
+    """The tensors of a layer in their stored dtype."""
+    return {
+        relative: plan.checkpoint.load_finite(plan.model.layer_name(layer.index, relative))
+        for relative in plan.layer_spec.shapes
+    }
+
+
+def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:
+    """The library's layer as the work has it. held: see quantized_layer."""
+    floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
+    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, held)
+
+
+def _results(plan: QuantPlan, work: LayerWork) -> Results:
+    """The quantized Linears and the float tensors that changed, by checkpoint name."""
+    quantized = {plan.model.layer_name(work.index, name): linear for name, linear in work.quantized.items()}
+    changed = work.changed - {f"{linear}.weight" for linear in work.quantized}
+    return quantized, {plan.model.layer_name(work.index, relative): work.weights[relative] for relative in changed}

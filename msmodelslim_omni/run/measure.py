@@ -1,0 +1,68 @@
+"""The error of each quantized Linear, for the report."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from ..calibration import OutputError
+from ..models import MODALITIES
+from ..numerics import (
+    QuantizedLinear,
+    quantized_matmul,
+    relative_error,
+    row_squares,
+    weight_error,
+)
+from ..plan import LayerPlan, QuantPlan
+from ..processors import LayerWork
+from ..report import LayerRecord, LinearRecord
+from ..statistics import InputStats
+
+
+def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: OutputError | None) -> dict[str, Any]:
+    """The layer's LayerRecord as JSON data."""
+    linears = work.team.map(
+        lambda linear: asdict(_linear_record(plan, layer, work, linear)),
+        work.spec.linears,
+        [float(work.weights[f"{linear}.weight"].numel()) for linear in work.spec.linears],
+    )
+    smoothing = tuple(asdict(record) for record in work.smoothing)
+    record = LayerRecord(layer.index, (), smoothing, notes=work.notes, error_over_plain=work.over_plain)
+    if output is not None:
+        record = replace(record, output_error=output.overall, output_error_by_modality=output.by_modality)
+    return {**asdict(record), "linears": linears}
+
+
+def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: str) -> LinearRecord:
+    name, weight = plan.model.layer_name(layer.index, linear), work.weight(linear)
+    shape = (weight.shape[0], weight.shape[1])
+    quantized = work.quantized.get(linear)
+    if quantized is None:
+        return LinearRecord(name, shape, "FLOAT")
+    of_weight = weight_error(weight, quantized)
+    if work.stats is None:
+        return LinearRecord(name, shape, quantized.scheme.name, of_weight)
+    group = next(group for group in work.spec.groups if linear in group.linears)
+    overall, by_modality = output_error(work.stats[group.name], weight, quantized)
+    return LinearRecord(name, shape, quantized.scheme.name, of_weight, overall, by_modality)
+
+
+def output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float, dict[str, float]]:
+    """|Y - Ŷ| / |Y| on the kept rows, overall and by modality; the bias, the same in both, is left out.
+
+    Overall weighs the modalities by the tokens that all samples have, not by the rows kept.
+    """
+    exact = stats.rows @ weight.to(torch.float32).T  # [rows, out]
+    error, signal = row_squares(quantized_matmul(stats.rows, linear) - exact), row_squares(exact)
+    total_error = total_signal = 0.0
+    by_modality = {}
+    for index in stats.present():
+        mine = stats.row_modality == index
+        e, s = float(error[mine].mean()), float(signal[mine].mean())
+        by_modality[MODALITIES[index]] = relative_error(e, s)
+        total_error += e * int(stats.count[index])
+        total_signal += s * int(stats.count[index])
+    return relative_error(total_error, total_signal), by_modality

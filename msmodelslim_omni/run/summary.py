@@ -1,0 +1,99 @@
+"""What a finished run did, put together as its Report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from ..calibration import CalibrationStream
+from ..formats import FLOAT, OutTensor
+from ..models import ModelSpec
+from ..plan import QuantPlan
+from ..report import PartSize, Report, RunMemory, layer_record, run_memory
+from ..runtime import Clock, Device, peak_device_memory, peak_rss
+from ..version import __version__
+
+
+def make_report(
+    plan: QuantPlan,
+    *,
+    device: Device,
+    tensors: list[OutTensor],
+    places: dict[str, str],
+    output_bytes: dict[str, int],
+    layers: Sequence[dict[str, Any]],
+    stream: CalibrationStream | None,
+    clock: Clock,
+    resumed_at_layer: int,
+    warnings: tuple[str, ...],
+) -> Report:
+    """tensors: of the first format, whose sizes are the report's. layers: the records stored beside the parts."""
+    parts = part_sizes(plan, tensors)
+    return Report(
+        model_type=plan.model.model_type,
+        model_path=str(plan.checkpoint.path),
+        quant_type=plan.recipe.quant_type or "custom",
+        recipe=plan.recipe.path.name,
+        savers=places,
+        versions=versions(),
+        device=device.name,
+        seed=plan.seed,
+        data_free=stream is None,
+        samples=len(stream) if stream is not None else 0,
+        tokens_by_modality=stream.tokens_by_modality() if stream is not None else {},
+        parts=parts,
+        output_bytes=output_bytes,
+        source_bytes=plan.checkpoint.total_bytes,
+        bits_per_weight=bits_per_weight((lin.shape for lin in plan.linears if lin.scheme is not None), tensors),
+        layers=tuple(layer_record(layer) for layer in layers),
+        seconds=clock.total(),
+        seconds_by_phase=clock.seconds,
+        resumed_at_layer=resumed_at_layer,
+        peak_rss_bytes=peak_rss(),
+        peak_device_bytes=peak_device_memory(device.torch),
+        warnings=(*plan.warnings, *warnings),
+        peak_rise_by_phase=clock.rises,
+        run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
+    )
+
+
+def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize]) -> RunMemory:
+    """Of a runtime that keeps the weights as they are stored."""
+    return run_memory(model, config, ((part.name, part.bytes_before, part.bytes_after) for part in parts))
+
+
+def part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
+    """Bytes of each part before and after."""
+    before: dict[str, list[int]] = {}
+    for name, info in plan.checkpoint.tensors.items():
+        before.setdefault(plan.model.part_of(name).name, []).append(info.nbytes)
+    written = written_parts(plan.model, tensors)
+    return tuple(
+        PartSize(part.name, len(before[part.name]), sum(before[part.name]), *written[part.name])
+        for part in plan.model.parts
+        if part.name in before
+    )
+
+
+def written_parts(model: ModelSpec, tensors: Sequence[OutTensor]) -> dict[str, tuple[int, str]]:
+    """Bytes and schemes of each part as it is written, by the part's name."""
+    sizes: dict[str, int] = {}
+    kinds: dict[str, set[str]] = {}
+    for tensor in tensors:
+        part = model.part_of(tensor.spec.name).name
+        sizes[part] = sizes.get(part, 0) + tensor.spec.nbytes
+        kinds.setdefault(part, set()).add(tensor.kind)
+    return {
+        part: (size, ", ".join(sorted(kinds[part] - {FLOAT})) or "float, unchanged") for part, size in sizes.items()
+    }
+
+
+def bits_per_weight(shapes: Iterable[tuple[int, int]], tensors: Sequence[OutTensor]) -> float:
+    """Stored bits of the quantized Linears, scales included, over their weights. shapes: (out, in) of each of them."""
+    bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != FLOAT)
+    return bits / sum(out_features * in_features for out_features, in_features in shapes)
+
+
+def versions() -> dict[str, str]:
+    return {"msmodelslim_omni": __version__, **{name: version(name) for name in ("torch", "transformers")}}

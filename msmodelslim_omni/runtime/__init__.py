@@ -1,0 +1,49 @@
+"""What a run computes on: device, processes, threads, memory budget, progress events.
+
+device.py is the only file that names accelerators. team.py shares work between processes started by torchrun.
+May import: errors.
+Left out on purpose: models and files.
+"""
+
+from __future__ import annotations
+
+from .background import Background, one_ahead
+from .budget import DEFAULT, MIB, NO_SAMPLES, Budget, Extent, parse_size
+from .device import (
+    Device,
+    float64_device,
+    free_memory,
+    free_modules,
+    peak_device_memory,
+    peak_rss,
+    resolve_device,
+    told_out_of_memory,
+)
+from .progress import Clock, Progress
+from .team import ALONE, WHOLE, Split, Team, open_team
+
+__all__ = [
+    "ALONE",
+    "DEFAULT",
+    "MIB",
+    "NO_SAMPLES",
+    "WHOLE",
+    "Background",
+    "Budget",
+    "Clock",
+    "Device",
+    "Extent",
+    "Progress",
+    "Split",
+    "Team",
+    "float64_device",
+    "free_memory",
+    "free_modules",
+    "one_ahead",
+    "open_team",
+    "parse_size",
+    "peak_device_memory",
+    "peak_rss",
+    "resolve_device",
+    "told_out_of_memory",
+]

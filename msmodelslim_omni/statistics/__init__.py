@@ -1,0 +1,13 @@
+"""Statistics of a Linear's input that calibration collects: channel maxima, sample rows, and H = X^T X.
+
+capture.py records them during the forward; gram.py holds H within a memory budget.
+May import: models, runtime, errors.
+Left out on purpose: what the statistics are used for; see processors.
+"""
+
+from __future__ import annotations
+
+from .capture import ROWS_PER_MODALITY, InputRecorder, InputStats, choose_rows, run_layer
+from .gram import Gram, sketch_rows
+
+__all__ = ["ROWS_PER_MODALITY", "Gram", "InputRecorder", "InputStats", "choose_rows", "run_layer", "sketch_rows"]

@@ -1,0 +1,413 @@
+"""Reading and writing safetensors files tensor by tensor, with memory no larger than what was asked for.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length N, N bytes of
+JSON {name: {dtype, shape, data_offsets: [begin, end]}, "__metadata__": {str: str}}, then the bytes of all tensors
+back to back. We parse the header ourselves and read into buffers of known size, since the library maps whole
+files (which counts as resident memory) and cannot write a file larger than memory. A file is untrusted input:
+every number of the header is checked against the file before it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..errors import QuantError
+from ..files import open_regular, parse_json
+from .direct_io import PlacedFile
+
+# Room for a hundred thousand tensors. Parsed, a header takes up to some thirty times its size.
+MAX_HEADER_BYTES = 16 << 20
+_LONGEST_NAME = 1000
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_COMPARED_BYTES = 32 << 20
+_CHECKSUM, _UNKNOWN_CRC = "crc32", "--------"
+FLOAT_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: bytes [start, start + nbytes) of `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * TORCH_DTYPES[self.dtype].itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """All tensors of one file. Raises QuantError naming the file where the header or the file's length lies."""
+    return _tensors_of(path, *_json_header(path))
+
+
+def _tensors_of(path: Path, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
+    entries = ((name, entry) for name, entry in header.items() if name != "__metadata__")
+    tensors = {name: _tensor_info(path, name, entry, data_start) for name, entry in entries}
+    _check_layout(path, tensors.values(), data_start, size)
+    return tensors
+
+
+def _json_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header as it stands there, where the tensors begin, and the size of the file."""
+    try:
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            prefix = stream.read(8) or b""
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise _broken(path, f"its header claims {length} bytes in a file of {size}")
+            header = parse_json(stream.read(length).decode("utf-8"), unique=True)
+    except OSError as error:
+        raise QuantError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _broken(path, f"its header is not JSON as the format has it: {error}") from error
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a JSON object")
+    return header, 8 + length, size
+
+
+def _broken(path: Path, why: str) -> QuantError:
+    return QuantError(f"{path}: not a whole safetensors file: {why}", "fetch or copy the file again")
+
+
+def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
+    if len(name) > _LONGEST_NAME or not name.isprintable():  # it will be shown, and written into other files
+        raise _broken(path, f"a tensor has the impossible name {name[:120]!r}")
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise _broken(path, f"tensor {name[:120]!r} has no dtype, shape and data_offsets") from error
+    if not isinstance(dtype, str):
+        raise _broken(path, f"tensor {name[:120]!r} has no dtype")
+    if dtype not in TORCH_DTYPES:
+        raise QuantError(f"{path}: tensor {name!r} has the unknown dtype {str(dtype)[:40]!r}")
+    if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 16:
+        raise _broken(path, f"tensor {name[:120]!r} has impossible numbers in its header")
+    info = TensorInfo(name, dtype, shape, path, data_start + begin)
+    if end - begin != info.nbytes:
+        raise _broken(path, f"tensor {name!r} of {info.nbytes} bytes claims {end - begin}")
+    return info
+
+
+def _check_layout(path: Path, tensors: Iterable[TensorInfo], data_start: int, size: int) -> None:
+    """Tensors must tile the data exactly: no overlap, no hole, nothing behind the end of the file."""
+    position = data_start
+    for info in sorted(tensors, key=lambda info: (info.start, info.nbytes)):
+        if info.start != position:
+            raise _broken(path, f"tensor {info.name!r} overlaps another or leaves a hole")
+        position += info.nbytes
+    if position != size:
+        raise _broken(path, f"its tensors need {position} bytes, the file has {size}")
+
+
+def read_bytes(info: TensorInfo, first: int, buffer: memoryview) -> None:
+    """Fill `buffer` from the tensor's bytes, beginning at its byte `first`."""
+    try:
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(info.start + first)
+            done = 0
+            while done < len(buffer):
+                got = stream.readinto(buffer[done:])
+                if not got:
+                    raise _broken(info.file, f"tensor {info.name!r} ends early")
+                done += got
+    except OSError as error:
+        raise QuantError(
+            f"{info.file}: reading tensor {info.name!r} failed: {error.strerror or error}",
+            "check the disk, then run the same command again: it goes on where it stopped",
+        ) from error
+
+
+def load_tensor(info: TensorInfo, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """One tensor in its stored dtype, in memory of exactly its size, or in the first of these bytes (uint8)."""
+    memory = torch.empty(info.nbytes, dtype=torch.uint8) if memory is None else memory[: info.nbytes]
+    tensor = memory.view(TORCH_DTYPES[info.dtype]).view(info.shape)
+    if info.nbytes:
+        read_bytes(info, 0, byte_view(tensor))
+    return tensor
+
+
+def load_finite(info: TensorInfo) -> torch.Tensor:
+    """One tensor; raises QuantError naming it if it holds NaN or Inf."""
+    tensor = load_tensor(info)
+    refuse_nonfinite(tensor, info)
+    return tensor
+
+
+def refuse_nonfinite(tensor: torch.Tensor, info: TensorInfo) -> None:
+    """Raise QuantError if this piece of the tensor `info` holds NaN or Inf."""
+    if info.dtype in FLOAT_DTYPES and tensor.numel():
+        smallest, largest = torch.aminmax(tensor)  # NaN and Inf show in them; several times faster than isfinite
+        if not (torch.isfinite(smallest) and torch.isfinite(largest)):
+            raise QuantError(f"{info.file}: tensor {info.name} holds NaN or Inf", "fetch the checkpoint again")
+
+
+def load_rows(info: TensorInfo, rows: Iterable[int]) -> torch.Tensor:
+    """The given rows (first axis) of one tensor, in its stored dtype, without reading the others."""
+    wanted = list(rows)
+    out = torch.empty((len(wanted), *info.shape[1:]), dtype=TORCH_DTYPES[info.dtype])
+    view = byte_view(out)
+    row_bytes = info.nbytes // info.shape[0]
+    for i, row in enumerate(wanted):
+        read_bytes(info, row * row_bytes, view[i * row_bytes : (i + 1) * row_bytes])
+    return out
+
+
+def row_range(info: TensorInfo, first: int, end: int) -> TensorInfo:
+    """Rows first to end - 1 of a tensor, as a tensor of its own that one read fetches."""
+    row_bytes = info.nbytes // info.shape[0]
+    return replace(info, shape=(min(end, info.shape[0]) - first, *info.shape[1:]), start=info.start + first * row_bytes)
+
+
+def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors have the same dtype, shape and bytes; no more than 32 MiB of each are read at a time."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    if (one.file, one.start) == (other.file, other.start):
+        return True
+    mine, its = (torch.empty(min(_COMPARED_BYTES, one.nbytes), dtype=torch.uint8) for _ in range(2))
+    for first in range(0, one.nbytes, _COMPARED_BYTES):
+        size = min(_COMPARED_BYTES, one.nbytes - first)
+        for info, buffer in ((one, mine), (other, its)):
+            read_bytes(info, first, byte_view(buffer)[:size])
+        if not torch.equal(mine[:size], its[:size]):
+            return False
+    return True
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, without a copy."""
+    flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat).cast("B")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written: what the header must know before the data come."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * TORCH_DTYPES[self.dtype].itemsize
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """By falling item size, as the library's reader expects alignment."""
+    return sorted(specs, key=lambda spec: (-TORCH_DTYPES[spec.dtype].itemsize, spec.name))
+
+
+def encode_header(specs: Iterable[TensorSpec], metadata: dict[str, str] | None) -> bytes:
+    """What stands before the tensors of a file: the header's length and the header. specs: in the file's order."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
+    for spec in specs:
+        offsets = [begin, begin + spec.nbytes]
+        header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+        begin += spec.nbytes
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return len(encoded).to_bytes(8, "little") + encoded
+
+
+class SafetensorsWriter:
+    """Writes one file in one pass: the header first, from specs; then the tensors' bytes in the same order.
+
+    The file appears under a temporary name and is synced and renamed by `close`; leaving the `with` block by an
+    exception removes it. Tensors are laid out by falling item size. checksum: of their bytes, put into the metadata for
+    `is_whole`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        metadata: dict[str, str] | None = None,
+        *,
+        sync: bool = True,
+        checksum: bool = False,
+    ) -> None:
+        self.path = path
+        self._sync = sync
+        self._crc = 0
+        if checksum:
+            metadata = {_CHECKSUM: _UNKNOWN_CRC, **(metadata or {})}
+        self.specs = in_file_order(specs)
+        self._pending: Iterator[TensorSpec] = iter(self.specs)
+        self._temporary = path.with_name(path.name + ".partial")
+        self._stream = self._temporary.open("wb")
+        header = encode_header(self.specs, metadata)
+        self._crc_place = header.index(_UNKNOWN_CRC.encode()) if checksum else None
+        self._stream.write(header)
+
+    def write(self, name: str, data: torch.Tensor | Iterable[memoryview]) -> None:
+        """The next tensor, whole or as chunks of bytes. Order and sizes must be those of `specs`."""
+        spec = next(self._pending)
+        if spec.name != name:
+            raise ValueError(f"{self.path}: tensor {spec.name} is due, not {name}")
+        written = 0
+        for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
+            self._stream.write(chunk)
+            written += len(chunk)
+            if self._crc_place is not None:
+                self._crc = zlib.crc32(chunk, self._crc)
+        if written != spec.nbytes:
+            raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {spec.nbytes}")
+
+    def close(self) -> None:
+        if (missing := next(self._pending, None)) is not None:
+            raise ValueError(f"{self.path}: tensor {missing.name} was never written")
+        if self._crc_place is not None:
+            self._stream.seek(self._crc_place)
+            self._stream.write(f"{self._crc:08x}".encode())
+        self._stream.flush()
+        if self._sync:
+            os.fsync(self._stream.fileno())
+        self._stream.close()
+        self._temporary.replace(self.path)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:  # after a successful close there is nothing left to remove
+            self._stream.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file is there that a SafetensorsWriter with `checksum` wrote, undamaged. All of it is read."""
+    try:
+        header, data_start, size = _json_header(path)
+        _tensors_of(path, header, data_start, size)
+        crc = 0
+        with path.open("rb") as stream:
+            stream.seek(data_start)
+            while chunk := stream.read(_COMPARED_BYTES):
+                crc = zlib.crc32(chunk, crc)
+    except (QuantError, OSError):
+        return False
+    metadata = header.get("__metadata__")
+    return isinstance(metadata, dict) and metadata.get(_CHECKSUM) == f"{crc:08x}"
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None, *, checksum: bool = False
+) -> None:
+    """A whole file from tensors in memory, written aside, synced and renamed."""
+    specs = [TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()]
+    with SafetensorsWriter(path, specs, metadata, checksum=checksum) as writer:
+        for spec in writer.specs:
+            writer.write(spec.name, tensors[spec.name].cpu())
+
+
+class PlacedShard:
+    """Writes one file whose tensors come in any order, each put at its place behind a header that is there from the
+    start.
+
+    The file has a temporary name until `close`. One that a stopped run left with the same header is gone on with; which
+    of its tensors are whole is for the caller to know, by their checksums. Calls from several threads are fine as long
+    as they are about different tensors.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: dict[str, str] | None = None) -> None:
+        self.path = path
+        self._temporary = path.with_name(path.name + ".partial")
+        ordered = in_file_order(specs)
+        header = encode_header(ordered, metadata)
+        self._infos: dict[str, TensorInfo] = {}
+        position = len(header)
+        for spec in ordered:
+            self._infos[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, self._temporary, position)
+            position += spec.nbytes
+        if _begins_with(path, header, position):  # a stopped run was naming its shards
+            path.replace(self._temporary)
+        if not _begins_with(self._temporary, header, position):
+            with self._temporary.open("wb") as stream:
+                stream.write(header)
+                stream.truncate(position)
+        self._file = PlacedFile(self._temporary)
+
+    def put(self, name: str, data: torch.Tensor | Iterable[memoryview], crc: int = 0) -> int:
+        """Write one tensor, whole or as chunks of bytes. Returns the CRC-32 of its bytes, going on from `crc`."""
+        info, written = self._infos[name], 0
+        for chunk in [byte_view(data.contiguous())] if isinstance(data, torch.Tensor) else data:
+            crc = zlib.crc32(chunk, crc)
+            self._file.write(info.start + written, chunk)
+            written += len(chunk)
+        if written != info.nbytes:
+            raise ValueError(f"{self.path}: tensor {name} has {written} bytes, not {info.nbytes}")
+        return crc
+
+    def crc(self, name: str, crc: int = 0) -> int:
+        """The CRC-32 of a tensor's bytes as they are in the file, going on from `crc`."""
+        info = self._infos[name]
+        buffer = byte_view(torch.empty(min(_COMPARED_BYTES, info.nbytes), dtype=torch.uint8))
+        for first in range(0, info.nbytes, _COMPARED_BYTES):
+            piece = buffer[: min(_COMPARED_BYTES, info.nbytes - first)]
+            read_bytes(info, first, piece)
+            crc = zlib.crc32(piece, crc)
+        return crc
+
+    def sync(self) -> None:
+        """Return when all that was put is on the disk."""
+        self._file.sync()
+
+    def close(self) -> None:
+        """Sync, and give the file its name. The caller knows that every tensor was put."""
+        self.sync()
+        self._file.close()
+        self._temporary.replace(self.path)
+
+    def abandon(self) -> None:
+        """Close the file and leave it under its temporary name."""
+        self._file.close()
+
+
+def _begins_with(path: Path, header: bytes, size: int) -> bool:
+    """Whether a file is there, as long as this, with this header."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(header)) == header and stream.seek(0, os.SEEK_END) == size
+    except FileNotFoundError:
+        return False

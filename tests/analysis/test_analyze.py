@@ -1,0 +1,534 @@
+"""analyze: what is measured against direct computation, what is kept out, and both kinds of choice end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from command import DATA, Answer, StopAt, command, files, quant, write_index
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from make_tiny_omni import make_tiny_omni
+from tiny_layer import SPEC, Sample, build, layer_weights, output, record, sample, token_counts
+
+from msmodelslim_omni.analysis.holdout import choose_holdout
+from msmodelslim_omni.analysis.holdout import write_index as write_part
+from msmodelslim_omni.analysis.mixed_recipe import FLOAT, W4, W8
+from msmodelslim_omni.analysis.proposal import Proposal, Proposer
+from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text
+from msmodelslim_omni.analysis.rounds import _best, _kl_per_damage
+from msmodelslim_omni.analysis.run import _split, analyze
+from msmodelslim_omni.analysis.sensitivity import (
+    UnitSensitivity,
+    as_made,
+    measure_unit,
+    tails,
+)
+from msmodelslim_omni.calibration.layer_probe import LayerProbe, importance
+from msmodelslim_omni.calibration.samples import load_calib_set
+from msmodelslim_omni.calibration.stream import Captured
+from msmodelslim_omni.doctor import examine
+from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
+from msmodelslim_omni.models.inputs import MODALITIES
+from msmodelslim_omni.models.spec import LinearGroup
+from msmodelslim_omni.numerics.arithmetic import dequantize, quantize_weight, quantized_matmul
+from msmodelslim_omni.numerics.scheme import QuantScheme
+from msmodelslim_omni.plan.plan import LayerPlan, Step, make_plan
+from msmodelslim_omni.processors.work import LayerWork
+from msmodelslim_omni.recipe.schema import (
+    AwqConfig,
+    IterSmoothConfig,
+    LinearQuantConfig,
+    load_recipe,
+)
+from msmodelslim_omni.report.fidelity import Interval
+from msmodelslim_omni.run.emulation import EmulatedLinear
+from msmodelslim_omni.runtime.budget import parse_size
+from msmodelslim_omni.storage.checkpoint import open_checkpoint
+
+# --- one layer, against direct computation -------------------------------------------------------------------
+
+OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
+INT4, INT8 = QuantScheme(4, None, "minmax", 32), QuantScheme(8, 8)
+SAMPLES = [sample(tokens=40, seed=1), sample(tokens=24, seed=2)]
+GROUPS = {group.name: group for group in SPEC.groups}
+
+
+def step(config: dict[str, Any]) -> Step:
+    kinds = {"linear_quant": LinearQuantConfig, "awq": AwqConfig, "iter_smooth": IterSmoothConfig}
+    return Step(config["type"], kinds[config["type"]].model_validate(config), frozenset(SPEC.linears))
+
+
+INT4_WEIGHT = {"scope": "per_group", "dtype": "int4", "ext": {"group_size": 32}}
+INT4_STEP = step({"type": "linear_quant", "qconfig": {"weight": INT4_WEIGHT}})
+INT8_STEP = step({"type": "linear_quant", "qconfig": {"act": {}, "weight": {}}})
+
+
+def layer_plan(scheme: QuantScheme, *steps: Step) -> LayerPlan:
+    return LayerPlan(0, dict.fromkeys(SPEC.linears, scheme), steps)
+
+
+PLAIN = {INT4.name: layer_plan(INT4, INT4_STEP), INT8.name: layer_plan(INT8, INT8_STEP)}
+
+
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in layer_weights().items()}
+
+
+@pytest.fixture(scope="module")
+def seen(weights: dict[str, torch.Tensor]) -> Captured:
+    """Every token kept and counted, and every sample watched."""
+    counts = importance("balanced", token_counts(SAMPLES))
+    probe = LayerProbe(build(weights), {"self_attn", "mlp"}, counts)
+    for one in SAMPLES:
+        probe.watch(one.inputs, one.modality)
+    return Captured(record(weights, SAMPLES, grams=True), counts, probe)
+
+
+def measured(weights: dict[str, torch.Tensor], seen: Captured, group: LinearGroup) -> UnitSensitivity:
+    names = {linear: f"layers.0.{linear}" for linear in group.linears}
+    return measure_unit(group, names, weights, PLAIN, SPEC, seen)
+
+
+def relative(error: torch.Tensor, signal: torch.Tensor) -> float:
+    return float(error.double().norm() / signal.double().norm())
+
+
+@pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
+def test_errors_of_a_linear_are_those_of_its_stored_inputs(
+    weights: dict[str, torch.Tensor], seen: Captured, group: LinearGroup
+) -> None:
+    stats = seen.stats[group.name]
+    for linear in measured(weights, seen, group).linears:
+        weight = weights[f"{linear.name.removeprefix('layers.0.')}.weight"]
+        exact = stats.rows @ weight.T
+        for scheme in (INT4, INT8):
+            rounded = quantize_weight(weight, scheme)
+            error = quantized_matmul(stats.rows, rounded) - exact
+            assert linear.output_error[scheme.name].overall == pytest.approx(relative(error, exact), rel=1e-3)
+            assert set(linear.output_error[scheme.name].by_modality) == set(MODALITIES)
+            for index, name in enumerate(MODALITIES):
+                mine = stats.row_modality == index
+                direct = relative(error[mine], exact[mine])
+                assert linear.output_error[scheme.name].by_modality[name] == pytest.approx(direct, rel=1e-3)
+            direct = relative(dequantize(rounded) - weight, weight)
+            assert linear.weight_error[scheme.name] == pytest.approx(direct, rel=1e-4)
+        assert (linear.kurtosis, linear.outlier_share) == tails(stats.rows)
+        assert linear.shape == tuple(weight.shape)
+
+
+def noise_by_hand(changed: list[tuple[torch.Tensor, torch.Tensor]], samples: Sequence[Sample]) -> dict[str, float]:
+    """|e|² / |h|² of each token, its mean over the tokens of a modality. changed: outputs, changed and true."""
+    ratio = torch.cat([((a - b)[0].double().norm(dim=1) / b[0].double().norm(dim=1)) ** 2 for a, b in changed])
+    modality = torch.cat([one.modality for one in samples])
+    return {name: float(ratio[modality == index].mean()) for index, name in enumerate(MODALITIES)}
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_damage_is_the_noise_in_the_layers_output(weights: dict[str, torch.Tensor], seen: Captured, name: str) -> None:
+    """The MLP's error is that of the whole layer, since nothing comes after it."""
+    group = GROUPS[name]
+    rounded = {
+        f"{linear}.weight": dequantize(quantize_weight(weights[f"{linear}.weight"], INT4)) for linear in group.linears
+    }
+    direct = noise_by_hand([(output({**weights, **rounded}, one), output(weights, one)) for one in SAMPLES], SAMPLES)
+    unit = measured(weights, seen, group)
+    assert unit.damage[INT4.name].by_modality == pytest.approx(direct, rel=1e-3)
+    assert unit.damage[INT4.name].overall == unit.damage[INT4.name].by_modality["text"]
+    assert (unit.layer, unit.group, unit.name) == (0, name, f"layer 0 {name}")
+
+
+def test_damage_of_attention_is_its_own_error_beside_the_layers_output(
+    weights: dict[str, torch.Tensor], seen: Captured
+) -> None:
+    """With int8 activations too, by modules put into a layer of our own."""
+    for name in ("qkv", "o"):
+        unit = measured(weights, seen, GROUPS[name])
+        pairs, layer = [], build(weights)
+        for one in SAMPLES:
+            states = layer.input_layernorm(one.inputs.hidden)
+            exact = layer.self_attn(hidden_states=states, **one.inputs.arguments)[0]
+            other = build(weights)
+            for linear in GROUPS[name].linears:
+                rounded = quantize_weight(weights[f"{linear}.weight"], INT8)
+                child = EmulatedLinear(rounded, weights.get(f"{linear}.bias"))
+                setattr(other.self_attn, linear.removeprefix("self_attn."), child)
+            error = other.self_attn(hidden_states=states, **one.inputs.arguments)[0] - exact
+            whole = output(weights, one)
+            pairs.append((whole + error, whole))
+        assert unit.damage[INT8.name].by_modality == pytest.approx(noise_by_hand(pairs, SAMPLES), rel=1e-2)
+
+
+def test_a_probe_leaves_the_layer_as_it_was(weights: dict[str, torch.Tensor], seen: Captured) -> None:
+    before = dict(seen.probe._layer.named_modules())
+    damage = measured(weights, seen, GROUPS["qkv"]).damage
+    assert dict(seen.probe._layer.named_modules()) == before
+    assert measured(weights, seen, GROUPS["qkv"]).damage == damage
+    assert set(seen.probe.noise("mlp", {}).values()) == {0.0}
+
+
+@pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
+@pytest.mark.parametrize("kind", ["awq", "iter_smooth"])
+def test_scaling_and_smoothing_are_undone_but_for_what_they_gain(
+    weights: dict[str, torch.Tensor], seen: Captured, group: LinearGroup, kind: str
+) -> None:
+    """The modules take the float layer's inputs: without rounding their product is the float Linear's."""
+    scheme, first, last = {
+        "awq": (INT4, step({"type": "awq", "n_grid": 6}), INT4_STEP),
+        "iter_smooth": (INT8, step({"type": "iter_smooth", "alpha": "auto"}), INT8_STEP),
+    }[kind]
+    plan = layer_plan(scheme, first, last)
+    work = LayerWork(0, SPEC, plan.schemes, weights, seen.stats, seen.importance, probe=seen.probe)
+    rows = seen.stats[group.name].rows
+    for linear, module in as_made(work, plan, group).items():
+        exact = torch.nn.functional.linear(rows, weights[f"{linear}.weight"], weights.get(f"{linear}.bias"))
+        assert relative(module(rows) - exact, exact) < (0.2 if scheme == INT4 else 0.1)
+    names = {linear: linear for linear in group.linears}
+    searched = measure_unit(group, names, weights, {scheme.name: plan}, SPEC, seen).damage[scheme.name].overall
+    assert searched <= 1.05 * measured(weights, seen, group).damage[scheme.name].overall
+
+
+def test_tails_by_hand() -> None:
+    """Of 100 values 99 are one and one is ten: E[x²] = 1.99, E[x⁴] = 100.99; beyond 6 * 1.41 lies that one."""
+    rows = torch.ones(10, 10)
+    rows[3, 4] = -10
+    kurtosis, share = tails(rows)
+    assert kurtosis == pytest.approx(100.99 / 1.99**2 - 3, rel=1e-5)
+    assert share == pytest.approx(0.01)
+    assert tails(1e18 * rows)[0] == pytest.approx(kurtosis, rel=1e-5)  # float32 holds no x⁴ of it
+    assert tails(torch.zeros(2, 2)) == (0.0, 0.0)
+    normal = torch.randn((400, 100), generator=torch.Generator().manual_seed(0))
+    assert abs(tails(normal)[0]) < 0.1 and tails(normal)[1] == 0.0
+
+
+# --- sizes and what is kept out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("4.2GiB", int(4.2 * 2**30)), ("4.2GB", 4_200_000_000), ("900MiB", 900 << 20), ("1 KiB", 1024),
+        ("12345", 12345), ("7b", 7), (" 2 tib ", 2 << 40), ("1e3", 1000),
+    ],
+)  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "4.2", "four", "4.2XB", "-1GB", "0", "0.5", "nan", "inf", "1e400", "4 2 GB"]
+)
+def test_no_sizes(text: str) -> None:
+    if text == "4.2":
+        assert parse_size(text) == 4  # bytes
+        return
+    with pytest.raises(QuantError, match="is no size"):
+        parse_size(text)
+
+
+MANY = st.lists(st.frozensets(st.sampled_from(MODALITIES), min_size=1), min_size=5, max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(MANY, st.integers(0, 3))
+def test_a_part_kept_out_leaves_every_modality(modalities: list[frozenset[str]], seed: int) -> None:
+    every = frozenset[str]().union(*modalities)
+    try:
+        held = choose_holdout(modalities, seed)
+    except QuantError as error:
+        assert "each is the only one of some modality" in error.message
+        return
+    assert sorted((*held.calibration, *held.held_out)) == list(range(len(modalities)))
+    assert held == choose_holdout(modalities, seed)
+    assert frozenset[str]().union(*(modalities[i] for i in held.calibration)) == every
+    judged = frozenset[str]().union(*(modalities[i] for i in held.held_out))
+    assert judged | set(held.unjudged) == every and not judged & set(held.unjudged)
+
+
+def test_a_fifth_is_kept_out() -> None:
+    text, image = frozenset({"text"}), frozenset({"text", "image"})
+    held = choose_holdout([text] * 18 + [image] * 2, 0)
+    assert len(held.held_out) == 4 and sum(i >= 18 for i in held.held_out) == 1 and held.unjudged == ()
+    assert choose_holdout([text] * 18 + [image] * 2, 1) != held
+    assert choose_holdout([text] * 9 + [image], 0).unjudged == ("image",)
+    with pytest.raises(QuantError, match="4 samples, too few") as caught:
+        choose_holdout([text] * 4, 0)
+    assert "--eval_dataset" in caught.value.hint
+
+
+def test_a_part_is_the_same_samples(tmp_path: Path) -> None:
+    calib = load_calib_set("calibVideos", "Describe.", OMNI)
+    chosen = [0, len(calib.samples) - 1, *(i for i, s in enumerate(calib.samples) if s.use_audio_in_video)]
+    part = load_calib_set(str(write_part(calib, chosen, tmp_path / "part.jsonl")), "unused", OMNI)
+    assert len(part.samples) == len(chosen) > 3
+    for mine, i in zip(part.samples, chosen, strict=True):
+        theirs = calib.samples[i]
+        assert mine.use_audio_in_video == theirs.use_audio_in_video
+        assert [f.resolve() for f in theirs.files()] == mine.files()
+        words = [[p["text"] for m in s.messages for p in m["content"] if p["type"] == "text"] for s in (mine, theirs)]
+        assert words[0] == words[1]
+
+
+# --- rounds, by their figures --------------------------------------------------------------------------------
+
+
+def a_round(size: int, kl: float) -> Round:
+    return Round("x", {}, 0.1, 0.1, size, size, None, Interval(kl, kl, kl))
+
+
+def test_the_smallest_within_the_kl_is_best_else_the_least_kl() -> None:
+    rounds = [a_round(10, 0.5), a_round(30, 0.1), a_round(20, 0.2), a_round(40, 0.05)]
+    assert (
+        _best(rounds, 0.25) == 2 and _best(rounds, 0.15) == 1 and _best(rounds, 0.01) == 3 and _best(rounds, None) == 3
+    )
+
+
+def test_exclude_is_yaml() -> None:
+    for patterns in ([], ["a.*"], ["a.{1,2}.*", "b"]):
+        assert yaml.safe_load(exclude_text(patterns)) == {"exclude": patterns}
+
+
+def test_kl_per_damage_is_the_last_rounds() -> None:
+    proposals = [Proposal({}, "", damage, 0.0, {}) for damage in (0.2, 0.1, 0.0)]
+    tried = [(p, a_round(1, kl)) for p, kl in zip(proposals, (0.4, 0.3, 0.1), strict=True)]
+    assert [_kl_per_damage(tried[:n]) for n in (1, 2, 3)] == pytest.approx([2.0, 3.0, 0.0])
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_omni(tmp_path_factory.mktemp("models") / "small", layers=2)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten samples: text, two images and two sounds."""
+    texts = [{"text": f"A {'very ' * n}long question.", "answer": f"It is {n} long."} for n in range(10, 70, 10)]
+    image, audio = str(DATA / "images" / "notice_zh.png"), str(DATA / "audio" / "three_beeps.wav")
+    media = [{"image": image, "text": f"Read line {n}.", "answer": "A notice."} for n in range(2)]
+    media += [{"audio": audio, "text": f"How many, {n}?", "answer": "Three."} for n in range(2)]
+    return write_index(tmp_path_factory.mktemp("data"), *texts, *media)
+
+
+def run(model: Path, index: object, *words: object) -> Answer:
+    return command("analyze", "--model_path", model, "--dataset", index, "--device", "cpu", *words)
+
+
+def proposer(model: Path) -> Proposer:
+    checkpoint = open_checkpoint(model)
+    return Proposer(derive_model_type(checkpoint.config), checkpoint, "x")
+
+
+def test_analysis_alone(small: Path, index: Path, tmp_path: Path) -> None:
+    answer = run(small, index, "--save_path", tmp_path / "out").done()
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["analysis.json", "analysis.md"]
+    analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert analysis["choice"] is None and analysis["samples"] == 10
+    assert set(analysis["tokens_by_modality"]) == {"text", "image", "audio"}
+    assert len(analysis["units"]) == 8 and sum(len(unit["linears"]) for unit in analysis["units"]) == 14
+    damages = [unit["damage"][W4.name]["overall"] for unit in analysis["units"]]
+    assert damages == sorted(damages, reverse=True) and damages[-1] > 0
+    for unit in analysis["units"]:
+        assert unit["damage"][W8.name]["overall"] < unit["damage"][W4.name]["overall"]
+        assert set(unit["damage"][W4.name]["by_modality"]) == {"text", "image", "audio"}
+        assert unit["size"][W4.name] < unit["size"][W8.name] < unit["size"][FLOAT]
+    page = (tmp_path / "out" / "analysis.md").read_text(encoding="utf-8")
+    assert "exclude:" in page and "thinker.model.layers" in answer.out and analysis["exclude"][0] in page
+    # The pattern list is taken by a recipe as it stands, and means the worst units.
+    worst, left = [], sum(damages) / 2
+    for unit, damage in zip(analysis["units"], damages, strict=True):
+        if left > 0:
+            worst += [linear["name"] for linear in unit["linears"]]
+        left -= damage
+    plan = make_plan(
+        load_recipe(excluding(tmp_path, analysis["exclude"])), derive_model_type(open_checkpoint(small).config),
+        open_checkpoint(small),
+    )  # fmt: skip
+    assert {linear.name for linear in plan.linears if linear.scheme is None} == set(worst)
+
+
+def excluding(folder: Path, patterns: list[str]) -> Path:
+    step = {"type": "linear_quant", "qconfig": {"act": {}, "weight": {}}, "exclude": patterns}
+    spec = {"process": [step], "save": [{"type": "compressed_tensors"}]}
+    path = folder / "exclude.yaml"
+    path.write_text(json.dumps({"apiversion": "multimodal_vlm_modelslim_v1", "spec": spec}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def for_size(small: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Any]:
+    """A third of the way from all int4 to all float."""
+    sizes = proposer(small)
+    target = sizes.smallest() + (sizes.largest() - sizes.smallest()) // 3
+    save = tmp_path_factory.mktemp("runs") / "size"
+    answer = run(small, index, "--target_size", target, "--save_path", save, "--json").done()
+    return target, save, answer.json
+
+
+def test_target_size_is_kept_and_the_bytes_foretold(for_size: tuple[int, Path, Any], small: Path) -> None:
+    target, save, analysis = for_size
+    choice = analysis["choice"]
+    first, second = choice["rounds"]
+    assert first["linears"] == {W4.name: 14} and first["measured_bytes"] == proposer(small).smallest()
+    for one in (first, second):
+        assert one["predicted_bytes"] == one["measured_bytes"]
+        assert one["bound"] <= one["damage"] + 1e-12
+    assert 0.9 * target < second["measured_bytes"] <= target
+    assert second["damage"] < first["damage"]
+    assert second["measured_kl"]["value"] < first["measured_kl"]["value"]
+    expected = first["measured_kl"]["value"] * second["damage"] / first["damage"]
+    assert second["predicted_kl"] == pytest.approx(expected) and first["predicted_kl"] is None
+    assert choice["chosen"] == 2 and choice["satisfied"] and choice["target_size"] == target
+    assert {"analysis.json", "analysis.md", "calibration.jsonl", "heldout.jsonl", "model", "recipe.yaml"} == {
+        entry.name for entry in save.iterdir()
+    }
+    page = (save / "analysis.md").read_text(encoding="utf-8")
+    assert "2 for the size*" in page and W8.name in page
+
+
+def test_the_model_is_that_of_the_recipe(for_size: tuple[int, Path, Any], small: Path, tmp_path: Path) -> None:
+    _, save, analysis = for_size
+    assert examine(save / "model", small).codes() == set()
+    quant(small, tmp_path / "again", "--config_path", save / "recipe.yaml").done()
+    again, kept = files(tmp_path / "again"), files(save / "model")
+    assert "eval/eval_report.json" in kept
+    # But for the model card, which holds the figures of the evaluation.
+    assert {n: c for n, c in again.items() if n != "README.md"} == {
+        n: c for n, c in kept.items() if n != "README.md" and not n.startswith("eval/")
+    }
+    plan = make_plan(
+        load_recipe(save / "recipe.yaml"), derive_model_type(open_checkpoint(small).config), open_checkpoint(small)
+    )
+    counts = analysis["choice"]["rounds"][1]["linears"]
+    found = [linear.scheme.name if linear.scheme else FLOAT for linear in plan.linears]
+    assert {scheme: found.count(scheme) for scheme in set(found)} == counts
+    parts = [len(load_calib_set(str(save / f"{part}.jsonl"), "x", OMNI).samples) for part in ("calibration", "heldout")]
+    assert parts == [8, 2] and analysis["samples"] == 8
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text alone: no tower is run."""
+    questions = ({"text": f"A {'very ' * n}long question.", "answer": f"It is {n} long."} for n in range(10, 60, 10))
+    return write_index(tmp_path_factory.mktemp("texts"), *questions)
+
+
+def choice_of(folder: Path) -> Any:
+    return json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["choice"]
+
+
+def kl_of(one: Any) -> float:
+    return float(one["measured_kl"]["value"])
+
+
+@pytest.mark.full
+def test_max_kl_is_kept(small: Path, texts: Path, tmp_path: Path) -> None:
+    """A KL that all int4 keeps, then half of it, then one that nothing keeps."""
+    words = ("--eval_dataset", texts, "--save_path", tmp_path / "out", "--overwrite")
+    answer = run(small, texts, "--max_kl", 100, *words).done()
+    (first,) = choice_of(tmp_path / "out")["rounds"]
+    assert first["linears"] == {W4.name: 14} and "1 all int4*" in answer.out
+
+    wanted = kl_of(first) / 2
+    run(small, texts, "--max_kl", wanted, *words).done()
+    choice = choice_of(tmp_path / "out")
+    chosen = choice["rounds"][choice["chosen"] - 1]
+    assert choice["satisfied"] and kl_of(chosen) <= wanted < kl_of(choice["rounds"][0])
+    assert 2 <= len(choice["rounds"]) <= 4 and choice["eval_dataset"] == str(texts)
+    within = [one["measured_bytes"] for one in choice["rounds"] if kl_of(one) <= wanted]
+    assert chosen["measured_bytes"] == min(within)
+
+    answer = run(small, texts, "--max_kl", 1e-12, *words)
+    assert answer.code == 1 and "no recipe that was tried keeps within" in answer.err and "Traceback" not in answer.err
+    choice = choice_of(tmp_path / "out")
+    kls = [kl_of(one) for one in choice["rounds"]]
+    assert not choice["satisfied"] and kls[choice["chosen"] - 1] == min(kls)
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+    assert "**No recipe" in (tmp_path / "out" / "analysis.md").read_text(encoding="utf-8")
+
+
+# --- bad input -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_asked_for_wrongly(small: Path, index: Path, tmp_path: Path) -> None:
+    answer = run(small, index, "--target_size", "1GB", "--max_kl", 0.1, "--save_path", tmp_path / "out")
+    assert answer.code == 2 and "exclude each other" in answer.err
+    with pytest.raises(QuantError, match="exclude each other"):
+        analyze(small, str(index), target_size=1, max_kl=0.1, save_path=tmp_path / "out")
+    for words, message in (
+        (("--target_size", "4.2 elephants"), "'4.2 elephants' is no size"),
+        (("--max_kl", 0), "max_kl is 0.0"),
+        (("--max_kl", "nan"), "max_kl is nan"),
+        (("--eval_dataset", index), "none is asked for"),
+    ):
+        assert message in run(small, index, *words, "--save_path", tmp_path / "out").fault()
+    assert "no place for the recipe" in run(small, index, "--max_kl", 0.1).fault()
+    assert not (tmp_path / "out").exists()
+
+
+def test_targets_that_no_recipe_makes(small: Path, index: Path, tmp_path: Path) -> None:
+    sizes, words = proposer(small), ("--save_path", tmp_path / "out")
+    message = run(small, index, "--target_size", sizes.smallest() - 1, *words).fault()
+    assert f"every Linear in int4, is {sizes.smallest()} bytes" in message
+    message = run(small, index, "--target_size", "900GB", *words).fault()
+    assert "everything would stay float" in message and str(sizes.largest()) in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_folders_that_cannot_be_written(small: Path, index: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    assert "is a file" in run(small, index, "--save_path", tmp_path / "file").fault()
+    assert "inside one another" in run(small, index, "--save_path", small / "out").fault()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    assert "is not empty" in run(small, index, "--save_path", tmp_path / "full").fault()
+    message = run(small, index, "--save_path", tmp_path / "full", "--overwrite").fault()
+    assert "holds 'thesis.txt', which is no output of analyze" in message
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "x"
+    assert "cannot be written" in run(small, index, "--save_path", "/proc/nothing").fault()
+
+
+def test_data_that_does_not_do(small: Path, index: Path, tmp_path: Path) -> None:
+    few = write_index(tmp_path / "few", *({"text": f"Question {n}?"} for n in range(4)))
+    words = ("--max_kl", 0.1, "--save_path", tmp_path / "out")
+    assert "4 samples, too few" in run(small, few, *words).fault()
+    assert "2 samples, too few" in run(small, index, "--max_samples", 2, *words).fault()
+    assert "does not exist" in run(small, index, "--eval_dataset", tmp_path / "none", *words).fault()
+    assert "does not exist" in run(small, tmp_path / "none", *words).fault()
+
+
+def test_modalities_that_are_not_judged_are_told(index: Path, texts: Path, tmp_path: Path) -> None:
+    assert _split(OMNI, str(index), str(texts), None, 0, tmp_path).unjudged == ("audio", "image")
+    assert _split(OMNI, str(index), str(index), None, 0, tmp_path).unjudged == ()
+    one_sound = write_index(tmp_path, *map(json.loads, index.read_text(encoding="utf-8").splitlines()[:-1]))
+    assert _split(OMNI, str(one_sound), None, None, 0, tmp_path).unjudged == ("audio",)
+    few = _split(OMNI, str(index), None, 6, 1, tmp_path)
+    sizes = [len(load_calib_set(part, "x", OMNI).samples) for part in (few.calibration, few.evaluation)]
+    assert sizes == [4, 2] or sizes == [5, 1]
+
+
+def test_what_is_left_of_an_analysis_that_fails(small: Path, texts: Path, tmp_path: Path) -> None:
+    """Nothing but what was there, so that the same command can be given again; without a save_path nothing at all."""
+    before = sorted(tmp_path.iterdir())
+    analysis = analyze(small, str(texts), device="cpu", max_samples=1)
+    page = as_markdown(replace(analysis, warnings=("a warning",)))
+    assert "- a warning" in page and page.count("\n| `thinker.model.layers.") == 14
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(KeyboardInterrupt):
+        analyze(small, str(texts), device="cpu", max_kl=1.0, save_path=tmp_path / "out", progress=StopAt("layers", 2))
+    assert list((tmp_path / "out").iterdir()) == []
+    analyze(small, str(texts), device="cpu", max_samples=1, save_path=tmp_path / "out")
+    earlier = files(tmp_path / "out")
+    with pytest.raises(QuantError, match="the smallest"):
+        analyze(small, str(texts), device="cpu", target_size=1, save_path=tmp_path / "out", overwrite=True)
+    assert files(tmp_path / "out") == earlier and set(earlier) == {"analysis.json", "analysis.md"}

@@ -1,0 +1,38 @@
+"""What is read while the libraries load: so much and no more, and nothing that could block or fail."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from msmodelslim_omni.files.read_ahead import read_ahead
+
+MIB = 1 << 20
+
+
+def bytes_read() -> int:
+    """By this process so far, from files and pipes."""
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
+    return int(fields["rchar"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counted by Linux")
+@pytest.mark.parametrize(("most", "expected"), [(64 * MIB, 11 * MIB), (4 * MIB, 4 * MIB)])
+def test_the_shards_are_read_in_order_up_to_a_limit(most: int, expected: int, tmp_path: Path) -> None:
+    for name, size in (("a", 8), ("b", 3)):
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size * MIB))
+    (tmp_path / "other.bin").write_bytes(bytes(16 * MIB))
+    before = bytes_read()
+    read_ahead(tmp_path, most).join(60)
+    assert expected <= bytes_read() - before < expected + MIB
+
+
+def test_a_pipe_or_a_missing_folder_holds_nothing_up(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    for folder in (tmp_path, tmp_path / "missing"):
+        thread = read_ahead(folder)
+        thread.join(10)
+        assert not thread.is_alive()

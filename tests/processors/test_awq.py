@@ -1,0 +1,528 @@
+"""AWQ: the search finds the least of its grid, the folds are exact, and what is reported is what is got."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_layer import HEAD_DIM, SPEC, Sample, build, layer_weights, output, record, sample, tensors, work_of
+
+from msmodelslim_omni.calibration.layer_probe import LayerProbe
+from msmodelslim_omni.models.inputs import MODALITIES
+from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
+from msmodelslim_omni.numerics.arithmetic import dequantize
+from msmodelslim_omni.numerics.scheme import QuantScheme
+from msmodelslim_omni.processors import awq, linear_quant
+from msmodelslim_omni.processors.awq import search_losses
+from msmodelslim_omni.processors.gptq import DAMPING, factorize
+from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, round_group, triangle_for
+from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
+from msmodelslim_omni.recipe.schema import AwqConfig, LinearQuantConfig
+from msmodelslim_omni.statistics.capture import input_stats
+from msmodelslim_omni.statistics.gram import Gram
+
+GPTQ = QuantScheme(4, None, "gptq", 32, symmetric=False)
+MINMAX, MSE = replace(GPTQ, weight_method="minmax"), replace(GPTQ, weight_method="mse")
+SYM = replace(MINMAX, symmetric=True)
+METHODS = pytest.mark.parametrize("scheme", [MINMAX, MSE, GPTQ, SYM], ids=["minmax", "mse", "gptq", "sym"])
+ALL = frozenset(SPEC.linears)
+GROUPS = {group.name: group for group in SPEC.groups}
+KINDS = {"norm-linear": ("qkv", "gate_up"), "ov": ("o",), "up-down": ("down",)}
+AUDIO, VIDEO = MODALITIES.index("audio"), MODALITIES.index("video")
+SAMPLES = [sample(tokens=40, seed=1), sample(tokens=60, seed=2)]
+
+
+def config(*kinds: str, n_grid: int = 20) -> AwqConfig:
+    kinds = kinds or tuple(KINDS)
+    return AwqConfig.model_validate({"type": "awq", "n_grid": n_grid, "enable_subgraph_type": kinds})
+
+
+def linear_quant_of(scheme: QuantScheme) -> LinearQuantConfig:
+    weight = {"scope": "per_group", "dtype": "int4", "symmetric": scheme.symmetric, "method": scheme.weight_method}
+    weight["ext"] = {"group_size": scheme.group_size}
+    return LinearQuantConfig.model_validate({"type": "linear_quant", "qconfig": {"weight": weight}})
+
+
+def outlier_work(
+    scheme: QuantScheme, dtype: torch.dtype = torch.bfloat16, samples: list[Sample] = SAMPLES
+) -> LayerWork:
+    """A layer in which the input of every group has channels far larger than the others."""
+    weights = layer_weights(dtype)
+    for name, channels in (("self_attn.v_proj", (5, 20)), ("mlp.up_proj", (7, 61))):
+        weights[f"{name}.weight"][list(channels)] *= 24
+    return work_of(weights, samples, scheme)
+
+
+def records(work: LayerWork) -> dict[str, SmoothingRecord]:
+    return {record.group: record for record in work.smoothing}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the search, against a loop of its own -------------------------------------------------------------------
+
+
+def tokens_of(weights: dict[str, torch.Tensor], group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """What reaches a group, [tokens, in] float64, and the modality of each token."""
+    stats = record(weights, SAMPLES)[group.name]
+    return stats.rows.double(), stats.row_modality
+
+
+def balanced(modality: torch.Tensor) -> torch.Tensor:
+    """The weight of each token where every modality has the same say; over all tokens they sum to one."""
+    counts = modality.long().bincount(minlength=len(MODALITIES))
+    return 1 / (counts[modality.long()] * (counts > 0).sum()).double()
+
+
+def storable(scale: torch.Tensor) -> torch.Tensor:
+    return scale.to(torch.bfloat16).to(torch.float16).double()
+
+
+def fake_quantized(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """Nearest rounding in groups of 32, in float64: s = range / 15 and a zero point, or one side over 7 or 8."""
+    grouped = weight.view(len(weight), -1, 32)
+    low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
+    if scheme.symmetric:
+        s = storable(torch.maximum(high / 7, -low / 8))
+        return ((grouped / s).round().clamp(-8, 7) * s).flatten(1)
+    low, high = low.clamp_max(0), high.clamp_min(0)
+    s = storable((high - low) / 15)
+    zero = (-low / s).round()
+    return (((grouped / s).round() + zero).clamp(0, 15) - zero).mul(s).flatten(1)
+
+
+def shared(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    """The mean over the query heads that read one key-value head, laid out for every query head again."""
+    heads = per_input.view(-1, group.repeat, group.head_dim).mean(1, keepdim=True)
+    return heads.expand(-1, group.repeat, -1).flatten()
+
+
+def autoawq_scales(
+    x: torch.Tensor, weight_of_token: torch.Tensor, weights: list[torch.Tensor], group: LinearGroup, n_grid: int
+) -> list[torch.Tensor]:
+    """AutoAWQ's scales for each ratio, with duo scaling and without, after the identity: [in] each."""
+    x_mean = shared((x.abs() * weight_of_token[:, None]).sum(0), group)
+    stacked = torch.cat(weights)
+    magnitude = stacked.abs().view(len(stacked), -1, 32)
+    w_mean = shared((magnitude / (magnitude.amax(2, keepdim=True) + 1e-6)).flatten(1).mean(0), group)
+    found = [torch.ones_like(x_mean)]
+    for step in range(n_grid + 1):
+        ratio = step / n_grid
+        with_duo = x_mean.pow(ratio) / (w_mean.pow(1 - ratio) + 1e-4)
+        for scales in (with_duo, x_mean.pow(ratio)) if step else (with_duo,):
+            scales = scales.clamp_min(1e-4)
+            found.append(scales / (scales.max() * scales.min()).sqrt())
+    return found
+
+
+def direct_loss(
+    x: torch.Tensor,
+    weight_of_token: torch.Tensor,
+    weights: list[torch.Tensor],
+    scales: torch.Tensor,
+    scheme: QuantScheme,
+) -> float:
+    """The squared error of the outputs over their energy, summed over the Linears; each token by its weight."""
+    total = 0.0
+    for weight in weights:
+        exact = x @ weight.T
+        error = (x / scales) @ fake_quantized(weight * scales, scheme).T - exact
+        total += float(
+            (error.square() * weight_of_token[:, None]).sum() / (exact.square() * weight_of_token[:, None]).sum()
+        )
+    return total
+
+
+@pytest.mark.parametrize("scheme", [MINMAX, SYM], ids=["asym", "sym"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_search_is_the_least_of_a_loop_over_the_grid(name: str, scheme: QuantScheme) -> None:
+    """The scales, their losses and the winner, from the tokens themselves in float64 by AutoAWQ's formula."""
+    group, work = GROUPS[name], outlier_work(scheme, torch.float32)
+    assert work.stats is not None
+    weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
+    candidates = list(awq._grid(work, group, scheme, 10))
+    losses = search_losses(candidates, group, weights, scheme, work.stats[name].gram(work.importance), None)
+
+    x, modality = tokens_of(work.weights, group)
+    doubles, share = [weight.double() for weight in weights], balanced(modality)
+    scales = autoawq_scales(x, share, doubles, group, 10)
+    assert len(candidates) == len(scales) == 1 + 11 + 10
+    wanted = [direct_loss(x, share, doubles, s, scheme) for s in scales]
+    for number, expected in enumerate(scales):
+        factors = awq.repeated(candidates[number].factors, group).double()
+        torch.testing.assert_close(factors, expected, rtol=1e-4, atol=0)
+        assert losses[number] == pytest.approx(wanted[number], rel=0.02)
+
+    scaled = awq.apply(work, config(group.subgraph, n_grid=10), frozenset(group.linears))
+    chosen = min(range(len(wanted)), key=wanted.__getitem__)
+    assert chosen != 0
+    if records(scaled)[name].alpha != candidates[chosen].ratio:  # two points of the grid may be equally good
+        ratios = [i for i, c in enumerate(candidates) if c.ratio == records(scaled)[name].alpha]
+        assert min(wanted[i] for i in ratios) < 1.01 * wanted[chosen]
+    assert records(scaled)[name].gain == pytest.approx((wanted[chosen] / wanted[0]) ** 0.5, rel=0.02)
+
+
+def test_with_gptq_the_search_weighs_errors_by_what_gptq_leaves_of_them() -> None:
+    """The sum of L_ii^2 d_i^2, L of the damped H in the order of the rounding, in float64."""
+    group, work = GROUPS["gate_up"], outlier_work(GPTQ, torch.float32)
+    assert work.stats is not None
+    weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
+    candidates = list(awq._grid(work, group, GPTQ, 5))
+    gram = work.stats["gate_up"].gram(work.importance)
+    triangle = factorize(gram)
+    losses = search_losses(candidates, group, weights, GPTQ, gram, triangle)
+
+    x, modality = tokens_of(work.weights, group)
+    h = (x * balanced(modality)[:, None]).T @ x
+    damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    order = triangle.order
+    pivots = torch.empty(len(h), dtype=torch.float64)
+    pivots[order] = torch.linalg.cholesky(damped[order][:, order]).diagonal().square()
+    for number, candidate in enumerate(candidates):
+        scales, total = awq.repeated(candidate.factors, group).double(), 0.0
+        for weight in (w.double() for w in weights):
+            change = fake_quantized(weight * scales, GPTQ) / scales - weight
+            total += float((change.square() @ pivots).sum() / ((weight @ h) * weight).sum())
+        assert losses[number] == pytest.approx(total, rel=0.02)
+
+
+@pytest.mark.parametrize("n_grid", [1, 7, 20])
+def test_identity_is_always_in_the_grid(n_grid: int) -> None:
+    work = outlier_work(MINMAX)
+    for group in SPEC.groups:
+        candidates = list(awq._grid(work, group, MINMAX, n_grid))
+        assert torch.equal(candidates[0].factors, torch.ones_like(candidates[0].factors))
+        assert candidates[0].name == "identity"
+        assert len(candidates) == 2 + 2 * n_grid
+        assert {candidate.ratio for candidate in candidates} == {step / n_grid for step in range(n_grid + 1)}
+        assert all((c.factors > 0).all() and torch.isfinite(c.factors).all() for c in candidates)
+
+
+def test_search_over_spread_rows_finds_nearly_the_best() -> None:
+    """Where a Linear is large only some of its output channels are tried; their losses are like those of all."""
+    x = normal(300, 64, seed=1)
+    x[:, [3, 40]] *= 30
+    gram = Gram(x.T @ x, None, 300)
+    weights = [normal(8192, 64, seed=2)]
+    group = LinearGroup("g", ("a",), "norm", "norm-linear")
+    candidates = [awq.Candidate(r, False, x.abs().mean(0).pow(r)) for r in (0.0, 0.25, 0.5, 0.75)]
+    some = search_losses(candidates, group, weights, MINMAX, gram, None)
+    doubles = weights[0].double()
+    for number, candidate in enumerate(candidates):
+        scales = candidate.factors.double()
+        error = ((x.double() / scales) @ fake_quantized(doubles * scales, MINMAX).T - x.double() @ doubles.T).square()
+        assert some[number] == pytest.approx(float(error.sum() / (x.double() @ doubles.T).square().sum()), rel=0.05)
+
+
+# --- the folds are exact -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scheme"),
+    [(torch.bfloat16, MINMAX), (torch.bfloat16, GPTQ), (torch.float16, MINMAX), (torch.float32, MSE)],
+    ids=["bfloat16-minmax", "bfloat16-gptq", "float16-minmax", "float32-mse"],
+)
+def test_float_function_is_unchanged(dtype: torch.dtype, scheme: QuantScheme) -> None:
+    """To what float32 itself rounds, though norms and biases stay in the dtype that they are stored in."""
+    work, unseen = outlier_work(scheme, dtype), sample(seed=7)
+    exact = output(work.weights, unseen)
+    for kind, groups in KINDS.items():
+        scaled = awq.apply(work, config(kind, n_grid=5), ALL)
+        assert {n for n, r in records(scaled).items() if r.alpha is not None} == set(groups)
+        assert relative(output(tensors(scaled), unseen), exact) < 1e-5
+    together = awq.apply(work, config(n_grid=5), ALL)
+    assert relative(output(tensors(together), unseen), exact) < 1e-5
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        assert together.weights[f"{norm}.weight"].dtype == dtype
+        assert not torch.equal(together.weights[f"{norm}.weight"], work.weights[f"{norm}.weight"])
+    assert together.weights["self_attn.v_proj.bias"].dtype == dtype
+    differing = {n for n, t in work.weights.items() if not torch.equal(t.float(), together.tensor(n).float())}
+    assert differing <= together.changed
+
+
+def test_factors_of_o_are_shared_by_the_query_heads_of_a_key_value_head() -> None:
+    work = outlier_work(MINMAX, torch.float32)
+    scaled = awq.apply(work, config("ov"), ALL)
+    columns = (scaled.tensor("self_attn.o_proj.weight") / work.weights["self_attn.o_proj.weight"]).median(0).values
+    heads = columns.view(4, HEAD_DIM)
+    torch.testing.assert_close(heads[0], heads[1])
+    torch.testing.assert_close(heads[2], heads[3])
+    assert not torch.allclose(heads[0], heads[2], rtol=0.01)
+    rows = (work.weights["self_attn.v_proj.weight"] / scaled.tensor("self_attn.v_proj.weight")).median(1).values
+    torch.testing.assert_close(rows, heads[::2].flatten(), rtol=1e-5, atol=0)
+    bias = work.weights["self_attn.v_proj.bias"] / scaled.weights["self_attn.v_proj.bias"]
+    torch.testing.assert_close(bias, rows, rtol=1e-4, atol=0)
+
+
+@METHODS
+def test_statistics_are_those_of_the_scaled_layer(scheme: QuantScheme) -> None:
+    """What follows sees the inputs as they are now: rows, sums, and H or its factors."""
+    scaled = awq.apply(outlier_work(scheme), config(), ALL)
+    again = work_of(tensors(scaled), SAMPLES, scheme)
+    assert scaled.stats is not None and again.stats is not None
+    for name in GROUPS:
+        mine, true = scaled.stats[name], again.stats[name]
+        torch.testing.assert_close(mine.rows, true.rows, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(mine.abssum, true.abssum, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(mine.absmax, true.absmax, rtol=1e-3, atol=1e-4)
+        assert (name in scaled.triangles) == (scheme.weight_method == "gptq")
+        if name not in scaled.triangles:
+            ours, theirs = mine.gram(scaled.importance), true.gram(again.importance)
+            assert relative(ours.diagonal(), theirs.diagonal()) < 1e-3
+
+
+# --- what is chosen ------------------------------------------------------------------------------------------
+
+
+def group_error(work: LayerWork, quantized: Mapping[str, Any], group: LinearGroup, exact: LayerWork) -> float:
+    """The squared error of a group's outputs over their energy, tokens by their importance, from its own rows."""
+    assert work.stats is not None and exact.stats is not None
+    before, now = exact.stats[group.name].rows.double(), work.stats[group.name].rows.double()
+    share = balanced(exact.stats[group.name].row_modality)[:, None]
+    total = 0.0
+    for linear in group.linears:
+        true = before @ exact.weights[f"{linear}.weight"].double().T
+        error = now @ dequantize(quantized[linear]).double().T - true
+        total += float((error.square() * share).sum() / (true.square() * share).sum())
+    return total
+
+
+@METHODS
+@pytest.mark.parametrize("name", GROUPS)
+def test_outlier_channels_are_scaled_and_the_error_falls(name: str, scheme: QuantScheme) -> None:
+    group, work = GROUPS[name], outlier_work(scheme)
+    scaled = awq.apply(work, config(group.subgraph), frozenset(group.linears))
+    assert records(scaled)[name].alpha is not None and 0 < records(scaled)[name].gain < 0.97
+    rounding = linear_quant_of(scheme)
+    with_awq = linear_quant.apply(scaled, rounding, frozenset(group.linears)).quantized
+    without = linear_quant.apply(work, rounding, frozenset(group.linears)).quantized
+    ratio = (group_error(scaled, with_awq, group, work) / group_error(work, without, group, work)) ** 0.5
+    assert ratio < 0.97
+    if scheme.weight_method == "minmax":
+        assert ratio == pytest.approx(records(scaled)[name].gain, rel=0.02)  # the gain is what a user gets
+
+
+def test_a_layer_that_rounds_exactly_is_left_alone() -> None:
+    """Every weight is a code already, the whole range used in every group: any change can only lose."""
+    weights = layer_weights(torch.float32)
+    for name, tensor in weights.items():
+        if tensor.ndim == 2:
+            codes = torch.randint(-8, 8, tensor.shape, generator=torch.Generator().manual_seed(4)).float()
+            codes[:, ::32], codes[:, 1::32] = -8, 7
+            weights[name] = codes / 64
+    work = work_of(weights, SAMPLES, MINMAX)
+    scaled = awq.apply(work, config(), ALL)
+    assert scaled.weights is work.weights and not scaled.changed
+    for name in GROUPS:
+        assert (records(scaled)[name].alpha, records(scaled)[name].gain) == (None, 1.0)
+        assert "the identity is best" in records(scaled)[name].reason
+        assert "tokens" in records(scaled)[name].reason  # what was known of H
+
+
+def test_partly_selected_group_is_recorded_and_left() -> None:
+    work = outlier_work(MINMAX)
+    scaled = awq.apply(work, config("norm-linear"), ALL - {"self_attn.k_proj"})
+    assert records(scaled)["qkv"] == SmoothingRecord(
+        "qkv", None, 1.0, "the recipe selects only some Linears of the group"
+    )
+    assert records(scaled)["gate_up"].alpha is not None
+    assert scaled.weights["input_layernorm.weight"] is work.weights["input_layernorm.weight"]
+    assert set(records(scaled)) == {"qkv", "gate_up"}
+
+
+def test_group_with_a_float_member_is_recorded_and_left() -> None:
+    work = outlier_work(MINMAX)
+    schemes = {name: MINMAX for name in SPEC.linears if name != "mlp.gate_proj"}
+    scaled = awq.apply(replace(work, schemes=schemes), config("norm-linear"), ALL)
+    assert records(scaled)["gate_up"].alpha is None
+    assert "mlp.gate_proj stays float" in records(scaled)["gate_up"].reason
+
+
+def one_channel_each(weight_of: Mapping[int, float]) -> torch.Tensor:
+    """The factors of a group whose audio tokens are large in channel 2 and whose video tokens are in channel 9."""
+    x = normal(400, 32, seed=3)
+    modality = torch.tensor([AUDIO, VIDEO] * 200, dtype=torch.int8)
+    x[::2, 2] *= 50
+    x[1::2, 9] *= 50
+    group = LinearGroup("g", ("linear",), "norm", "norm-linear")
+    spec = LayerSpec((group,), {"norm.weight": (32,), "linear.weight": (24, 32)})
+    weights = {"norm.weight": torch.ones(32), "linear.weight": normal(24, 32, seed=5)}
+    grams = {m: Gram(part.T @ part, None, 200) for m, part in ((AUDIO, x[::2]), (VIDEO, x[1::2]))}
+    stats = replace(input_stats(x, modality, torch.arange(400)), grams=grams)
+    work = LayerWork(0, spec, {"linear": MINMAX}, weights, {"g": stats}, weight_of)
+    scaled = awq.apply(work, config("norm-linear"), frozenset({"linear"}))
+    assert scaled.smoothing[0].alpha is not None
+    return 1 / scaled.weights["norm.weight"]
+
+
+def test_modalities_count_as_their_weights_say() -> None:
+    audio = one_channel_each({AUDIO: 1 / 200, VIDEO: 0.0})
+    video = one_channel_each({AUDIO: 0.0, VIDEO: 1 / 200})
+    both = one_channel_each({AUDIO: 1 / 400, VIDEO: 1 / 400})
+    assert audio[2] > 2 * audio[9] and video[9] > 2 * video[2]
+    assert 0.6 < both[2] / both[9] < 1.6
+    others = [factors[torch.arange(32).remainder(7) == 3].median() for factors in (audio, video, both)]
+    assert audio[2] > 2 * others[0] and video[9] > 2 * others[1] and both[2] > 2 * others[2]
+
+
+# --- the probe decides ---------------------------------------------------------------------------------------
+
+
+class Told:
+    """A probe that answers 0 for the one rounding that it is told of and 1 for any other, and remembers the asked."""
+
+    def __init__(self, liked: dict[str, torch.Tensor]) -> None:
+        self.liked = liked
+        self.asked: list[tuple[str, dict[str, torch.Tensor]]] = []
+
+    def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
+        self.asked.append((block, dict(weights)))
+        return 0.0 if all(torch.equal(self.liked[name], tensor) for name, tensor in weights.items()) else 1.0
+
+
+def unscaled_rounding(work: LayerWork) -> dict[str, torch.Tensor]:
+    """Every Linear rounded as it is by the layer's method, dequantized."""
+    assert work.stats is not None
+    found = {}
+    for group in SPEC.groups:
+        gram = work.stats[group.name].gram(work.importance)
+        weights = {linear: work.weights[f"{linear}.weight"].float() for linear in group.linears}
+        schemes = {linear: work.schemes[linear] for linear in group.linears}
+        rounded = round_group(weights.items(), schemes, gram, triangle_for(schemes, gram))
+        found |= {f"{linear}.weight": dequantize(quantized) for linear, quantized in rounded.items()}
+    return found
+
+
+@METHODS
+def test_probe_may_prefer_the_identity(scheme: QuantScheme) -> None:
+    work = outlier_work(scheme)
+    probe = Told(unscaled_rounding(work))
+    scaled = awq.apply(replace(work, probe=probe), config("norm-linear"), ALL)
+    assert {block for block, _ in probe.asked} == {"self_attn", "mlp"}
+    for name in ("qkv", "gate_up"):
+        assert (records(scaled)[name].alpha, records(scaled)[name].gain) == (None, 1.0)
+    assert scaled.weights is work.weights
+    # It is shown the block's Linears as the float layer has them, rounded: near, and never scaled.
+    for _, weights in probe.asked:
+        assert all(relative(tensor, work.weights[name]) < 0.3 for name, tensor in weights.items())
+
+
+def test_probe_may_prefer_what_the_search_ranks_second() -> None:
+    """The search's least is asked of, and loses to the runner-up that the probe likes."""
+    work = outlier_work(MINMAX)
+    watching = Told(unscaled_rounding(work))
+    awq.apply(replace(work, probe=watching), config("norm-linear"), frozenset(GROUPS["qkv"].linears))
+    assert len(watching.asked) == 3
+    first, second = (records_after(work, Told(weights)) for _, weights in watching.asked[1:])
+    assert first.alpha is not None and second.alpha is not None
+    assert first.reason != second.reason
+    assert "judged by the output of self_attn" in second.reason
+    assert first.gain == second.gain == 0.0  # as the probe says
+
+
+def records_after(work: LayerWork, probe: Told) -> SmoothingRecord:
+    scaled = awq.apply(replace(work, probe=probe), config("norm-linear"), frozenset(GROUPS["qkv"].linears))
+    return records(scaled)["qkv"]
+
+
+def layer_probe(work: LayerWork) -> LayerProbe:
+    probe = LayerProbe(build(work.weights), {"self_attn", "mlp"}, work.importance)
+    for one in SAMPLES:
+        probe.watch(one.inputs, one.modality)
+    return probe
+
+
+@METHODS
+def test_with_the_real_layer_the_blocks_true_error_is_never_worse_than_unscaled(scheme: QuantScheme) -> None:
+    work = outlier_work(scheme)
+    probe = layer_probe(work)
+    for name in ("qkv", "gate_up"):
+        group = GROUPS[name]
+        scaled = awq.apply(replace(work, probe=probe), config("norm-linear"), frozenset(group.linears))
+        factors = scaled.weight(group.linears[0]) / work.weights[f"{group.linears[0]}.weight"].float()
+        rounded = linear_quant.apply(scaled, linear_quant_of(scheme), frozenset(group.linears)).quantized
+        back = {f"{linear}.weight": dequantize(rounded[linear]) / factors.median(0).values for linear in group.linears}
+        plain = {name: tensor for name, tensor in unscaled_rounding(work).items() if name in back}
+        ratio = (probe.block_error(group.block, back) / probe.block_error(group.block, plain)) ** 0.5
+        assert records(scaled)[name].alpha is not None  # outliers that large are worth it
+        assert ratio == pytest.approx(records(scaled)[name].gain, rel=1e-3)
+        assert ratio < 0.98
+
+
+@METHODS
+def test_what_is_folded_into_a_blocks_rows_is_no_error_of_it(
+    scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`down` is scaled before gate, up and `o` before q, k, v: the block is judged with both sides of that fold."""
+    asked: dict[str, list[float]] = {}
+    real = awq._block_error
+
+    def told(work: LayerWork, group: LinearGroup, *rest: Any) -> float:
+        asked.setdefault(group.name, []).append(found := real(work, group, *rest))
+        return found
+
+    monkeypatch.setattr(awq, "_block_error", told)
+    work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
+    whole = awq.apply(work, config(), ALL)
+    assert all(record.alpha is not None for record in whole.smoothing)
+    together = {name: errors[0] for name, errors in asked.items()}  # of the identity
+    for name in KINDS["norm-linear"]:
+        asked.clear()
+        awq.apply(work, config("norm-linear"), frozenset(GROUPS[name].linears))
+        assert together[name] == pytest.approx(asked[name][0], rel=0.2)
+
+
+# --- rounding afterwards -------------------------------------------------------------------------------------
+
+
+@METHODS
+def test_what_is_rounded_are_the_weights_as_they_are_now(scheme: QuantScheme) -> None:
+    """Also those that the search has rounded itself already, and those whose rows a later fold has divided."""
+    work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
+    scaled = awq.apply(work, config(), ALL)
+    assert all(record.alpha is not None for record in scaled.smoothing)
+    quantized = linear_quant.apply(scaled, linear_quant_of(scheme), ALL).quantized
+    assert set(quantized) == ALL
+    for linear in SPEC.linears:
+        assert relative(dequantize(quantized[linear]), scaled.weight(linear)) < 0.3, linear
+        assert quantized[linear].scheme == scheme
+    rounded = {**tensors(scaled), **{f"{linear}.weight": dequantize(q) for linear, q in quantized.items()}}
+    plain = {**work.weights, **unscaled_rounding(outlier_work(MINMAX))}
+    errors = [relative(output(weights, SAMPLES[1]), output(work.weights, SAMPLES[1])) for weights in (rounded, plain)]
+    assert errors[0] < 0.8 * errors[1]
+
+
+@METHODS
+@pytest.mark.parametrize("second", ["ov", "norm-linear"])
+def test_a_second_awq_goes_on_from_the_first(second: str, scheme: QuantScheme) -> None:
+    work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
+    twice = awq.apply(awq.apply(work, config("norm-linear"), ALL), config(second), ALL)
+    assert relative(output(tensors(twice), SAMPLES[0]), output(work.weights, SAMPLES[0])) < 1e-5
+    quantized = linear_quant.apply(twice, linear_quant_of(scheme), ALL).quantized
+    for linear in SPEC.linears:
+        assert relative(dequantize(quantized[linear]), twice.weight(linear)) < 0.3, linear
+
+
+def test_too_few_tokens_for_gptq_are_said() -> None:
+    few = [sample(tokens=4, seed=3)]
+    work = work_of(layer_weights(), few, GPTQ)
+    done = linear_quant.apply(awq.apply(work, config(n_grid=4), ALL), linear_quant_of(GPTQ), ALL)
+    notes = {note.split(":")[0]: note for note in done.notes}
+    assert set(notes) == set(GROUPS)
+    assert notes["qkv"] == (
+        f"qkv: 4 tokens are too few for GPTQ on 64 inputs (it takes {round(64 * TOKENS_PER_INPUT)}); rounded to the"
+        " nearest level on searched clips instead"
+    )
+    assert f"on 96 inputs (it takes {round(96 * TOKENS_PER_INPUT)})" in notes["down"]
+    assert not done.triangles
+    enough = linear_quant.apply(work_of(layer_weights(), [sample(24)], GPTQ), linear_quant_of(GPTQ), ALL)
+    assert enough.notes == () and set(enough.quantized) == ALL

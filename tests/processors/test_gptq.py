@@ -1,0 +1,348 @@
+"""GPTQ against the textbook's: the same integers, less output error, on tokens it has not seen as well."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from grams import FORMS, Form, as_factor, as_matrix
+
+from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.numerics.arithmetic import QuantizedLinear, dequantize, quantize_weight
+from msmodelslim_omni.numerics.scheme import QuantScheme
+from msmodelslim_omni.processors import gptq
+from msmodelslim_omni.processors.gptq import (
+    DAMPING,
+    Triangle,
+    factorize,
+    parts,
+    round_in_order,
+)
+from msmodelslim_omni.processors.rounding import (
+    TOKENS_PER_INPUT,
+    enough_for_gptq,
+    round_group,
+    triangle_for,
+)
+
+ASYM = QuantScheme(4, None, "gptq", 32, symmetric=False)
+SYM = replace(ASYM, symmetric=True)
+MINMAX, MSE = replace(ASYM, weight_method="minmax"), replace(ASYM, weight_method="mse")
+SCHEMES = pytest.mark.parametrize("scheme", [ASYM, SYM])
+OUT, IN = 48, 320  # two blocks of GPTQ and half a third
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(count: int, seed: int = 0, width: int = IN) -> torch.Tensor:
+    """What a Linear reads: most of it in a few directions, channels of very different size."""
+    directions = normal(width // 8, width, seed=1000)
+    size = normal(width, seed=1001).exp()
+    return (normal(count, width // 8, seed=seed) @ directions + normal(count, width, seed=seed + 500)) * size
+
+
+def output_error(x: torch.Tensor, weight: torch.Tensor, linear: QuantizedLinear) -> float:
+    return float((x.double() @ (dequantize(linear).double() - weight.double()).T).square().sum())
+
+
+def same(a: QuantizedLinear, b: QuantizedLinear) -> float:
+    return float((a.qweight == b.qweight).double().mean())
+
+
+def damped(x: torch.Tensor) -> torch.Tensor:
+    h = x.double().T @ x.double()
+    return h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+
+
+def lower(triangle: Triangle) -> torch.Tensor:
+    """L in float64, put together from the blocks of a Triangle."""
+    size = len(triangle.order)
+    whole = torch.zeros((size, size), dtype=torch.float64)
+    first = 0
+    for inner, below in zip(triangle.inner, triangle.below, strict=True):
+        end = first + len(inner)
+        whole[first:end, first:end] = inner.double()
+        under = below if triangle.factor is None else triangle.factor[:, end:].T @ below
+        whole[end:, first:end] = under.double()
+        first = end
+    return whole
+
+
+# --- the factorization ---------------------------------------------------------------------------------------
+
+
+@FORMS
+@pytest.mark.parametrize("count", [200, 1000])
+def test_triangle_is_the_cholesky_factor(form: Form, count: int) -> None:
+    x = tokens(count)
+    triangle = factorize(form(x))
+    ordered = damped(x)[triangle.order][:, triangle.order]
+    found = lower(triangle)
+    assert torch.equal(found, found.tril())
+    error = (found @ found.T - ordered).abs() / (ordered.diagonal()[:, None] * ordered.diagonal()).sqrt()
+    assert error.max() < 1e-5
+    energy = x.double().square().sum(0)[triangle.order]
+    assert (energy[1:] >= energy[:-1] * (1 - 1e-5)).all()  # the largest come last, and are rounded first
+
+
+@FORMS
+def test_pivots_are_what_no_other_input_can_make_up_for(form: Form) -> None:
+    """L_ii^2 is the error that is left of input i when those after it, rounded before it, are taken as given."""
+    x = tokens(700)
+    triangle = factorize(form(x))
+    order, h = triangle.order, damped(x)
+    exact = torch.linalg.cholesky(h[order][:, order]).diagonal().square()
+    torch.testing.assert_close(triangle.pivots()[order].double(), exact, rtol=1e-3, atol=0)
+    assert (triangle.pivots() <= h.diagonal() * (1 + 1e-5)).all()
+
+
+@SCHEMES
+@FORMS
+def test_output_error_is_the_sum_over_pivots(form: Form, scheme: QuantScheme) -> None:
+    """Of L_ii^2 (w_i - t_i)^2, where w_i is the level nearest to its target t_i."""
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    triangle = factorize(form(x))
+    quantized = round_in_order(weight, quantize_weight(weight, scheme), triangle)
+    delta = (dequantize(quantized).double() - weight.double())[:, triangle.order]
+    exact = torch.linalg.cholesky(damped(x)[triangle.order][:, triangle.order])
+    missed = (delta @ exact) / exact.diagonal()  # level - target, [out, in] in the order
+    pivots = triangle.pivots()[triangle.order].double()
+    true = ((delta @ damped(x)[triangle.order][:, triangle.order]) * delta).sum()
+    assert float((pivots * missed.square()).sum()) == pytest.approx(float(true), rel=1e-3)
+    # Nearest: within half a step, but where the range ends.
+    steps = quantized.scales.repeat_interleave(32, dim=1)[:, triangle.order]
+    inside = (quantized.qweight[:, triangle.order] > -8) & (quantized.qweight[:, triangle.order] < 7)
+    assert float(((missed.abs() <= 0.501 * steps) | ~inside).double().mean()) > 0.999
+
+
+@FORMS
+def test_rescaled_is_the_factor_of_the_scaled_matrix(form: Form) -> None:
+    """X / s has D^-1 (H + damping) D^-1: the damping is scaled too, and the order stays."""
+    x, factors = tokens(700), torch.rand(IN, generator=torch.Generator().manual_seed(3)) * 5 + 0.2
+    triangle = factorize(form(x))
+    rescaled = triangle.rescaled(factors)
+    wanted = (damped(x) / factors.double() / factors.double()[:, None])[triangle.order][:, triangle.order]
+    found = lower(rescaled)
+    error = (found @ found.T - wanted).abs() / (wanted.diagonal()[:, None] * wanted.diagonal()).sqrt()
+    assert error.max() < 1e-5
+    torch.testing.assert_close(rescaled.pivots(), triangle.pivots() / factors.square(), rtol=1e-5, atol=0)
+    assert torch.equal(lower(triangle), lower(factorize(form(x))))  # the first is as it was
+
+
+def test_rounding_scaled_weights_with_the_rescaled_triangle_is_rounding_by_the_scaled_matrix() -> None:
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    factors = torch.rand(IN, generator=torch.Generator().manual_seed(3)) + 0.5
+    order = factorize(as_matrix(x)).order
+    grid = quantize_weight(weight * factors, MINMAX)
+    found = round_in_order(weight * factors, grid, factorize(as_matrix(x)).rescaled(factors))
+    wanted = textbook(weight * factors, grid, damped(x) / factors.double() / factors.double()[:, None], order.flip(0))
+    assert same(found, wanted) > 0.99
+
+
+# --- against the textbook ------------------------------------------------------------------------------------
+
+
+def textbook(weight: torch.Tensor, grid: QuantizedLinear, h: torch.Tensor, order: torch.Tensor) -> QuantizedLinear:
+    """GPTQ as published, in float64: with U the upper Cholesky factor of H^-1 the rounding error of each column,
+    over U_ii, is taken from the columns that follow. `h` is damped; `order`: which input comes first."""
+    u = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
+    w, q = weight.double()[:, order].clone(), torch.empty(weight.shape, dtype=torch.float64)
+    group_size = weight.shape[1] // grid.scales.shape[1]
+    for i, channel in enumerate(order.tolist()):
+        s = grid.scales[:, channel // group_size].double()
+        z = 0.0 if grid.zeros is None else grid.zeros[:, channel // group_size].double()
+        q[:, channel] = ((w[:, i] / s).round() + z).clamp(-8, 7)
+        error = (w[:, i] - (q[:, channel] - z) * s) / u[i, i]
+        w[:, i:] -= error[:, None] * u[i, i:]
+    return replace(grid, qweight=q.to(torch.int8))
+
+
+@SCHEMES
+@FORMS
+@pytest.mark.parametrize("count", [250, 1000])
+def test_integers_are_those_of_the_textbook(form: Form, scheme: QuantScheme, count: int) -> None:
+    x, weight = tokens(count), normal(OUT, IN, seed=1)
+    triangle = factorize(form(x))
+    grid = quantize_weight(weight, scheme)
+    found = round_in_order(weight, grid, triangle)
+    wanted = textbook(weight, grid, damped(x), triangle.order.flip(0))
+    assert same(found, wanted) > 0.99
+    assert output_error(x, weight, found) == pytest.approx(output_error(x, weight, wanted), rel=0.01)
+    assert torch.equal(found.scales, grid.scales)
+    assert scheme.symmetric or torch.equal(found.zeros, grid.zeros)
+
+
+@SCHEMES
+@pytest.mark.parametrize("count", [100, 320, 900])
+def test_matrix_and_tokens_give_the_same_integers(scheme: QuantScheme, count: int) -> None:
+    x, weight = tokens(count), normal(OUT, IN, seed=1)
+    grid = quantize_weight(weight, scheme)
+    a, b = (round_in_order(weight, grid, factorize(form(x))) for form in (as_matrix, as_factor))
+    assert same(a, b) > 0.99
+    assert output_error(x, weight, a) == pytest.approx(output_error(x, weight, b), rel=0.01)
+
+
+# --- what it is good for -------------------------------------------------------------------------------------
+
+
+@SCHEMES
+@FORMS
+def test_gptq_beats_rounding_to_the_nearest(form: Form, scheme: QuantScheme) -> None:
+    x, unseen, weight = tokens(2000), tokens(2000, seed=77), normal(OUT, IN, seed=1)
+    grid = quantize_weight(weight, replace(scheme, weight_method="minmax"))
+    found = round_in_order(weight, grid, factorize(form(x)))
+    for judged in (x, unseen):
+        assert output_error(judged, weight, found) < 0.6 * output_error(judged, weight, grid)
+
+
+def test_few_tokens_are_not_fitted_too_closely() -> None:
+    """As few as are taken: what is gained on them holds on others too, if less."""
+    x, unseen, weight = tokens(round(TOKENS_PER_INPUT * IN)), tokens(2000, seed=77), normal(OUT, IN, seed=1)
+    grid = quantize_weight(weight, MINMAX)
+    found = round_in_order(weight, grid, factorize(as_factor(x)))
+    assert output_error(unseen, weight, found) < 0.9 * output_error(unseen, weight, grid)
+
+
+@FORMS
+def test_uncorrelated_inputs_are_rounded_to_the_nearest(form: Form) -> None:
+    weight = normal(OUT, IN, seed=1)
+    grid = quantize_weight(weight, MINMAX)
+    x = torch.diag(normal(IN, seed=2).exp())
+    assert torch.equal(round_in_order(weight, grid, factorize(form(x))).qweight, grid.qweight)
+    x = normal(20_000, IN, seed=3)
+    found = round_in_order(weight, grid, factorize(as_matrix(x)))
+    assert same(found, grid) > 0.9
+    assert output_error(x, weight, found) == pytest.approx(output_error(x, weight, grid), rel=0.05)
+
+
+# --- odd inputs ----------------------------------------------------------------------------------------------
+
+
+@FORMS
+def test_inputs_that_no_token_reached_are_rounded_to_the_nearest(form: Form) -> None:
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    dead = [0, 5, 127, 128, 319]
+    x[:, dead] = 0.0
+    grid = quantize_weight(weight, MINMAX)
+    triangle = factorize(form(x))
+    found = round_in_order(weight, grid, triangle)
+    assert torch.equal(found.qweight[:, dead], grid.qweight[:, dead])
+    assert torch.isfinite(triangle.pivots()).all() and (triangle.pivots() > 0).all()
+    assert output_error(x, weight, found) < 0.6 * output_error(x, weight, grid)
+
+
+@FORMS
+def test_nothing_but_zeros_is_rounded_to_the_nearest(form: Form) -> None:
+    weight = normal(OUT, IN, seed=1)
+    grid = quantize_weight(weight, MINMAX)
+    triangle = factorize(form(torch.zeros(400, IN)))
+    assert torch.equal(round_in_order(weight, grid, triangle).qweight, grid.qweight)
+
+
+@FORMS
+def test_one_direction_only(form: Form) -> None:
+    """Every token the same but for its size: H has rank one, and the damping carries all the rest."""
+    x = normal(400, 1, seed=5) * normal(1, IN, seed=6)
+    weight = normal(OUT, IN, seed=1)
+    grid = quantize_weight(weight, MINMAX)
+    found = round_in_order(weight, grid, factorize(form(x)))
+    assert output_error(x, weight, found) < 0.1 * output_error(x, weight, grid)
+
+
+@FORMS
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_a_few_enormous_activations(form: Form, size: float) -> None:
+    """One token is `size` times the others in a few channels, as the first token is in real models."""
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    x[0, [7, 90, 200]] += size * x.abs().mean()
+    grid = quantize_weight(weight, MINMAX)
+    found = round_in_order(weight, grid, factorize(form(x)))
+    assert output_error(x, weight, found) < 0.6 * output_error(x, weight, grid)
+
+
+def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_PART", 32 * 500)
+    x, weight = tokens(80, width=32), normal(540, 32, seed=1)
+    assert [(rows.start, rows.stop) for rows in parts(weight)] == [(0, 270), (270, 540)]
+    gram = as_matrix(x)
+    triangle = factorize(gram)
+    in_parts = round_group([("a", weight)], {"a": ASYM}, gram, triangle)["a"]
+    at_once = round_in_order(weight, in_parts, triangle)
+    assert float((in_parts.qweight == at_once.qweight).double().mean()) > 0.99
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((2048, 11008), [1024] * 2),
+        ((3584, 3584), [3584]),
+        ((18944, 3584), [9472] * 2),
+        ((29568, 8192), [4928] * 6),
+        ((5, 1), [5]),
+    ],
+)
+def test_parts_are_as_wide_as_memory_allows_and_two_where_that_is_worth_it(
+    shape: tuple[int, int], sizes: list[int]
+) -> None:
+    weight = torch.empty(1).expand(shape)  # no memory
+    assert [len(range(shape[0])[rows]) for rows in parts(weight)] == sizes
+
+
+def test_the_same_again_gives_the_same_bytes_and_changes_no_input() -> None:
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    for form in (as_matrix, as_factor):
+        gram, grid, before = form(x), quantize_weight(weight, ASYM), weight.clone()
+        kept = (gram.matrix if gram.matrix is not None else gram.factor).clone()
+        first = round_in_order(weight, grid, factorize(gram))
+        assert torch.equal(first.qweight, round_in_order(weight, grid, factorize(gram)).qweight)
+        assert torch.equal(weight, before)
+        assert torch.equal(gram.matrix if gram.matrix is not None else gram.factor, kept)
+
+
+# --- rounding a group of Linears -----------------------------------------------------------------------------
+
+
+def test_gptq_asks_for_tokens_enough() -> None:
+    least = round(TOKENS_PER_INPUT * IN)
+    assert enough_for_gptq(as_factor(tokens(least))) and not enough_for_gptq(as_factor(tokens(least - 1)))
+    gram = as_factor(tokens(least - 1))
+    assert triangle_for({"a": ASYM}, gram) is None
+    assert triangle_for({"a": MINMAX}, as_factor(tokens(least))) is None
+    assert triangle_for({"a": ASYM}, None) is None
+    assert triangle_for({"a": MINMAX, "b": ASYM}, as_factor(tokens(least))) is not None
+
+
+def test_each_linear_is_rounded_by_its_own_method() -> None:
+    x = tokens(700)
+    weights = {name: normal(OUT, IN, seed=i) for i, name in enumerate(("plain", "clipped", "gptq"))}
+    schemes = {"plain": MINMAX, "clipped": MSE, "gptq": ASYM}
+    gram = as_matrix(x)
+    triangle = factorize(gram)
+    quantized = round_group(weights.items(), schemes, gram, triangle)
+    pivots = triangle.pivots().view(-1, 32)
+    assert torch.equal(quantized["plain"].qweight, quantize_weight(weights["plain"], MINMAX).qweight)
+    assert torch.equal(quantized["clipped"].qweight, quantize_weight(weights["clipped"], MSE, pivots).qweight)
+    grid = quantize_weight(weights["gptq"], ASYM, pivots)
+    assert torch.equal(quantized["gptq"].scales, grid.scales)
+    assert torch.equal(quantized["gptq"].qweight, round_in_order(weights["gptq"], grid, triangle).qweight)
+
+
+def test_clips_serve_the_output_where_h_is_known() -> None:
+    """Searched on the blocks of H they leave less output error than searched on the weight alone."""
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    by_weight = round_group([("a", weight)], {"a": MSE}, None, None)["a"]
+    by_output = round_group([("a", weight)], {"a": MSE}, as_matrix(x), None)["a"]
+    assert torch.equal(by_weight.qweight, quantize_weight(weight, MSE).qweight)
+    blocks = as_matrix(x).diagonal_blocks(32)
+    assert torch.equal(by_output.qweight, quantize_weight(weight, MSE, blocks).qweight)
+    assert output_error(x, weight, by_output) < output_error(x, weight, by_weight)
+
+
+def test_a_fault_names_the_linear() -> None:
+    weight = normal(OUT, IN)
+    weight[3, 4] = torch.nan
+    with pytest.raises(QuantError, match=r"mlp\.up_proj\.weight: the weight holds NaN or Inf"):
+        round_group([("mlp.up_proj", weight)], {"mlp.up_proj": MSE}, None, None)

@@ -1,0 +1,409 @@
+"""Smoothing: the folds are exact, no modality gets worse than plain rounding, and refusals are recorded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_layer import CONFIG, HEAD_DIM, SPEC, W8A8, build, layer_work, output, record, sample, tensors
+
+from msmodelslim_omni.models.inputs import MODALITIES
+from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
+from msmodelslim_omni.numerics.arithmetic import quantize_weight, quantized_matmul
+from msmodelslim_omni.processors import fold, smooth
+from msmodelslim_omni.processors.fold import repeated
+from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
+from msmodelslim_omni.recipe.schema import IterSmoothConfig, SmoothQuantConfig
+from msmodelslim_omni.statistics.capture import InputStats, input_stats
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ALL = frozenset(SPEC.linears)
+KINDS = (("norm-linear",), ("ov",), ("up-down",), ("norm-linear", "ov", "up-down"))
+GROUPS = {"norm-linear": ("qkv", "gate_up"), "ov": ("o",), "up-down": ("down",)}
+AUDIO, VIDEO = MODALITIES.index("audio"), MODALITIES.index("video")
+
+
+def iter_smooth(*kinds: str, alpha: float | str = 0.5) -> IterSmoothConfig:
+    kinds = kinds or KINDS[-1]
+    return IterSmoothConfig.model_validate({"type": "iter_smooth", "alpha": alpha, "enable_subgraph_type": kinds})
+
+
+def records(work: LayerWork) -> dict[str, SmoothingRecord]:
+    return {record.group: record for record in work.smoothing}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# --- the folds are exact -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kinds", KINDS)
+def test_float_function_is_unchanged(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
+    work = layer_work(dtype)
+    smoothed = smooth.apply(work, iter_smooth(*kinds), ALL)
+    taken = {name for name, record in records(smoothed).items() if record.alpha is not None}
+    assert taken == {group for kind in kinds for group in GROUPS[kind]}  # something was really folded
+    one = sample(seed=7)  # not the sample that was calibrated on
+    assert relative(output(tensors(smoothed), one), output(work.weights, one)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_and_biases_keep_their_dtype_and_pair_with_the_weights(dtype: torch.dtype) -> None:
+    work = layer_work(dtype)
+    smoothed = smooth.apply(work, iter_smooth(), ALL)
+    for norm, linears in (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ):
+        before, after = work.weights[f"{norm}.weight"], smoothed.weights[f"{norm}.weight"]
+        assert after.dtype == dtype
+        assert not torch.equal(before, after)
+        for linear in linears:
+            name = f"{linear}.weight"
+            # v_proj and up_proj are also divided by the factors of what follows them; that is per row.
+            old = before.double() * work.weights[name].double()
+            new = after.double() * smoothed.tensor(name).double()
+            rows = (new.abs().sum(1) / old.abs().sum(1))[:, None]
+            torch.testing.assert_close(new / rows, old, rtol=2e-6, atol=1e-12)
+    assert smoothed.weights["self_attn.v_proj.bias"].dtype == dtype
+    assert smoothed.tensor("self_attn.q_proj.weight").dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_alone_pairs_to_float32_rounding(dtype: torch.dtype) -> None:
+    work = layer_work(dtype)
+    smoothed = smooth.apply(work, iter_smooth("norm-linear"), ALL)
+    for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"):
+        old = work.weights["input_layernorm.weight"].double() * work.weights[name].double()
+        new = smoothed.weights["input_layernorm.weight"].double() * smoothed.tensor(name).double()
+        torch.testing.assert_close(new, old, rtol=3e-7, atol=0)
+
+
+def test_unrelated_tensors_are_untouched_and_changed_says_the_rest() -> None:
+    work = layer_work()
+    smoothed = smooth.apply(work, iter_smooth("up-down"), ALL)
+    assert smoothed.changed == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
+    for name, tensor in work.weights.items():
+        assert (smoothed.tensor(name) is tensor) == (name not in smoothed.changed)
+    for name in work.weights:  # processors never write in place
+        assert torch.equal(work.weights[name], layer_work().weights[name])
+
+
+def test_every_tensor_that_changed_is_said_to() -> None:
+    work = layer_work()
+    smoothed = smooth.apply(work, iter_smooth(), ALL)
+    differing = {n for n, t in work.weights.items() if not torch.equal(t.float(), smoothed.tensor(n).float())}
+    assert differing <= smoothed.changed
+    assert "self_attn.v_proj.bias" in differing
+    assert "input_layernorm.weight" in differing
+
+
+def test_factor_is_shared_by_the_query_heads_of_a_key_value_head() -> None:
+    work = layer_work(torch.float32)
+    smoothed = smooth.apply(work, iter_smooth("ov"), ALL)
+    name = "self_attn.o_proj.weight"
+    columns = (smoothed.tensor(name) / work.weights[name]).median(dim=0).values  # [4 heads x 16]
+    heads = columns.view(4, HEAD_DIM)
+    torch.testing.assert_close(heads[0], heads[1])
+    torch.testing.assert_close(heads[2], heads[3])
+    assert not torch.allclose(heads[0], heads[2], rtol=0.01)
+    rows = (work.weights["self_attn.v_proj.weight"] / smoothed.tensor("self_attn.v_proj.weight")).median(1)
+    torch.testing.assert_close(rows.values, heads[::2].flatten(), rtol=1e-5, atol=0)
+
+
+def test_shared_and_repeated_by_hand() -> None:
+    # 2 key-value heads of 2 channels, each read by 2 query heads: 8 inputs of o_proj, 4 channels of v_proj.
+    group = LinearGroup("o", ("o",), "v", "ov", repeat=2, head_dim=2)
+    per_input = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, 0.0, 6.0, 9.0])
+    assert fold.shared_peak(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
+    factors = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert repeated(factors, group).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
+    plain = LinearGroup("g", ("a",), "norm", "norm-linear")
+    assert fold.shared_peak(per_input, plain).tolist() == per_input.tolist()
+    assert repeated(factors, plain).tolist() == factors.tolist()
+
+
+def test_zero_norm_weights_and_dead_channels() -> None:
+    work = layer_work()
+    weights = dict(work.weights)
+    weights["input_layernorm.weight"] = weights["input_layernorm.weight"].clone()
+    weights["input_layernorm.weight"][[0, 5]] = 0.0
+    for linear in ("q", "k", "v"):
+        name = f"self_attn.{linear}_proj.weight"
+        weights[name] = weights[name].clone()
+        weights[name][:, 9] = 0.0  # nobody reads channel 9
+    weights["mlp.up_proj.weight"] = weights["mlp.up_proj.weight"].clone()
+    weights["mlp.up_proj.weight"][17] = 0.0  # channel 17 of down_proj's input is always zero
+    work = replace(work, weights=weights, stats=record(weights, [sample()]))
+    smoothed = smooth.apply(work, iter_smooth(), ALL)
+    assert {r.alpha for r in records(smoothed).values()} == {0.5}
+    assert all(torch.isfinite(tensor).all() for tensor in tensors(smoothed).values())
+    assert smoothed.weights["input_layernorm.weight"][[0, 5]].tolist() == [0.0, 0.0]
+    assert torch.equal(smoothed.weights["input_layernorm.weight"][9], weights["input_layernorm.weight"][9])
+    assert not smoothed.tensor("mlp.up_proj.weight")[17].any()
+    one = sample(seed=3)
+    assert relative(output(tensors(smoothed), one), output(weights, one)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_previous_linear_that_stays_float_gets_powers_of_two(dtype: torch.dtype) -> None:
+    work = layer_work(dtype)
+    schemes = {name: W8A8 for name in SPEC.linears if name not in ("mlp.gate_proj", "mlp.up_proj")}
+    work = replace(work, schemes=schemes)
+    smoothed = smooth.apply(work, iter_smooth("up-down"), frozenset({"mlp.down_proj"}))
+    assert records(smoothed)["down"].alpha == 0.5
+    up, before = smoothed.tensor("mlp.up_proj.weight"), work.weights["mlp.up_proj.weight"]
+    assert up.dtype == dtype
+    ratio = before.float() / up.float()
+    exponents = ratio.log2()[before.float().abs() > 2**-12]  # below, float16 is subnormal and rounds these too
+    assert torch.equal(exponents, exponents.round())
+    assert exponents.unique().numel() > 1
+    assert relative(output(tensors(smoothed), sample()), output(work.weights, sample())) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_float_previous_linear_with_a_bias_stays_exact(dtype: torch.dtype) -> None:
+    """The bias of a v_proj that stays float is divided together with its weight, without rounding either."""
+    weights = layer_work(dtype).weights
+    for kind in ("weight", "bias"):
+        weights[f"self_attn.v_proj.{kind}"] = weights[f"self_attn.v_proj.{kind}"].clone()
+        weights[f"self_attn.v_proj.{kind}"][[1, 19]] *= 64  # channels worth smoothing
+    schemes = {name: W8A8 for name in SPEC.linears if name not in SPEC.groups[0].linears}
+    work = LayerWork(0, SPEC, schemes, weights, record(weights, [sample()]))
+    smoothed = smooth.apply(work, iter_smooth("ov"), frozenset({"self_attn.o_proj"}))
+    assert records(smoothed)["o"].alpha == 0.5
+    for kind in ("weight", "bias"):
+        assert smoothed.tensor(f"self_attn.v_proj.{kind}").dtype == dtype
+    assert relative(output(tensors(smoothed), sample()), output(work.weights, sample())) < 1e-5
+
+
+@given(
+    st.lists(st.floats(-300, 300, width=16), min_size=4, max_size=4),
+    st.lists(st.floats(2**-14, 2**14), min_size=4, max_size=4),
+    st.sampled_from(DTYPES),
+)
+@settings(max_examples=200, deadline=None)
+def test_divide_rounded(values: list[float], factors: list[float], dtype: torch.dtype) -> None:
+    vector, wanted = torch.tensor(values).to(dtype), torch.tensor(factors)
+    s, divided = fold._divide_rounded(vector, wanted)
+    assert divided.dtype == dtype
+    assert torch.isfinite(divided).all() and torch.isfinite(s).all() and (s > 0).all()
+    torch.testing.assert_close(divided.double() * s.double(), vector.double(), rtol=2e-7, atol=0)
+
+
+# --- statistics afterwards -----------------------------------------------------------------------------------
+
+
+def test_stats_are_of_the_new_inputs() -> None:
+    one = sample()
+    work = layer_work(samples=[one])
+    smoothed = smooth.apply(work, iter_smooth("norm-linear"), ALL)
+    again = record(tensors(smoothed), [one])
+    assert smoothed.stats is not None
+    for group in ("qkv", "gate_up"):
+        torch.testing.assert_close(smoothed.stats[group].rows, again[group].rows, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(smoothed.stats[group].absmax, again[group].absmax, rtol=1e-4, atol=1e-5)
+        assert torch.equal(smoothed.stats[group].count, again[group].count)
+        assert torch.equal(smoothed.stats[group].row_modality, again[group].row_modality)
+    assert smoothed.stats["down"] is not work.stats or smoothed.stats["down"] == work.stats["down"]
+
+
+def test_smoothing_twice_stays_exact() -> None:
+    work = layer_work()
+    twice = smooth.apply(smooth.apply(work, iter_smooth(alpha=0.3), ALL), iter_smooth(alpha="auto"), ALL)
+    assert relative(output(tensors(twice), sample()), output(work.weights, sample())) < 1e-5
+
+
+# --- what is taken -------------------------------------------------------------------------------------------
+
+
+def norm_layer(
+    x: torch.Tensor, modality: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> LayerWork:
+    """A norm and one Linear; `x` is the Linear's input."""
+    group = LinearGroup("g", ("linear",), "norm", "norm-linear")
+    spec = LayerSpec((group,), {"norm.weight": (x.shape[1],), "linear.weight": tuple(weight.shape)})
+    weights = {"norm.weight": torch.ones(x.shape[1], dtype=dtype), "linear.weight": weight.to(dtype)}
+    stats = input_stats(x, modality, torch.arange(len(x)))
+    return LayerWork(0, spec, {"linear": W8A8}, weights, {"g": stats})
+
+
+def output_error(stats: InputStats, weight: torch.Tensor, modality: int) -> float:
+    x = stats.rows[stats.row_modality == modality]
+    exact = x @ weight.float().T
+    return float((quantized_matmul(x, quantize_weight(weight, W8A8)) - exact).norm() / exact.norm())
+
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_outlier_channel_is_smoothed_away() -> None:
+    x = normal(64, 32, seed=1)
+    x[:, 4] *= 200
+    work = norm_layer(x, torch.zeros(64, dtype=torch.int8), normal(16, 32, seed=2))
+    smoothed = smooth.apply(work, iter_smooth("norm-linear", alpha="auto"), frozenset({"linear"}))
+    (record,) = smoothed.smoothing
+    assert record.gain < 0.5
+    assert record.alpha is not None and "peak" in record.reason
+    assert smoothed.stats is not None and work.stats is not None
+    before = output_error(work.stats["g"], work.weights["linear.weight"], 0)
+    after = output_error(smoothed.stats["g"], smoothed.tensor("linear.weight"), 0)
+    assert after / before == pytest.approx(record.gain, rel=1e-4)  # the gain is what a user gets
+    assert smoothed.weights["norm.weight"][4] < smoothed.weights["norm.weight"][5] / 5
+
+
+def one_sided(sign: int) -> tuple[LayerWork, torch.Tensor, torch.Tensor]:
+    """Video tokens with an outlier in channel 0; audio tokens that live in channel 0 alone, whose weight is small.
+
+    Dividing channel 0 helps video. Its weights grow by it, so that every other weight of a row gets a coarser
+    scale; sign -1 leaves the audio out.
+    """
+    video = normal(200, 32, seed=3)
+    video[:, 0] *= 300
+    audio = 0.01 * normal(200, 32, seed=4)
+    audio[:, 0] = 0.0
+    audio[:, 1:] += normal(200, 31, seed=5).sign()
+    weight = normal(24, 32, seed=6)
+    weight[:, 0] *= 3
+    rows = video if sign < 0 else torch.cat([video, audio])
+    modality = torch.full((len(rows),), VIDEO, dtype=torch.int8)
+    modality[200:] = AUDIO
+    return norm_layer(rows, modality, weight), video, audio
+
+
+def test_worst_modality_decides() -> None:
+    """A candidate is taken for video alone and refused where it would cost the audio tokens."""
+    config = SmoothQuantConfig.model_validate({"type": "smooth_quant", "alpha": 0.5})
+    alone, _, _ = one_sided(-1)
+    (record,) = smooth.apply(alone, config, frozenset({"linear"})).smoothing
+    assert record.alpha == 0.5 and record.gain < 0.9
+
+    both, _, _ = one_sided(1)
+    refused = smooth.apply(both, config, frozenset({"linear"}))
+    (record,) = refused.smoothing
+    assert (record.alpha, record.gain) == (None, 1.0)
+    assert "left alone" in record.reason and "0.5" in record.reason
+    assert refused.weights is both.weights and not refused.changed
+    assert refused.stats is both.stats
+
+
+def test_refusal_is_due_to_audio() -> None:
+    """The refused candidate really helps video and hurts audio, so that an average would have taken it."""
+    both, _, _ = one_sided(1)
+    group, weight = both.spec.groups[0], both.weights["linear.weight"]
+    assert both.stats is not None
+    stats = both.stats["g"]
+    judge = smooth._Judge(stats, [weight], W8A8)
+    candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
+    assert len(candidates) == 2  # A as the peak, and with the modalities balanced
+    for candidate in candidates:
+        errors, plain, _ = judge.sums(repeated(candidate.factors, group))[0]
+        by_modality = dict(zip(stats.present(), (errors / plain).tolist(), strict=True))
+        assert by_modality[VIDEO] < 1 < by_modality[AUDIO]
+        assert judge.worst_ratio(repeated(candidate.factors, group)) == pytest.approx(by_modality[AUDIO] ** 0.5)
+
+
+def test_auto_is_never_worse_than_a_fixed_alpha() -> None:
+    work = layer_work()
+    auto = records(smooth.apply(work, iter_smooth("norm-linear", alpha="auto"), ALL))["qkv"]
+    assert auto.alpha in smooth.ALPHA_GRID
+    for alpha in smooth.ALPHA_GRID:
+        fixed = records(smooth.apply(work, iter_smooth("norm-linear", alpha=alpha), ALL))["qkv"]
+        assert fixed.alpha in (alpha, None)
+        assert auto.gain <= fixed.gain + 1e-9
+
+
+def test_alpha_by_hand() -> None:
+    # A = (4, 16), W = (1, 4): alpha 0.5 gives s = (2, 2), which is no smoothing at all; alpha 1 gives s = A = (4, 16),
+    # over its geometric mean 8: (0.5, 2); alpha 0 gives s = 1 / W = (1, 1/4) over 1/2: (2, 0.5).
+    x = torch.tensor([[4.0, -1.0], [-2.0, 16.0]])
+    weight = torch.tensor([[1.0, 0.5], [-0.5, -4.0]])
+    work = norm_layer(x, torch.zeros(2, dtype=torch.int8), weight)
+    assert work.stats is not None
+    found = smooth._candidates(work.stats["g"], weight.abs().amax(0), work.spec.groups[0], (0.0, 0.5, 1.0), 1e-5)
+    for candidate, expected in zip(found, ([2.0, 0.5], [1.0, 1.0], [0.5, 2.0]), strict=True):
+        assert candidate.factors.tolist() == pytest.approx(expected)
+
+
+def test_weights_of_all_linears_of_a_group_count() -> None:
+    group = LinearGroup("g", ("a", "b"), "norm", "norm-linear")
+    stats = input_stats(torch.ones(1, 2), torch.zeros(1, dtype=torch.int8), torch.arange(1))
+    weights = {"a.weight": torch.tensor([[1.0, 1.0]]), "b.weight": torch.tensor([[16.0, 0.5]])}
+    peaks = smooth._column_peaks(LayerWork(0, SPEC, {}, weights), group)
+    (candidate,) = smooth._candidates(stats, peaks, group, (0.5,), 1e-5)
+    assert candidate.factors.tolist() == pytest.approx([0.5, 2.0])  # 1 / sqrt(16) and 1, over their mean 1/2
+
+
+def test_a_group_that_nothing_improves_is_left_alone() -> None:
+    """Plain rounding is exact here (every scale is 1), so that any change can only lose."""
+    x = 127 * normal(32, 16, seed=1).sign()
+    weight = (10 * normal(8, 16, seed=2)).round()
+    weight[:, 5] = 127
+    work = norm_layer(x, torch.zeros(32, dtype=torch.int8), weight)
+    smoothed = smooth.apply(work, iter_smooth("norm-linear", alpha="auto"), frozenset({"linear"}))
+    (record,) = smoothed.smoothing
+    assert (record.alpha, record.gain) == (None, 1.0)
+    assert "plain rounding" in record.reason
+    assert smoothed.weights is work.weights
+
+
+def test_kept_modalities_only() -> None:
+    """A modality without tokens has no say, not even a division by zero."""
+    x = normal(64, 32, seed=1)
+    x[:, 4] *= 200
+    work = norm_layer(x, torch.full((64,), AUDIO, dtype=torch.int8), normal(16, 32, seed=2))
+    (record,) = smooth.apply(work, iter_smooth(alpha="auto"), frozenset({"linear"})).smoothing
+    assert record.gain < 0.5
+
+
+# --- which groups --------------------------------------------------------------------------------------------
+
+
+def test_smooth_quant_is_norm_to_linear_only() -> None:
+    config = SmoothQuantConfig.model_validate({"type": "smooth_quant"})
+    smoothed = smooth.apply(layer_work(), config, ALL)
+    assert set(records(smoothed)) == {"qkv", "gate_up"}
+    assert records(smoothed)["qkv"].alpha == 0.5
+
+
+def test_subgraph_types_are_obeyed() -> None:
+    assert set(records(smooth.apply(layer_work(), iter_smooth("ov", "up-down"), ALL))) == {"o", "down"}
+
+
+def test_partly_selected_group_is_recorded_and_left() -> None:
+    work = layer_work()
+    linears = ALL - {"self_attn.k_proj"}
+    smoothed = smooth.apply(work, iter_smooth("norm-linear"), linears)
+    assert records(smoothed)["qkv"] == SmoothingRecord(
+        "qkv", None, 1.0, "the recipe selects only some Linears of the group"
+    )
+    assert records(smoothed)["gate_up"].alpha == 0.5
+    assert smoothed.weights["input_layernorm.weight"] is work.weights["input_layernorm.weight"]
+
+
+def test_group_with_a_float_member_is_recorded_and_left() -> None:
+    work = layer_work()
+    schemes = {name: W8A8 for name in SPEC.linears if name != "mlp.gate_proj"}
+    smoothed = smooth.apply(replace(work, schemes=schemes), iter_smooth("norm-linear"), ALL)
+    record = records(smoothed)["gate_up"]
+    assert record.alpha is None
+    assert "mlp.gate_proj stays float" in record.reason
+    assert smoothed.tensor("mlp.up_proj.weight") is work.weights["mlp.up_proj.weight"]
+
+
+def test_group_that_is_not_selected_is_not_mentioned() -> None:
+    smoothed = smooth.apply(layer_work(), iter_smooth(), frozenset({"mlp.down_proj"}))
+    assert set(records(smoothed)) == {"down"}
+
+
+def test_layer_is_the_librarys() -> None:
+    assert type(build(layer_work().weights)).__name__ == "Qwen2_5OmniDecoderLayer"
+    text = CONFIG["thinker_config"]["text_config"]
+    assert (text["num_attention_heads"], text["num_key_value_heads"]) == (4, 2)

@@ -1,0 +1,322 @@
+"""generate: the same tokens as the library with our weights, media, speech, memory, and what stands in the way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import wave
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import DATA, command
+from outputs import edit_config, edited, quantize_all, replaced, without
+
+from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.numerics.arithmetic import (
+    QuantizedLinear,
+    dequantize,
+    quantize_weight,
+    quantized_matmul,
+)
+from msmodelslim_omni.numerics.scheme import QuantScheme
+from msmodelslim_omni.quantized import generate as module
+from msmodelslim_omni.quantized.export import export
+from msmodelslim_omni.quantized.generate import (
+    RoundingLinear,
+    dequantized,
+    fill_model,
+    generate,
+    open_model,
+    open_source,
+    write_wav,
+)
+from msmodelslim_omni.quantized.reader import open_quantized
+from msmodelslim_omni.run.emulation import EmulatedLinear
+from msmodelslim_omni.runtime.device import Device
+from msmodelslim_omni.runtime.progress import Progress
+
+CPU = Device("cpu", "as asked")
+TEXT = "Why is the sky blue?"
+SYSTEM = (
+    "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
+    "visual inputs, as well as generating text and speech."
+)
+LINEAR = "thinker.model.layers.2.self_attn.k_proj"
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return quantize_all(tiny, tmp_path_factory.getbasetemp() / "outputs")
+
+
+class Heard(Progress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def answer(path: Path, text: str = TEXT, **options: Any) -> Any:
+    return generate(path, text, device="cpu", **{"max_new_tokens": 12, **options})
+
+
+# --- text ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def library(tiny: Path) -> Any:
+    """The float thinker as transformers itself loads it, in float32."""
+    from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+
+    return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32).eval()
+
+
+def by_the_library(thinker: Any, tiny: Path) -> list[int]:
+    """Greedy tokens, by the library's own processor and generate."""
+    from transformers import Qwen2_5OmniProcessor
+
+    processor = Qwen2_5OmniProcessor.from_pretrained(tiny)
+    turns = [
+        {"role": role, "content": [{"type": "text", "text": t}]} for role, t in (("system", SYSTEM), ("user", TEXT))
+    ]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=text, return_tensors="pt")
+    ends = json.loads((tiny / "generation_config.json").read_text())["eos_token_id"]
+    ids = thinker.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=ends[-1])
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def with_weights_of(thinker: Any, output: Path) -> Any:
+    """A copy of the thinker with our integers in the place of its Linears."""
+    import copy
+
+    changed, found = copy.deepcopy(thinker), open_quantized(output)
+    text = getattr(changed.model, "language_model", changed.model)
+    for name in found.linears:
+        linear = found.load_linear(name)
+        layer, _, relative = name.removeprefix("thinker.model.layers.").partition(".")
+        parent, _, child = relative.rpartition(".")
+        owner = text.layers[int(layer)].get_submodule(parent)
+        if linear.scheme.act_bits is None:
+            getattr(owner, child).weight.data = dequantize(linear)
+        else:
+            setattr(owner, child, EmulatedLinear(linear, getattr(owner, child).bias))
+    return changed
+
+
+def test_a_float_checkpoint_answers_as_the_library_does(tiny: Path, library: Any) -> None:
+    assert answer(tiny).tokens == by_the_library(library, tiny)
+
+
+@pytest.mark.parametrize("kind", ["ascend", "int8", "awq", "packed", "symmetric"])
+def test_a_quantized_one_answers_as_the_library_with_its_weights(
+    outputs: dict[str, Path], tiny: Path, library: Any, kind: str
+) -> None:
+    with torch.inference_mode():
+        expected = by_the_library(with_weights_of(library, outputs[kind]), tiny)
+    found = answer(outputs[kind])
+    assert found.tokens == expected and len(found.tokens) == 12
+    assert found.tokens != by_the_library(library, tiny)  # random weights: rounding does show
+
+
+def test_the_text_comes_as_it_is_made(outputs: dict[str, Path]) -> None:
+    pieces: list[str] = []
+    found = answer(outputs["awq"], on_text=pieces.append)
+    assert "".join(pieces) == found.text != "" and len([piece for piece in pieces if piece]) > 1
+
+
+def test_the_thinker_alone_answers_the_same(outputs: dict[str, Path], tmp_path: Path) -> None:
+    export(outputs["awq"], tmp_path / "out", "compressed_tensors", thinker_only=True)
+    assert answer(tmp_path / "out").tokens == answer(outputs["awq"]).tokens
+    with pytest.raises(QuantError, match="holds no parts that speak"):
+        answer(tmp_path / "out", speech=tmp_path / "x.wav")
+
+
+# --- media and speech ----------------------------------------------------------------------------------------
+
+IMAGE, AUDIO, VIDEO = (
+    str(DATA / f) for f in ("images/notice_zh.png", "audio/three_beeps.wav", "videos/cat_pan_zh.mp4")
+)
+
+
+def test_media(outputs: dict[str, Path]) -> None:
+    seen = answer(outputs["int8"], images=[IMAGE], audios=[AUDIO], max_new_tokens=4)
+    assert len(seen.tokens) == 4 and seen.tokens != answer(outputs["int8"], max_new_tokens=4).tokens
+    assert len(answer(outputs["awq"], "", videos=[VIDEO], max_new_tokens=2).tokens) == 2
+
+
+def test_speech(outputs: dict[str, Path], tmp_path: Path) -> None:
+    file = tmp_path / "answer.wav"
+    found = answer(outputs["awq"], speech=file, speaker="Ethan", max_new_tokens=2)
+    assert found.tokens == answer(outputs["awq"], max_new_tokens=2).tokens and found.text
+    with wave.open(str(file), "rb") as sound:
+        assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (24000, 1, 2)
+        frames = sound.getnframes()
+        assert set(sound.readframes(frames)) != {0}
+    assert frames > 0 and found.speech_seconds == frames / 24000 and found.speech == str(file)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["answer.wav"]
+
+
+def test_wav_by_hand(tmp_path: Path) -> None:
+    write_wav(tmp_path / "x.wav", torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 24000)
+    content = (tmp_path / "x.wav").read_bytes()
+    assert content[44:] == b"\x00\x00\xff\x7f\x01\x80\xff\x7f\x00\x40"
+    for samples, message in ((torch.zeros(0), "no sound"), (torch.tensor([float("nan")]), "NaN or Inf")):
+        with pytest.raises(QuantError, match=message):
+            write_wav(tmp_path / "y.wav", samples, 24000)
+    assert not (tmp_path / "y.wav").exists()
+
+
+# --- arithmetic and memory -----------------------------------------------------------------------------------
+
+
+def int8_linear() -> tuple[QuantizedLinear, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight, x, bias = (torch.randn(shape, generator=generator) for shape in ((24, 40), (1, 5, 40), (24,)))
+    return quantize_weight(weight, QuantScheme(8, 8)), x, bias
+
+
+def test_int8_activations_in_float32_are_the_runtimes() -> None:
+    linear, x, bias = int8_linear()
+    found = RoundingLinear(linear, bias, torch.float32, torch.device("cpu"))(x)
+    assert torch.equal(found, quantized_matmul(x, linear, bias))
+
+
+def test_int8_activations_in_bfloat16_are_near() -> None:
+    linear, x, bias = int8_linear()
+    x = x.bfloat16()
+    found = RoundingLinear(linear, bias, torch.bfloat16, torch.device("cpu"))(x)
+    exact = quantized_matmul(x.float(), linear, bias)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - exact).abs().max() < 0.01 * exact.abs().max()
+
+
+def test_dequantizing_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("msmodelslim_omni.numerics.arithmetic._BLOCK_ELEMENTS", 256)
+    scheme = QuantScheme(4, None, group_size=32, symmetric=False)
+    linear = quantize_weight(torch.randn(20, 64), scheme)
+    assert torch.equal(dequantized(linear, torch.float32), dequantize(linear))
+    assert torch.equal(dequantized(linear, torch.bfloat16), dequantize(linear).bfloat16())
+
+
+def test_the_dtype_follows_the_memory(outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_HEADROOM", 0)
+    source, heard = open_source(outputs["int8"]), Heard()
+    parts = {"talker": torch.float32, "token2wav": torch.float32, "thinker": torch.float32}
+    for available, dtype in ((40 << 20, torch.float32), (20 << 20, torch.bfloat16)):
+        monkeypatch.setattr(module, "available_memory", lambda available=available: available)
+        model = open_model(source, True)
+        fill_model(model, source, CPU, heard)
+        found = {name: p.dtype for name, p in model.module.named_parameters()}
+        assert {name: found[name] for name in found} == {
+            name: torch.float32 if name.startswith("token2wav") else dtype for name in found
+        }
+        assert not [name for name, tensor in model.module.state_dict().items() if tensor.is_meta]
+    assert parts.keys() == {name.split(".")[0] for name in found}
+    assert heard.lines[0].startswith("cpu (as asked), float32: the weights take 27.")
+    assert heard.lines[1].startswith("cpu (as asked), bfloat16: the weights take 15.")
+    assert "on disk; int8 activations are emulated" in heard.lines[0]
+    assert len(answer(outputs["int8"], max_new_tokens=3).tokens) == 3  # in bfloat16
+    monkeypatch.setattr(module, "available_memory", lambda: 10 << 20)
+    with pytest.raises(QuantError, match=r"10\.00 MiB of memory are available"):
+        answer(outputs["int8"])
+
+
+def test_available_memory_is_told() -> None:
+    available = module.available_memory()
+    assert available is None or 1 << 20 < available < 1 << 50
+
+
+# --- faults --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": ["nothing.png"]}, "image '.*nothing.png' does not exist"),
+        ({"audios": [IMAGE]}, "unsupported suffix"),
+        ({"videos": ["https://example.org/x.mp4"]}, "is a URL; only local files are read"),
+        ({"text": ""}, "nothing to answer"),
+        ({"text": "  "}, "nothing to answer"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 1, "speech": "x.wav"}, "max_new_tokens is 1"),
+        ({"speech": "x.wav", "speaker": "Chelsea"}, "unknown speaker 'Chelsea'. Known: Chelsie, Ethan. Did you mean"),
+        ({"speech": "x.mp3"}, "is no .wav file"),
+        ({"speech": "/nowhere/x.wav"}, "cannot be written there"),
+    ],
+)  # fmt: skip
+def test_faults_before_the_weights(
+    outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(module, "fill_model", None)  # nothing may get there
+    with pytest.raises(QuantError, match=message):
+        answer(outputs["awq"], **options)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path, outputs: dict[str, Path]) -> None:
+    for path, message in ((tmp_path / "no", "does not exist"), (tmp_path, "holds no config.json")):
+        with pytest.raises(QuantError, match=message):
+            answer(path)
+    broken = edited(outputs["awq"], tmp_path / "broken", without(f"{LINEAR}.qzeros"))
+    with pytest.raises(QuantError, match=f"{LINEAR}: qzeros is missing"):
+        answer(broken)
+
+
+def nan_in(name: str) -> Any:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[0] = float("nan")
+
+    return change
+
+
+def test_weights_that_are_wrong(outputs: dict[str, Path], tmp_path: Path) -> None:
+    norm = "thinker.visual.merger.ln_q.weight"
+    for number, (change, message) in enumerate(
+        [
+            (nan_in(norm), f"{norm}.* NaN or Inf|NaN or Inf.*{norm}"),
+            (nan_in(f"{LINEAR}.scales"), f"{LINEAR}: its scales hold NaN"),
+            (without(norm), f"tensor {norm} is missing"),
+            (replaced(norm, torch.ones(3)), f"{norm} has shape .3., config.json implies .128."),
+        ]
+    ):
+        with pytest.raises(QuantError, match=message):
+            answer(edited(outputs["awq"], tmp_path / str(number), change))
+
+
+def test_voices_that_are_wrong(outputs: dict[str, Path], tmp_path: Path) -> None:
+    target = Path(shutil.copytree(outputs["awq"], tmp_path / "copy"))
+    voices = target / "spk_dict.pt"
+    for content, message in ((b"no pickle", "cannot be read"), (None, "holds no spk_dict.pt")):
+        voices.unlink()
+        if content is not None:
+            voices.write_bytes(content)
+        with pytest.raises(QuantError, match=message):
+            answer(target, speech=tmp_path / "x.wav")
+    torch.save({"Chelsie": {"bos_token": 1}}, voices)
+    with pytest.raises(QuantError, match="does not hold voices"):
+        answer(target, speech=tmp_path / "x.wav")
+    assert len(answer(target, max_new_tokens=1).tokens) == 1  # text needs no voice
+
+
+def test_a_config_of_another_shape(outputs: dict[str, Path], tmp_path: Path) -> None:
+    target = Path(shutil.copytree(outputs["awq"], tmp_path / "copy"))
+    edit_config(target, lambda config: config["thinker_config"]["vision_config"].update(num_heads="many"))
+    with pytest.raises(QuantError, match="transformers cannot build this model"):
+        answer(target)
+
+
+# --- the command ---------------------------------------------------------------------------------------------
+
+
+def test_command(outputs: dict[str, Path], tmp_path: Path) -> None:
+    words = ["generate", outputs["awq"], "--text", TEXT, "--device", "cpu"]
+    said = command(*words, "--max-new-tokens", 12).done()
+    assert said.out == answer(outputs["awq"]).text + "\n"
+    assert "float32: the weights take" in said.err and "12 tokens in" in said.err
+    assert "dequantized" in said.err and "int8" not in said.err
+    assert "is a URL" in command(*words, "--image", "http://x/y.png").fault()
+    assert "unknown device 'abacus'" in command(*words, "--device", "abacus").fault()
+    assert command(*words, "--max_new_tokens", 0).code == 2

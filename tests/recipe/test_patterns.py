@@ -1,0 +1,97 @@
+"""include / exclude patterns."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.recipe.patterns import expand_braces, matches
+
+Q = "thinker.model.layers.10.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "alternatives"),
+    [
+        ("a.b", ["a.b"]),
+        ("a.{b,c}", ["a.b", "a.c"]),
+        ("{a,b}.{1,2}", ["a.1", "a.2", "b.1", "b.2"]),
+        ("x{a,b{1,2}}y", ["xay", "xb1y", "xay", "xb2y"]),
+        ("{a}", ["a"]),
+        ("{a,}", ["a", ""]),
+        ("{}", [""]),
+        ("{a", ["{a"]),
+        ("a}", ["a}"]),
+        ("", [""]),
+    ],
+)
+def test_braces(pattern: str, alternatives: list[str]) -> None:
+    assert list(expand_braces(pattern)) == alternatives
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits"),
+    [
+        ("*", True),
+        (Q, True),
+        ("*q_proj", True),
+        ("*.self_attn.*", True),
+        ("thinker.*.q_proj", True),  # a star crosses dots
+        ("*{q,k}_proj", True),
+        ("*.layers.{1,2,10}.*", True),
+        ("*.layers.1?.*", True),
+        ("*.layers.[0-9][0-9].*", True),
+        ("*.layers.[!1]*", False),
+        ("q_proj", False),  # the whole name
+        ("*Q_PROJ", False),  # case matters
+        ("*.layers.1.*", False),
+        ("thinker.model.layers.10", False),
+        ("", False),
+    ],
+)
+def test_matches(pattern: str, fits: bool) -> None:
+    assert matches(Q, [pattern]) is fits
+
+
+def test_any_pattern_is_enough_and_none_is_none() -> None:
+    assert matches(Q, ["nothing", "*q_proj"])
+    assert not matches(Q, [])
+
+
+def test_newline_is_no_end_of_name() -> None:
+    assert not matches("a\nb", ["a"])
+
+
+@pytest.mark.parametrize("pattern", ["{0,1}" * 40, "{" + "a," * 5000 + "}", "{a,b,c,d}" * 7])
+def test_too_many_alternatives_are_refused_at_once(pattern: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(QuantError, match="stands for more than 4096 alternatives") as caught:
+        expand_braces(pattern)
+    assert time.monotonic() - began < 2
+    assert pattern[:20] in caught.value.message
+    assert "wildcard" in caught.value.hint
+
+
+def test_the_most_alternatives() -> None:
+    assert len(expand_braces("{0,1}" * 11)) == 2048
+
+
+@given(st.text(alphabet="ab{},*?[]!.", max_size=30))
+@settings(max_examples=200, deadline=1000)
+def test_fuzz(pattern: str) -> None:
+    try:
+        alternatives = expand_braces(pattern)
+    except QuantError:
+        return
+    assert alternatives
+    matches("a.b", [pattern])
+
+
+@given(st.text(alphabet="abc._0", min_size=1, max_size=20))
+def test_a_plain_name_matches_itself_alone(name: str) -> None:
+    assert matches(name, [name])
+    assert not matches(name + "x", [name])

@@ -1,0 +1,198 @@
+"""The HTML page: complete, self-contained, the same bytes for the same report, and deaf to what names say."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from command import MINMAX, fast_recipe, quant
+from reports import HOSTILE, LINEARS, data_free, made_evaluation, made_report
+
+from msmodelslim_omni.report.html import charts
+from msmodelslim_omni.report.html.page import as_html
+from msmodelslim_omni.report.report import Report
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "formaction", "background"}
+
+
+class Page(HTMLParser):
+    """What of a page a browser would act on."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.labels: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._note(tag, attrs)
+
+    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), name
+            if name in LOADING:
+                self.links.append(value or "")
+            elif name == "id":
+                self.ids.append(value or "")
+            elif name == "aria-label":
+                self.labels.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    return made_report(36)
+
+
+@pytest.fixture(scope="module")
+def page(report: Report) -> str:
+    return as_html(report, made_evaluation(), "apiversion: x\n")
+
+
+def test_everything_of_a_quantization_is_on_the_page(report: Report) -> None:
+    parsed = Page(as_html(report, None, "apiversion: the recipe\n  indented: yes\n"))
+    expected = (
+        "5.00 MiB", "2.00 MiB", "40% of 5.00 MiB", "4.25", "12.50 s", "3.00 GiB",  # headline
+        "decoder layers", "W4A16_G64", "43 samples, 1,000 tokens", "60.0%",
+        "Output error of each Linear", "layer 35, down_proj, W4A16_G64: 7 % (text 1 %, image 2 %",
+        "Fell back to plain rounding: layer 1.", "36 of 72 groups of Linears are scaled", "the identity is best",
+        "Time by phase", "Rise of peak memory by phase", "1.00 GiB", "/models/source", "2.13.0",
+        "apiversion: the recipe", "a tensor is odd",
+    )  # fmt: skip
+    for words in expected:
+        assert words in parsed.text, words
+    assert parsed.tags.count("h1") == 1 and "script" not in parsed.tags
+    for kind in LINEARS:
+        assert kind.rsplit(".", 1)[-1] in parsed.text
+
+
+def test_everything_of_an_evaluation_is_on_the_page(page: str) -> None:
+    parsed = Page(page)
+    for words in (
+        "KL divergence by modality", "same likeliest token", "shared among the five likeliest", "perplexity, float",
+        "exact answers, quantized", "Exact answers before and after", "Drift of the hidden states",
+        "(72.0 to 88.0)", "0.004 (0.0036 to 0.0044)", "farthest off video", "40 samples", "few samples: data",
+    ):  # fmt: skip
+        assert words in parsed.text, words
+    assert parsed.text.index("Evaluation:") < parsed.text.index("Quantization:")
+    alone = Page(as_html(None, made_evaluation()))
+    assert "Quantization:" not in alone.text and "Evaluation:" in alone.text
+
+
+def test_nothing_is_fetched_and_nothing_runs(page: str) -> None:
+    parsed = Page(page)
+    assert all(link.startswith("#") for link in parsed.links)
+    assert not {"script", "link", "iframe", "img", "image", "object", "embed", "form", "base"} & set(parsed.tags)
+    assert "url(http" not in page and "@import" not in page and "default-src &#39;none&#39;" not in page
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page  # and a browser is told so
+
+
+def test_the_page_can_be_read_aloud_and_in_the_dark(page: str) -> None:
+    parsed = Page(page)
+    assert '<html lang="en">' in page and "width=device-width" in page and "prefers-color-scheme: dark" in page
+    assert len(parsed.labels) >= parsed.tags.count("svg") > 8
+    assert all(len(label) > 20 for label in parsed.labels if ". " in label)
+    assert parsed.tags.count("caption") == parsed.tags.count("table")
+    assert len(parsed.ids) == len(set(parsed.ids))
+    # Every colour of a drawing is the style sheet's but those of the heat maps' cells.
+    colours = set(re.findall(r"#[0-9a-f]{6}", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)))
+    assert not {colour for colour in colours if colour.startswith("#0102")}
+    assert "color: currentColor" not in page and "fill: currentColor" in page
+
+
+def test_the_same_report_gives_the_same_bytes(report: Report, page: str) -> None:
+    assert as_html(report, made_evaluation(), "apiversion: x\n") == page
+    assert not re.search(r"20\d\d-\d\d-\d\d", page)
+
+
+def test_hostile_names_stay_names() -> None:
+    text = as_html(made_report(2, HOSTILE), made_evaluation(HOSTILE, 2), HOSTILE)
+    parsed = Page(text)
+    assert "script" not in parsed.tags and "<script" not in text
+    assert "&lt;script&gt;" in text and "{{ 7 * 7 }}" in text
+    assert all(link.startswith("#") for link in parsed.links)
+
+
+def test_a_data_free_run_shows_the_error_of_the_weights(report: Report) -> None:
+    text = Page(as_html(data_free(report), None)).text
+    assert "Weight error of each Linear" in text and "8 %" in text and "knows no inputs" in text
+    assert "None: the recipe rounds" in text and "Error of each layer's output" not in text
+
+
+def test_a_report_that_knows_nearly_nothing() -> None:
+    bare = replace(
+        made_report(0), tokens_by_modality={}, parts=(), output_bytes={}, source_bytes=0, seconds=0.0,
+        seconds_by_phase={}, peak_rise_by_phase={}, warnings=(), bits_per_weight=0.0,
+    )  # fmt: skip
+    assert "Calibration data" in Page(as_html(bare, None)).text
+    empty = tuple(replace(layer, linears=()) for layer in made_report(2).layers)
+    assert "no Linear was quantized" in as_html(replace(bare, layers=empty), None)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e300])
+def test_errors_that_are_no_common_numbers(value: float) -> None:
+    report = made_report(2)
+    first = report.layers[0]
+    linears = (replace(first.linears[0], output_error=value), *first.linears[1:])
+    odd = replace(first, linears=linears, output_error_by_modality={"text": value}, error_over_plain=value)
+    Page(as_html(replace(report, layers=(odd, report.layers[1])), None))
+
+
+def test_zero_on_a_logarithmic_axis_lies_at_its_left_end() -> None:
+    """A quantized model that is its float model has a KL of zero."""
+    svg = charts.spans("kl", ["a", "b"], {"after": [(0.0, 0.0, 0.0), (1e-3, 1e-4, 1e-2)]}, "nats", True)
+    assert "0.0001" in svg and "0.01" in svg
+
+
+# --- where it is written -------------------------------------------------------------------------------------
+
+
+def test_quant_writes_it(tiny: Path, dataset: Path, tmp_path: Path) -> None:
+    words = ("--dataset", dataset, "--config_path", fast_recipe(tmp_path), "--save_format", "compressed_tensors")
+    answer = quant(tiny, tmp_path / "out", *words).done()
+    text = Page((tmp_path / "out" / "quant_report.html").read_text(encoding="utf-8")).text
+    assert "Output error of each Linear" in text and "Scales by layer and group: 16 rows" in text
+    assert "alpha: 0.5" in text and "iter_smooth" in text and "pip install" not in answer.err
+
+
+def test_quant_works_without_the_extra(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as the import system marks what is not there
+    answer = quant(tiny, tmp_path / "without", "--config_path", MINMAX).done()
+    assert answer.err.count("pip install 'msmodelslim_omni[report]' writes an HTML report too") == 1
+    assert not (tmp_path / "without" / "quant_report.html").exists()
+    assert (tmp_path / "without" / "quant_report.md").is_file() and (tmp_path / "without" / "README.md").is_file()
+
+
+def test_the_rise_of_memory_by_phase_is_told(tiny: Path, tmp_path: Path) -> None:
+    report = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--json").done().json
+    rises = report["peak_rise_by_phase"]
+    assert rises.keys() == report["seconds_by_phase"].keys() and all(rise >= 0 for rise in rises.values())
+    assert sum(rises.values()) <= report["peak_rss_bytes"]
