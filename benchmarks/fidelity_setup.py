@@ -37,14 +37,14 @@ def media_rows(model: Path, index: Path) -> tuple[list[Tensor], Tensor]:
     from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
     from msmodelslim_omni.models import derive_model_type
     from msmodelslim_omni.models.inputs import MediaLimits
-    from msmodelslim_omni.runtime.budget import DEFAULT
+    from msmodelslim_omni.runtime.budget import DEFAULT_BUDGET
     from msmodelslim_omni.storage.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(model)
     spec = derive_model_type(checkpoint.config)
     family = spec.family
     processor = family.open_media_processor(model, MediaLimits(8192, MAX_PIXELS, 2.0), False)
-    stem = family.open_stem(checkpoint, torch.device("cpu"), DEFAULT.towers)
+    stem = family.open_stem(checkpoint, torch.device("cpu"), DEFAULT_BUDGET.towers)
     following = checkpoint.config["thinker_config"]["text_config"]["vocab_size"]
     samples, rows = [], []
     for sample in load_calib_set(str(index), DEFAULT_TEXT, spec).samples:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from make_tiny_omni import TINY, omni_config
 
-from msmodelslim_omni.calibration.layer_probe import importance
+from msmodelslim_omni.calibration.token_roles import token_importance
 from msmodelslim_omni.models import qwen2_5_omni
 from msmodelslim_omni.models.inputs import MODALITIES, LayerInput
 from msmodelslim_omni.models.spec import LayerSpec
@@ -67,7 +67,7 @@ def layer_work(dtype: torch.dtype = torch.bfloat16, seed: int = 0, samples: list
 def work_of(weights: dict[str, torch.Tensor], samples: list[Sample], scheme: QuantScheme = W8A8) -> LayerWork:
     """A layer with these weights; for a weight-only scheme the statistics hold the second moments too."""
     stats = record(weights, samples, grams=scheme.act_bits is None)
-    weight = importance("balanced", token_counts(samples))
+    weight = token_importance("balanced", token_counts(samples))
     return LayerWork(0, SPEC, dict.fromkeys(SPEC.linears, scheme), weights, stats, weight)
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..evaluation import default_save_path, evaluate
 from ..report import human_bytes
-from ..run import quantize
+from ..run import QuantRequest, run_request
 from ..runtime import Progress
 from .mixed_recipe import FLOAT, patterns
 from .proposal import (
@@ -35,13 +35,8 @@ _AIM, _ENOUGH = 0.9, 0.75
 class Judge:
     """How a recipe is tried. folder: gets the model; work: for models that may still be replaced, on the same disk."""
 
-    model_path: Path
-    model_type: str
-    calibration: str
+    request: QuantRequest
     eval_dataset: str
-    device: str
-    seed: int
-    trust_remote_code: bool
     folder: Path
     work: Path
     progress: Progress
@@ -55,14 +50,12 @@ class Judge:
         self.progress.say(f"round {number}: {name}, {human_bytes(proposal.size)}")
         recipe = self.folder / "recipe.yaml"
         recipe.write_text(proposal.recipe, encoding="utf-8")
-        quantize(
-            self.model_path, self.model, model_type=self.model_type, device=self.device, config_path=str(recipe),
-            dataset=self.calibration, save_format=[FORMAT], seed=self.seed, trust_remote_code=self.trust_remote_code,
-            progress=self.progress,
-        )  # fmt: skip
+        request = replace(self.request, config_path=str(recipe), save_format=(FORMAT,))
+        run_request(request, self.model, overwrite=False, progress=self.progress)
         found = evaluate(
-            self.model_path, self.model, self.eval_dataset, device=self.device, seed=self.seed,
-            trust_remote_code=self.trust_remote_code, save_path=default_save_path(self.model), progress=self.progress,
+            request.model_path, self.model, self.eval_dataset, device=request.device, seed=request.seed,
+            trust_remote_code=request.trust_remote_code, save_path=default_save_path(self.model),
+            progress=self.progress,
         )  # fmt: skip
         written = sum((self.model / file).stat().st_size for file in proposal.files)
         kl = found.overall.kl_mean
@@ -124,7 +117,7 @@ def search(
         },
         recipe=str(judge.folder / "recipe.yaml"),
         model=str(judge.model),
-        calibration=judge.calibration,
+        calibration=judge.request.dataset or "",
         eval_dataset=judge.eval_dataset,
         unjudged=unjudged,
     )

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..calibration import CalibrationStream, load_calib_set
+from ..calibration import Stems, load_calib_set
 from ..errors import QuantError
 from ..models import ModelSpec, derive_model_type, named_model_type
 from ..report import human_bytes
-from ..run import Prepared, check_save_path, prepare, remove, versions
-from ..runtime import Clock, Progress, peak_rss, told_out_of_memory
+from ..run import Prepared, QuantRequest, check_save_path, prepare, remove, versions
+from ..runtime import Clock, Progress, out_of_memory_as_error, peak_rss
 from ..storage import open_checkpoint
 from .holdout import choose_holdout, write_index
 from .mixed_recipe import (
@@ -74,19 +74,22 @@ def analyze(
         if target_size is not None:
             _check_target(proposer, target_size)
         (work / "int4.yaml").write_text(proposer.recipe({}), encoding="utf-8")
-        prepared = prepare(
-            model_path, model_type=model.model_type, device=device, config_path=str(work / "int4.yaml"),
-            dataset=data.calibration, max_samples=max_samples, seed=seed, trust_remote_code=trust_remote_code,
-            progress=progress,
-        )  # fmt: skip
+        request = QuantRequest(
+            model_path=Path(model_path),
+            model_type=model.model_type,
+            device=device,
+            config_path=str(work / "int4.yaml"),
+            dataset=data.calibration,
+            max_samples=max_samples,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+        )
+        prepared = prepare(request, progress)
         with clock("sensitivity"):
-            units, stream = _measured(prepared, proposer, work / "float", progress)
+            units, stems = _measured(prepared, proposer, work / "float", progress)
         choice = None
         if choosing:
-            judge = Judge(
-                checkpoint.path, model.model_type, data.calibration, data.evaluation, device, seed, trust_remote_code,
-                work.parent, work, progress,
-            )  # fmt: skip
+            judge = Judge(request, data.evaluation, work.parent, work, progress)
             with clock("rounds"):
                 choice = search(judge, proposer, units, target_size, max_kl, data.unjudged)
     unjudged = [f"no sample that judges has {name}: what it loses is not measured" for name in data.unjudged]
@@ -94,8 +97,8 @@ def analyze(
         model_type=model.model_type,
         model_path=str(checkpoint.path),
         dataset=dataset,
-        samples=len(stream),
-        tokens_by_modality=stream.tokens_by_modality(),
+        samples=len(stems),
+        tokens_by_modality=stems.tokens_by_modality(),
         units=tuple(units),
         exclude=tuple(patterns(proposer.grid, [name for unit in worst_half(units) for name in unit.names])),
         choice=choice,
@@ -105,7 +108,7 @@ def analyze(
         seconds=clock.total(),
         seconds_by_phase=clock.seconds,
         peak_rss_bytes=peak_rss(),
-        warnings=(*prepared.plan.warnings, *stream.warnings, *unjudged),
+        warnings=(*prepared.plan.warnings, *stems.warnings, *unjudged),
     )
     if save_path is not None:
         write_analysis(analysis, Path(save_path))
@@ -130,17 +133,17 @@ def _check_arguments(
 
 def _measured(
     prepared: Prepared, proposer: Proposer, folder: Path, progress: Progress
-) -> tuple[list[UnitSensitivity], CalibrationStream]:
-    """The units with their sizes, by falling damage of int4; and the stream, for what was streamed."""
+) -> tuple[list[UnitSensitivity], Stems]:
+    """The units with their sizes, by falling damage of int4; and the samples that were used."""
     assert prepared.calib is not None  # int4 by GPTQ takes data
     plans = {W4.name: prepared.plan, W8.name: proposer.int8}
-    with told_out_of_memory(prepared.device, "give fewer or shorter samples, or use --device cpu"):
-        units, stream = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress)
+    with out_of_memory_as_error(prepared.device, "give fewer or shorter samples, or use --device cpu"):
+        units, stems = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress)
     sized = [
         replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*SCHEMES, FLOAT)})
         for unit in units
     ]
-    return sorted(sized, key=lambda unit: -unit.damage[W4.name].overall), stream
+    return sorted(sized, key=lambda unit: -unit.damage[W4.name].overall), stems
 
 
 def _aim(target_size: int | None, max_kl: float | None) -> str:

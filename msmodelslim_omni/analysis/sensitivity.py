@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from ..calibration import CalibrationStream, CalibSet, Captured
+from ..calibration import CalibrationStream, CalibSet, Captured, Stems, prepare_stems
 from ..errors import QuantError
 from ..models import MODALITIES, LayerSpec, LinearGroup
 from ..numerics import (
@@ -103,24 +103,24 @@ def measure_units(
     folder: Path,
     device: torch.device,
     progress: Progress,
-) -> tuple[list[UnitSensitivity], CalibrationStream]:
+) -> tuple[list[UnitSensitivity], Stems]:
     """One pass of the samples through the float model. folder: for hidden states, which are deleted as they are used.
 
     plans: by the scheme that all Linears have in it; the first is that of the stream, without propagate_error and with
-    H. The stream that is returned tells how many samples and tokens there were.
+    H. The returned stems say how many samples and tokens were used.
     """
     plan = next(iter(plans.values()))
-    stream = CalibrationStream(plan, calib, folder, device)
-    stream.prepare(progress)
+    stems = prepare_stems(plan, calib, folder, device, progress)
+    stream = CalibrationStream(plan, stems, folder, device)
     stream.start_at(0)
     units: list[UnitSensitivity] = []
     for layer in plan.layers:
         units += _measure_layer(plans, layer.index, stream, device)
-        stream.pass_on()
+        stream.advance_float()
         stream.forget(layer.index)
         free_memory(device)
-        progress.step("layers", layer.index + 1, len(plan.layers), f"{len(stream)} samples")
-    return units, stream
+        progress.step("layers", layer.index + 1, len(plan.layers), f"{len(stems)} samples")
+    return units, stems
 
 
 def _measure_layer(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from .layer_probe import Errors, LayerProbe, zero_errors
 from .sample_store import HiddenStates, StemStore
-from .samples import CalibSample, CalibSet, load_calib_set, parse_sample, prepare_sample, told_of
+from .samples import CalibSample, CalibSet, describe_fault, load_calib_set, parse_sample, prepare_sample
+from .stems import Stems, prepare_stems
 from .stream import CalibrationStream, Captured, OutputError
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "LayerProbe",
     "OutputError",
     "StemStore",
+    "Stems",
+    "describe_fault",
     "load_calib_set",
     "parse_sample",
     "prepare_sample",
-    "told_of",
+    "prepare_stems",
     "zero_errors",
 ]

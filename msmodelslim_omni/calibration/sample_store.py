@@ -1,7 +1,6 @@
-"""Tensors of all calibration samples between layers: on disk, and as far as a budget goes in memory as well.
+"""Tensors of all calibration samples between layers: on disk, and cached in memory within a budget.
 
-What is on disk is what a resumed run goes on from, so it is written aside, synced and renamed; memory only saves
-reading it back.
+A resumed run starts from the files, so they are written atomically. The cache only saves reading them back.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..errors import QuantError
 from ..models import LayerInput
 from ..storage import (
     SafetensorsWriter,
@@ -23,7 +23,7 @@ from ..storage import (
 
 
 class _Cache:
-    """Keeps tensors until a budget of bytes is used up."""
+    """Holds tensors until a budget of bytes is used up."""
 
     def __init__(self, budget: int) -> None:
         self._room = budget
@@ -40,9 +40,10 @@ class _Cache:
 
 
 class StemStore:
-    """What precedes the first decoder layer, one file per sample: hidden states, the layers' arguments, modalities.
+    """The input of the first decoder layer, one file per sample: hidden states, other arguments, modalities.
 
-    hidden: float32 [1, tokens, hidden]; modality: int8 [tokens]; arguments: whatever the library passes to a layer.
+    hidden: float32 [1, tokens, hidden]. modality: int8 [tokens]. arguments: everything else that the library passes to
+    a layer.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
@@ -57,7 +58,7 @@ class StemStore:
         return self._path(number).exists()
 
     def is_whole(self, number: int) -> bool:
-        """Whether it is there as it was written; for what a stopped run left."""
+        """Whether the file exists and is undamaged, after a stopped run."""
         return is_whole(self._path(number))
 
     def write(self, number: int, inputs: LayerInput, modality: torch.Tensor) -> None:
@@ -77,7 +78,7 @@ class StemStore:
         return load_tensor(read_header(self._path(number))["hidden"])
 
     def arguments(self, number: int, device: torch.device) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
-        """The layer's other arguments for one sample; tuples are put together again."""
+        """The layer's other arguments for one sample; tuples are rebuilt."""
         stored = self._cache.get(number)
         if stored is None:
             infos = read_header(self._path(number))
@@ -101,9 +102,9 @@ class HiddenStates:
         self._cache = _Cache(budget)
 
     def write(self, hidden: Iterable[torch.Tensor], *, sync: bool = True) -> None:
-        """Write the samples' hidden states in their order, float32 [1, tokens, hidden] each.
+        """Write the samples' hidden states in order, float32 [1, tokens, hidden] each.
 
-        sync: whether a run may go on from them; others need neither the disk nor a checksum.
+        sync: whether a run may resume from this file. Other files need neither a sync nor a checksum.
         """
         with SafetensorsWriter(self.path, self._specs, sync=sync, checksum=sync) as writer:
             for number, tensor in enumerate(hidden):
@@ -112,7 +113,7 @@ class HiddenStates:
                 self._cache.offer(number, {"hidden": on_cpu})
 
     def is_whole(self) -> bool:
-        """Whether they are there as they were written; for what a stopped run left."""
+        """Whether the file exists and is undamaged, after a stopped run."""
         return is_whole(self.path)
 
     def read(self, number: int) -> torch.Tensor:
@@ -121,3 +122,12 @@ class HiddenStates:
 
     def __len__(self) -> int:
         return len(self._specs)
+
+
+def refuse_nonfinite_states(hidden: torch.Tensor, producer: str, sample: str) -> None:
+    """Raise QuantError if hidden states hold NaN or Inf. producer, sample: what the message names."""
+    if not torch.isfinite(hidden).all():
+        raise QuantError(
+            f"{producer}: NaN or Inf in the hidden states of sample {sample}",
+            "check the checkpoint with the float model, or remove the sample",
+        )

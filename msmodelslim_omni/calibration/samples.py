@@ -113,7 +113,7 @@ def load_calib_set(
     if max_samples is not None and len(samples) > max_samples:
         chosen = sorted(random.Random(seed).sample(range(len(samples)), max_samples))
         samples = [samples[i] for i in chosen]
-    return CalibSet(index, tuple(samples), tuple(f"sample left out: {fault}" for fault in faults))
+    return CalibSet(index, tuple(samples), tuple(f"sample skipped: {fault}" for fault in faults))
 
 
 def find_index(dataset: str) -> Path:
@@ -315,7 +315,7 @@ def _sound_choice(entry: dict[str, Any], has_sound: list[bool], faults: list[str
 # --- to model inputs -----------------------------------------------------------------------------------------
 
 
-def told_of(sample: CalibSample, error: QuantError) -> str:
+def describe_fault(sample: CalibSample, error: QuantError) -> str:
     """The error's message, with the sample's place before it if it does not name that itself."""
     return error.message if error.message.startswith(sample.where) else f"{sample.where}: {error.message}"
 

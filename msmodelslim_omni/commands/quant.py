@@ -28,7 +28,6 @@ from .shell import (
 if TYPE_CHECKING:
     from ..report import Report
     from ..run import Prepared
-    from ..runtime import Team
 
 
 def quant(
@@ -82,49 +81,41 @@ def quant(
     from ..files import read_ahead
 
     if not dry_run:
-        read_ahead(model_path)
+        read_ahead(model_path)  # while torch is imported
     from .live_progress import TerminalProgress
 
     progress = TerminalProgress(messages, log_level.value)
-    # transformers' and the media libraries' own remarks are not about what the user does
     quiet_libraries()
 
     def work() -> None:
-        from ..runtime import open_team
+        from ..run import QuantRequest, check_save_path, prepare, run_prepared
+        from ..runtime import Progress, open_team, parse_size
 
         with open_team(device) as team:
-            carry_out(team)
-
-    def carry_out(team: Team) -> None:
-        from ..run import check_save_path, prepare, run_guarded
-        from ..runtime import Progress, parse_size
-
-        told = progress if team.leads else Progress()
-        check_save_path(save_path, model_path)
-        prepared = prepare(
-            model_path,
-            model_type=model_type,
-            device=device,
-            quant_type=quant_type,
-            config_path=config_path,
-            dataset=dataset,
-            max_samples=max_samples,
-            save_format=save_format or (),
-            seed=seed,
-            trust_remote_code=trust_remote_code is TrueFalse.true,
-            max_memory=None if max_memory is None else parse_size(max_memory),
-            progress=told,
-            team=team,
-            check_later=not dry_run,
-        )
-        if dry_run:
-            if team.leads:
-                _show_plan(prepared, as_json)
-            return
-        report = run_guarded(prepared, save_path, overwrite=overwrite, progress=told)
-        progress.close()
-        if team.leads:
-            _show_report(report, as_json)
+            request = QuantRequest(
+                model_path=model_path,
+                model_type=model_type,
+                device=device,
+                quant_type=quant_type,
+                config_path=config_path,
+                dataset=dataset,
+                max_samples=max_samples,
+                save_format=tuple(save_format or ()),
+                seed=seed,
+                trust_remote_code=trust_remote_code is TrueFalse.true,
+                max_memory=None if max_memory is None else parse_size(max_memory),
+            )
+            shown = progress if team.is_leader else Progress()
+            check_save_path(save_path, model_path)
+            prepared = prepare(request, shown, team, check_later=not dry_run)
+            if dry_run:
+                if team.is_leader:
+                    _show_plan(prepared, as_json)
+                return
+            report = run_prepared(prepared, save_path, overwrite=overwrite, progress=shown)
+            progress.close()
+            if team.is_leader:
+                _show_report(report, as_json)
 
     try:
         stopped = f"run the same command again to go on; the work so far is in {save_path}"

@@ -33,10 +33,10 @@ from ..runtime import (
     Clock,
     Device,
     Progress,
+    out_of_memory_as_error,
     peak_device_memory,
     peak_rss,
     resolve_device,
-    told_out_of_memory,
 )
 from ..storage import load_json_object
 from .comparable import check_comparable
@@ -225,7 +225,7 @@ def _work_folder(save_path: str | Path | None) -> Iterator[Path]:
 def _told_faults(device: Device) -> Iterator[None]:
     """What memory and disk do to a run, told as faults that the user can mend."""
     try:
-        with told_out_of_memory(device, "lower max_tokens or max_pixels, or use --device cpu"):
+        with out_of_memory_as_error(device, "lower max_tokens or max_pixels, or use --device cpu"):
             yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

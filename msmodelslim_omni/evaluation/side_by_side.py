@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..calibration import CalibSample, HiddenStates, StemStore, prepare_sample, told_of
+from ..calibration import CalibSample, HiddenStates, StemStore, describe_fault, prepare_sample
 from ..errors import QuantError
 from ..models import (
     MODALITIES,
@@ -24,7 +24,7 @@ from ..numerics import QuantizedLinear
 from ..quantized import Source, load_linear
 from ..report import LayerDrift
 from ..run import quantized_layer
-from ..runtime import DEFAULT, Clock, Progress, free_memory, free_modules, one_ahead
+from ..runtime import DEFAULT_BUDGET, Clock, Progress, free_memory, free_modules, one_ahead
 from ..statistics import run_layer
 from ..storage import Checkpoint, load_finite, same_bytes
 from .scoring import drift, drift_figures
@@ -96,7 +96,7 @@ class SideBySide:
         for side in (FLOAT,) if shared else (FLOAT, QUANT):
             source = self._sources[side]
             store = self._stems[side] = StemStore(self._folder / f"stem-{side}", ARGUMENTS_BUDGET)
-            stem = source.model.family.open_stem(_floats_of(source), self._device, DEFAULT.towers)
+            stem = source.model.family.open_stem(_floats_of(source), self._device, DEFAULT_BUDGET.towers)
             for done, (number, sample) in enumerate(list(usable.items()), 1):
                 try:
                     inputs = prepare_sample(sample, processor)
@@ -144,10 +144,10 @@ class SideBySide:
             self._warn(f"{told}; counted as a sample without answer")
 
     def _leave_out(self, sample: CalibSample, error: QuantError, skip_bad: bool) -> None:
-        message = told_of(sample, error)
+        message = describe_fault(sample, error)
         if not skip_bad:
             raise QuantError(message, error.hint) from error
-        self._warn(f"sample left out: {message}")
+        self._warn(f"sample skipped: {message}")
 
     def _warn(self, text: str) -> None:
         """Once, though two models may meet the same sample."""
@@ -286,4 +286,4 @@ def _deciding(config: Any) -> Any:
 
 def refuse_nonfinite(tensor: torch.Tensor, where: str) -> None:
     if not bool(torch.isfinite(tensor).all()):
-        raise QuantError(f"{where}: NaN or Inf", "check that model alone, or leave the sample out")
+        raise QuantError(f"{where}: NaN or Inf", "check that model alone, or remove the sample")

@@ -9,7 +9,7 @@ Left out on purpose: samples and tensors. A plan is made from the recipe, config
 from __future__ import annotations
 
 from .admission import check_whole, declared_scheme, quantization_of, refuse_quantized
-from .peak_memory import peak_memory, settled, within
+from .peak_memory import fit_budget, peak_memory, refit_budget
 from .plan import LayerPlan, QuantPlan, make_plan
 
 __all__ = [
@@ -17,10 +17,10 @@ __all__ = [
     "QuantPlan",
     "check_whole",
     "declared_scheme",
+    "fit_budget",
     "make_plan",
     "peak_memory",
     "quantization_of",
+    "refit_budget",
     "refuse_quantized",
-    "settled",
-    "within",
 ]

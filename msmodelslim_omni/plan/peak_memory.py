@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..errors import QuantError
 from ..models import LinearGroup
 from ..runtime import (
-    DEFAULT,
+    DEFAULT_BUDGET,
     MIB,
     NO_SAMPLES,
     Budget,
@@ -35,8 +35,8 @@ _USED = 0.9
 
 # From generous to frugal: how much of H is held, and whether the next layer is read ahead.
 _FRUGAL = (
-    (DEFAULT.matrix, DEFAULT.factor, True),
-    (DEFAULT.matrix, DEFAULT.factor, False),
+    (DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, True),
+    (DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, False),
     (256 * MIB, 80 * MIB, False),
     (128 * MIB, 40 * MIB, False),
     (64 * MIB, 20 * MIB, False),
@@ -127,12 +127,12 @@ def _gram_bytes(budget: Budget, width: int, extent: Extent) -> tuple[int, int]:
     return 4 * width * sum(rows), 4 * width * sum(rows)
 
 
-def within(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
+def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
     """The plan with the most generous budget that stays below a limit. Raises QuantError where none does."""
     return _within(plan, extent, limit, _FRUGAL)
 
 
-def settled(plan: QuantPlan, extent: Extent) -> QuantPlan:
+def refit_budget(plan: QuantPlan, extent: Extent) -> QuantPlan:
     """The plan with its limit, if it has one, shared out anew, now that the extent is no longer an assumed one.
 
     H, on which results depend, keeps its room. Raises QuantError where too little is left for the rest.

@@ -24,7 +24,7 @@ from ..recipe import (
     WeightConfig,
     matches,
 )
-from ..runtime import DEFAULT, Budget
+from ..runtime import DEFAULT_BUDGET, Budget
 from ..storage import Checkpoint
 from .admission import (
     check_layers,
@@ -86,7 +86,7 @@ class QuantPlan:
     trust_remote_code: bool
     warnings: tuple[str, ...]
     checked: bool
-    budget: Budget = DEFAULT
+    budget: Budget = DEFAULT_BUDGET
 
     def kept_parts(self) -> list[tuple[Part, int]]:
         """The parts of the checkpoint that no Linear of a decoder layer belongs to, with their bytes."""

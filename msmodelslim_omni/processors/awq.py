@@ -30,7 +30,7 @@ from ..numerics import (
     row_blocks,
 )
 from ..recipe import AwqConfig
-from ..runtime import ALONE, Team
+from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import Gram
 from .fold import (
     folded,
@@ -149,7 +149,7 @@ def search_losses(
     scheme: QuantScheme,
     gram: Gram,
     triangle: Triangle | None,
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
 ) -> dict[int, float]:
     """Each candidate's squared output error, each Linear's relative to its signal, summed over the Linears.
 

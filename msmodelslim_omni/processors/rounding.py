@@ -13,7 +13,7 @@ import torch
 
 from ..errors import QuantError
 from ..numerics import QuantizedLinear, QuantScheme, quantize_weight
-from ..runtime import ALONE, Split, Team
+from ..runtime import SINGLE_PROCESS, Split, Team
 from ..statistics import Gram
 from .gptq import (
     Triangle,
@@ -41,7 +41,7 @@ def round_group(
     schemes: Mapping[str, QuantScheme],
     gram: Gram | None,
     triangle: Triangle | None,
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
 ) -> dict[str, QuantizedLinear]:
     """Quantize weights [out, in], each with its name, one after the other.
 
@@ -65,7 +65,7 @@ def round_group(
             mine += [[part.qweight, part.scales, part.zeros] for part in rounded]
             found[name] = len(blocks)
             owners += whose
-    everyones = iter(Split(team, tuple(owners)).collected(mine))
+    everyones = iter(Split(team, tuple(owners)).gather(mine))
     return {
         name: _of_blocks([next(everyones) for _ in range(there)], schemes[name]) if isinstance(there, int) else there
         for name, there in found.items()

@@ -10,7 +10,7 @@ import torch
 
 from ..models import LayerSpec
 from ..numerics import QuantizedLinear, QuantScheme
-from ..runtime import ALONE, Team
+from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import InputStats
 from .gptq import Triangle
 
@@ -86,7 +86,7 @@ class LayerWork:
     triangles: Mapping[str, Triangle] = field(default_factory=dict)
     rounded: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     probe: Probe | None = None
-    team: Team = ALONE
+    team: Team = SINGLE_PROCESS
     folds: Mapping[str, Fold] = field(default_factory=dict)
     quantized: dict[str, QuantizedLinear] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()

@@ -25,7 +25,7 @@ from ..run import (
     Outputs,
     Workspace,
     bits_per_weight,
-    check_room,
+    check_disk_space,
     check_save_path,
     float_item,
     in_pieces,
@@ -98,7 +98,7 @@ def export(
     _refuse_other_linears(source)
     job = make_export_job(source, save_format, thinker_only)
     tensors = format_tensors(fmt, job)
-    check_room(target, sum(tensor.spec.nbytes for tensor in tensors))
+    check_disk_space(target, sum(tensor.spec.nbytes for tensor in tensors))
     with Workspace(
         target, _fingerprint(source, save_format, part_file_size, thinker_only), overwrite=overwrite
     ) as workspace:

@@ -38,7 +38,7 @@ from ..numerics import (
     row_blocks,
 )
 from ..report import human_bytes
-from ..runtime import Device, Progress, resolve_device, told_out_of_memory
+from ..runtime import Device, Progress, out_of_memory_as_error, resolve_device
 from ..storage import TensorInfo, load_finite, load_json_object, open_checkpoint
 from .reader import (
     is_quantized,
@@ -119,7 +119,7 @@ def generate(
     model = open_model(source, bool(speech))
     inputs = prepare_sample(sample, source.model.family.open_media_processor(source.path, _LIMITS, trust_remote_code))
     started = time.perf_counter()
-    with told_out_of_memory(chosen, "give smaller media, or --device cpu"):
+    with out_of_memory_as_error(chosen, "give smaller media, or --device cpu"):
         fill_model(model, source, chosen, progress)
         inputs = _on_device(inputs, chosen.torch)
         pieces: list[str] = []

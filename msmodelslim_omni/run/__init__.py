@@ -12,19 +12,21 @@ from .assembly import float_item, in_pieces, make_job
 from .emulation import EmulatedLinear, quantized_layer
 from .measure import output_error
 from .outputs import Outputs
-from .pipeline import quantize, run_guarded
+from .pipeline import quantize, run_prepared, run_request
 from .preparation import Prepared, prepare
+from .request import QuantRequest
 from .summary import bits_per_weight, memory_of, versions, written_parts
-from .workspace import WORK_FOLDER, Workspace, check_room, check_save_path, remove
+from .workspace import WORK_FOLDER, Workspace, check_disk_space, check_save_path, remove
 
 __all__ = [
     "WORK_FOLDER",
     "EmulatedLinear",
     "Outputs",
     "Prepared",
+    "QuantRequest",
     "Workspace",
     "bits_per_weight",
-    "check_room",
+    "check_disk_space",
     "check_save_path",
     "float_item",
     "in_pieces",
@@ -35,7 +37,8 @@ __all__ = [
     "quantize",
     "quantized_layer",
     "remove",
-    "run_guarded",
+    "run_prepared",
+    "run_request",
     "versions",
     "written_parts",
 ]

@@ -1,4 +1,4 @@
-"""What becomes of each decoder layer: load -> capture -> process -> propagate -> measure; the next is read ahead."""
+"""The steps of each decoder layer: load -> capture -> process -> propagate -> measure. The next layer is read ahead."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Results = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
 def quantized_layers(
     prepared: Prepared, stream: CalibrationStream | None, first: int, clock: Clock
 ) -> Iterator[tuple[int, Results, dict[str, Any]]]:
-    """Each layer's number, what became of it, and its record; what is next is read meanwhile."""
+    """Quantize the layers from `first` on. Yields each layer's number, its results and its record for the report."""
     if stream is None:
         yield from _rounded_layers(prepared, first, clock)
         return
@@ -38,14 +38,14 @@ def quantized_layers(
                 weights = next(loaded)
             work, record = _quantize_layer(prepared, layer, weights, stream, clock)
             results = _results(plan, work)
-            del work, weights  # not held while the layer before is written
+            del work, weights  # free them while the previous layer is written
             yield layer.index, results, record
             del results
             free_memory(device)
 
 
 def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tuple[int, Results, dict[str, Any]]]:
-    """The same of a data-free run, which needs no more of a layer at once than a Linear and the next."""
+    """The same for a data-free run, which holds one Linear and the next one instead of a whole layer."""
     plan, device = prepared.plan, prepared.device.torch
     linears = plan.layer_spec.linears
     turns = [
@@ -53,7 +53,7 @@ def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tu
         for layer in plan.layers[first:]
         for linear in linears
     ]
-    # Taken in turn: one is read into while the other is rounded. Fresh memory takes longer than reading into it.
+    # Two buffers in turn: one is read into while the other is rounded. Fresh memory would be slower than the reading.
     widest = max((info.nbytes for _, _, info in turns), default=0)
     memory = [torch.empty(widest, dtype=torch.uint8) for _ in range(2 if plan.budget.read_ahead else 1)]
 
@@ -84,19 +84,19 @@ def _quantize_layer(
     stream: CalibrationStream,
     clock: Clock,
 ) -> tuple[LayerWork, dict[str, Any]]:
-    """One decoder layer: capture -> process -> propagate -> measure. Returns it quantized, and its record."""
+    """One decoder layer: capture -> process -> propagate -> measure. Returns the quantized layer and its record."""
     plan = prepared.plan
     on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
     work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
     with clock("forward"):
         seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
     probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
-    seen = replace(seen, stats={})  # H of each modality
+    seen = replace(seen, stats={})  # frees H of each modality
     loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
     work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
-    work, judged = _judged(plan, loaded, work, probe, clock)
+    work, probe_errors = _check_against_rounding(plan, loaded, work, probe, clock)
     with clock("propagate"):
-        output = stream.advance(layer.index, partial(_module, plan, work), judged)
+        output = stream.advance(layer.index, partial(_module, plan, work), probe_errors)
     with clock("measure"):
         return work, record_layer(plan, layer, work, output)
 
@@ -108,13 +108,13 @@ def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
     return work
 
 
-def _judged(
+def _check_against_rounding(
     plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe, clock: Clock
 ) -> tuple[LayerWork, Errors]:
-    """The layer as it is to be written, and the errors of its outputs on the judging samples.
+    """The layer to write, and its output errors on the probe samples.
 
-    Where a search was made on H the layer is tried, and plainly rounded if that is better; elsewhere the errors are
-    asked for only if no sample runs through the quantized layer anyway.
+    After a search on H, the layer is compared with plain rounding and the better one is taken. Otherwise the errors
+    are measured only if no sample runs through the quantized layer later, that is, without propagate_error.
     """
     probe.release()
     if plan.statistics == "gram":
@@ -129,7 +129,7 @@ def _judged(
 def _no_worse_than_rounding(
     plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe
 ) -> tuple[LayerWork, Errors]:
-    """The layer as it is, if its true output error is below that of plain rounding; else plainly rounded."""
+    """The layer itself if its output error is below that of plain rounding, otherwise the plainly rounded layer."""
     if not loaded.schemes:
         return work, probe.errors(_module(plan, work, held=False))
     plain = replace(
@@ -139,18 +139,18 @@ def _no_worse_than_rounding(
             for linear, scheme in loaded.schemes.items()
         },
         smoothing=tuple(
-            replace(record, alpha=None, gain=1.0, reason=f"taken back: {record.reason}") for record in work.smoothing
+            replace(record, alpha=None, gain=1.0, reason=f"reverted: {record.reason}") for record in work.smoothing
         ),
         notes=work.notes,
     )
     searched = probe.errors(_module(plan, work, held=False))
     rounded = probe.errors(_module(plan, plain, held=False))
-    error, of_plain = probe.weighed(searched), probe.weighed(rounded)
+    error, of_plain = probe.weighted_error(searched), probe.weighted_error(rounded)
     ratio = relative_error(error, of_plain)
     if error < of_plain:
         return replace(work, over_plain=ratio), searched
     note = "fell back to plain rounding: " + (
-        f"the search's output error would be {ratio:.3f}x of it" if of_plain > 0 else "it loses nothing here"
+        f"the search's output error was {ratio:.3f}x as large" if of_plain > 0 else "it is exact here"
     )
     return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
@@ -164,7 +164,7 @@ def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
 
 
 def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:
-    """The library's layer as the work has it. held: see quantized_layer."""
+    """The library's layer with the tensors of `work`. held: see quantized_layer."""
     floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
     return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, held)
 

@@ -1,4 +1,4 @@
-"""quantize(): the whole run. The one file to read first; what becomes of a layer is in layers.py.
+"""quantize(): the whole run. Read this file first; layers.py holds the steps of one decoder layer.
 
 Recipe -> QuantPlan -> Checkpoint -> calibration stream
        -> layer by layer: load -> capture -> process -> propagate -> every format
@@ -17,29 +17,19 @@ from typing import Any
 
 import torch
 
-from ..calibration import CalibrationStream
+from ..calibration import CalibrationStream, prepare_stems
 from ..errors import QuantError
 from ..plan import check_whole
 from ..report import Report, read_report, write_documents
-from ..runtime import Background, Clock, Progress, open_team, peak_rss, told_out_of_memory
-from .assembly import (
-    Item,
-    Units,
-    finished_items,
-    make_job,
-    units,
-)
+from ..runtime import Background, Clock, Progress, open_team, out_of_memory_as_error, peak_rss
+from .assembly import Item, Units, finished_items, make_job, units
 from .forecast import forecast
 from .layers import quantized_layers
 from .outputs import Outputs
 from .preparation import Prepared, fingerprint, prepare
+from .request import QuantRequest
 from .summary import make_report
-from .workspace import (
-    WORK_FOLDER,
-    Workspace,
-    check_room,
-    check_save_path,
-)
+from .workspace import WORK_FOLDER, Workspace, check_disk_space, check_save_path
 
 
 def quantize(
@@ -59,86 +49,87 @@ def quantize(
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Quantize a checkpoint by a recipe and write it in every format the recipe names.
+    """Quantize a checkpoint by a recipe and write it in every format that the recipe names.
 
-    `config_path` (a recipe file, or a shipped recipe's name) and `quant_type` exclude each other; without both it is
-    w8a8. Raises QuantError for whatever the user can mend; a run stopped at any moment goes on when called again.
-    Processes that torchrun has started share one run; the report is returned in each.
+    The arguments are the fields of QuantRequest, which describes them. overwrite: replace an earlier output in
+    save_path. Raises QuantError for every error that the user can fix. A run that was stopped at any moment resumes
+    when called again. Processes started by torchrun share one run; each of them returns the report.
     """
-    with open_team(device) as team:
-        progress = progress if progress is not None and team.leads else Progress()
-        check_save_path(Path(save_path), Path(model_path))
-        prepared = prepare(
-            model_path,
-            model_type=model_type,
-            device=device,
-            quant_type=quant_type,
-            config_path=config_path,
-            dataset=dataset,
-            max_samples=max_samples,
-            save_format=save_format,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            max_memory=max_memory,
-            progress=progress,
-            team=team,
-            check_later=True,
-        )
-        return run_guarded(prepared, Path(save_path), overwrite=overwrite, progress=progress)
+    request = QuantRequest(
+        model_path=Path(model_path),
+        model_type=model_type,
+        device=device,
+        quant_type=quant_type,
+        config_path=config_path,
+        dataset=dataset,
+        max_samples=max_samples,
+        save_format=tuple(save_format),
+        seed=seed,
+        trust_remote_code=trust_remote_code,
+        max_memory=max_memory,
+    )
+    return run_request(request, Path(save_path), overwrite=overwrite, progress=progress or Progress())
 
 
-def run_guarded(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
-    """`run`, with what the disk does to it told as a fault that the user can mend."""
-    remedy = "give --max_memory, lower calibration.max_tokens or max_pixels, or use --device cpu"
+def run_request(request: QuantRequest, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
+    """Carry out a request; see quantize."""
+    with open_team(request.device) as team:
+        progress = progress if team.is_leader else Progress()
+        check_save_path(save_path, request.model_path)
+        prepared = prepare(request, progress, team, check_later=True)
+        return run_prepared(prepared, save_path, overwrite=overwrite, progress=progress)
+
+
+def run_prepared(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
+    """Carry out or resume a prepared run. Disk and out-of-memory errors become QuantError with a hint."""
+    hint = "use --max_memory, lower calibration.max_tokens or max_pixels, or use --device cpu"
     try:
-        with told_out_of_memory(prepared.device, remedy):
-            return run(prepared, save_path, overwrite=overwrite, progress=progress)
+        with out_of_memory_as_error(prepared.device, hint):
+            return _run_shared(prepared, save_path, overwrite, progress)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            what, remedy = f"the disk is full while writing to {str(save_path)!r}", "free some space"
+            message, hint = f"the disk is full while writing to {str(save_path)!r}", "free some space"
         else:
-            what, remedy = f"{error.filename or save_path}: {error.strerror or error}", "see to the file or disk"
-        again = "then run the same command again: it goes on where it stopped"
-        raise QuantError(what, f"{remedy}, {again}") from error
+            message, hint = f"{error.filename or save_path}: {error.strerror or error}", "check the file or disk"
+        raise QuantError(message, f"{hint}, then run the same command again; it resumes where it stopped") from error
 
 
 # --- the run -------------------------------------------------------------------------------------------------
 
 
-def run(prepared: Prepared, save_path: Path, *, overwrite: bool, progress: Progress) -> Report:
-    """Carry a prepared run out, or go on with it."""
+def _run_shared(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progress) -> Report:
     team = prepared.team
-    if team.leads:
+    if team.is_leader:
         report = _lead(prepared, save_path, overwrite, progress)
-        team.told(next(iter(report.savers.values())))
+        team.broadcast(next(iter(report.savers.values())))
         return report
     _follow(prepared, save_path / WORK_FOLDER)
-    return read_report(Path(team.told()))
+    return read_report(Path(team.broadcast()))
 
 
 def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progress) -> Report:
-    """The process that owns the output, and computes its share of it; of one process all."""
-    check_room(save_path, prepared.forecast.disk_bytes)
-    if (save_path / WORK_FOLDER).exists():  # nothing of what lies there is touched before all is checked
-        prepared = _checked(prepared, progress)
+    """The process that owns the output and computes its share of it; with one process, all of it."""
+    check_disk_space(save_path, prepared.forecast.disk_bytes)
+    if (save_path / WORK_FOLDER).exists():  # an existing work folder is changed only after every check has passed
+        prepared = _with_checkpoint_checked(prepared, progress)
     with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
-        if prepared.team.told(workspace.is_committing()):
-            progress.say("the output is finished; moving it to its place")
+        if prepared.team.broadcast(workspace.is_committing()):
+            progress.say("the output is complete; moving it into place")
             return _commit(workspace, workspace.committed_savers())
-        # Sums over threads depend on their number: a resumed run uses as many as the one that began.
-        with _threads(prepared.team.told(workspace.remember("threads", torch.get_num_threads()))):
+        # Sums over threads depend on their number, so a resumed run uses as many as the first one.
+        with _threads(prepared.team.broadcast(workspace.remember("threads", torch.get_num_threads()))):
             return _run_layers(prepared, workspace, progress)
 
 
 def _follow(prepared: Prepared, folder: Path) -> None:
-    """Every other process: its share of each layer, in step with `_lead`; nothing of the output."""
+    """Every other process: its share of each layer, in step with `_lead`. It writes no output."""
     team = prepared.team
-    if team.told():
+    if team.broadcast():
         return
-    with _threads(team.told()):
+    with _threads(team.broadcast()):
         clock = Clock()
         stream = _open_stream(prepared, folder, Progress(), clock)
-        for _ in quantized_layers(prepared, stream, _first_layer(team.told(), stream), clock):
+        for _ in quantized_layers(prepared, stream, _first_layer(team.broadcast(), stream), clock):
             pass
 
 
@@ -155,29 +146,27 @@ def _threads(count: int) -> Iterator[None]:
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan = prepared.plan
     clock = Clock(peak_rss)
-
     stream = _open_stream(prepared, workspace.folder, progress, clock)
-    if stream is not None:
-        # Now that the samples' lengths are known.
-        check_room(workspace.save_path, forecast(plan, stream.extent()).disk_bytes)
+    if stream is not None:  # the samples' lengths are known only now
+        check_disk_space(workspace.save_path, forecast(plan, stream.stems.extent()).disk_bytes)
     job = make_job(plan)
     parts = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
         with clock("resume"):
-            first = _first_layer(prepared.team.told(_whole_layers(outputs, parts)), stream)
+            first = _first_layer(prepared.team.broadcast(_count_finished_layers(outputs, parts)), stream)
         if first:
-            progress.say(f"going on at layer {first}; the layers before it are finished")
-        with Background() as writing, Background() as copying, _stop_on_fault() as stop:
+            progress.say(f"resuming at layer {first}; the layers before it are finished")
+        with Background() as writing, Background() as copying, _stop_on_error() as stop:
             copying.start(_copy_others, outputs, parts, stop)
-            with clock("check"), _discard_on_fault(workspace):
-                prepared = _checked(prepared, progress)
+            with clock("check"), _discard_on_error(workspace):
+                prepared = _with_checkpoint_checked(prepared, progress)
             for layer, results, record in quantized_layers(prepared, stream, first, clock):
                 with clock("write"):
-                    copying.raise_what_failed()
+                    copying.raise_if_failed()
                     if writing.busy:
                         writing.result()
                     writing.start(_save, outputs, stream, layer, finished_items(parts.layers[layer], *results), record)
-                progress.step("layers", layer + 1, len(plan.layers), _detail(stream))
+                progress.step("layers", layer + 1, len(plan.layers), _progress_detail(stream))
                 del results
             with clock("write"):
                 if writing.busy:
@@ -189,29 +178,29 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
 
 
 def _open_stream(prepared: Prepared, folder: Path, progress: Progress, clock: Clock) -> CalibrationStream | None:
-    """The samples at the first layer; None for a data-free run."""
+    """The samples in front of the first layer; None for a data-free run."""
     if prepared.calib is None:
         return None
-    stream = CalibrationStream(prepared.plan, prepared.calib, folder, prepared.device.torch, prepared.team)
+    plan, device, team = prepared.plan, prepared.device.torch, prepared.team
     with clock("towers"):
-        stream.prepare(progress)
-    return stream
+        stems = prepare_stems(plan, prepared.calib, folder, device, progress, team)
+        return CalibrationStream(plan, stems, folder, device, team)
 
 
-def _unit(layer: int) -> str:
+def _layer_unit(layer: int) -> str:
     return f"layer {layer}"
 
 
-def _whole_layers(outputs: Outputs, parts: Units) -> int:
-    """How many layers, from the first on, are finished."""
+def _count_finished_layers(outputs: Outputs, parts: Units) -> int:
+    """How many layers, counted from the first, are finished."""
     first = 0
-    while first < len(parts.layers) and outputs.is_whole(_unit(first), parts.layers[first]):
+    while first < len(parts.layers) and outputs.is_whole(_layer_unit(first), parts.layers[first]):
         first += 1
     return first
 
 
 def _first_layer(finished: int, stream: CalibrationStream | None) -> int:
-    """The layer to begin with: after the finished ones, if what reaches it is still there."""
+    """The layer to start with: the first unfinished one if its input is stored, otherwise layer 0."""
     if stream is None:
         return finished
     first = finished if stream.can_start_at(finished) else 0
@@ -219,8 +208,8 @@ def _first_layer(finished: int, stream: CalibrationStream | None) -> int:
     return first
 
 
-def _checked(prepared: Prepared, progress: Progress) -> Prepared:
-    """With the whole checkpoint checked, if it is not yet."""
+def _with_checkpoint_checked(prepared: Prepared, progress: Progress) -> Prepared:
+    """Check the whole checkpoint if `prepare` has postponed that."""
     plan = prepared.plan
     if plan.checked:
         return prepared
@@ -231,8 +220,8 @@ def _checked(prepared: Prepared, progress: Progress) -> Prepared:
 
 
 @contextmanager
-def _discard_on_fault(workspace: Workspace) -> Iterator[None]:
-    """Leave nothing of a run whose checkpoint turns out not to be whole: it could not be gone on with."""
+def _discard_on_error(workspace: Workspace) -> Iterator[None]:
+    """Delete the work folder of a run whose checkpoint is incomplete: it could never be resumed."""
     try:
         yield
     except QuantError:
@@ -241,8 +230,8 @@ def _discard_on_fault(workspace: Workspace) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_fault() -> Iterator[Event]:
-    """What is to stop a thread when something goes wrong beside it."""
+def _stop_on_error() -> Iterator[Event]:
+    """An event that tells a background thread to stop when the main thread fails."""
     stop = Event()
     try:
         yield stop
@@ -252,22 +241,22 @@ def _stop_on_fault() -> Iterator[Event]:
 
 
 def _copy_others(outputs: Outputs, parts: Units, stop: Event) -> None:
-    """What no layer computes: towers, talker and all else, as they are."""
+    """Copy everything outside the decoder layers unchanged: towers, talker and the rest."""
     for number, items in enumerate(parts.others):
         unit = f"others {number}"
         if not stop.is_set() and not outputs.is_whole(unit, items):
             outputs.save(unit, items)
 
 
-def _detail(stream: CalibrationStream | None) -> str:
-    return f"{len(stream)} samples" if stream is not None else ""
+def _progress_detail(stream: CalibrationStream | None) -> str:
+    return f"{len(stream.stems)} samples" if stream is not None else ""
 
 
 def _save(
     outputs: Outputs, stream: CalibrationStream | None, index: int, items: list[Item], record: dict[str, Any]
 ) -> None:
-    """Once a layer is safe on the disk, what led to it is not needed any more."""
-    outputs.save(_unit(index), items, record)
+    """Write a layer. Once it is safe on disk, its input is deleted."""
+    outputs.save(_layer_unit(index), items, record)
     if stream is not None:
         stream.forget(index)
 
@@ -284,8 +273,8 @@ def _finish(
     clock: Clock,
     progress: Progress,
 ) -> Report:
-    """Write report and card into each output, and move all to its place."""
-    plan = prepared.plan
+    """Write report and model card into each output, and move all outputs into place."""
+    plan, stems = prepared.plan, None if stream is None else stream.stems
     names: list[str] = [saver.type for saver in plan.savers]
     report = make_report(
         plan,
@@ -293,11 +282,11 @@ def _finish(
         tensors=outputs.tensors(),
         places={name: str(workspace.place(name, names)) for name in names},
         output_bytes=outputs.nbytes(),
-        layers=[workspace.record(_unit(layer.index)) for layer in plan.layers],
-        stream=stream,
+        layers=[workspace.record(_layer_unit(layer.index)) for layer in plan.layers],
+        stems=stems,
         clock=clock,
         resumed_at_layer=first,
-        warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stream.warnings if stream else ())),
+        warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stems.warnings if stems else ())),
     )
     folders = {name: workspace.output_folder(name) for name in names}
     for folder in folders.values():

@@ -1,92 +1,84 @@
-"""Everything before the first weight: recipe, checkpoint, plan, dataset, forecast; and what the output depends on."""
+"""Every step before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast, fingerprint."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 
 from ..calibration import CalibSet, load_calib_set
 from ..errors import QuantError
 from ..files import file_digest, value_digest
 from ..models import ModelSpec, derive_model_type, named_model_type
-from ..plan import QuantPlan, make_plan, refuse_quantized, within
+from ..plan import QuantPlan, fit_budget, make_plan, refuse_quantized
 from ..recipe import Recipe, find_recipe, resolve_recipe
-from ..runtime import ALONE, Device, Progress, Team, resolve_device
+from ..runtime import SINGLE_PROCESS, Device, Progress, Team, resolve_device
 from ..storage import open_checkpoint
 from .forecast import Forecast, assumed_extent, forecast
+from .request import QuantRequest
 from .summary import versions
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that could start: everything checked but what `check_later` puts off, nothing computed. team: the processes
-    that share it."""
+    """A run that is ready to start: everything is checked, except what `check_later` postpones; nothing is computed.
 
+    team: the processes that share the run.
+    """
+
+    request: QuantRequest
     plan: QuantPlan
     device: Device
     calib: CalibSet | None
     forecast: Forecast
-    team: Team = ALONE
+    team: Team = SINGLE_PROCESS
 
 
 def prepare(
-    model_path: str | Path,
-    *,
-    model_type: str | None = None,
-    device: str = "auto",
-    quant_type: str | None = None,
-    config_path: str | None = None,
-    dataset: str | None = None,
-    max_samples: int | None = None,
-    save_format: Sequence[str] = (),
-    seed: int = 0,
-    trust_remote_code: bool = False,
-    max_memory: int | None = None,
+    request: QuantRequest,
     progress: Progress | None = None,
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
+    *,
     check_later: bool = False,
 ) -> Prepared:
-    """All checks before the first weight is read: device, recipe, checkpoint, plan, dataset, forecast.
+    """Run every check that needs no weights: device, recipe, checkpoint, plan, dataset, memory.
 
-    max_memory: bytes that the process may have in memory. check_later: see make_plan; `run` makes up for it.
+    check_later: postpone the check of the whole checkpoint, see make_plan; `run_prepared` does it. Raises QuantError.
     """
     progress = progress or Progress()
-    chosen = resolve_device(device, team.place)
-    progress.say(f"device {chosen.name} ({chosen.reason})")
-    named = named_model_type(model_type) if model_type else None
-    refuse_quantized(Path(model_path))  # first, since one for Ascend has no weights of the name that is opened
-    checkpoint = open_checkpoint(model_path)
+    device = resolve_device(request.device, team.local_rank)
+    progress.say(f"device {device.name} ({device.reason})")
+    named = named_model_type(request.model_type) if request.model_type else None
+    refuse_quantized(request.model_path)  # first: an Ascend checkpoint has no weight file of the expected name
+    checkpoint = open_checkpoint(request.model_path)
     model = named or derive_model_type(checkpoint.config)
     if named is None:
         progress.say(f"model type {model.model_type}, derived from config.json")
-    recipe = choose_recipe(model, quant_type, config_path)
+    recipe = choose_recipe(model, request.quant_type, request.config_path)
     progress.say(f"recipe {recipe.path}")
     plan = make_plan(
         recipe,
         model,
         checkpoint,
-        save_formats=save_format,
-        dataset=dataset,
-        max_samples=max_samples,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
+        save_formats=request.save_format,
+        dataset=request.dataset,
+        max_samples=request.max_samples,
+        seed=request.seed,
+        trust_remote_code=request.trust_remote_code,
         check_later=check_later,
     )
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
     extent = assumed_extent(plan, calib)
-    if max_memory is not None:
-        plan = within(plan, extent, max_memory)
+    if request.max_memory is not None:
+        plan = fit_budget(plan, extent, request.max_memory)
     if extent.modalities == 1:
-        plan = replace(plan, budget=replace(plan.budget, towers=0))  # text alone: nothing will ask for their weights
-    return Prepared(plan, chosen, calib, forecast(plan, extent), team)
+        plan = replace(plan, budget=replace(plan.budget, towers=0))  # text only: the towers are never read
+    return Prepared(request, plan, device, calib, forecast(plan, extent), team)
 
 
 def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:
-    """The recipe that is asked for; w8a8 where nothing is."""
+    """The requested recipe, w8a8 by default. Raises QuantError where both a type and a recipe are given."""
     if quant_type and config_path:
         raise QuantError("--quant_type and --config_path exclude each other", "give one of them")
     if config_path:
@@ -117,16 +109,16 @@ def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:
     present = {modality for sample in calib.samples for modality in sample.modalities()}
     if absent := [name for name, weight in weights.items() if weight > 0 and name not in present]:
         raise QuantError(
-            f"{where}: a weight for {absent[0]}, which no sample of {calib.index} has; it has"
+            f"{where}: a weight for {absent[0]}, but no sample of {calib.index} has that modality; the samples have"
             f" {', '.join(sorted(present))}",
-            "leave it out, or add samples with it",
+            "remove the weight, or add samples with that modality",
         )
     if not any(weights.values()):
-        raise QuantError(f"{where}: all modality weights are zero", "give one a weight, or say `balanced`")
+        raise QuantError(f"{where}: all modality weights are zero", "give at least one a weight, or set `balanced`")
 
 
 def fingerprint(prepared: Prepared) -> dict[str, str]:
-    """What the output depends on; a work folder with another fingerprint is not gone on with."""
+    """Everything that the output depends on. A run resumes only from a work folder with an equal fingerprint."""
     plan, calib = prepared.plan, prepared.calib
     return {
         **versions(),
@@ -142,7 +134,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
 
 
 def _media_fingerprint(plan: QuantPlan) -> dict[str, str]:
-    """What turns media into tokens; nothing for a data-free run."""
+    """The files and libraries that turn media into tokens; empty for a data-free run."""
     if plan.dataset is None:
         return {}
     files = [file for file in plan.checkpoint.other_files() if file.suffix in (".json", ".txt", ".jinja")]

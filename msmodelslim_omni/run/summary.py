@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ..calibration import CalibrationStream
+from ..calibration import Stems
 from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan
@@ -23,7 +23,7 @@ def make_report(
     places: dict[str, str],
     output_bytes: dict[str, int],
     layers: Sequence[dict[str, Any]],
-    stream: CalibrationStream | None,
+    stems: Stems | None,
     clock: Clock,
     resumed_at_layer: int,
     warnings: tuple[str, ...],
@@ -39,9 +39,9 @@ def make_report(
         versions=versions(),
         device=device.name,
         seed=plan.seed,
-        data_free=stream is None,
-        samples=len(stream) if stream is not None else 0,
-        tokens_by_modality=stream.tokens_by_modality() if stream is not None else {},
+        data_free=stems is None,
+        samples=len(stems) if stems is not None else 0,
+        tokens_by_modality=stems.tokens_by_modality() if stems is not None else {},
         parts=parts,
         output_bytes=output_bytes,
         source_bytes=plan.checkpoint.total_bytes,

@@ -261,7 +261,7 @@ def check_save_path(save_path: Path, model_path: Path) -> None:
             return
 
 
-def check_room(save_path: Path, needed: int) -> None:
+def check_disk_space(save_path: Path, needed: int) -> None:
     """Refuse to start where the disk cannot hold `needed` bytes; what a stopped run has written counts."""
     # By blocks: a file in the making has its full length from the start.
     there = sum(f.stat().st_blocks * 512 for f in (save_path / WORK_FOLDER).rglob("*") if f.is_file())

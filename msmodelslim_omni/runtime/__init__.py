@@ -8,26 +8,26 @@ Left out on purpose: models and files.
 from __future__ import annotations
 
 from .background import Background, one_ahead
-from .budget import DEFAULT, MIB, NO_SAMPLES, Budget, Extent, parse_size
+from .budget import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent, parse_size
 from .device import (
     Device,
     float64_device,
     free_memory,
     free_modules,
+    out_of_memory_as_error,
     peak_device_memory,
     peak_rss,
     resolve_device,
-    told_out_of_memory,
 )
 from .progress import Clock, Progress
-from .team import ALONE, WHOLE, Split, Team, open_team
+from .team import SINGLE_PROCESS, UNSPLIT, Split, Team, open_team
 
 __all__ = [
-    "ALONE",
-    "DEFAULT",
+    "DEFAULT_BUDGET",
     "MIB",
     "NO_SAMPLES",
-    "WHOLE",
+    "SINGLE_PROCESS",
+    "UNSPLIT",
     "Background",
     "Budget",
     "Clock",
@@ -41,9 +41,9 @@ __all__ = [
     "free_modules",
     "one_ahead",
     "open_team",
+    "out_of_memory_as_error",
     "parse_size",
     "peak_device_memory",
     "peak_rss",
     "resolve_device",
-    "told_out_of_memory",
 ]

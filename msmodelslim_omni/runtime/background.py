@@ -33,7 +33,7 @@ class Background:
         running, self._running = self._running, None
         return running.result()
 
-    def raise_what_failed(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise what the call has raised so far; do not wait for it."""
         if self._running is not None and self._running.done():
             self._running.result()

@@ -28,7 +28,7 @@ class Budget:
     limit: int | None = None
 
 
-DEFAULT = Budget()
+DEFAULT_BUDGET = Budget()
 
 
 @dataclass(frozen=True)

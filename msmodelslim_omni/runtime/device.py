@@ -40,7 +40,7 @@ class Device:
 
 
 @contextmanager
-def told_out_of_memory(device: Device, remedy: str) -> Iterator[None]:
+def out_of_memory_as_error(device: Device, remedy: str) -> Iterator[None]:
     """What is raised when the device's memory is used up, as a QuantError with what the user can do about it."""
     try:
         yield

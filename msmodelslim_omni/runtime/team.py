@@ -33,10 +33,10 @@ class Team:
 
     rank: int = 0
     size: int = 1
-    place: int = 0
+    local_rank: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process owns the output: its lock, its files, the report and what is said."""
         return self.rank == 0
 
@@ -56,9 +56,9 @@ class Team:
         What it returns: see packing.py.
         """
         split = self.split([1.0] * len(items) if costs is None else costs)
-        return split.collected([function(items[i]) for i in split.mine])
+        return split.gather([function(items[i]) for i in split.mine])
 
-    def everyones(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """The values that all processes give, by rank."""
         if self.size == 1:
             return [value]
@@ -76,12 +76,12 @@ class Team:
                 dist.broadcast(buffer, src=rank)
         return [unpack(buffer) for buffer in packed]
 
-    def told(self, value: Any = None) -> Any:
+    def broadcast(self, value: Any = None) -> Any:
         """The value that the leading process gives; that of the others counts for nothing."""
-        return self.everyones(value if self.leads else None)[0]
+        return self.all_gather(value if self.is_leader else None)[0]
 
     @torch.inference_mode()
-    def add_up(self, tensor: torch.Tensor) -> None:
+    def all_reduce(self, tensor: torch.Tensor) -> None:
         """Make a tensor the sum of those of all processes, in place; the same bits in every process.
 
         In float32 the partial sums are rounded where one process would not round them, and the other way round. Of n
@@ -94,7 +94,7 @@ class Team:
                 dist.all_reduce(tensor)
 
 
-ALONE = Team()
+SINGLE_PROCESS = Team()
 
 
 @dataclass(frozen=True)
@@ -113,19 +113,19 @@ class Split:
         """Some of the items, by position."""
         return Split(self.team, tuple(self.owners[item] for item in items))
 
-    def collected(self, values: list[Any]) -> list[Any]:
+    def gather(self, values: list[Any]) -> list[Any]:
         """Those of all items in their order, of the values of this process' items."""
         if self.team.size == 1:
             return values
-        return self.interleaved(self.team.everyones(values))
+        return self.interleave(self.team.all_gather(values))
 
-    def interleaved(self, by_rank: Sequence[Sequence[Any]]) -> list[Any]:
+    def interleave(self, by_rank: Sequence[Sequence[Any]]) -> list[Any]:
         """The values of all items in their order, of lists by rank."""
         left = [iter(values) for values in by_rank]
         return [next(left[owner]) for owner in self.owners]
 
 
-WHOLE = Split(ALONE, ())  # of one process, whatever the items
+UNSPLIT = Split(SINGLE_PROCESS, ())  # of one process, whatever the items
 
 
 # --- meeting and parting -------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def open_team(device: str) -> Iterator[Team]:
     those that are left tells so.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
@@ -154,7 +154,7 @@ def open_team(device: str) -> Iterator[Team]:
     team = Team(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
     before = signal.signal(signal.SIGTERM, _stop)  # torchrun ends the processes that are left
     try:
-        chosen = resolve_device(device, team.place).torch
+        chosen = resolve_device(device, team.local_rank).torch
         use_device(chosen)
         with _as_one_fault():
             dist.init_process_group(

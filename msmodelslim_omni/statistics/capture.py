@@ -15,7 +15,7 @@ import torch
 
 from ..errors import QuantError
 from ..models import MODALITIES, LayerInput, LayerSpec
-from ..runtime import DEFAULT, WHOLE, Budget, Split
+from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split
 from .gram import (
     Gram,
     GramBuilder,
@@ -139,8 +139,8 @@ class InputRecorder:
         layer: torch.nn.Module,
         spec: LayerSpec,
         tokens: Sequence[int] | None = None,
-        budget: Budget = DEFAULT,
-        split: Split = WHOLE,
+        budget: Budget = DEFAULT_BUDGET,
+        split: Split = UNSPLIT,
     ) -> None:
         self._split = split
         self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
@@ -178,7 +178,7 @@ class InputRecorder:
             if not torch.isfinite(new.abssum).all():
                 raise QuantError(
                     f"{linears[0]}: NaN or Inf in the activations that reach it",
-                    "check the checkpoint with the float model, or leave the sample out",
+                    "check the checkpoint with the float model, or remove the sample",
                 )
             seen = self._stats[group]
             self._stats[group] = [*seen, new] if self._split.team.size > 1 or not seen else [seen[0].merged(new)]
@@ -226,8 +226,8 @@ def _of_all(own: list[InputStats], split: Split) -> list[InputStats]:
     """Those of all samples in their order, of those of this process' samples."""
     if split.team.size == 1:
         return own
-    by_rank = split.team.everyones([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own])
-    return [InputStats(*tensors) for tensors in split.interleaved(by_rank)] if any(by_rank) else []
+    by_rank = split.team.all_gather([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own])
+    return [InputStats(*tensors) for tensors in split.interleave(by_rank)] if any(by_rank) else []
 
 
 def run_layer(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..runtime import ALONE, Team
+from ..runtime import SINGLE_PROCESS, Team
 
 _FLUSH_ROWS = 1024  # tokens that are gathered before they are multiplied
 _TILE = 512  # columns of H worked out at once; what lies below the diagonal is mirrored
@@ -167,13 +167,13 @@ class GramBuilder:
         return self._signs[first : first + count]
 
     @torch.inference_mode()
-    def finish(self, team: Team = ALONE) -> Gram:
+    def finish(self, team: Team = SINGLE_PROCESS) -> Gram:
         """H of the tokens that all processes of the team have added."""
         if self._waiting:
             self._flush()
-        tokens = sum(team.everyones(self._tokens))
-        team.add_up(self._held)
-        team.add_up(self._squares)
+        tokens = sum(team.all_gather(self._tokens))
+        team.all_reduce(self._held)
+        team.all_reduce(self._squares)
         if self._rows is None:
             for first in range(0, self._held.shape[0], _TILE):
                 tile = slice(first, first + _TILE)

@@ -30,9 +30,10 @@ from msmodelslim_omni.analysis.sensitivity import (
     measure_unit,
     tails,
 )
-from msmodelslim_omni.calibration.layer_probe import LayerProbe, importance
+from msmodelslim_omni.calibration.layer_probe import LayerProbe
 from msmodelslim_omni.calibration.samples import load_calib_set
 from msmodelslim_omni.calibration.stream import Captured
+from msmodelslim_omni.calibration.token_roles import token_importance
 from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
@@ -86,7 +87,7 @@ def weights() -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def seen(weights: dict[str, torch.Tensor]) -> Captured:
     """Every token kept and counted, and every sample watched."""
-    counts = importance("balanced", token_counts(SAMPLES))
+    counts = token_importance("balanced", token_counts(SAMPLES))
     probe = LayerProbe(build(weights), {"self_attn", "mlp"}, counts)
     for one in SAMPLES:
         probe.watch(one.inputs, one.modality)

@@ -371,8 +371,8 @@ def test_on_bad_sample_skip(folder: Path) -> None:
     calib = load(folder, {"image": "none.png"}, {"text": "good"}, b"{", on_bad_sample="skip")
     assert [sample.where for sample in calib.samples] == ["index.jsonl:2"]
     assert len(calib.warnings) == 2
-    assert calib.warnings[0].startswith("sample left out: index.jsonl:1: image ")
-    assert calib.warnings[1].startswith("sample left out: index.jsonl:3: not valid JSON")
+    assert calib.warnings[0].startswith("sample skipped: index.jsonl:1: image ")
+    assert calib.warnings[1].startswith("sample skipped: index.jsonl:3: not valid JSON")
 
 
 def test_skipping_everything_is_an_error(folder: Path) -> None:

@@ -19,14 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from msmodelslim_omni.calibration.layer_probe import (
-    LayerProbe,
-    choose_judges,
-    held_out,
-    importance,
-)
+from msmodelslim_omni.calibration.layer_probe import LayerProbe
 from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
+from msmodelslim_omni.calibration.stems import prepare_stems
 from msmodelslim_omni.calibration.stream import CalibrationStream
+from msmodelslim_omni.calibration.token_roles import choose_held_out, choose_probe_samples, token_importance
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
@@ -34,6 +31,7 @@ from msmodelslim_omni.numerics.arithmetic import quantize_weight
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.run.emulation import emulate
 from msmodelslim_omni.run.preparation import Prepared, prepare
+from msmodelslim_omni.run.request import QuantRequest
 from msmodelslim_omni.runtime.progress import Progress
 from msmodelslim_omni.statistics.capture import run_layer
 from msmodelslim_omni.storage.checkpoint import Checkpoint, open_checkpoint
@@ -379,14 +377,15 @@ def test_embedding_rows_come_from_disk_unchanged(
 
 @pytest.fixture
 def prepared(tiny: Path, dataset: Path) -> Prepared:
-    return prepare(tiny, device="cpu", dataset=str(dataset))
+    return prepare(QuantRequest(tiny, device="cpu", dataset=str(dataset)))
 
 
 def open_stream(prepared: Prepared, folder: Path) -> CalibrationStream:
     folder.mkdir(exist_ok=True)
     assert prepared.calib is not None
-    stream = CalibrationStream(prepared.plan, prepared.calib, folder, torch.device("cpu"))
-    stream.prepare(Progress())
+    device = torch.device("cpu")
+    stems = prepare_stems(prepared.plan, prepared.calib, folder, device, Progress())
+    stream = CalibrationStream(prepared.plan, stems, folder, device)
     stream.start_at(0)
     return stream
 
@@ -397,7 +396,7 @@ def test_an_unquantized_layer_has_no_error(prepared: Prepared, tmp_path: Path) -
     for index in range(2):
         module = omni.build_layer(checkpoint.config, index, float_weights(checkpoint, index))
         seen = stream.capture(index, module, prepared.plan.layer_spec)
-        assert sum(stream.tokens_by_modality().values()) == int(seen.stats["qkv"].count.sum())
+        assert sum(stream.stems.tokens_by_modality().values()) == int(seen.stats["qkv"].count.sum())
         assert seen.stats["qkv"].grams == {}  # no processor of this recipe asks for them
         error = stream.advance(index, partial(float_layer, prepared, index), seen.probe.errors(module))
         assert error.overall == 0.0
@@ -495,7 +494,7 @@ def words(tiny: Path, tmp_path: Path) -> Prepared:
     """Text alone, which needs no tower, for a recipe that asks for the most."""
     index = write_index(tmp_path / "words", *({"text": f"Sentence {n}."} for n in range(4)))
     recipe = int4_recipe(tmp_path, propagate_error=True)
-    return prepare(tiny, device="cpu", config_path=str(recipe), dataset=str(index))
+    return prepare(QuantRequest(tiny, device="cpu", config_path=str(recipe), dataset=str(index)))
 
 
 def float_layer(prepared: Prepared, index: int = 0) -> torch.nn.Module:
@@ -506,7 +505,7 @@ def float_layer(prepared: Prepared, index: int = 0) -> torch.nn.Module:
 def test_second_moments_are_collected_where_the_recipe_asks_for_them(words: Prepared, tmp_path: Path) -> None:
     stream, module = open_stream(words, tmp_path / "work"), float_layer(words)
     seen = stream.capture(0, module, words.plan.layer_spec)
-    tokens = sum(stream.tokens_by_modality().values())
+    tokens = sum(stream.stems.tokens_by_modality().values())
     assert set(seen.stats) == {"qkv", "o", "gate_up", "down"}
     for stats in seen.stats.values():
         (gram,) = stats.grams.values()
@@ -514,7 +513,7 @@ def test_second_moments_are_collected_where_the_recipe_asks_for_them(words: Prep
         assert tokens / 2 < gram.tokens < tokens == int(stats.count.sum())
         assert gram.factor is None or len(gram.factor) == gram.tokens
     assert sum(seen.importance.values()) * gram.tokens == pytest.approx(1.0)
-    assert seen.probe.weighed(seen.probe.errors(module)) == 0.0
+    assert seen.probe.weighted_error(seen.probe.errors(module)) == 0.0
 
 
 def test_nan_names_layer_linear_and_sample(words: Prepared, tmp_path: Path) -> None:
@@ -528,7 +527,7 @@ def test_nan_names_layer_linear_and_sample(words: Prepared, tmp_path: Path) -> N
     assert caught.value.message.startswith("layer 0, self_attn.q_proj: NaN or Inf in the activations")
     assert caught.value.message.endswith(f"with sample {words.calib.samples[1].where}")
     assert "index.jsonl:2" in caught.value.message
-    assert "leave the sample out" in caught.value.hint
+    assert "remove the sample" in caught.value.hint
 
 
 def test_inf_inside_a_layer_names_the_linear_that_it_reaches(words: Prepared, tmp_path: Path) -> None:
@@ -545,7 +544,7 @@ def test_a_linear_that_no_token_reaches_is_named(words: Prepared, tmp_path: Path
     """A layer whose MLP passes everything by."""
     stream, module = open_stream(words, tmp_path / "work"), float_layer(words)
     module.mlp.forward = lambda x: x
-    with pytest.raises(QuantError, match=r"layer 3: mlp\.gate_proj never saw a token") as caught:
+    with pytest.raises(QuantError, match=r"layer 3: mlp\.gate_proj received no token") as caught:
         stream.capture(3, module, words.plan.layer_spec)
     assert "exclude" in caught.value.hint
 
@@ -555,7 +554,7 @@ def test_the_next_layer_sees_what_the_recipe_says(tiny: Path, tmp_path: Path, pr
     """The changed layer's outputs, or with `propagate_error: false` the float layer's."""
     index = write_index(tmp_path / "words", {"text": "One sentence."}, {"text": f"Another {'very ' * 30}long one."})
     recipe = int4_recipe(tmp_path, propagate_error=propagate)
-    prepared = prepare(tiny, device="cpu", config_path=str(recipe), dataset=str(index))
+    prepared = prepare(QuantRequest(tiny, device="cpu", config_path=str(recipe), dataset=str(index)))
     work = tmp_path / "work"
     stream, module = open_stream(prepared, work), float_layer(prepared)
     seen = stream.capture(0, module, prepared.plan.layer_spec)
@@ -572,7 +571,7 @@ def test_the_next_layer_sees_what_the_recipe_says(tiny: Path, tmp_path: Path, pr
         assert difference(hidden, run_layer(changed if propagate else module, inputs)) < 1e-6
         assert difference(hidden, run_layer(module if propagate else changed, inputs)) > 1e-4
     second = stream.capture(1, float_layer(prepared, 1), prepared.plan.layer_spec)
-    assert int(second.stats["qkv"].count.sum()) == sum(stream.tokens_by_modality().values())
+    assert int(second.stats["qkv"].count.sum()) == sum(stream.stems.tokens_by_modality().values())
 
 
 # --- the say of each modality --------------------------------------------------------------------------------
@@ -580,14 +579,14 @@ def test_the_next_layer_sees_what_the_recipe_says(tiny: Path, tmp_path: Path, pr
 
 def test_importance_by_hand() -> None:
     counts = [10, 0, 5, 85]  # text, image, audio, video
-    assert importance("tokens", counts) == {0: 0.01, 2: 0.01, 3: 0.01}
-    balanced = importance("balanced", counts)
+    assert token_importance("tokens", counts) == {0: 0.01, 2: 0.01, 3: 0.01}
+    balanced = token_importance("balanced", counts)
     assert balanced == pytest.approx({0: 1 / 30, 2: 1 / 15, 3: 1 / 255})
-    said = importance({"text": 1.0, "audio": 3.0}, counts)
+    said = token_importance({"text": 1.0, "audio": 3.0}, counts)
     assert said == pytest.approx({0: 1 / 40, 2: 3 / 20, 3: 0.0})
-    for found in (balanced, said, importance("tokens", counts)):
+    for found in (balanced, said, token_importance("tokens", counts)):
         assert sum(weight * counts[m] for m, weight in found.items()) == pytest.approx(1.0)
-    assert importance({"text": 7.0}, [3, 0, 0, 0]) == {0: pytest.approx(1 / 3)}
+    assert token_importance({"text": 7.0}, [3, 0, 0, 0]) == {0: pytest.approx(1 / 3)}
 
 
 # --- the samples that judge ----------------------------------------------------------------------------------
@@ -601,24 +600,24 @@ def modalities_of(*samples: dict[int, int]) -> list[torch.Tensor]:
 def test_judges_are_few_short_samples_of_every_modality() -> None:
     text = [{0: 20 + n} for n in range(12)]
     samples = modalities_of({0: 30, 3: 900}, *text, {0: 15, 2: 80}, {0: 30, 3: 400}, {0: 15, 2: 60})
-    judges = choose_judges(samples)
+    judges = choose_probe_samples(samples)
     chosen = torch.cat([samples[i] for i in judges])
     assert {0, 2, 3} <= set(chosen.tolist())
     assert len(judges) < 6 and len(chosen) < 0.5 * sum(len(sample) for sample in samples)
     assert 14 in judges and 0 not in judges  # of two videos the shorter one
     assert 15 in judges and 13 not in judges  # and of two sounds
-    assert choose_judges(samples) == judges
+    assert choose_probe_samples(samples) == judges
 
 
 def test_judges_stop_at_enough_tokens() -> None:
     samples = modalities_of(*({0: 100} for _ in range(50)))
-    assert choose_judges(samples, enough=250) == {0, 1, 2}
-    assert choose_judges(samples, enough=200) == {0, 1}
-    assert choose_judges(samples[:3]) == {0}  # a part of all tokens will do where there are few
+    assert choose_probe_samples(samples, enough=250) == {0, 1, 2}
+    assert choose_probe_samples(samples, enough=200) == {0, 1}
+    assert choose_probe_samples(samples[:3]) == {0}  # a part of all tokens will do where there are few
 
 
 def test_one_sample_judges_alone() -> None:
-    assert choose_judges(modalities_of({0: 5, 1: 9})) == {0}
+    assert choose_probe_samples(modalities_of({0: 5, 1: 9})) == {0}
 
 
 @given(
@@ -627,12 +626,12 @@ def test_one_sample_judges_alone() -> None:
 @settings(max_examples=60, deadline=None)
 def test_judges_cover_every_modality_that_there_is(counts: list[dict[int, int]]) -> None:
     samples = modalities_of(*counts)
-    judges = choose_judges(samples)
+    judges = choose_probe_samples(samples)
     everything, judging = torch.cat(samples), torch.cat([samples[i] for i in judges])
     for modality in range(4):
         there, chosen = int((everything == modality).sum()), int((judging == modality).sum())
         assert (chosen > 0) == (there > 0)
-    out = held_out(judges, samples)
+    out = choose_held_out(judges, samples)
     assert out in (judges, frozenset())
     left = torch.cat([torch.zeros(0, dtype=torch.int8), *(s for i, s in enumerate(samples) if i not in out)])
     assert set(left.tolist()) == set(everything.tolist())  # no modality is known only from those held out
@@ -640,10 +639,10 @@ def test_judges_cover_every_modality_that_there_is(counts: list[dict[int, int]])
 
 def test_judges_are_held_out_only_where_the_others_are_many() -> None:
     many = modalities_of(*({0: 100} for _ in range(9)))
-    assert held_out(frozenset({0, 1, 2}), many) == {0, 1, 2}
-    assert held_out(frozenset({0, 1, 2, 3}), many) == frozenset()
+    assert choose_held_out(frozenset({0, 1, 2}), many) == {0, 1, 2}
+    assert choose_held_out(frozenset({0, 1, 2, 3}), many) == frozenset()
     one_sound = [*many, *modalities_of({0: 10, 2: 5})]
-    assert held_out(frozenset({0, 9}), one_sound) == frozenset()
+    assert choose_held_out(frozenset({0, 9}), one_sound) == frozenset()
 
 
 # --- the probe -----------------------------------------------------------------------------------------------
@@ -671,7 +670,7 @@ def test_probe_of_unchanged_weights_has_no_error() -> None:
     for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         same = {f"{block}.{name}_proj.weight": weights[f"{block}.{name}_proj.weight"].clone() for name in names}
         assert probe.block_error(block, same) == 0.0
-    assert probe.weighed(probe.errors(tiny_layer.build(weights))) == 0.0
+    assert probe.weighted_error(probe.errors(tiny_layer.build(weights))) == 0.0
 
 
 @pytest.mark.parametrize("block", ["self_attn", "mlp"])
@@ -704,7 +703,7 @@ def test_probe_tells_a_layers_true_error() -> None:
     expected = sum(
         weighed(tiny_layer.output(changed, one) - tiny_layer.output(weights, one), one.modality) for one in samples
     )
-    assert probe.weighed(probe.errors(tiny_layer.build(changed))) == pytest.approx(expected, rel=1e-4)
+    assert probe.weighted_error(probe.errors(tiny_layer.build(changed))) == pytest.approx(expected, rel=1e-4)
     error, signal = probe.errors(tiny_layer.build(changed))
     for modality in range(4):
         there = [(tiny_layer.output(changed, one), tiny_layer.output(weights, one), one) for one in samples]

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni import QuantError, quantize
 from msmodelslim_omni.run import pipeline
-from msmodelslim_omni.run.workspace import check_room
+from msmodelslim_omni.run.workspace import check_disk_space
 from msmodelslim_omni.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +173,7 @@ def test_a_stopped_run_is_not_discarded_by_a_check_that_fails(
             with pytest.raises(QuantError, match="does not load"):
                 quantize(tiny_copy, save, overwrite=overwrite, device="cpu", config_path=MINMAX)
             assert files(save) == before and (save / WORK).exists()
-    assert "going on at layer" in quant(tiny_copy, save, *MINMAX_FLAGS).done().err
+    assert "resuming at layer" in quant(tiny_copy, save, *MINMAX_FLAGS).done().err
 
 
 def test_what_a_data_free_run_does_not_know_is_told_and_kept(tiny_copy: Path, tmp_path: Path) -> None:
@@ -465,8 +465,8 @@ def test_save_path_that_is_not_empty(tiny: Path, tmp_path: Path) -> None:
 
 def test_too_little_disk_is_said_before_starting(tmp_path: Path) -> None:
     with pytest.raises(QuantError, match=r"needs .* free are"):
-        check_room(tmp_path, 1 << 60)
-    check_room(tmp_path, 1 << 10)
+        check_disk_space(tmp_path, 1 << 60)
+    check_disk_space(tmp_path, 1 << 10)
 
 
 def test_a_file_in_the_making_counts_by_what_is_in_it(tmp_path: Path) -> None:
@@ -475,7 +475,7 @@ def test_a_file_in_the_making_counts_by_what_is_in_it(tmp_path: Path) -> None:
     with (work / "hollow").open("wb") as stream:
         stream.truncate(1 << 40)
     with pytest.raises(QuantError, match=r"needs 1024.00 GiB"):
-        check_room(tmp_path, 1 << 40)
+        check_disk_space(tmp_path, 1 << 40)
 
 
 def test_disk_that_is_full(tiny: Path, tmp_path: Path) -> None:

@@ -564,7 +564,7 @@ def test_datasets_that_do_not_serve(tiny: Path, outputs: dict[str, Path], tmp_pa
     message = eval_(tiny, outputs["packed"], long, "--max_tokens", 200).fault()
     assert "index.jsonl:2: the sample has" in message and "max_tokens 200" in message
     kept = run(tiny, outputs["packed"], long, max_tokens=200, on_bad_sample="skip")
-    assert kept.samples == 1 and "sample left out: index.jsonl:2" in kept.warnings[-1]
+    assert kept.samples == 1 and "sample skipped: index.jsonl:2" in kept.warnings[-1]
     with pytest.raises(QuantError, match="no sample could be used"):
         run(tiny, outputs["packed"], long, max_tokens=2, on_bad_sample="skip")
 

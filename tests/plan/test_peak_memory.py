@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from msmodelslim_omni import QuantError
 from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.plan.peak_memory import (
+    fit_budget,
     peak_memory,
     phase_memory,
-    settled,
-    within,
+    refit_budget,
 )
 from msmodelslim_omni.plan.plan import QuantPlan
 from msmodelslim_omni.run.forecast import assumed_extent, forecast
 from msmodelslim_omni.run.preparation import prepare
+from msmodelslim_omni.run.request import QuantRequest
 from msmodelslim_omni.runtime.budget import (
-    DEFAULT,
+    DEFAULT_BUDGET,
     MIB,
     NO_SAMPLES,
     Extent,
@@ -41,7 +42,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["w8a8", "w4a16"])
 def plan(request: pytest.FixtureRequest, tiny: Path, index: Path) -> QuantPlan:
-    return prepare(tiny, device="cpu", quant_type=request.param, dataset=str(index)).plan
+    return prepare(QuantRequest(tiny, device="cpu", quant_type=request.param, dataset=str(index))).plan
 
 
 @settings(max_examples=60, deadline=None)
@@ -51,18 +52,18 @@ def plan(request: pytest.FixtureRequest, tiny: Path, index: Path) -> QuantPlan:
 )
 def test_a_plan_keeps_within_its_limit_or_says_what_would_do(plan: QuantPlan, extent: Extent, limit: int) -> None:
     try:
-        found = within(plan, extent, limit)
+        found = fit_budget(plan, extent, limit)
     except QuantError as error:
         least = int(float(re.search(r"--max_memory ([\d.]+)GiB", error.hint or "")[1]) * 2**30)  # type: ignore[index]
         assert least > limit
-        assert peak_memory(within(plan, extent, least), extent) <= least
+        assert peak_memory(fit_budget(plan, extent, least), extent) <= least
     else:
         assert peak_memory(found, extent) <= limit
         assert replace(found, budget=plan.budget) == plan  # nothing else is changed
 
 
 def test_more_memory_is_used_for_what_would_be_read_again(plan: QuantPlan) -> None:
-    budgets = [within(plan, Extent(10_000, 1024, 4), gib << 30).budget for gib in (2, 4, 8, 16)]
+    budgets = [fit_budget(plan, Extent(10_000, 1024, 4), gib << 30).budget for gib in (2, 4, 8, 16)]
     assert [b.towers for b in budgets] == sorted({b.towers for b in budgets})
     assert [b.hidden for b in budgets] == sorted({b.hidden for b in budgets})
     assert all(b.read_ahead for b in budgets[1:])
@@ -76,12 +77,14 @@ def test_neither_layers_nor_samples_raise_the_peak(plan: QuantPlan) -> None:
 
 
 def test_towers_are_not_loaded_for_text_alone(tiny: Path, index: Path, tmp_path: Path) -> None:
-    for_text, for_all = (prepare(tiny, device="cpu", dataset=str(d)).plan for d in (index, mixed_index(tmp_path)))
-    assert (for_text.budget.towers, for_all.budget.towers) == (0, DEFAULT.towers)
+    for_text, for_all = (
+        prepare(QuantRequest(tiny, device="cpu", dataset=str(d))).plan for d in (index, mixed_index(tmp_path))
+    )
+    assert (for_text.budget.towers, for_all.budget.towers) == (0, DEFAULT_BUDGET.towers)
 
 
 def test_a_data_free_run_is_asked_for_less(tiny: Path) -> None:
-    plan = prepare(tiny, device="cpu", config_path=MINMAX).plan
+    plan = prepare(QuantRequest(tiny, device="cpu", config_path=MINMAX)).plan
     assert assumed_extent(plan, None) == NO_SAMPLES
     assert set(phase_memory(plan, NO_SAMPLES)) == {"layers"}
     assert forecast(plan, NO_SAMPLES).peak_memory_bytes < 600 * MIB
@@ -90,12 +93,16 @@ def test_a_data_free_run_is_asked_for_less(tiny: Path) -> None:
 def test_what_is_assumed_of_samples(tiny: Path, tmp_path: Path) -> None:
     """Text by its bytes, three a token; media by what is common, and the text beside them."""
     short, long = (
-        prepare(tiny, device="cpu", dataset=str(write_index(tmp_path / str(n), *({"text": "é" * n} for _ in range(2)))))
+        prepare(
+            QuantRequest(
+                tiny, device="cpu", dataset=str(write_index(tmp_path / str(n), *({"text": "é" * n} for _ in range(2))))
+            )
+        )
         for n in (30, 330)
     )
     few, many = assumed_extent(short.plan, short.calib), assumed_extent(long.plan, long.calib)
     assert many == Extent(few.tokens + 2 * 200, few.longest + 200, 1)
-    mixed = prepare(tiny, device="cpu", dataset=str(mixed_index(tmp_path / "mixed")))
+    mixed = prepare(QuantRequest(tiny, device="cpu", dataset=str(mixed_index(tmp_path / "mixed"))))
     assert mixed.calib is not None
     assumed = assumed_extent(mixed.plan, mixed.calib)
     texts = [assumed_extent(mixed.plan, replace(mixed.calib, samples=(s,))) for s in mixed.calib.samples]
@@ -122,22 +129,22 @@ def test_a_limit_changes_no_byte(kind: str, tiny: Path, index: Path, tmp_path: P
 def test_the_limit_is_shared_out_anew_once_the_tokens_are_known(plan: QuantPlan) -> None:
     """Not H's part: the work folder was made for it."""
     assumed, true, far = Extent(10_000, 1024, 4), Extent(60_000, 1500, 4), Extent(60_000, 32_000, 4)
-    first = within(plan, assumed, 1400 * MIB)
-    then = settled(first, true)
+    first = fit_budget(plan, assumed, 1400 * MIB)
+    then = refit_budget(first, true)
     assert (then.budget.matrix, then.budget.factor) == (first.budget.matrix, first.budget.factor)
     assert then.budget.hidden < first.budget.hidden
     assert peak_memory(then, true) <= 1400 * MIB < peak_memory(first, far)
     needs = r"1\.37 GiB are allowed, and this run needs .* 60000 tokens, 32000 in one sample"
     with pytest.raises(QuantError, match=needs):
-        settled(first, far)
-    assert settled(plan, far) == plan  # no limit
+        refit_budget(first, far)
+    assert refit_budget(plan, far) == plan  # no limit
 
 
 def test_samples_that_are_longer_than_assumed(tiny: Path, tmp_path: Path) -> None:
     """Foretold from the bytes of the text; where it has more tokens than that, the run stops before its first layer."""
     index = write_index(tmp_path / "data", {"text": "1 2 3 4 " * 400})
     words = ("--config_path", fast_recipe(tmp_path), "--dataset", index)
-    plan = prepare(tiny, device="cpu", config_path=str(fast_recipe(tmp_path)), dataset=str(index))
+    plan = prepare(QuantRequest(tiny, device="cpu", config_path=str(fast_recipe(tmp_path)), dataset=str(index)))
     limit = round(plan.forecast.peak_memory_bytes / 0.9 * 1.01)
     refused = quant(tiny, tmp_path / "out", *words, "--max_memory", limit)
     assert "GiB are allowed, and this run needs" in refused.fault() and "towers 1/1" in refused.err

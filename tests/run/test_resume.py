@@ -129,10 +129,10 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(
         run.wait_until(reached)
         assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.messages
         assert {entry.name for entry in save.iterdir()} == {WORK}, "something half-written"
-        assert (f"going on at layer {before}" in run.messages) == (before > 0)
+        assert (f"resuming at layer {before}" in run.messages) == (before > 0)
     before = finished_layers(save)
     assert before >= LAYERS - 1
-    assert f"going on at layer {before}" in quant(model, save, *words).done().err
+    assert f"resuming at layer {before}" in quant(model, save, *words).done().err
     assert files(save) == undisturbed
 
 
@@ -195,7 +195,7 @@ def test_killed_on_the_3b_shape(tmp_path: Path) -> None:
         assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.messages
         assert layers_begun_to_be_written(run.messages) <= finished_layers(save) + 1
     before = finished_layers(save)
-    assert f"going on at layer {before}" in quant(model, save, *words).done().err
+    assert f"resuming at layer {before}" in quant(model, save, *words).done().err
     assert digests(save) == undisturbed
 
 
@@ -223,7 +223,7 @@ def test_interrupt_says_how_to_go_on(
     done = finished_layers(save)
     assert done >= 2 or moment == "first line"
     answer = go_on(model, save, index, recipe).done()
-    assert (f"going on at layer {done}" in answer.err) == (done > 0)
+    assert (f"resuming at layer {done}" in answer.err) == (done > 0)
     assert files(save) == ascend
 
 
@@ -319,7 +319,7 @@ def test_a_damaged_layer_of_a_data_free_run_is_made_anew(model: Path, tmp_path: 
     save = tmp_path / "out"
     stop_at("layers", 5, model, save, None, config_path=MINMAX)
     damage(save, "thinker.model.layers.2.mlp.up_proj.weight")
-    assert "going on at layer 2" in quant(model, save, *words).done().err
+    assert "resuming at layer 2" in quant(model, save, *words).done().err
     assert files(save) == files(tmp_path / "whole")
 
 
@@ -374,7 +374,7 @@ def test_a_second_run_on_the_same_folder_is_refused(
             message = go_on(model, save, index, recipe, *words).fault()
             assert "another run is writing" in message and str(save) in message
         assert files(save) == before
-    assert "going on at layer 2" in go_on(model, save, index, recipe).done().err
+    assert "resuming at layer 2" in go_on(model, save, index, recipe).done().err
     assert files(save) == ascend
 
 
@@ -522,7 +522,7 @@ def test_overwrite_replaces_an_old_output_only_when_the_new_one_is_complete(
     assert kept == before
     (save / "came since.txt").write_text("mine")
     answer = go_on(model, save, index, recipe, "--overwrite").done()
-    assert f"going on at layer {LAYERS}" in answer.err
+    assert f"resuming at layer {LAYERS}" in answer.err
     assert files(save) == {**ascend, "came since.txt": b"mine"}
 
 

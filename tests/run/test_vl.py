@@ -41,6 +41,7 @@ from msmodelslim_omni.quantized.generate import generate
 from msmodelslim_omni.quantized.reader import open_quantized
 from msmodelslim_omni.recipe.schema import find_recipe, load_recipe
 from msmodelslim_omni.run.preparation import prepare
+from msmodelslim_omni.run.request import QuantRequest
 from msmodelslim_omni.statistics.capture import run_layer
 from msmodelslim_omni.storage.checkpoint import Checkpoint, open_checkpoint
 
@@ -344,7 +345,7 @@ def test_calibrated_run_with_the_shipped_recipe(tiny_vl: Path, tmp_path: Path) -
     quant(tiny_vl, tmp_path / "out", "--quant_type", "w8a8", "--dataset", index).done()
     report = json.loads((tmp_path / "out" / "quant_report.json").read_text())
     assert report["samples"] == 3 and set(report["tokens_by_modality"]) == {"text", "image", "video"}
-    told = "sample left out: index.jsonl:2: audio: Qwen2.5-VL-7B-Instruct does not take it"
+    told = "sample skipped: index.jsonl:2: audio: Qwen2.5-VL-7B-Instruct does not take it"
     assert any(told in warning for warning in report["warnings"])
     assert not [finding for finding in examine(tmp_path / "out", tiny_vl).findings if finding.level != "ok"]
 
@@ -376,7 +377,7 @@ def test_the_shipped_prompts_are_texts_of_some_length() -> None:
 
 def fault_of(model: Path, **options: Any) -> QuantError:
     with pytest.raises(QuantError) as caught:
-        prepare(model, device="cpu", **options)
+        prepare(QuantRequest(model, device="cpu", **options))
     return caught.value
 
 
@@ -443,7 +444,7 @@ def test_a_tied_lm_head_may_be_in_the_files_all_the_same(tied_vl: Path, tmp_path
     tensors = all_tensors(copy)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, copy / "model.safetensors", {"format": "pt"})
-    assert not prepare(copy, device="cpu", config_path="qwen2_5_vl_w8a8_minmax").plan.warnings
+    assert not prepare(QuantRequest(copy, device="cpu", config_path="qwen2_5_vl_w8a8_minmax")).plan.warnings
 
 
 def test_an_lm_head_that_is_missing(tied_vl: Path, tmp_path: Path) -> None:
@@ -476,7 +477,7 @@ def test_recipes_of_vl_match_every_pattern(tiny_vl: Path) -> None:
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
         if SPEC.model_type in load_recipe(path).metadata.verified_model_types:
             options = {"config_path": str(path)}
-            warnings = prepare(tiny_vl, device="cpu", **options).plan.warnings
+            warnings = prepare(QuantRequest(tiny_vl, device="cpu", **options)).plan.warnings
             assert not [warning for warning in warnings if "pattern" in warning], path
 
 

@@ -18,13 +18,15 @@ from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, l
 from test_resume import finished_layers, start
 from tiny_layer import arguments
 
-from msmodelslim_omni.calibration.layer_probe import LayerProbe, importance
+from msmodelslim_omni.calibration.layer_probe import LayerProbe
+from msmodelslim_omni.calibration.token_roles import token_importance
 from msmodelslim_omni.models.inputs import LayerInput
 from msmodelslim_omni.numerics.arithmetic import quantize_weight
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT
 from msmodelslim_omni.processors.work import Fold, LayerWork, SmoothingRecord
 from msmodelslim_omni.run import layers
 from msmodelslim_omni.run.preparation import prepare
+from msmodelslim_omni.run.request import QuantRequest
 
 Tensors = dict[str, torch.Tensor]
 AWQ, COMPRESSED = "awq", "compressed_tensors"
@@ -199,7 +201,7 @@ def test_killed_run_goes_on_to_the_same_bytes(
     assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.messages
     assert finished_layers(save) >= 1
     answer = quant(tiny, save, *words).done()
-    assert "going on at layer" in answer.err
+    assert "resuming at layer" in answer.err
     assert files(save) == undisturbed
 
 
@@ -286,10 +288,10 @@ def test_a_layer_that_stays_float_is_not_said_to_fall_back(small: Path, tmp_path
 def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     """A plan, one of its layers as loaded, and the layer's probe on random hidden states."""
     index = write_index(folder / "data", {"text": "One sentence."})
-    plan = prepare(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index)).plan
+    plan = prepare(QuantRequest(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index))).plan
     layer = plan.layers[0]
     weights = layers._load(plan, layer)
-    loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=importance("tokens", [40, 0, 0, 0]))
+    loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=token_importance("tokens", [40, 0, 0, 0]))
     module = layers._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)
     generator = torch.Generator().manual_seed(0)
@@ -313,7 +315,7 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
 
     found, errors = layers._no_worse_than_rounding(plan, loaded, worse, probe)
     assert found.over_plain == 1.0
-    assert found.smoothing == (SmoothingRecord("qkv", None, 1.0, "taken back: as searched"),)
+    assert found.smoothing == (SmoothingRecord("qkv", None, 1.0, "reverted: as searched"),)
     assert found.weights is loaded.weights and not found.changed  # norms and biases of the checkpoint, no factors
     for linear, quantized in found.quantized.items():
         assert torch.equal(quantized.qweight, plain[linear].qweight)
@@ -321,7 +323,7 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
     assert found.notes[0] == "before"
     of_worse, of_found = (probe.errors(layers._module(plan, made)) for made in (worse, found))
     torch.testing.assert_close(errors[0], of_found[0], rtol=1e-4, atol=0.0)
-    ratio = (probe.weighed(of_worse) / probe.weighed(of_found)) ** 0.5
+    ratio = (probe.weighted_error(of_worse) / probe.weighted_error(of_found)) ** 0.5
     assert ratio > 2 and found.notes[1].startswith("fell back to plain rounding") and f"{ratio:.3f}x" in found.notes[1]
 
 
@@ -341,7 +343,7 @@ def test_a_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("weights", "words"),
     [
-        ({"video": 1.0}, "a weight for video, which no sample of"),
+        ({"video": 1.0}, "a weight for video, but no sample of"),
         ({"text": 1.0, "audio": 1.0, "image": 0.5}, "a weight for image"),
         ({"text": 0.0}, "all modality weights are zero"),
         ({}, "all modality weights are zero"),
@@ -356,7 +358,7 @@ def test_modality_weights_that_do_not_fit_the_data(
     message = quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index, "--dry_run").fault()
     assert words in message and "int4.yaml:1" in message
     if "video" in weights:
-        assert "it has audio, text" in message and "add samples with it" in message
+        assert "the samples have audio, text" in message and "add samples with it" in message
     assert not (tmp_path / "out").exists()
 
 

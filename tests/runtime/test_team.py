@@ -22,7 +22,7 @@ from msmodelslim_omni.processors.gptq import factorize, parts
 from msmodelslim_omni.processors.rounding import rounded_parts
 from msmodelslim_omni.runtime import team
 from msmodelslim_omni.runtime.packing import pack, unpack
-from msmodelslim_omni.runtime.team import ALONE, Split, Team
+from msmodelslim_omni.runtime.team import SINGLE_PROCESS, Split, Team
 from msmodelslim_omni.statistics.gram import GramBuilder
 from msmodelslim_omni.storage.safetensors_io import load_tensor, read_header
 
@@ -63,7 +63,7 @@ def test_the_costliest_first_each_to_whoever_has_least() -> None:
     assert split.owners == (2, 0, 1, 1, 2, 2)
     assert split.mine == [2, 3]
     assert split.of([3, 1]).owners == (1, 0)
-    assert split.interleaved(["b", "cd", "aef"]) == ["a", "b", "c", "d", "e", "f"]
+    assert split.interleave(["b", "cd", "aef"]) == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_a_team_may_have_more_processes_than_items() -> None:
@@ -72,12 +72,12 @@ def test_a_team_may_have_more_processes_than_items() -> None:
 
 def test_alone_nothing_is_handed_round() -> None:
     marks = [object(), object()]
-    assert ALONE.map(lambda mark: mark, marks) == marks
-    assert ALONE.told(marks) is marks and ALONE.everyones(1) == [1]
-    assert Split(ALONE, (0, 0)).collected(marks) is marks
+    assert SINGLE_PROCESS.map(lambda mark: mark, marks) == marks
+    assert SINGLE_PROCESS.broadcast(marks) is marks and SINGLE_PROCESS.all_gather(1) == [1]
+    assert Split(SINGLE_PROCESS, (0, 0)).gather(marks) is marks
     total = torch.ones(2)
-    ALONE.add_up(total)
-    assert ALONE.leads and total.tolist() == [1, 1]
+    SINGLE_PROCESS.all_reduce(total)
+    assert SINGLE_PROCESS.is_leader and total.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("rows", [40, 12])
@@ -252,7 +252,7 @@ def test_w8a8_has_the_bytes_of_one_process_even_after_a_kill(
     assert "processes was 2, is 1" in quant(model, save, "--dataset", index).fault()
     again = launch(tmp_path / "second", "-m", "msmodelslim_omni", *words)
     assert again.wait(400) == 0, messages(tmp_path / "second", 0) + messages(tmp_path / "second", 1)
-    assert "going on at layer" in messages(tmp_path / "second", 0)
+    assert "resuming at layer" in messages(tmp_path / "second", 0)
     assert files(save) == by_one
 
 

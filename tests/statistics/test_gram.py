@@ -10,7 +10,7 @@ from grams import FORMS, Form
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmodelslim_omni.runtime.budget import DEFAULT
+from msmodelslim_omni.runtime.budget import DEFAULT_BUDGET
 from msmodelslim_omni.statistics import gram as gram_module
 from msmodelslim_omni.statistics.gram import (
     Gram,
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def rows_of(counts: Sequence[int], in_features: int) -> list[int] | None:
-    return sketch_rows(counts, in_features, DEFAULT.matrix, DEFAULT.factor)
+    return sketch_rows(counts, in_features, DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -222,8 +222,8 @@ def test_tokens_where_they_are_fewer_than_half_the_inputs() -> None:
 
 def test_tokens_or_a_sketch_where_no_matrix_fits() -> None:
     width = 18944
-    assert 4 * width**2 > DEFAULT.matrix
-    room = DEFAULT.factor // (4 * width)
+    assert 4 * width**2 > DEFAULT_BUDGET.matrix
+    room = DEFAULT_BUDGET.factor // (4 * width)
     assert rows_of([500, 300, 0, 0], width) == [500, 300, 0, 0]
     rows = rows_of([30_000, 100, 40_000, 0], width)
     assert rows is not None
@@ -238,10 +238,10 @@ def test_tokens_or_a_sketch_where_no_matrix_fits() -> None:
 def test_rows_fit_and_leave_no_modality_out(counts: list[int], width: int) -> None:
     rows = rows_of(counts, width)
     if rows is None:
-        assert 2 * sum(counts) >= width and 4 * width**2 <= DEFAULT.matrix
+        assert 2 * sum(counts) >= width and 4 * width**2 <= DEFAULT_BUDGET.matrix
         return
     assert all((row > 0) == (count > 0) and row <= count for row, count in zip(rows, counts, strict=True))
     present = sum(1 for count in counts if count)
-    assert 4 * width * sum(rows) <= max(DEFAULT.factor, 4 * width * present)
-    if 4 * width * sum(counts) <= DEFAULT.factor:
+    assert 4 * width * sum(rows) <= max(DEFAULT_BUDGET.factor, 4 * width * present)
+    if 4 * width * sum(counts) <= DEFAULT_BUDGET.factor:
         assert rows == counts
