@@ -23,7 +23,9 @@ from msmodelslim_omni.plan.admission import declared_scheme, refuse_quantized
 from msmodelslim_omni.quantized.inspect import inspect_checkpoint
 from msmodelslim_omni.quantized.reader import read_quantized
 from msmodelslim_omni.recipe.schema import load_recipe
-from msmodelslim_omni.run.workspace import WORK_FOLDER, Workspace, sealed
+from msmodelslim_omni.run.manifest import sealed
+from msmodelslim_omni.run.save_path import WORK_FOLDER
+from msmodelslim_omni.run.workspace import Workspace
 from msmodelslim_omni.storage.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
 from msmodelslim_omni.storage.safetensors_io import load_tensor, read_header, write_tensors
 
@@ -151,9 +153,9 @@ def manifest(folder: Path, content: bytes) -> None:
 
         def go_on(save: Path = save) -> None:
             with Workspace(save, FINGERPRINT, overwrite=False) as workspace:
-                workspace.checksums("layer 0")
-                if workspace.is_committing():
-                    workspace.commit(workspace.committed_savers())
+                workspace.manifest.checksums("layer 0")
+                if workspace.manifest.committing:
+                    workspace.commit(workspace.manifest.committing)
 
         _refused(go_on, WORK_FOLDER)
         assert (outside / "file").read_text() == "precious"

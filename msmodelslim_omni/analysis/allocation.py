@@ -45,7 +45,7 @@ def smallest_size(units: Sequence[Unit]) -> int:
     return sum(min(option.size for option in unit) for unit in units)
 
 
-def least_damage(units: Sequence[Unit], room: int) -> Allocation:
+def minimize_damage(units: Sequence[Unit], room: int) -> Allocation:
     """The least damage within `room` bytes. Raises ValueError where not even the smallest options fit."""
     spare = room - smallest_size(units)
     if spare < 0:
@@ -55,7 +55,7 @@ def least_damage(units: Sequence[Unit], room: int) -> Allocation:
     return _allocation(units, _improved(units, table.choices(table.columns), room, _size, _damage), room)
 
 
-def least_size(units: Sequence[Unit], damage: float) -> Allocation | None:
+def minimize_size(units: Sequence[Unit], damage: float) -> Allocation | None:
     """The fewest bytes with at most this damage; None where the best options already do more."""
     grain = _grain(spare := _largest_spare(units))
     table = _Table(units, grain, spare // grain + len(units))  # so much is rounded up at the most
@@ -141,10 +141,10 @@ def _damage(option: Option) -> float:
 def _allocation(units: Sequence[Unit], choices: Sequence[int], room: int) -> Allocation:
     chosen = [unit[k] for unit, k in zip(units, choices, strict=True)]
     size, damage = sum(option.size for option in chosen), sum(option.damage for option in chosen)
-    return Allocation(tuple(choices), size, damage, relaxed_damage(units, room))
+    return Allocation(tuple(choices), size, damage, damage_bound(units, room))
 
 
-def relaxed_damage(units: Sequence[Unit], room: int) -> float:
+def damage_bound(units: Sequence[Unit], room: int) -> float:
     """The least damage within `room` if a unit could take shares of its options: steps along its lower convex hull,
     the steepest of all units first, the last one in part (Dantzig's bound).
     """

@@ -27,7 +27,7 @@ class Holdout:
     unjudged: tuple[str, ...]
 
 
-def choose_holdout(modalities: Sequence[frozenset[str]], seed: int) -> Holdout:
+def split_holdout(modalities: Sequence[frozenset[str]], seed: int) -> Holdout:
     """Keep a fifth out. modalities: of each sample.
 
     First, from the rarest modality on, a sample of each that leaves one with it behind; then any. Raises QuantError

@@ -17,8 +17,8 @@ from ..storage import Checkpoint
 from .allocation import (
     Allocation,
     Option,
-    least_damage,
-    least_size,
+    minimize_damage,
+    minimize_size,
 )
 from .mixed_recipe import (
     FLOAT,
@@ -106,7 +106,7 @@ class Proposer:
 
     def all_int4(self, units: Sequence[UnitSensitivity]) -> Proposal:
         options = self._options(units)
-        return self._proposal(units, least_damage(options, sum(unit[0].size for unit in options)))
+        return self._proposal(units, minimize_damage(options, sum(unit[0].size for unit in options)))
 
     def for_size(self, units: Sequence[UnitSensitivity], target_size: int) -> Proposal:
         """The least damage with at most target_size bytes in all files."""
@@ -114,14 +114,14 @@ class Proposer:
         proposal = self.all_int4(units)
         room = sum(unit[0].size for unit in options) + target_size - proposal.size
         while True:  # what headers and config.json take depends on the choice; at the worst all int4 comes out again
-            proposal = self._proposal(units, least_damage(options, room))
+            proposal = self._proposal(units, minimize_damage(options, room))
             if proposal.size <= target_size:
                 return proposal
             room -= proposal.size - target_size
 
     def for_damage(self, units: Sequence[UnitSensitivity], damage: float) -> Proposal | None:
         """The fewest bytes with at most this damage; None where every Linear would have to stay float."""
-        found = least_size(self._options(units), damage)
+        found = minimize_size(self._options(units), damage)
         if found is None or set(found.choices) == {len(SCHEMES)}:
             return None
         return self._proposal(units, found)

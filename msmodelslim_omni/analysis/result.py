@@ -91,7 +91,7 @@ def total_damage(units: Sequence[UnitSensitivity], scheme: str) -> float:
     return sum(unit.damage[scheme].overall for unit in units)
 
 
-def worst_half(units: Sequence[UnitSensitivity]) -> list[UnitSensitivity]:
+def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSensitivity]:
     """The fewest units that make half of the damage of int4. units: by falling damage."""
     left = total_damage(units, W4.name) / 2
     chosen = []

@@ -93,10 +93,10 @@ def search(
     pending: Proposal | None = proposer.all_int4(units)
     while pending is not None and pending.schemes not in [proposal.schemes for proposal, _ in tried]:
         number = len(tried) + 1
-        predicted = _kl_per_damage(tried) * pending.damage if tried else None
+        predicted = kl_per_damage(tried) * pending.damage if tried else None
         name = "all int4" if not tried else "for the size" if max_kl is None else f"correction {number - 1}"
         tried.append((pending, judge.measured(number, name, pending, predicted)))
-        best = _best([one for _, one in tried], max_kl)
+        best = best_round([one for _, one in tried], max_kl)
         judge.put_aside(number)
         judge.keep_only(best + 1)
         if target_size is not None:
@@ -123,13 +123,13 @@ def search(
     )
 
 
-def _kl_per_damage(tried: Sequence[tuple[Proposal, Round]]) -> float:
+def kl_per_damage(tried: Sequence[tuple[Proposal, Round]]) -> float:
     """c, as the last round has it."""
     proposal, one = tried[-1]
     return one.measured_kl.value / proposal.damage if proposal.damage > 0 else 0.0
 
 
-def _best(rounds: Sequence[Round], max_kl: float | None) -> int:
+def best_round(rounds: Sequence[Round], max_kl: float | None) -> int:
     """Position of the smallest round within max_kl; where there is none, of the one with the least KL."""
     within = [i for i, one in enumerate(rounds) if max_kl is not None and one.measured_kl.value <= max_kl]
     if within:
@@ -145,4 +145,4 @@ def _correction(
     small_enough = len(tried) == 1 or kl >= _ENOUGH * max_kl
     if len(tried) > CORRECTIONS or (kl <= max_kl and small_enough):
         return None
-    return proposer.for_damage(units, _AIM * max_kl / _kl_per_damage(tried))
+    return proposer.for_damage(units, _AIM * max_kl / kl_per_damage(tried))

@@ -23,7 +23,7 @@ from ..report import human_bytes
 from ..run import Prepared, QuantRequest, check_save_path, prepare, remove, versions
 from ..runtime import Clock, Progress, out_of_memory_as_error, peak_rss
 from ..storage import open_checkpoint
-from .holdout import choose_holdout, write_index
+from .holdout import split_holdout, write_index
 from .mixed_recipe import (
     DEFAULT_TEXT,
     FLOAT,
@@ -32,7 +32,7 @@ from .mixed_recipe import (
     patterns,
 )
 from .proposal import SCHEMES, Proposer
-from .result import Analysis, worst_half, write_analysis
+from .result import Analysis, units_with_half_of_damage, write_analysis
 from .rounds import Judge, search
 from .sensitivity import UnitSensitivity, measure_units
 
@@ -100,7 +100,7 @@ def analyze(
         samples=len(stems),
         tokens_by_modality=stems.tokens_by_modality(),
         units=tuple(units),
-        exclude=tuple(patterns(proposer.grid, [name for unit in worst_half(units) for name in unit.names])),
+        exclude=tuple(patterns(proposer.grid, [name for unit in units_with_half_of_damage(units) for name in unit.names])),
         choice=choice,
         device=prepared.device.name,
         seed=seed,
@@ -235,6 +235,6 @@ def _split(
         judged = frozenset[str]().union(*(sample.modalities() for sample in judging.samples))
         rest = write_index(calib, range(len(modalities)), folder / "calibration.jsonl")
         return Data(str(rest), eval_dataset, tuple(sorted(frozenset[str]().union(*modalities) - judged)))
-    held = choose_holdout(modalities, seed)
+    held = split_holdout(modalities, seed)
     rest = write_index(calib, held.calibration, folder / "calibration.jsonl")
     return Data(str(rest), str(write_index(calib, held.held_out, folder / "heldout.jsonl")), held.unjudged)

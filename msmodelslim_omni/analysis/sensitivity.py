@@ -161,9 +161,9 @@ def measure_unit(
             of_weight[linear][scheme] = weight_error(weight, quantized)
             of_output[linear][scheme] = _output_error(stats, weight, quantized)
         work = LayerWork(plan.index, spec, plan.schemes, dict(weights), seen.stats, seen.importance, probe=seen.probe)
-        noise = seen.probe.noise(group.block, as_made(work, plan, group))
+        noise = seen.probe.noise(group.block, quantized_modules(work, plan, group))
         damage[scheme] = Error(noise.get("text", sum(noise.values()) / len(noise)), noise)
-    kurtosis, outlier_share = tails(stats.rows)
+    kurtosis, outlier_share = tail_statistics(stats.rows)
     linears = tuple(
         LinearSensitivity(
             names[linear],
@@ -178,7 +178,7 @@ def measure_unit(
     return UnitSensitivity(next(iter(plans.values())).index, group.name, linears, damage)
 
 
-def as_made(work: LayerWork, plan: LayerPlan, group: LinearGroup) -> dict[str, torch.nn.Module]:
+def quantized_modules(work: LayerWork, plan: LayerPlan, group: LinearGroup) -> dict[str, torch.nn.Module]:
     """What the plan's steps make of one group alone, as modules for the float layer: they take what that layer hands
     them, and divide it by the factors that the steps have multiplied the columns by.
     """
@@ -215,7 +215,7 @@ def _output_error(stats: InputStats, weight: torch.Tensor, quantized: QuantizedL
     return Error(relative_error(sum(errors.values()), sum(signals.values())), by_modality)
 
 
-def tails(rows: torch.Tensor) -> tuple[float, float]:
+def tail_statistics(rows: torch.Tensor) -> tuple[float, float]:
     """Excess kurtosis about zero of all values of rows [n, in], and the share beyond OUTLIER_RMS; see above."""
     square = rows.square()
     mean = float(square.mean())

@@ -125,7 +125,7 @@ class CalibrationStream:
                 modalities[position],
                 roles.rows[position],
                 in_gram=position not in roles.held_out,
-                numbers=list(roles.gram_offsets[position]),
+                gram_offsets=list(roles.gram_offsets[position]),
             )
             try:
                 if position in roles.probe_samples:

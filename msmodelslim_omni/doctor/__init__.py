@@ -1,9 +1,9 @@
-"""Checks of a quantized checkpoint: does it load, and are the weights what they should be.
+"""Checks of a quantized checkpoint: whether it loads, and whether its weights are correct.
 
 examine.py runs all checks; codes.py is the table of findings; each other file is one group of checks.
-A new rule is a check that yields `found(code, ...)`, and a line in codes.py.
+To add a rule, write a check that yields `make_finding(code, ...)` and add the code to codes.py.
 May import: run, formats, models, numerics, storage, files, errors.
-Left out on purpose: accuracy (see evaluation) and starting a runtime. Loader rules are emulated in names.py.
+Omitted on purpose: accuracy (see evaluation) and starting a runtime. names.py emulates the rules of the loaders.
 """
 
 from __future__ import annotations

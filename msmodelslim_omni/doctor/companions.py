@@ -1,4 +1,7 @@
-"""The files beside the weights: tokenizer, processor, chat template, voices. JSON is parsed; pickles are not opened."""
+"""Checks of the files next to the weights: tokenizer, processor, chat template, voices.
+
+JSON files are parsed; pickle files are not opened.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +12,31 @@ from typing import Any
 
 from ..errors import QuantError
 from ..files import parse_json, read_regular
-from .findings import Finding, found
+from .findings import Finding, make_finding
 from .headers import MAX_JSON_BYTES, read_json
 
-# Read by other checks.
-_NOT_PARSED = {"config.json", "quant_model_description.json"}
+# Other checks parse these files.
+_PARSED_ELSEWHERE = {"config.json", "quant_model_description.json"}
 
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TEMPLATES = ("chat_template.json", "chat_template.jinja")
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def check_companions(path: Path, speaks: bool) -> Iterator[Finding]:
-    """Everything that a processor, a tokenizer and the full class read besides the weights; the voices if it speaks."""
+def check_companions(path: Path, has_speech: bool) -> Iterator[Finding]:
+    """Check the files that a processor, a tokenizer and the full class read, and the voices if has_speech."""
     names = {file.name for file in path.iterdir() if file.is_file()}
     if "tokenizer_config.json" not in names:
-        yield found("tokenizer_missing", "tokenizer_config.json", "is missing")
+        yield make_finding("tokenizer_missing", "tokenizer_config.json", "is missing")
     if not any(set(files) <= names for files in _TOKENIZERS):
-        yield found("tokenizer_missing", "tokenizer.json", "neither it nor vocab.json with merges.txt is there")
+        yield make_finding("tokenizer_missing", "tokenizer.json", "is missing, and so is vocab.json with merges.txt")
     if not set(_PROCESSORS) & names:
-        yield found("processor_missing", _PROCESSORS[0], "is missing")
-    if not set(_TEMPLATES) & names and "chat_template" not in _parsed(path / "tokenizer_config.json"):
-        yield found("chat_template_missing", _TEMPLATES[0], "is missing")
+        yield make_finding("processor_missing", _PROCESSORS[0], "is missing")
+    if not set(_TEMPLATES) & names and "chat_template" not in _parse_or_empty(path / "tokenizer_config.json"):
+        yield make_finding("chat_template_missing", _TEMPLATES[0], "is missing")
     if "generation_config.json" not in names:
-        yield found("generation_config_missing", "generation_config.json", "is missing")
-    if speaks:
+        yield make_finding("generation_config_missing", "generation_config.json", "is missing")
+    if has_speech:
         yield from _check_voices(path)
     for name in sorted(names):
         yield from _check_file(path / name)
@@ -42,9 +45,9 @@ def check_companions(path: Path, speaks: bool) -> Iterator[Finding]:
 def _check_voices(path: Path) -> Iterator[Finding]:
     voices = path / "spk_dict.pt"
     if not voices.is_file():
-        yield found("spk_dict_missing", voices.name, "is missing")
-    elif not zipfile.is_zipfile(voices):  # what torch.save writes
-        yield found("spk_dict_broken", voices.name, f"{voices.stat().st_size} bytes that torch cannot load")
+        yield make_finding("spk_dict_missing", voices.name, "is missing")
+    elif not zipfile.is_zipfile(voices):  # torch.save writes ZIP archives
+        yield make_finding("spk_dict_broken", voices.name, f"{voices.stat().st_size} bytes that torch.load cannot read")
 
 
 def _check_file(file: Path) -> Iterator[Finding]:
@@ -52,23 +55,23 @@ def _check_file(file: Path) -> Iterator[Finding]:
         return
     size = file.stat().st_size
     if not size:
-        yield found("file_empty", file.name, "0 bytes")
-    elif file.suffix == ".json" and size <= MAX_JSON_BYTES and not _is_examined(file.name):
+        yield make_finding("file_empty", file.name, "0 bytes")
+    elif file.suffix == ".json" and size <= MAX_JSON_BYTES and not _is_parsed_elsewhere(file.name):
         try:
             parse_json(read_regular(file, MAX_JSON_BYTES).decode("utf-8"))
         except OSError as error:
-            yield found("file_unreadable", file.name, f"cannot be read: {error.strerror or error}")
+            yield make_finding("file_unreadable", file.name, f"cannot be read: {error.strerror or error}")
         except ValueError as error:
-            yield found("json_broken", file.name, f"is not JSON: {error}")
+            yield make_finding("json_broken", file.name, f"is not JSON: {error}")
 
 
-def _is_examined(name: str) -> bool:
-    """Files that another check reads, with its own finding."""
-    return name in _NOT_PARSED or name.endswith(".safetensors.index.json")
+def _is_parsed_elsewhere(name: str) -> bool:
+    """Whether another check parses the file and reports its faults."""
+    return name in _PARSED_ELSEWHERE or name.endswith(".safetensors.index.json")
 
 
-def _parsed(file: Path) -> dict[str, Any]:
+def _parse_or_empty(file: Path) -> dict[str, Any]:
     try:
         return read_json(file)
     except QuantError:
-        return {}  # told by the check of all files
+        return {}  # _check_file reports the fault

@@ -1,4 +1,4 @@
-"""A finding of doctor, and how a check's findings become a short list. The kinds of findings are in codes.py."""
+"""The findings of doctor, collected into a short list. The kinds of findings are in codes.py."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from .codes import CODES
 
 Level = Literal["ok", "warning", "error"]
 
-# Of one kind of finding a check lists this many; the others are counted. What is kept in memory stays bounded.
-LISTED = 8
+# A check lists at most this many findings of one kind and counts the rest, so that memory stays bounded.
+MAX_LISTED = 8
 
 
 @dataclass(frozen=True)
 class Finding:
     """One line of a diagnosis.
 
-    level: `ok` stands for a whole check that found nothing. check: `files`, `names`, `scales` and so on. code: a key of
-    CODES, empty for `ok`. where: tensor, file or key. what: the fault with its value. why: what it does, and to which
-    runtimes. todo: what to do.
+    level: `ok` means that the check found no fault. check: `files`, `names`, `scales` and so on. code: a key of CODES,
+    empty for `ok`. where: tensor, file or key. what: the fault with its value. why: its effect. runtimes: the runtimes
+    it affects. todo: what to do.
     """
 
     level: Level
@@ -35,7 +35,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What doctor found. `unlisted` counts the findings of a code beyond those listed."""
+    """All findings of doctor. `unlisted` counts, by code, the findings that are not in the list."""
 
     path: str
     format: str
@@ -58,31 +58,31 @@ class Diagnosis:
         return {finding.code for finding in self.findings if finding.code}
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the diagnosis as a dict for JSON."""
         return {**asdict(self), "errors": self.errors, "warnings": self.warnings, "healthy": self.healthy}
 
 
-def found(code: str, where: object, what: str) -> Finding:
-    """A finding of a known kind; `check` is set by the check that hands it on."""
+def make_finding(code: str, where: object, what: str) -> Finding:
+    """Return a finding of a known kind; the Collector sets its `check`."""
     kind = CODES[code]
-    return Finding(kind.level, "", code, shortened(str(where)), shortened(what), kind.why, kind.runtimes, kind.todo)
+    return Finding(kind.level, "", code, shorten_text(str(where)), shorten_text(what), kind.why, kind.runtimes, kind.todo)
 
 
-def shortened(text: str, length: int = 300) -> str:
-    """Text of a damaged file, printable and of bounded length."""
+def shorten_text(text: str, length: int = 300) -> str:
+    """Return text of a damaged file as printable text of bounded length."""
     printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: length + 1])
     return printable if len(text) <= length else f"{printable[:length]}..."
 
 
-def some(names: Iterable[str], count: int = 3) -> str:
-    """`a, b, c and 5 more`."""
-    listed = sorted(names)
-    more = f" and {len(listed) - count} more" if len(listed) > count else ""
-    return ", ".join(listed[:count]) + more
+def shorten_list(names: Iterable[str], count: int = 3) -> str:
+    """Join sorted names as in `a, b, c and 5 more`."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - count} more" if len(ordered) > count else ""
+    return ", ".join(ordered[:count]) + more
 
 
 class Collector:
-    """Findings of all checks, each kind listed a few times per check and counted beyond."""
+    """Collects the findings of all checks: at most MAX_LISTED of each kind per check, and a count of the rest."""
 
     def __init__(self, on_check: Callable[[str], None]) -> None:
         self._on_check = on_check
@@ -90,23 +90,23 @@ class Collector:
         self.unlisted: dict[str, int] = {}
 
     def run(self, check: str, findings: Iterator[Finding], ok: str, where: str = "") -> None:
-        """Take a check's findings; `ok` is its line if there are none.
+        """Collect the findings of a check; `ok` is the text of its line if there are none.
 
-        What a check did not foresee in a damaged file ends this check alone, and is a finding itself.
+        An exception that a damaged file raises ends only this check and becomes a finding.
         """
         self._on_check(check)
-        listed: dict[str, int] = {}
+        counts: dict[str, int] = {}
         try:
             for finding in findings:
-                self._take(check, finding, listed)
-        except Exception as error:  # whatever a damaged file may raise; the other checks go on
-            self._take(check, found("check_failed", where or check, f"{type(error).__name__}: {error}"), listed)
-        if not listed:
+                self._add(check, finding, counts)
+        except Exception as error:  # a damaged file may raise anything; the other checks continue
+            self._add(check, make_finding("check_failed", where or check, f"{type(error).__name__}: {error}"), counts)
+        if not counts:
             self.findings.append(Finding("ok", check, "", where, ok))
 
-    def _take(self, check: str, finding: Finding, listed: dict[str, int]) -> None:
-        listed[finding.code] = listed.get(finding.code, 0) + 1
-        if listed[finding.code] > LISTED:
+    def _add(self, check: str, finding: Finding, counts: dict[str, int]) -> None:
+        counts[finding.code] = counts.get(finding.code, 0) + 1
+        if counts[finding.code] > MAX_LISTED:
             self.unlisted[finding.code] = self.unlisted.get(finding.code, 0) + 1
             return
         self.findings.append(

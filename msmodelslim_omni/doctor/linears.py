@@ -1,4 +1,4 @@
-"""In which form each Linear is stored, and whether all its tensors are there with their dtypes and shapes."""
+"""The form in which each Linear is stored, and checks that its tensors are present with the right dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import QuantError
-from ..formats import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_form
+from ..formats import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout
 from ..storage import FLOAT_DTYPES, TensorInfo
-from .findings import Finding, found, some
+from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
 from .quantization import Declared
 
 Shapes = dict[str, tuple[int, ...]]
 
-# Form -> suffixes of its tensors; the first tells the form. `?` marks one that may be absent.
+# Form -> suffixes of its tensors; the first holds the weight. `?` marks an optional tensor.
 FORMS: dict[str, tuple[str, ...]] = {
     "gemm": ("qweight", "qzeros", "scales"),
     "packed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point?", "weight_g_idx?"),
@@ -28,8 +28,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "float": ("weight",),
 }  # fmt: skip
 
-# Which forms a format holds beside `float`.
-FORMS_OF = {
+# Format -> the forms of its quantized Linears. Float Linears have the form `float` in every format.
+FORMS_OF_FORMAT = {
     "awq": ("gemm",),
     "compressed-tensors": ("packed", "int8"),
     "ascend": ("ascend", "ascend_static"),
@@ -39,13 +39,13 @@ FORMS_OF = {
 _PER_WORD = 8
 _SUFFIXES = {suffix.rstrip("?") for suffixes in FORMS.values() for suffix in suffixes}
 
-# Two-dimensional weights that are looked up, not multiplied.
-_LOOKED_UP = ("embed_tokens", "codec_embed", "bos_eos_token")
+# Two-dimensional weights of embeddings, which are not Linears.
+_EMBEDDINGS = ("embed_tokens", "codec_embed", "bos_eos_token")
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One Linear as its tensors show it. shape: (out, in) if known; sound: every tensor is there and fits."""
+    """A Linear as it is stored. shape: (out, in) if known. sound: all tensors are present with the right dtype and shape."""
 
     name: str
     form: str
@@ -59,7 +59,7 @@ class StoredLinear:
 
     @property
     def groups(self) -> int:
-        """Groups of inputs that share a scale; 1 per channel, 0 if it cannot be told."""
+        """Number of input groups with a scale each: 1 for per-channel scales, 0 if unknown."""
         if self.form == "nf4":
             return self.tensors["weight.absmax"].numel // self.shape[0] if self.sound and self.shape else 0
         scales = self.tensors.get("scales") or self.tensors.get("weight_scale")
@@ -68,8 +68,8 @@ class StoredLinear:
         return scales.shape[0 if self.form == "gemm" else 1]
 
 
-def linear_of(tensor: str) -> tuple[str, str]:
-    """`x.q_proj.weight_scale` -> (`x.q_proj`, `weight_scale`), `x.q_proj.weight.absmax` -> (.., `weight.absmax`)."""
+def split_tensor_name(tensor: str) -> tuple[str, str]:
+    """Split a tensor's name into Linear and suffix: (`x.q_proj`, `weight_scale`) or (`x.q_proj`, `weight.absmax`)."""
     name, inside, suffix = tensor.rpartition(".weight.")
     if inside:
         return name, f"weight.{suffix}"
@@ -78,29 +78,29 @@ def linear_of(tensor: str) -> tuple[str, str]:
 
 
 def expected_linears(expected: Shapes) -> dict[str, tuple[int, int]]:
-    """The Linears among the tensors that config.json implies: (out, in) by name."""
+    """Return the shapes (out, in) by name of the Linears among the tensors that config.json implies."""
     return {
         name: (shape[0], shape[1])
         for tensor, shape in expected.items()
-        for name, suffix in [linear_of(tensor)]
-        if suffix == "weight" and len(shape) == 2 and not name.endswith(_LOOKED_UP)
+        for name, suffix in [split_tensor_name(tensor)]
+        if suffix == "weight" and len(shape) == 2 and not name.endswith(_EMBEDDINGS)
     }
 
 
 def stored_linears(folder: Folder, expected: Shapes, declared: Declared) -> dict[str, StoredLinear]:
-    """Every Linear that is there or expected and at least begun, by name."""
+    """Return by name every Linear with at least one stored tensor."""
     shapes = expected_linears(expected)
     parts: dict[str, dict[str, TensorInfo]] = {}
     for tensor, info in folder.tensors.items():
-        name, suffix = linear_of(tensor)
+        name, suffix = split_tensor_name(tensor)
         if suffix in _SUFFIXES:
             parts.setdefault(name, {})[suffix] = info
     linears = {}
     for name, tensors in parts.items():
         form = _form(tensors, declared.format)
-        is_linear = form != "float" or name in shapes or (not shapes and _looks_like_one(name, tensors["weight"]))
+        is_linear = form != "float" or name in shapes or (not shapes and _looks_like_linear(name, tensors["weight"]))
         if is_linear:
-            shape = shapes.get(name) or _own_shape(form, tensors)
+            shape = shapes.get(name) or _shape_from_tensors(form, tensors)
             missing = _missing(form, tensors, declared)
             sound = not missing and shape is not None and not list(_misfits(name, form, tensors, shape))
             linears[name] = StoredLinear(name, form, tensors, shape, sound)
@@ -125,34 +125,34 @@ def _form(tensors: dict[str, TensorInfo], declared: str) -> str:
     return "ascend" if declared == "ascend" or "weight_offset" in tensors else "int8"
 
 
-def _looks_like_one(name: str, weight: TensorInfo) -> bool:
-    return len(weight.shape) == 2 and not name.endswith(_LOOKED_UP)
+def _looks_like_linear(name: str, weight: TensorInfo) -> bool:
+    return len(weight.shape) == 2 and not name.endswith(_EMBEDDINGS)
 
 
-def _own_shape(form: str, tensors: dict[str, TensorInfo]) -> tuple[int, int] | None:
-    """(out, in) as the tensors themselves say, for a Linear that config.json does not imply."""
+def _shape_from_tensors(form: str, tensors: dict[str, TensorInfo]) -> tuple[int, int] | None:
+    """Infer (out, in) from the tensors, for a Linear that config.json does not imply; None if impossible."""
     if form == "nf4":
         with suppress(QuantError):
-            return nf4_form(tensors)[0]
+            return nf4_layout(tensors)[0]
         return None
-    first = tensors.get(FORMS[form][0])
-    if first is None or len(first.shape) != 2:
+    weight = tensors.get(FORMS[form][0])
+    if weight is None or len(weight.shape) != 2:
         return None
-    rows, columns = first.shape
+    rows, columns = weight.shape
     if form == "gemm":
         return columns * _PER_WORD, rows
     return rows, columns * _PER_WORD if form == "packed" else columns
 
 
 def _missing(form: str, tensors: dict[str, TensorInfo], declared: Declared) -> list[str]:
-    needed = [suffix for suffix in FORMS[form] if not suffix.endswith("?")]
+    required = [suffix for suffix in FORMS[form] if not suffix.endswith("?")]
     if form == "packed" and declared.format == "compressed-tensors" and declared.symmetric is False:
-        needed.append("weight_zero_point")
-    return [suffix for suffix in needed if suffix not in tensors]
+        required.append("weight_zero_point")
+    return [suffix for suffix in required if suffix not in tensors]
 
 
-def _wanted(form: str, shape: tuple[int, int], groups: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """dtypes and shape of each tensor of a Linear (out, in) with so many groups of inputs."""
+def _expected_tensors(form: str, shape: tuple[int, int], groups: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+    """Return the allowed dtypes and the shape of each tensor, by suffix. shape: (out, in) of the Linear."""
     rows, columns = shape
     floats = tuple(sorted(FLOAT_DTYPES - {"F64"}))
     packed = -(-columns // _PER_WORD)
@@ -201,31 +201,31 @@ def _misfits(name: str, form: str, tensors: dict[str, TensorInfo], shape: tuple[
         yield from _nf4_misfits(name, tensors, shape)
         return
     groups = _group_count(form, tensors, shape)
-    for suffix, (dtypes, size) in _wanted(form, shape, groups).items():
+    for suffix, (dtypes, size) in _expected_tensors(form, shape, groups).items():
         info = tensors.get(suffix)
         if info is None:
             continue
         if info.dtype not in dtypes:
-            yield found("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")
+            yield make_finding("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")
         if info.shape != size:
-            yield found("tensor_shape", info.name, f"is {list(info.shape)}, not {list(size)}, for {list(shape)}")
+            yield make_finding("tensor_shape", info.name, f"is {list(info.shape)}, not {list(size)}, for a Linear of shape {list(shape)}")
 
 
 def _nf4_misfits(name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> Iterator[Finding]:
-    """What its quant_state says of the tensors and of the shape; a Linear that is not whole is told of elsewhere."""
+    """Check tensors and shape against the quant_state. check_linears reports missing tensors."""
     if any(suffix not in tensors for suffix in NF4_PARTS):
         return
     try:
-        said = nf4_form(tensors)[0]
+        stored_shape = nf4_layout(tensors)[0]
     except QuantError as error:
-        yield found("nf4_state_wrong", name, error.message)
+        yield make_finding("nf4_state_wrong", name, error.message)
         return
-    if said != shape:
-        yield found("tensor_shape", f"{name}.{NF4_STATE}", f"says {list(said)}, not {list(shape)}")
+    if stored_shape != shape:
+        yield make_finding("tensor_shape", f"{name}.{NF4_STATE}", f"has shape {list(stored_shape)}, not {list(shape)}")
 
 
 def _group_count(form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> int:
-    """How many groups the scales have, where that is a possible number; else one, which then misfits."""
+    """Return the number of groups of the scales, or 1 if it does not divide the inputs; 1 then fails the shape check."""
     info = tensors.get("scales" if form == "gemm" else "weight_scale")
     if form not in ("gemm", "packed") or info is None or len(info.shape) != 2:
         return 1
@@ -237,45 +237,44 @@ def _group_count(form: str, tensors: dict[str, TensorInfo], shape: tuple[int, in
 
 
 def check_linears(linears: dict[str, StoredLinear], declared: Declared) -> Iterator[Finding]:
-    """Forms, completeness, dtypes, shapes; and the declared bits, group size and zero points against the tensors."""
+    """Check forms, completeness, dtypes and shapes, and the declared bits, group size and zero points."""
     quantized = [linear for linear in linears.values() if linear.quantized]
     if not quantized:
-        yield found("not_quantized", "all Linears", "no Linear is stored quantized")
+        yield make_finding("not_quantized", "all Linears", "no Linear is quantized")
     for linear in linears.values():
-        if linear.quantized and declared.format and linear.form not in FORMS_OF.get(declared.format, (linear.form,)):
-            yield found("form_foreign", linear.name, f"has {some(linear.tensors)}: not {declared.format}")
+        if linear.quantized and declared.format and linear.form not in FORMS_OF_FORMAT.get(declared.format, (linear.form,)):
+            yield make_finding("form_foreign", linear.name, f"has {shorten_list(linear.tensors)}, which is not {declared.format}")
         for suffix in _missing(linear.form, linear.tensors, declared):
-            yield found("linear_incomplete", f"{linear.name}.{suffix}", f"is missing; there is {some(linear.tensors)}")
+            yield make_finding("linear_incomplete", f"{linear.name}.{suffix}", f"is missing; stored are {shorten_list(linear.tensors)}")
         if linear.shape is None:
-            yield found("tensor_shape", linear.name, "its tensors do not tell the shape of a weight")
+            yield make_finding("tensor_shape", linear.name, "its tensors do not determine the shape of the weight")
         else:
             yield from _misfits(linear.name, linear.form, linear.tensors, linear.shape)
     yield from _check_declared(quantized, declared)
 
 
 def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterator[Finding]:
-    """What config.json says of all Linears, against most of them; then those that differ from most."""
+    """Compare config.json with the majority of Linears, then report Linears that differ from the majority."""
     key = f"config.json: {declared.where}"
-    bits = {"gemm": 4, "packed": 4, "int8": 8, "ascend": 8, "ascend_static": 8, "nf4": 4}
+    bits_of_form = {"gemm": 4, "packed": 4, "int8": 8, "ascend": 8, "ascend_static": 8, "nf4": 4}
     forms = Counter(linear.form for linear in quantized)
-    if declared.bits is not None and forms and declared.bits != bits[forms.most_common(1)[0][0]]:
+    if declared.bits is not None and forms and declared.bits != bits_of_form[forms.most_common(1)[0][0]]:
         form = forms.most_common(1)[0][0]
-        yield found("bits_wrong", f"{key}.{declared.bits_key}", f"is {declared.bits}; {bits[form]} bits are stored")
+        yield make_finding("bits_wrong", f"{key}.{declared.bits_key}", f"is {declared.bits}; the integers have {bits_of_form[form]} bits")
     nested = {linear.name for linear in quantized if NF4_NESTED[0] in linear.tensors}
     if declared.nested is not None and (declared.nested != bool(nested) or len(nested) not in (0, len(quantized))):
-        told = f"is {declared.nested}; {len(nested)} of {len(quantized)} Linears have nested scales"
-        yield found("nested_wrong", f"{key}.bnb_4bit_use_double_quant", told)
+        what = f"is {declared.nested}; {len(nested)} of {len(quantized)} Linears have nested scales"
+        yield make_finding("nested_wrong", f"{key}.bnb_4bit_use_double_quant", what)
     grouped = [linear for linear in quantized if linear.form in ("gemm", "packed") and linear.shape and linear.sound]
     if not grouped:
         return
     sizes = {linear.name: linear.shape[1] // linear.groups for linear in grouped if linear.shape and linear.groups}
-    # A Linear with one group as wide as the declared size, or per channel, cannot tell.
-    usual = Counter(sizes.values()).most_common(1)[0][0] if sizes else None
-    if declared.grouped and usual is not None and declared.group_size != usual:
-        yield found("group_size_wrong", f"{key}.group_size", f"is {declared.group_size}; {usual} inputs share a scale")
+    usual_size = Counter(sizes.values()).most_common(1)[0][0] if sizes else None
+    if declared.grouped and usual_size is not None and declared.group_size != usual_size:
+        yield make_finding("group_size_wrong", f"{key}.group_size", f"is {declared.group_size}; {usual_size} inputs share a scale")
     for name, size in sizes.items():
-        if size != usual:
-            yield found("tensor_shape", f"{name}.scales", f"groups of {size} inputs; the other Linears have {usual}")
+        if size != usual_size:
+            yield make_finding("tensor_shape", f"{name}.scales", f"has groups of {size} inputs; most Linears have {usual_size}")
     with_zeros = {linear.name for linear in grouped if linear.form == "gemm" or "weight_zero_point" in linear.tensors}
     if declared.symmetric is True and with_zeros:
-        yield found("symmetric_wrong", f"{key}.{declared.symmetric_key}", f"zero points are stored: {some(with_zeros)}")
+        yield make_finding("symmetric_wrong", f"{key}.{declared.symmetric_key}", f"contradicts the stored zero points: {shorten_list(with_zeros)}")

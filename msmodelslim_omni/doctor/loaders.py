@@ -1,4 +1,4 @@
-"""Each loader's view of the Linears against what is stored: it converts those that are quantized, and no other."""
+"""Checks that each loader converts exactly the Linears that are stored quantized."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from ..models import ModelSpec
 from ..storage import config_block
 from .config import KEY
-from .findings import Finding, found, some
-from .linears import StoredLinear, linear_of
+from .findings import Finding, make_finding, shorten_list
+from .linears import StoredLinear, split_tensor_name
 from .names import (
     MAX_NAME,
-    Answer,
     Loader,
-    answers,
+    LoaderView,
     ascend_modules,
     awq_loaders,
     bitsandbytes_loaders,
     compressed_tensors_loaders,
     fused_name,
     is_decoder_linear,
+    loader_views,
     refused_patterns,
     vllm_name,
 )
@@ -28,7 +28,7 @@ from .quantization import Declared
 
 FLOAT = "FLOAT"
 
-# vLLM-Ascend's types of dense Linears, as msModelSlim names them.
+# Types of dense Linears that vLLM-Ascend supports, by msModelSlim's names.
 _ASCEND_TYPES = {
     "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC", "W8A8_MXFP8", "W4A8_MXFP",
     "W4A4_MXFP4",
@@ -37,21 +37,21 @@ _FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A8": "ascend_static"}
 
 
 def check_groups(model: ModelSpec, linears: dict[str, StoredLinear]) -> Iterator[Finding]:
-    """Parts of what runtimes fuse have one form, one group size and zero points all or none; towers stay float."""
+    """Check that parts of fused modules have the same form, group size and kind of zero points, and that towers are float."""
     modules: dict[str, list[StoredLinear]] = {}
     for linear in linears.values():
-        if (theirs := vllm_name(model, linear.name)) is not None:
-            modules.setdefault(fused_name(theirs), []).append(linear)
+        if (vllm_linear := vllm_name(model, linear.name)) is not None:
+            modules.setdefault(fused_name(vllm_linear), []).append(linear)
         if linear.quantized and model.part_of(linear.name).prefix and not is_decoder_linear(model, linear.name):
-            yield found("tower_quantized", linear.name, f"is stored as {linear.form}")
+            yield make_finding("tower_quantized", linear.name, f"is stored as {linear.form}")
     for parts in modules.values():
-        forms = {part.name: _form(part) for part in parts}
+        forms = {part.name: _describe_form(part) for part in parts}
         if len(set(forms.values())) > 1:
-            told = ", ".join(f"{name.rpartition('.')[2]} {form}" for name, form in sorted(forms.items()))
-            yield found("fused_split", ", ".join(sorted(forms)), told)
+            what = ", ".join(f"{name.rpartition('.')[2]} is {form}" for name, form in sorted(forms.items()))
+            yield make_finding("fused_split", ", ".join(sorted(forms)), what)
 
 
-def _form(linear: StoredLinear) -> str:
+def _describe_form(linear: StoredLinear) -> str:
     if linear.form not in ("gemm", "packed") or not linear.sound or linear.shape is None:
         return linear.form
     zeros = " with zero points" if linear.form == "gemm" or "weight_zero_point" in linear.tensors else ""
@@ -65,66 +65,67 @@ def check_lists(
     config: dict[str, Any],
     all_linears: Sequence[str],
 ) -> Iterator[Finding]:
-    """What each loader of awq, bitsandbytes or compressed-tensors takes for quantized, against what is stored."""
+    """Compare the Linears that each loader of awq, bitsandbytes or compressed-tensors converts with the stored ones."""
     stored = {name for name, linear in linears.items() if linear.quantized}
     if declared.format == "awq":
         loaders = awq_loaders(model, declared.entries, stored)
-        suspicious = list(declared.entries or ())
+        patterns = list(declared.entries or ())
     elif declared.format == "bitsandbytes":
         loaders = bitsandbytes_loaders(model, declared.entries or ())
-        suspicious = list(declared.entries or ())
+        patterns = list(declared.entries or ())
     else:
         targets = [target for group in declared.groups for target in group.targets]
         loaders = compressed_tensors_loaders(model, declared.entries or (), targets or ["Linear"])
-        suspicious = [e for e in (*(declared.entries or ()), *targets) if e.startswith("re:")]
-    for entry in refused_patterns(suspicious):
-        yield found("pattern_refused", "config.json: quantization_config", repr(entry))
+        patterns = [e for e in (*(declared.entries or ()), *targets) if e.startswith("re:")]
+    for entry in refused_patterns(patterns):
+        yield make_finding("pattern_refused", "config.json: quantization_config", repr(entry))
     names = [name for name in all_linears if len(name) <= MAX_NAME]
-    for answer in answers(_asked(loaders, config), names):
-        yield from _differences(answer, stored)
+    for view in loader_views(_active_loaders(loaders, config), names):
+        yield from _compare_view(view, stored)
     if len(declared.groups) > 1:
         yield from _check_targets(model, linears, declared, config, names)
 
 
-def _asked(loaders: Iterable[Loader], config: dict[str, Any]) -> list[Loader]:
-    """Those whose part of config.json says anything."""
+def _active_loaders(loaders: Iterable[Loader], config: dict[str, Any]) -> list[Loader]:
+    """Return the loaders that find a quantization_config in their block of config.json, or read the top level."""
     return [loader for loader in loaders if not loader.config_path or KEY in config_block(config, loader.config_path)]
 
 
 def _check_targets(
     model: ModelSpec, linears: dict[str, StoredLinear], declared: Declared, config: dict[str, Any], names: list[str]
 ) -> Iterator[Finding]:
-    """Every quantized Linear is among the targets of a group of its own bits, to each loader."""
+    """Check that each loader assigns every quantized Linear to a group with the bits of the Linear."""
     for bits in sorted({group.bits for group in declared.groups if group.bits is not None}):
         stored = {n for n, linear in linears.items() if linear.form == ("packed" if bits == 4 else "int8")}
         targets = [target for group in declared.groups if group.bits == bits for target in group.targets]
-        for answer in answers(_asked(compressed_tensors_loaders(model, (), targets), config), names):
-            if strays := (stored & answer.known) - answer.taken:
-                told = f"{answer.loader}: {len(strays)} Linears of {bits} bits are no targets of a group of {bits} bits"
-                yield found("loader_expects_other_bits", some(strays), told)
+        loaders = _active_loaders(compressed_tensors_loaders(model, (), targets), config)
+        for view in loader_views(loaders, names):
+            if untargeted := (stored & view.known) - view.converted:
+                what = f"{view.loader}: {len(untargeted)} Linears with {bits} bits are not in a group with {bits} bits"
+                yield make_finding("loader_expects_other_bits", shorten_list(untargeted), what)
 
 
-def _differences(answer: Answer, stored: set[str]) -> Iterator[Finding]:
-    wanted, surplus = answer.taken - stored, (stored & answer.known) - answer.taken
-    if answer.loader == "AutoAWQ":
-        quantized = {_inner(name) for name in stored}
-        unsayable = {name for name in wanted if _inner(name) in quantized}
-        wanted -= unsayable
-        if unsayable:
-            yield found("autoawq_cannot_say", some(unsayable), "is float in this layer and quantized in others")
-    if wanted:
-        told = f"{answer.loader}: {len(wanted)} float Linears are not excepted"
-        yield found("loader_expects_quantized", some(wanted), told)
-    if surplus:
-        told = f"{answer.loader}: {len(surplus)} quantized Linears are excepted"
-        yield found("loader_expects_float", some(surplus), told)
-    for module, parts in answer.split:
-        if not set(parts) & (wanted | surplus):
-            told = f"{answer.loader}: some parts of {module} are excepted, not all"
-            yield found("fused_split", ", ".join(parts), told)
+def _compare_view(view: LoaderView, stored: set[str]) -> Iterator[Finding]:
+    converted_floats, skipped_quantized = view.converted - stored, (stored & view.known) - view.converted
+    if view.loader == "AutoAWQ":
+        quantized = {_name_in_layer(name) for name in stored}
+        inexpressible = {name for name in converted_floats if _name_in_layer(name) in quantized}
+        converted_floats -= inexpressible
+        if inexpressible:
+            yield make_finding("autoawq_cannot_say", shorten_list(inexpressible), "is float in this layer but quantized in others")
+    if converted_floats:
+        what = f"{view.loader}: {len(converted_floats)} float Linears are not excluded"
+        yield make_finding("loader_expects_quantized", shorten_list(converted_floats), what)
+    if skipped_quantized:
+        what = f"{view.loader}: {len(skipped_quantized)} quantized Linears are excluded"
+        yield make_finding("loader_expects_float", shorten_list(skipped_quantized), what)
+    for module, parts in view.split:
+        if not set(parts) & (converted_floats | skipped_quantized):
+            what = f"{view.loader}: some but not all parts of {module} are excluded"
+            yield make_finding("fused_split", ", ".join(parts), what)
 
 
-def _inner(name: str) -> str:
+def _name_in_layer(name: str) -> str:
     return name.rpartition(".layers.")[2].partition(".")[2]
 
 
@@ -136,41 +137,41 @@ def check_description(
     optional: Collection[str],
     all_linears: Sequence[str],
 ) -> Iterator[Finding]:
-    """quant_model_description.json: an entry for every tensor, of the stored type; one type per fused module.
+    """Check that quant_model_description.json has an entry of the stored type for every tensor, one type per fused module.
 
-    optional: tensors that need not be there; a tied lm_head has an entry all the same.
+    optional: tensors that may be missing; a tied lm_head still has an entry.
     """
     entries = {name: value for name, value in description.items() if isinstance(value, str)}
-    asked = ascend_modules(model, all_linears)
-    missing = {f"{part}.weight" for parts in asked.values() for part in parts} - entries.keys()
+    modules = ascend_modules(model, all_linears)
+    missing = {f"{part}.weight" for parts in modules.values() for part in parts} - entries.keys()
     for name in sorted(missing):
-        yield found("description_missing_entry", name, "has no entry in quant_model_description.json")
-    if others := {name for name in tensors if name not in entries and name not in missing}:
-        yield found("description_incomplete", some(others), f"{len(others)} tensors have no entry")
-    is_there = set(tensors)
-    of_tensors = {name for name in entries if name.endswith((".weight", ".bias", "_scale", "_offset"))}
-    stale = of_tensors - is_there - set(optional)
+        yield make_finding("description_missing_entry", name, "has no entry in quant_model_description.json")
+    if undescribed := {name for name in tensors if name not in entries and name not in missing}:
+        yield make_finding("description_incomplete", shorten_list(undescribed), f"{len(undescribed)} tensors have no entry")
+    stored = set(tensors)
+    tensor_entries = {name for name in entries if name.endswith((".weight", ".bias", "_scale", "_offset"))}
+    stale = tensor_entries - stored - set(optional)
     if stale:
-        yield found("description_stale", some(stale), f"{len(stale)} entries for tensors that are not there")
-    for name in sorted(entries.keys() & is_there):
-        if linear_of(name)[0] not in linears and entries[name] != FLOAT:
-            yield found("description_wrong_type", name, f"is described as {entries[name]}, stored is a float tensor")
+        yield make_finding("description_stale", shorten_list(stale), f"{len(stale)} entries are for tensors that do not exist")
+    for name in sorted(entries.keys() & stored):
+        if split_tensor_name(name)[0] not in linears and entries[name] != FLOAT:
+            yield make_finding("description_wrong_type", name, f"is described as {entries[name]}, but the tensor is float")
     for name in all_linears:
         if f"{name}.weight" in entries:
             yield from _check_type(name, entries[f"{name}.weight"], linears.get(name))
-    for module, parts in asked.items():
+    for module, parts in modules.items():
         types = {entries[f"{part}.weight"] for part in parts if f"{part}.weight" in entries}
         if len(types) > 1:
-            yield found("fused_split", ", ".join(parts), f"{module} is described as {' and '.join(sorted(types))}")
+            yield make_finding("fused_split", ", ".join(parts), f"{module} is described as {' and '.join(sorted(types))}")
 
 
-def _check_type(name: str, said: str, linear: StoredLinear | None) -> Iterator[Finding]:
+def _check_type(name: str, described: str, linear: StoredLinear | None) -> Iterator[Finding]:
     where = f"{name}.weight"
-    if said != FLOAT and said not in _ASCEND_TYPES:
-        yield found("description_unsupported", where, f"is described as {said!r}")
+    if described != FLOAT and described not in _ASCEND_TYPES:
+        yield make_finding("description_unsupported", where, f"is described as {described!r}")
         return
     if linear is None:
         return
-    stored = linear.form
-    if (said == FLOAT) != (stored == "float") or _FORM_OF_TYPE.get(said, stored) != stored:
-        yield found("description_wrong_type", where, f"is described as {said}, stored is {stored}")
+    form = linear.form
+    if (described == FLOAT) != (form == "float") or _FORM_OF_TYPE.get(described, form) != form:
+        yield make_finding("description_wrong_type", where, f"is described as {described} but stored as {form}")

@@ -1,16 +1,16 @@
-"""What each loader would make of every Linear: its renaming of modules and its rule of what stays float.
+"""Emulation of the loaders: how each one renames Linears, and its rule that decides which Linears stay float.
 
-A loader is a name, a renaming (name on disk -> names of its modules) and a rule. Written from the sources of:
+A loader has a name, a renaming (name on disk -> name of its module) and a rule. The rules follow these sources:
 
 - transformers 4.57: quantizers/quantizers_utils.py, and integrations/awq.py (a substring of the name);
-- transformers 5: quantizers_utils.py, should_convert_module (from the name's start up to a dot, or the name's end;
-  up to 5.17 without the dot, and with the module tree of 4.57);
+- transformers 5: quantizers_utils.py, should_convert_module (a match from the start of the name up to a dot, or the end
+  of the name; up to 5.17 without the dot, and with the module tree of 4.57);
 - AutoAWQ 0.2.9: models/base.py (Linears of decoder layers only, a substring of the name within the layer);
-- compressed-tensors: utils/match.py (`re:` from the name's start, else the exact name, or the class);
+- compressed-tensors: utils/match.py (`re:` from the start of the name, else the exact name, or the class);
 - vLLM: the model's hf_to_vllm_mapper, quantization/utils/quant_utils.py (is_layer_skipped),
-  compressed_tensors/utils.py (should_ignore_layer); fused modules ask for their parts.
+  compressed_tensors/utils.py (should_ignore_layer); fused modules look up their parts.
 
-What the modules are called is the model type's own: see models/spec.py, LoaderNames.
+The module names of each model type are in models/spec.py, LoaderNames.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from ..models import ModelSpec, Renaming, renamed
 Rename = Callable[[str], str | None]
 Skips = Callable[[str], bool]
 
-# A list of patterns is untrusted: matching is given up after this time, and a pattern that may backtrack without end
-# is not tried. Few repetitions in it and names of this length keep a single match fast.
+# Patterns come from untrusted files. Matching stops after this time, and patterns that may backtrack exponentially are
+# not tried. The limits on repetitions and on the length of names keep a single match fast.
 _MATCHING_SECONDS = 30.0
 _MAX_REPETITIONS = 4
 _MAX_PATTERN = 500
@@ -39,12 +39,12 @@ FUSED_VISUAL = {"qkv": ("q", "k", "v")}
 # --- renamings -----------------------------------------------------------------------------------------------
 
 
-def to_modules(renaming: Renaming) -> Rename:
+def renamer(renaming: Renaming) -> Rename:
     return lambda name: renamed(name, renaming)
 
 
-def mapped_by_vllm(model: ModelSpec, entry: str) -> str:
-    """An entry of a list as vLLM's mapper leaves it: what is not loaded there matches nothing in any case."""
+def map_entry_for_vllm(model: ModelSpec, entry: str) -> str:
+    """Rename a list entry as vLLM's mapper does. Entries of modules that vLLM does not load match nothing anyway."""
     return renamed(entry, model.loaders.vllm) or entry
 
 
@@ -53,7 +53,7 @@ def vllm_name(model: ModelSpec, name: str) -> str | None:
 
 
 def fused_name(name: str) -> str:
-    """The vLLM module that a vLLM Linear is a part of, or itself."""
+    """Return the name of the fused vLLM module that contains the vLLM Linear, or `name` if it is not fused."""
     name = re.sub(r"\b[qkv]_proj$", "qkv_proj", re.sub(r"\b(gate|up)_proj$", "gate_up_proj", name))
     return re.sub(r"^(visual\..*\.attn)\.[qkv]$", r"\1.qkv", name)
 
@@ -62,12 +62,12 @@ def fused_name(name: str) -> str:
 
 
 def refused_patterns(entries: Iterable[str]) -> list[str]:
-    """Entries that are not tried as regular expressions, since one could take for ever, or that are none."""
+    """Return the entries that are invalid as regular expressions, or could take forever to match."""
     refused = []
     for entry in entries:
         pattern = entry.removeprefix("re:")
         repetitions = sum(pattern.count(c) for c in "*+{?") - pattern.count("(?")
-        if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or _repeats_repetitions(pattern):
+        if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or _has_nested_repetition(pattern):
             refused.append(entry)
             continue
         try:
@@ -77,9 +77,9 @@ def refused_patterns(entries: Iterable[str]) -> list[str]:
     return refused
 
 
-def _repeats_repetitions(pattern: str) -> bool:
-    """Whether a repeated group holds a repetition or a choice, as in (a+)+ or (a|a)*: such can match in 2^n ways."""
-    groups: list[bool] = []  # of each open group, whether it holds one
+def _has_nested_repetition(pattern: str) -> bool:
+    """Whether a repeated group contains a repetition or a choice, as in (a+)+ or (a|a)*, which can match in 2^n ways."""
+    groups: list[bool] = []  # for each open group, whether it contains a repetition or a choice
     escaped = False
     for character, following in zip(pattern, pattern[1:] + " ", strict=True):
         if escaped:
@@ -96,17 +96,17 @@ def _repeats_repetitions(pattern: str) -> bool:
 
 
 class Deadline:
-    """Raises TimeoutError once matching has taken too long."""
+    """Raises TimeoutError when matching takes too long."""
 
     def __init__(self) -> None:
         self._end = monotonic() + _MATCHING_SECONDS
 
     def check(self) -> None:
         if monotonic() > self._end:
-            raise TimeoutError(f"matching names takes more than {_MATCHING_SECONDS:g} s; is the list hostile?")
+            raise TimeoutError(f"matching names takes more than {_MATCHING_SECONDS:g} s; the list may be malicious")
 
     def matches(self, patterns: Iterable[re.Pattern[str]], name: str) -> bool:
-        """Whether any pattern fits from the start of the name."""
+        """Whether any pattern matches from the start of the name."""
         for pattern in patterns:
             self.check()
             if pattern.match(name):
@@ -119,25 +119,25 @@ def substring_rule(entries: Sequence[str]) -> Skips:
 
 
 def path_part_rule(entries: Sequence[str]) -> Skips:
-    """transformers 4 for bitsandbytes: the module's own name, its whole path, or a part of it that ends at a dot."""
+    """transformers 4, bitsandbytes: an entry is the module's last name, its full path, or a part of it before a dot."""
     exact, parts = set(entries), [f"{entry}." for entry in entries]
     return lambda name: name.rpartition(".")[2] in exact or name in exact or any(part in name for part in parts)
 
 
-def prefix_or_end_rule(entries: Sequence[str], whole_words: bool, deadline: Deadline) -> Skips:
-    """transformers 5; `whole_words`: since 5.18 the match must end at a dot."""
-    boundary = r"(?:(?<=\.)|(?=\.|$))" if whole_words else ""
+def prefix_or_end_rule(entries: Sequence[str], to_dot: bool, deadline: Deadline) -> Skips:
+    """transformers 5. to_dot: whether a match must end at a dot, as since 5.18."""
+    boundary = r"(?:(?<=\.)|(?=\.|$))" if to_dot else ""
     patterns = [re.compile(f"(?:{entry}){boundary}") for entry in entries]
     ends = tuple(entries)
     return lambda name: name.endswith(ends) or deadline.matches(patterns, name)
 
 
-def listed_rule(entries: Sequence[str], deadline: Deadline) -> Skips:
-    """compressed-tensors: `re:` from the name's start, the exact name, or the class, which is Linear here."""
+def exact_or_pattern_rule(entries: Sequence[str], deadline: Deadline) -> Skips:
+    """compressed-tensors: `re:` from the start of the name, the exact name, or the class, which is Linear here."""
     patterns = [re.compile(entry[3:]) for entry in entries if entry.startswith("re:")]
     exact = {entry for entry in entries if not entry.startswith("re:")}
-    everything = "Linear" in exact
-    return lambda name: everything or name in exact or deadline.matches(patterns, name)
+    has_class = "Linear" in exact
+    return lambda name: has_class or name in exact or deadline.matches(patterns, name)
 
 
 # --- loaders -------------------------------------------------------------------------------------------------
@@ -145,7 +145,12 @@ def listed_rule(entries: Sequence[str], deadline: Deadline) -> Skips:
 
 @dataclass(frozen=True)
 class Loader:
-    """name: as a finding tells it. config_path: the block of config.json whose quantization_config it reads."""
+    """A loader of a checkpoint.
+
+    name: as findings show it. rename: name on disk -> name of the module, None if the loader does not load or quantize
+    it. skips: whether a module stays float. config_path: the block of config.json whose quantization_config the loader
+    reads. fuses: whether it fuses q, k, v and gate, up.
+    """
 
     name: str
     rename: Rename
@@ -155,39 +160,49 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What one loader takes for quantized among the Linears it knows; split: fused modules it finds half listed."""
+class LoaderView:
+    """The Linears as one loader sees them, by name on disk.
+
+    known: Linears that the loader loads. converted: those for which it builds quantized modules. split: fused modules
+    of which only some parts are converted, with their parts.
+    """
 
     loader: str
     known: frozenset[str]
-    taken: frozenset[str]
+    converted: frozenset[str]
     split: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
 def awq_loaders(model: ModelSpec, entries: Sequence[str] | None, stored: Collection[str]) -> list[Loader]:
-    """Loaders of an awq checkpoint. entries: modules_to_not_convert; without it vLLM takes what the files hold.
+    """Return the loaders of an awq checkpoint.
 
-    transformers 5 is left out where an entry is not safe to try as a pattern.
+    entries: modules_to_not_convert; if it is empty, vLLM converts the Linears that the files store quantized.
+    transformers 5 is omitted if an entry is not safe to try as a pattern.
     """
     listed, deadline = list(entries or ()), Deadline()
-    in_files = {vllm_name(model, name) for name in stored}
-    words = substring_rule(listed)
-    in_vllm = substring_rule([mapped_by_vllm(model, entry) for entry in listed])
+    stored_in_vllm = {vllm_name(model, name) for name in stored}
+    by_substring = substring_rule(listed)
+    in_vllm = substring_rule([map_entry_for_vllm(model, entry) for entry in listed])
     loaders = [
-        Loader("AutoAWQ", _within_layer(model), words),
-        *_library_loaders(model, "4.57", words),
-        Loader("vLLM", _vllm_linear(model), in_vllm if listed else lambda name: name not in in_files, fuses=True),
+        Loader("AutoAWQ", _rename_within_layer(model), by_substring),
+        *_library_loaders(model, "4.57", by_substring),
+        Loader(
+            "vLLM",
+            _rename_for_vllm(model),
+            in_vllm if listed else lambda name: name not in stored_in_vllm,
+            fuses=True,
+        ),
     ]
     if not refused_patterns(listed):
         tf5, early_5 = prefix_or_end_rule(listed, True, deadline), prefix_or_end_rule(listed, False, deadline)
         full = model.loaders.classes[0]
         loaders += _library_loaders(model, "5.x", tf5)
-        loaders.append(Loader(f"transformers 5.0 to 5.17, {full.name}", to_modules(full.modules), early_5))
+        loaders.append(Loader(f"transformers 5.0 to 5.17, {full.name}", renamer(full.modules), early_5))
     return loaders
 
 
 def bitsandbytes_loaders(model: ModelSpec, entries: Sequence[str]) -> list[Loader]:
-    """Loaders of a bitsandbytes checkpoint. entries: llm_int8_skip_modules. vLLM has no method for it."""
+    """Return the loaders of a bitsandbytes checkpoint, without vLLM. entries: llm_int8_skip_modules."""
     loaders = _library_loaders(model, "4.57", path_part_rule(entries))
     if not refused_patterns(entries):
         loaders += _library_loaders(model, "5.x", prefix_or_end_rule(entries, True, Deadline()))
@@ -195,33 +210,33 @@ def bitsandbytes_loaders(model: ModelSpec, entries: Sequence[str]) -> list[Loade
 
 
 def compressed_tensors_loaders(model: ModelSpec, ignore: Sequence[str], targets: Sequence[str]) -> list[Loader]:
-    """Loaders of a compressed-tensors checkpoint: not ignored, and among the targets. None if a pattern is unsafe."""
+    """Return the loaders of a compressed-tensors checkpoint, or no loaders if a pattern is not safe to try."""
     if refused_patterns(entry for entry in [*ignore, *targets] if entry.startswith("re:")):
         return []
     deadline = Deadline()
 
     def rule(mapped: Callable[[str], str]) -> Skips:
-        ignored = listed_rule([mapped(entry) for entry in ignore], deadline)
-        targeted = listed_rule([mapped(entry) for entry in targets], deadline)
+        ignored = exact_or_pattern_rule([mapped(entry) for entry in ignore], deadline)
+        targeted = exact_or_pattern_rule([mapped(entry) for entry in targets], deadline)
         return lambda name: ignored(name) or not targeted(name)
 
     def in_vllm(entry: str) -> str:
-        return entry if entry.startswith("re:") or "." not in entry else mapped_by_vllm(model, entry)
+        return entry if entry.startswith("re:") or "." not in entry else map_entry_for_vllm(model, entry)
 
     plain = rule(lambda entry: entry)
     return [
         *_library_loaders(model, "4.57", plain),
         *_library_loaders(model, "5.x", plain),
-        Loader("vLLM", _vllm_linear(model), rule(in_vllm), fuses=True),
+        Loader("vLLM", _rename_for_vllm(model), rule(in_vllm), fuses=True),
     ]
 
 
 def _library_loaders(model: ModelSpec, version: str, skips: Skips) -> list[Loader]:
-    """A loader for each class of transformers 4.57 or 5.x."""
+    """Return a loader for each class of transformers 4.57 or 5.x."""
     return [
         Loader(
             f"transformers {version}, {loaded.name}",
-            to_modules(loaded.modules if version == "4.57" else loaded.modules_5),
+            renamer(loaded.modules if version == "4.57" else loaded.modules_5),
             skips,
             loaded.config_path,
         )
@@ -229,7 +244,7 @@ def _library_loaders(model: ModelSpec, version: str, skips: Skips) -> list[Loade
     ]
 
 
-def _within_layer(model: ModelSpec) -> Rename:
+def _rename_within_layer(model: ModelSpec) -> Rename:
     def rename(name: str) -> str | None:
         return name.removeprefix(model.layers_prefix).partition(".")[2] if is_decoder_linear(model, name) else None
 
@@ -240,39 +255,39 @@ def is_decoder_linear(model: ModelSpec, name: str) -> bool:
     return name.startswith(model.layers_prefix)
 
 
-def _vllm_linear(model: ModelSpec) -> Rename:
-    """vLLM's lm_head is of a class of its own, quantized only where it is asked for by name."""
+def _rename_for_vllm(model: ModelSpec) -> Rename:
+    """Return vLLM's renaming without lm_head, which has its own class and is quantized only if requested by name."""
     return lambda name: None if f"{name}.weight" == model.head else vllm_name(model, name)
 
 
-def answers(loaders: Iterable[Loader], linears: Iterable[str]) -> Iterator[Answer]:
-    """What each loader takes for quantized, over the names on disk of all Linears."""
+def loader_views(loaders: Iterable[Loader], linears: Iterable[str]) -> Iterator[LoaderView]:
+    """Yield the view of each loader. linears: names on disk of all Linears."""
     linears, deadline = sorted(linears), Deadline()
     for loader in loaders:
         known, skipped = {}, {}
         for name in linears:
-            if (theirs := loader.rename(name)) is not None:
-                known[name] = theirs
-                skipped[name] = loader.skips(_asked_for(theirs) if loader.fuses else theirs)
+            if (module := loader.rename(name)) is not None:
+                known[name] = module
+                skipped[name] = loader.skips(_name_in_rule(module) if loader.fuses else module)
             deadline.check()
-        yield Answer(
+        yield LoaderView(
             loader.name,
             frozenset(known),
             frozenset(name for name in known if not skipped[name]),
-            tuple(_split(known, skipped)) if loader.fuses else (),
+            tuple(_split_modules(known, skipped)) if loader.fuses else (),
         )
 
 
-def _asked_for(name: str) -> str:
-    """vLLM knows the parts of the fused modules of its table; the visual qkv is asked for by its fused name."""
+def _name_in_rule(name: str) -> str:
+    """Return the name that vLLM tests: the Linear's own, except for the visual qkv, which has only its fused name."""
     fused = fused_name(name)
     return fused if fused.rpartition(".")[2] in FUSED_VISUAL else name
 
 
-def _split(known: dict[str, str], skipped: dict[str, bool]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _split_modules(known: dict[str, str], skipped: dict[str, bool]) -> Iterator[tuple[str, tuple[str, ...]]]:
     modules: dict[str, list[str]] = {}
-    for name, theirs in known.items():
-        modules.setdefault(fused_name(theirs), []).append(name)
+    for name, vllm_linear in known.items():
+        modules.setdefault(fused_name(vllm_linear), []).append(name)
     for module, parts in modules.items():
         if len({skipped[part] for part in parts}) > 1:
             yield module, tuple(parts)
@@ -282,9 +297,9 @@ def _split(known: dict[str, str], skipped: dict[str, bool]) -> Iterator[tuple[st
 
 
 def ascend_modules(model: ModelSpec, linears: Iterable[str]) -> dict[str, list[str]]:
-    """Modules that vLLM-Ascend looks up in the description, each with the names on disk of its parts."""
+    """Return the modules that vLLM-Ascend looks up in the description, each with the names on disk of its parts."""
     modules: dict[str, list[str]] = {}
     for name in sorted(linears):
-        if (theirs := vllm_name(model, name)) is not None:
-            modules.setdefault(fused_name(theirs), []).append(name)
+        if (vllm_linear := vllm_name(model, name)) is not None:
+            modules.setdefault(fused_name(vllm_linear), []).append(name)
     return modules

@@ -1,17 +1,17 @@
-"""What a checkpoint declares about its quantization: in config.json, or in msModelSlim's description file."""
+"""The quantization that a checkpoint declares, in config.json or in msModelSlim's description file."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# The longest list of names that is looked at.
+# Names of a longer list are ignored beyond this number.
 MAX_ENTRIES = 5_000
 
 
 @dataclass(frozen=True)
 class DeclaredGroup:
-    """One of compressed-tensors' groups of Linears: its bits and the patterns of its names."""
+    """A config group of compressed-tensors: its bits, and the targets that select its Linears."""
 
     bits: int | None
     targets: tuple[str, ...]
@@ -19,12 +19,13 @@ class DeclaredGroup:
 
 @dataclass(frozen=True)
 class Declared:
-    """format: awq, compressed-tensors, bitsandbytes, ascend, another method's name, or empty. None: not said.
+    """The declared quantization; None means not declared.
 
-    entries: Linears left float (modules_to_not_convert, llm_int8_skip_modules, ignore); None where there is no list.
-    Of several groups, bits are said of none, the rest is of the group whose inputs share scales.
-    groups: compressed-tensors' groups. nested: whether bitsandbytes' scales are in eight bits.
-    where, bits_key, symmetric_key: for findings.
+    format: awq, compressed-tensors, bitsandbytes, ascend, the name of another method, or empty.
+    entries: names of Linears that stay float (modules_to_not_convert, llm_int8_skip_modules, ignore); None without a
+    list. groups: of compressed-tensors. If they have different bits, bits is None; group_size, grouped and symmetric
+    come from the first group with strategy `group`. nested: whether bitsandbytes' scales are quantized to 8 bits.
+    where, bits_key, symmetric_key: keys of config.json that findings name.
     """
 
     format: str
@@ -41,11 +42,15 @@ class Declared:
 
 
 def declared_quantization(block: Any, has_description: bool, stored: set[str]) -> Declared:
-    """block: config.json's quantization_config. stored: suffixes of the tensors, which decide where nothing is said."""
+    """Parse the declared quantization.
+
+    block: quantization_config of config.json. stored: suffixes of the tensors, from which the format is guessed if block
+    is not an object.
+    """
     if has_description:
         return Declared("ascend")
     if not isinstance(block, dict):
-        return Declared(_format_of(stored))
+        return Declared(_guess_format(stored))
     method = block.get("quant_method")
     if method == "awq":
         return _declared_awq(block)
@@ -56,7 +61,7 @@ def declared_quantization(block: Any, has_description: bool, stored: set[str]) -
     return Declared(str(method)[:60] if method else "")
 
 
-def _format_of(stored: set[str]) -> str:
+def _guess_format(stored: set[str]) -> str:
     if stored & {"qweight", "qzeros"}:
         return "awq"
     if "weight.absmax" in stored:
@@ -74,7 +79,7 @@ def _declared_awq(block: dict[str, Any]) -> Declared:
         group_size=integer(block.get("group_size", block.get("q_group_size"))),
         grouped=True,
         symmetric=not zero_point if isinstance(zero_point, bool) else None,
-        entries=_names(block.get("modules_to_not_convert")),
+        entries=_name_list(block.get("modules_to_not_convert")),
         symmetric_key="zero_point",
     )
 
@@ -85,14 +90,14 @@ def _declared_compressed(block: dict[str, Any]) -> Declared:
     weights = next((w for w in all_weights if w.get("strategy") == "group"), all_weights[0])
     symmetric = weights.get("symmetric")
     bits = [integer(w.get("num_bits")) for w in all_weights]
-    targets = [_names(group.get("targets")) or () for group in groups.values()]
+    targets = [_name_list(group.get("targets")) or () for group in groups.values()]
     return Declared(
         "compressed-tensors",
         bits=bits[0] if len(set(bits)) == 1 else None,
         group_size=integer(weights.get("group_size")),
         grouped=weights.get("strategy") == "group",
         symmetric=symmetric if isinstance(symmetric, bool) else None,
-        entries=_names(block.get("ignore")) or (),
+        entries=_name_list(block.get("ignore")) or (),
         groups=tuple(map(DeclaredGroup, bits, targets)),
         where="quantization_config.config_groups.*.weights",
         bits_key="num_bits",
@@ -103,14 +108,14 @@ def _declared_bitsandbytes(block: dict[str, Any]) -> Declared:
     return Declared(
         "bitsandbytes",
         bits=4 if block.get("load_in_4bit") is True else 8 if block.get("load_in_8bit") is True else None,
-        entries=_names(block.get("llm_int8_skip_modules")),
+        entries=_name_list(block.get("llm_int8_skip_modules")),
         nested=block.get("bnb_4bit_use_double_quant") is True,
         bits_key="load_in_4bit",
     )
 
 
 def config_groups(block: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """compressed-tensors' groups that are objects."""
+    """Return the config groups of compressed-tensors, without those that are not objects."""
     groups = block.get("config_groups")
     return {k: v for k, v in groups.items() if isinstance(v, dict)} if isinstance(groups, dict) else {}
 
@@ -119,8 +124,8 @@ def integer(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
-def _names(value: Any) -> tuple[str, ...] | None:
-    """The strings of a list, or None if it is none or has no element."""
+def _name_list(value: Any) -> tuple[str, ...] | None:
+    """Return the non-empty strings of a list; None if the value is not a list or has no such string."""
     if not isinstance(value, list):
         return None
     return tuple(entry for entry in value[:MAX_ENTRIES] if isinstance(entry, str) and entry) or None

@@ -1,4 +1,4 @@
-"""Whether every tensor that config.json implies is there, by name, shape and dtype, and nothing else."""
+"""Checks that the checkpoint has exactly the tensors that config.json implies, by name, shape and dtype."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from ..models import ModelSpec
 from ..storage import FLOAT_DTYPES, TensorInfo
-from .findings import Finding, found, some
+from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
-from .linears import Shapes, StoredLinear, linear_of
+from .linears import Shapes, StoredLinear, split_tensor_name
 from .quantization import Declared
 
-# dtypes of a quantized Linear's bias by format.
+# Format -> allowed dtypes of a quantized Linear's bias.
 _BIAS_DTYPES = {"ascend": ("F32",), "awq": ("F16", "BF16")}
 
 
@@ -25,7 +25,7 @@ def check_tensors(
     linears: dict[str, StoredLinear],
     declared: Declared,
 ) -> Iterator[Finding]:
-    """Names first, then shapes and dtypes of all that is not a quantized Linear's own."""
+    """Check names, then shapes and dtypes of all tensors that are not part of a quantized Linear."""
     owned = {info.name for linear in linears.values() if linear.quantized for info in linear.tensors.values()}
     missing = _missing(folder, expected, optional, linears)
     surplus = folder.tensors.keys() - expected.keys() - owned - optional
@@ -33,36 +33,36 @@ def check_tensors(
     prefix = f"{model.layer_prefix.partition('.')[0]}."
     dropped, prefixed = surplus & foreign, {prefix + name for name in foreign}
     if dropped and prefixed & (missing | {f"{name}.weight" for name in linears} | set(expected)):
-        yield found("prefix_dropped", some(dropped), f"{len(dropped)} names without {prefix}")
+        yield make_finding("prefix_dropped", shorten_list(dropped), f"{len(dropped)} names lack the prefix {prefix}")
         surplus -= dropped
         missing -= prefixed
     for name in sorted(surplus):
-        yield found("tensor_unexpected", name, "config.json implies no such tensor")
+        yield make_finding("tensor_unexpected", name, "does not belong to the model in config.json")
     for part in model.speech_prefixes:
         of_part = {name for name in expected if name.startswith(part)} - optional
         if of_part and of_part <= missing:
             missing -= of_part
             if config.get("enable_audio_output", True) is not False:
-                yield found("part_missing", part.rstrip("."), f"none of its {len(of_part)} tensors is there")
+                yield make_finding("part_missing", part.rstrip("."), f"all {len(of_part)} tensors are missing")
     for name in sorted(missing):
-        yield found("tensor_missing", name, f"of shape {list(expected[name])}; config.json implies it")
+        yield make_finding("tensor_missing", name, f"is missing; config.json implies shape {list(expected[name])}")
     for name, info in folder.tensors.items():
         if name in expected and name not in owned:
-            yield from _check_float(info, expected[name], _dtypes(name, linears, declared))
+            yield from _check_float(info, expected[name], _allowed_dtypes(name, linears, declared))
 
 
 def _missing(folder: Folder, expected: Shapes, optional: frozenset[str], linears: dict[str, StoredLinear]) -> set[str]:
-    """Expected names that are not there, are not a quantized Linear's weight, and lie in no lost file."""
+    """Return the names of missing tensors, without weights of quantized Linears and tensors of lost files."""
     if folder.broken and not folder.weight_map:
-        return set()  # whatever is missing may be in the broken file
-    lost = {linear_of(name)[0] for name in folder.lost}
+        return set()  # the missing tensors may be in the broken file
+    lost = {split_tensor_name(name)[0] for name in folder.lost_tensors}
     replaced = {f"{name}.weight" for name, linear in linears.items() if linear.quantized}
-    absent = expected.keys() - folder.tensors.keys() - replaced - optional - folder.lost
-    return {name for name in absent if linear_of(name)[0] not in lost}
+    absent = expected.keys() - folder.tensors.keys() - replaced - optional - folder.lost_tensors
+    return {name for name in absent if split_tensor_name(name)[0] not in lost}
 
 
-def _dtypes(name: str, linears: dict[str, StoredLinear], declared: Declared) -> tuple[str, ...]:
-    owner, suffix = linear_of(name)
+def _allowed_dtypes(name: str, linears: dict[str, StoredLinear], declared: Declared) -> tuple[str, ...]:
+    owner, suffix = split_tensor_name(name)
     if suffix == "bias" and owner in linears and linears[owner].quantized:
         return _BIAS_DTYPES.get(declared.format, ()) or tuple(sorted(FLOAT_DTYPES))
     return tuple(sorted(FLOAT_DTYPES))
@@ -70,6 +70,6 @@ def _dtypes(name: str, linears: dict[str, StoredLinear], declared: Declared) -> 
 
 def _check_float(info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[Finding]:
     if info.shape != shape:
-        yield found("tensor_shape", info.name, f"is {list(info.shape)}; config.json implies {list(shape)}")
+        yield make_finding("tensor_shape", info.name, f"has shape {list(info.shape)}; config.json implies {list(shape)}")
     if info.dtype not in dtypes:
-        yield found("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")
+        yield make_finding("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")

@@ -1,8 +1,8 @@
-"""Accuracy: a float checkpoint and a quantized one side by side on the same samples, layer by layer.
+"""Accuracy: a float and a quantized checkpoint side by side on the same samples, layer by layer.
 
-run.py is the entry point; scoring.py holds the metrics, side_by_side.py runs both models.
+run.py is the entry point. stem_pair.py and layer_walk.py run both models; scoring.py and figures.py hold the metrics.
 May import: quantized, run, calibration, report and every room under them.
-Left out on purpose: benchmarks and generation quality. It measures what quantization changed.
+Omitted on purpose: benchmarks and generation quality. This room measures the changes that quantization causes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""95 % bootstrap intervals over samples, since the tokens of one sample depend on each other. No torch."""
+"""95 % bootstrap intervals over samples, because the tokens of one sample are not independent. No torch."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ RESAMPLES = 1000
 
 
 class Bootstrap:
-    """The same 1000 resamples, with replacement, of some samples for every figure, so that figures can be paired.
+    """1000 resamples of the samples, drawn with replacement. All figures use the same resamples, so they are paired.
 
-    times: [resamples, samples], how often a resample has each sample. Percentile method: the interval is that between
-    the 2.5th and the 97.5th percentile of the figure over the resamples (Efron 1979).
+    _counts: [resamples, samples], how often a resample contains each sample. The interval spans the 2.5th to the 97.5th
+    percentile of the figure over the resamples (percentile method, Efron 1979).
     """
 
     def __init__(self, samples: int, seed: int) -> None:
         random = np.random.default_rng(seed)
-        self._times = random.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES).astype(np.float64)
+        self._counts = random.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES).astype(np.float64)
 
     def ratio(self, sums: np.ndarray, counts: np.ndarray, *, exponential: bool = False) -> Interval:
-        """Of sum(sums) / sum(counts), or exp of it; sums and counts: [samples], every count above 0."""
-        values = (self._times @ sums) / (self._times @ counts)
+        """The figure sum(sums) / sum(counts), or its exp, with its interval. sums, counts: [samples], counts > 0."""
+        values = (self._counts @ sums) / (self._counts @ counts)
         value = sums.sum() / counts.sum()
-        if exponential:  # beyond that float64 ends
+        if exponential:  # exp overflows float64 above 709
             values, value = np.exp(np.minimum(values, 700.0)), np.exp(min(value, 700.0))
         low, high = np.percentile(values, [2.5, 97.5])
         return Interval(float(value), float(low), float(high))

@@ -1,4 +1,4 @@
-"""What was measured at each position and of each sample -> Fidelity of all samples and of those with one modality."""
+"""Fidelity of all samples, or of the samples with one modality, from scores per position and drift per sample."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..models import MODALITIES
 from ..report import Fidelity, Interval
 from .bootstrap import Bootstrap
 from .scoring import Scores, drift_figures
-from .side_by_side import Sample
+from .stem_pair import Sample
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurements:
     """Scores of P positions of S samples, and the drift of each sample.
 
-    sample: int64 [P], an index into samples. targets: int64 [P], the tokens that follow. in_answer: bool [P].
-    hidden: float64 [S, modalities, 4] behind the final norm; embedding: float64 [S, 4]; both sums as scoring.drift has
-    them, of what the talker reads.
+    sample: int64 [P], an index into samples. targets: int64 [P], the next tokens. in_answer: bool [P].
+    hidden: float64 [S, modalities, 4], after the final norm. embedding: float64 [S, 4]. Both are sums as returned by
+    scoring.drift_sums, over the states that the talker reads.
     """
 
     samples: Sequence[Sample]
@@ -33,46 +33,47 @@ class Measured:
     embedding: torch.Tensor
 
 
-def fidelity(measured: Measured, chosen: Sequence[int], modality: int | None, seed: int) -> Fidelity:
-    """Of the samples with these indices, which must be in rising order.
+def compute_fidelity(measurements: Measurements, chosen: Sequence[int], modality: int | None, seed: int) -> Fidelity:
+    """Fidelity over the samples with the indices `chosen`, which must be in ascending order.
 
-    modality: hidden states count of its tokens alone; None: of all.
+    modality: only hidden states of its tokens count. None: all hidden states count.
     """
-    scores = measured.scores
-    here = torch.isin(measured.sample, torch.tensor(chosen))
+    scores = measurements.scores
+    is_chosen = torch.isin(measurements.sample, torch.tensor(chosen))
     bootstrap = Bootstrap(len(chosen), seed)
 
-    def summed(values: torch.Tensor) -> np.ndarray:
-        """[P] -> [chosen], summed over each sample's positions."""
-        by_sample = torch.zeros(len(measured.samples), dtype=torch.float64)
-        return by_sample.index_add_(0, measured.sample, values.to(torch.float64))[list(chosen)].numpy()
+    def sum_by_sample(values: torch.Tensor) -> np.ndarray:
+        """Sum values [P] over the positions of each chosen sample: [chosen]."""
+        by_sample = torch.zeros(len(measurements.samples), dtype=torch.float64)
+        return by_sample.index_add_(0, measurements.sample, values.to(torch.float64))[list(chosen)].numpy()
 
-    counts = summed(torch.ones_like(scores.kl))
-    hidden = measured.hidden[list(chosen)].sum(dim=0)  # [modalities, 4]
+    counts = sum_by_sample(torch.ones_like(scores.kl))
+    hidden = measurements.hidden[list(chosen)].sum(dim=0)  # [modalities, 4]
     hidden_error, hidden_cosine = drift_figures(hidden.sum(dim=0) if modality is None else hidden[modality])
-    embedding_error, embedding_cosine = drift_figures(measured.embedding[list(chosen)].sum(dim=0))
-    answered = [number for number in chosen if measured.samples[number].answer is not None]
+    embedding_error, embedding_cosine = drift_figures(measurements.embedding[list(chosen)].sum(dim=0))
+    answered = [number for number in chosen if measurements.samples[number].answer is not None]
     exact_float, exact_quant = (
-        _exact_answers(measured, likeliest)[answered] for likeliest in (scores.likeliest_float, scores.likeliest_quant)
+        _has_exact_answer(measurements, likeliest)[answered]
+        for likeliest in (scores.likeliest_float, scores.likeliest_quant)
     )
-    of_answered = Bootstrap(len(answered), seed) if answered else None
+    answer_bootstrap = Bootstrap(len(answered), seed) if answered else None
 
-    def share(values: np.ndarray) -> Interval | None:
-        return None if of_answered is None else of_answered.ratio(values, np.ones(len(answered)))
+    def mean_of_answered(values: np.ndarray) -> Interval | None:
+        return None if answer_bootstrap is None else answer_bootstrap.ratio(values, np.ones(len(answered)))
 
     return Fidelity(
         samples=len(chosen),
-        positions=int(here.sum()),
-        kl_mean=bootstrap.ratio(summed(scores.kl), counts),
-        kl_p99=float(np.quantile(scores.kl[here].numpy(), 0.99)),
-        top1=bootstrap.ratio(summed(scores.likeliest_float == scores.likeliest_quant), counts),
-        top5=bootstrap.ratio(summed(scores.shared_top), counts),
-        perplexity_float=bootstrap.ratio(summed(scores.nll_float), counts, exponential=True),
-        perplexity_quant=bootstrap.ratio(summed(scores.nll_quant), counts, exponential=True),
+        positions=int(is_chosen.sum()),
+        kl_mean=bootstrap.ratio(sum_by_sample(scores.kl), counts),
+        kl_p99=float(np.quantile(scores.kl[is_chosen].numpy(), 0.99)),
+        top1=bootstrap.ratio(sum_by_sample(scores.likeliest_float == scores.likeliest_quant), counts),
+        top5=bootstrap.ratio(sum_by_sample(scores.shared_top), counts),
+        perplexity_float=bootstrap.ratio(sum_by_sample(scores.nll_float), counts, exponential=True),
+        perplexity_quant=bootstrap.ratio(sum_by_sample(scores.nll_quant), counts, exponential=True),
         answered=len(answered),
-        exact_float=share(exact_float),
-        exact_quant=share(exact_quant),
-        exact_change=share(exact_quant - exact_float),
+        exact_float=mean_of_answered(exact_float),
+        exact_quant=mean_of_answered(exact_quant),
+        exact_change=mean_of_answered(exact_quant - exact_float),
         hidden_error=hidden_error,
         hidden_cosine=hidden_cosine,
         embedding_error=embedding_error,
@@ -80,19 +81,21 @@ def fidelity(measured: Measured, chosen: Sequence[int], modality: int | None, se
     )
 
 
-def _exact_answers(measured: Measured, likeliest: torch.Tensor) -> np.ndarray:
-    """1 for each sample whose answer has no position that is wrong, else 0; float64 [S], meaningless without answer."""
-    wrong = torch.zeros(len(measured.samples), dtype=torch.float64)
-    wrong.index_add_(0, measured.sample, (measured.in_answer & (likeliest != measured.targets)).to(torch.float64))
+def _has_exact_answer(measurements: Measurements, likeliest: torch.Tensor) -> np.ndarray:
+    """1 for each sample whose answer positions are all right, else 0: float64 [S]. Ignore samples without an answer."""
+    is_wrong = measurements.in_answer & (likeliest != measurements.targets)
+    wrong = torch.zeros(len(measurements.samples), dtype=torch.float64)
+    wrong.index_add_(0, measurements.sample, is_wrong.to(torch.float64))
     return (wrong == 0).to(torch.float64).numpy()
 
 
-def by_modality(measured: Measured, seed: int) -> dict[str, Fidelity]:
-    """`text`: of the samples of text alone; the others: of those that have tokens of that modality."""
-    present = torch.stack([s.modality.bincount(minlength=len(MODALITIES)) for s in measured.samples]) > 0
-    found = {}
+def fidelity_by_modality(measurements: Measurements, seed: int) -> dict[str, Fidelity]:
+    """Fidelity of the text-only samples as `text`, and of the samples with tokens of each other modality."""
+    present = torch.stack([s.modality.bincount(minlength=len(MODALITIES)) for s in measurements.samples]) > 0
+    fidelities = {}
     for index, name in enumerate(MODALITIES):
         belongs = ~present[:, 1:].any(dim=1) if index == 0 else present[:, index]
         if bool(belongs.any()):
-            found[name] = fidelity(measured, torch.nonzero(belongs).flatten().tolist(), index, seed)
-    return found
+            samples = torch.nonzero(belongs).flatten().tolist()
+            fidelities[name] = compute_fidelity(measurements, samples, index, seed)
+    return fidelities

@@ -1,15 +1,15 @@
-"""evaluate(): how close a quantized model is to its float model, layer by layer in bounded memory.
+"""evaluate(): compare a quantized model with its float model, layer by layer in bounded memory.
 
-Both models see the same inputs, those of the float model's processor. In memory are, besides the sample under way, the
-towers while they run, then one decoder layer in float32 and the next one as it is stored, then a block of lm_head.
-Weights are those that a runtime multiplies: with int8 activations the integers, the activations rounded per token as
-arithmetic.quantized_matmul does it; else what they dequantize to. All is computed in float32, sums in float64.
+Both models see the same inputs, made by the float model's processor. In memory are the current sample and, one after
+another, the towers, one decoder layer in float32 with the next layer as stored, and one block of lm_head.
+Weights are those that a runtime multiplies. With int8 activations these are the integers, and activations are rounded
+per token as in arithmetic.quantized_matmul; else the dequantized weights. Values are float32, sums float64.
 
-What the talker consumes was read from Qwen2_5OmniForConditionalGeneration.generate: at each token of the prompt and of
-the answer, but not at the one that ends it, the sum of the thinker's hidden_states[-1], which lie behind the final
-norm, and hidden_states[0], the embeddings before the first layer with zeros in place of media. Both are measured so.
+The talker's inputs follow Qwen2_5OmniForConditionalGeneration.generate: for each token of the prompt and the answer
+except its end token, the talker reads the sum of the thinker's hidden_states[-1], after the final norm, and
+hidden_states[0], the embeddings before the first layer with zeros in place of media. Both are measured.
 
-Left out on purpose: towers, embedding and lm_head that are quantized, and what a quantized talker loses.
+Omitted on purpose: quantized towers, embeddings and lm_head, and the accuracy loss of a quantized talker.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import errno
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from ..calibration import CalibSet, load_calib_set
 from ..errors import QuantError
 from ..models import MODALITIES, MediaLimits
 from ..quantized import Source, identify, is_quantized, open_source
-from ..report import EvalReport, write_eval_report, write_evaluation
+from ..report import EvalReport, Fidelity, LayerDrift, write_eval_report, write_evaluation
 from ..run import versions
 from ..runtime import (
     Clock,
@@ -39,18 +40,32 @@ from ..runtime import (
     resolve_device,
 )
 from ..storage import load_json_object
-from .comparable import check_comparable
-from .figures import by_modality, fidelity
+from .figures import compute_fidelity, fidelity_by_modality
+from .layer_walk import LayerWalk
 from .logits import score
-from .side_by_side import Sample, SideBySide
+from .same_model import check_same_model
+from .stem_pair import Sample, StemPair
 
 Positions = Literal["auto", "answer", "text"]
 
-# What is asked about media that come without a text; the recipes' default.
+# The question for media samples without a text; the default of the recipes.
 DEFAULT_TEXT = "Describe this image in detail."
 
 _FEW_SAMPLES = 10
-_PIXELS_OF_A_TOKEN = 784
+_PIXELS_PER_TOKEN = 784
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How to evaluate; see evaluate()."""
+
+    limits: MediaLimits
+    max_samples: int | None
+    positions: str
+    exact_match: bool
+    on_bad_sample: Literal["fail", "skip"]
+    trust_remote_code: bool
+    seed: int
 
 
 def evaluate(
@@ -73,75 +88,42 @@ def evaluate(
 ) -> EvalReport:
     """Compare next-token distributions, answers and hidden states of two checkpoints on a dataset.
 
-    quant_path: of any format that is read, whichever tool wrote it, or another float checkpoint.
-    positions: the next-token distributions that count. `answer`: those that predict the answer and its end; samples
-        without one are left out. `text`: those that predict a token that stands for no media. `auto`: the first where
-        a sample has an answer, else the second.
-    exact_match: refuse a dataset that has no answers. Where it has any, exact match is reported in any case.
-    save_path: a folder for eval_report.json and .md; with None nothing is written.
+    quant_path: a checkpoint in any supported format, from any tool, or another float checkpoint.
+    positions: the next-token distributions to score. `answer`: those that predict the answer and its end; samples
+        without an answer are skipped. `text`: those that predict a text token instead of a media token. `auto`: as
+        `answer` for samples with an answer, else as `text`.
+    exact_match: refuse a dataset without answers. If there are answers, exact match is always reported.
+    save_path: a folder for eval_report.json and .md. None: write nothing.
 
-    A greedy answer, token by token, is exactly the expected one if at every position of it, given what is expected
-    before, the likeliest token is the expected next one, its end included; so one forward tells.
+    Greedy decoding gives exactly the expected answer if, at each of its positions and its end, the likeliest token
+    after the expected prefix is the expected token. One forward pass is therefore enough.
 
-    Raises QuantError for whatever the user can mend, before anything is computed where that is possible.
+    Raises QuantError for every fault that the user can fix, if possible before anything is computed.
     """
-    progress = progress or Progress()
-    clock = Clock()
-    _check_settings(max_samples, positions, on_bad_sample)
-    _check_limits(limits := MediaLimits(max_tokens, max_pixels, video_fps))
+    progress, clock = progress or Progress(), Clock()
+    limits = MediaLimits(max_tokens, max_pixels, video_fps)
+    options = _Options(limits, max_samples, positions, exact_match, on_bad_sample, trust_remote_code, seed)
+    _check_options(options)
     chosen = resolve_device(device)
     progress.say(f"device {chosen.name} ({chosen.reason})")
-    exact, other = open_source(float_path), open_source(quant_path)
+    pair = _Pair(open_source(float_path), open_source(quant_path))
     with clock("check"):
-        warnings = check_comparable(exact, other)
-        calib = load_calib_set(
-            dataset, DEFAULT_TEXT, exact.model, max_samples=max_samples, seed=seed, on_bad_sample=on_bad_sample
-        )
-    _check_answers(calib, exact_match, positions)
-    with _told_faults(chosen), _work_folder(save_path) as folder:
-        pair = SideBySide(exact, other, folder, chosen.torch)
+        model_warnings = check_same_model(pair.float_source, pair.quant_source)
+        calib = _load_samples(dataset, pair, options)
+    _check_answers(calib, options)
+    with _resource_faults_as_errors(chosen), _work_folder(save_path) as folder:
         with clock("towers"):
-            pair.prepare(
-                [sample for sample in calib.samples if sample.answered or positions != "answer"],
-                exact.model.family.open_media_processor(exact.path, limits, trust_remote_code),
-                skip_bad=on_bad_sample == "skip",
-                needs_answer=positions == "answer",
-                progress=progress,
-            )
-        if exact_match and not any(sample.answer for sample in pair.samples):
-            raise QuantError("exact match is asked for, and no sample that could be used has an answer")
-        layers = tuple(pair.layers(clock, progress))
+            stems = _run_stems(pair, calib, options, folder, chosen.torch, progress)
+            walk = LayerWalk(pair.float_source, pair.quant_source, stems, folder, chosen.torch)
+        layers = tuple(walk.layers(clock, progress))
         with clock("logits"):
-            measured = score(exact, other, pair, positions, chosen.torch, progress)
+            measurements = score(pair.float_source, pair.quant_source, stems, walk, positions, chosen.torch, progress)
     with clock("figures"):
-        overall = fidelity(measured, range(len(pair.samples)), None, seed)
-        groups = by_modality(measured, seed)
-    if len(pair.samples) < _FEW_SAMPLES:
-        warnings.append(f"{len(pair.samples)} samples: the intervals are rough")
-    report = EvalReport(
-        model_type=exact.model.model_type,
-        float_path=str(exact.path),
-        quant_path=str(other.path),
-        quant_format=_format_of(other),
-        linears_by_scheme=_linears_by_scheme(other),
-        dataset=str(calib.index),
-        scored=_scored(pair.samples, positions),
-        samples=len(pair.samples),
-        tokens_by_modality=_tokens_by_modality(pair.samples),
-        overall=overall,
-        by_modality=groups,
-        layers=layers,
-        float_bytes=sum(exact.disk_bytes.values()),
-        quant_bytes=sum(other.disk_bytes.values()),
-        device=chosen.name,
-        seed=seed,
-        versions=versions(),
-        seconds=clock.total(),
-        seconds_by_phase=clock.seconds,
-        peak_rss_bytes=peak_rss(),
-        peak_device_bytes=peak_device_memory(chosen.torch),
-        warnings=(*warnings, *calib.warnings, *_unanswered(calib, positions), *pair.warnings),
-    )
+        overall = compute_fidelity(measurements, range(len(stems.samples)), None, seed)
+        by_modality = fidelity_by_modality(measurements, seed)
+    warnings = _collect_warnings(model_warnings, calib, stems, options)
+    results = _Results(stems.samples, layers, overall, by_modality, warnings)
+    report = _make_report(pair, calib, options, results, chosen, clock)
     if save_path is not None:
         write_eval_report(report, Path(save_path))
         write_evaluation(report, Path(save_path), progress)
@@ -149,53 +131,96 @@ def evaluate(
 
 
 def default_save_path(quant_path: Path) -> Path | None:
-    """`eval` inside a quantized checkpoint. None for any other, which may be a download that others share."""
+    """The folder `eval` inside a quantized checkpoint. None for a float checkpoint, which may be a shared download."""
     file = quant_path / "config.json"
     if file.is_file() and is_quantized(quant_path, load_json_object(file)):
         return quant_path / "eval"
     return None
 
 
-# --- before anything is computed -----------------------------------------------------------------------------
+# --- checks before anything is computed ----------------------------------------------------------------------
 
 
-def _check_settings(max_samples: int | None, positions: str, on_bad_sample: str) -> None:
-    if max_samples is not None and max_samples < 1:
-        raise QuantError(f"max_samples is {max_samples}", "give at least 1")
+def _check_options(options: _Options) -> None:
+    if options.max_samples is not None and options.max_samples < 1:
+        raise QuantError(f"max_samples is {options.max_samples}", "give at least 1")
     for name, value, known in (
-        ("positions", positions, ("auto", "answer", "text")),
-        ("on_bad_sample", on_bad_sample, ("fail", "skip")),
+        ("positions", options.positions, ("auto", "answer", "text")),
+        ("on_bad_sample", options.on_bad_sample, ("fail", "skip")),
     ):
         if value not in known:
-            raise QuantError(f"{name} is {value!r}", f"use {', '.join(known)}")
+            raise QuantError(f"{name} is {value!r}", f"use one of {', '.join(known)}")
+    _check_limits(options.limits)
 
 
 def _check_limits(limits: MediaLimits) -> None:
     if limits.max_tokens < 1:
         raise QuantError(f"max_tokens is {limits.max_tokens}", "give at least 1")
-    if limits.max_pixels is not None and limits.max_pixels < _PIXELS_OF_A_TOKEN:
-        raise QuantError(f"max_pixels is {limits.max_pixels}", f"give at least {_PIXELS_OF_A_TOKEN}, one visual token")
+    if limits.max_pixels is not None and limits.max_pixels < _PIXELS_PER_TOKEN:
+        raise QuantError(f"max_pixels is {limits.max_pixels}", f"give at least {_PIXELS_PER_TOKEN}, one visual token")
     if not 0 < limits.video_fps < float("inf"):
-        raise QuantError(f"video_fps is {limits.video_fps}", "give frames a second, e.g. 2.0")
+        raise QuantError(f"video_fps is {limits.video_fps}", "give frames per second, e.g. 2.0")
 
 
-def _check_answers(calib: CalibSet, exact_match: bool, positions: str) -> None:
-    if any(sample.answered for sample in calib.samples):
+def _check_answers(calib: CalibSet, options: _Options) -> None:
+    if any(sample.has_answer for sample in calib.samples):
         return
-    if exact_match or positions == "answer":
-        asked = "exact match is asked for" if exact_match else "--positions answer is asked for"
+    if options.exact_match or options.positions == "answer":
+        flag = "--exact_match" if options.exact_match else "--positions answer"
         raise QuantError(
-            f"{asked}, and none of the {len(calib.samples)} samples of {calib.index} has an answer",
-            'give samples an "answer", or leave that out',
+            f"{flag} needs answers, but none of the {len(calib.samples)} samples of {calib.index} has one",
+            f'give samples an "answer", or omit {flag}',
         )
+
+
+# --- running -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pair:
+    float_source: Source
+    quant_source: Source
+
+
+def _load_samples(dataset: str, pair: _Pair, options: _Options) -> CalibSet:
+    return load_calib_set(
+        dataset,
+        DEFAULT_TEXT,
+        pair.float_source.model,
+        max_samples=options.max_samples,
+        seed=options.seed,
+        on_bad_sample=options.on_bad_sample,
+    )
+
+
+def _run_stems(
+    pair: _Pair, calib: CalibSet, options: _Options, folder: Path, device: torch.device, progress: Progress
+) -> StemPair:
+    """Run processor, towers and embedding of both models on all samples."""
+    needs_answer = options.positions == "answer"
+    source = pair.float_source
+    stems = StemPair(pair.float_source, pair.quant_source, folder, device)
+    stems.prepare(
+        [sample for sample in calib.samples if sample.has_answer or not needs_answer],
+        source.model.family.open_media_processor(source.path, options.limits, options.trust_remote_code),
+        skip_bad=options.on_bad_sample == "skip",
+        needs_answer=needs_answer,
+        progress=progress,
+    )
+    if options.exact_match and not any(sample.answer for sample in stems.samples):
+        raise QuantError(
+            "--exact_match needs answers, but no usable sample has one",
+            'give samples an "answer" that is text only, or omit --exact_match',
+        )
+    return stems
 
 
 @contextmanager
 def _work_folder(save_path: str | Path | None) -> Iterator[Path]:
-    """A folder for what lies between layers, removed in any case.
+    """A temporary folder for hidden states, removed in any case.
 
-    It is made inside save_path, so that one that cannot be written is found before anything is computed, and what may
-    be gigabytes does not go to a /tmp that lies in memory.
+    It is inside save_path, so that an unwritable save_path is found before anything is computed, and gigabytes of
+    hidden states do not fill a /tmp that is in memory.
     """
     if save_path is None:
         with tempfile.TemporaryDirectory(prefix="msmodelslim_eval_") as name:
@@ -216,14 +241,14 @@ def _work_folder(save_path: str | Path | None) -> Iterator[Path]:
             yield Path(name)
     except BaseException:
         if made:
-            with suppress(OSError):  # something else was put there meanwhile
+            with suppress(OSError):  # not empty: another process wrote into the folder
                 target.rmdir()
         raise
 
 
 @contextmanager
-def _told_faults(device: Device) -> Iterator[None]:
-    """What memory and disk do to a run, told as faults that the user can mend."""
+def _resource_faults_as_errors(device: Device) -> Iterator[None]:
+    """Raise QuantError if memory or disk space runs out."""
     try:
         with out_of_memory_as_error(device, "lower max_tokens or max_pixels, or use --device cpu"):
             yield
@@ -231,12 +256,63 @@ def _told_faults(device: Device) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise QuantError(
                 f"the disk is full while writing hidden states to {error.filename or 'the work folder'}",
-                "free some space, take fewer samples, or give --save_path on another disk",
+                "free some space, use fewer samples, or give a --save_path on another disk",
             ) from error
         raise
 
 
-# --- what the report says of the pair ------------------------------------------------------------------------
+# --- the report ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Results:
+    samples: list[Sample]
+    layers: tuple[LayerDrift, ...]
+    overall: Fidelity
+    by_modality: dict[str, Fidelity]
+    warnings: tuple[str, ...]
+
+
+def _make_report(
+    pair: _Pair, calib: CalibSet, options: _Options, results: _Results, device: Device, clock: Clock
+) -> EvalReport:
+    return EvalReport(
+        model_type=pair.float_source.model.model_type,
+        float_path=str(pair.float_source.path),
+        quant_path=str(pair.quant_source.path),
+        quant_format=_format_of(pair.quant_source),
+        linears_by_scheme=_linears_by_scheme(pair.quant_source),
+        dataset=str(calib.index),
+        scored=_describe_scored(results.samples, options.positions),
+        samples=len(results.samples),
+        tokens_by_modality=_tokens_by_modality(results.samples),
+        overall=results.overall,
+        by_modality=results.by_modality,
+        layers=results.layers,
+        float_bytes=sum(pair.float_source.disk_bytes.values()),
+        quant_bytes=sum(pair.quant_source.disk_bytes.values()),
+        device=device.name,
+        seed=options.seed,
+        versions=versions(),
+        seconds=clock.total(),
+        seconds_by_phase=clock.seconds,
+        peak_rss_bytes=peak_rss(),
+        peak_device_bytes=peak_device_memory(device.torch),
+        warnings=results.warnings,
+    )
+
+
+def _collect_warnings(
+    model_warnings: list[str], calib: CalibSet, stems: StemPair, options: _Options
+) -> tuple[str, ...]:
+    warnings = list(model_warnings)
+    if len(stems.samples) < _FEW_SAMPLES:
+        warnings.append(f"{len(stems.samples)} samples: the intervals are rough")
+    warnings += calib.warnings
+    unanswered = sum(not sample.has_answer for sample in calib.samples)
+    if options.positions == "answer" and unanswered:
+        warnings.append(f"{unanswered} samples without an answer skipped")
+    return (*warnings, *stems.warnings)
 
 
 def _format_of(source: Source) -> str:
@@ -248,16 +324,11 @@ def _linears_by_scheme(source: Source) -> dict[str, int]:
     return {name: names.count(name) for name in sorted(set(names))}
 
 
-def _scored(samples: list[Sample], positions: str) -> str:
+def _describe_scored(samples: list[Sample], positions: str) -> str:
     answered = sum(sample.answer is not None for sample in samples) if positions != "text" else 0
-    said = [f"the answer and its end of {answered} samples"] * bool(answered)
-    said += [f"every text token of {len(samples) - answered} samples"] * (answered < len(samples))
-    return " and ".join(said)
-
-
-def _unanswered(calib: CalibSet, positions: str) -> list[str]:
-    without = sum(not sample.answered for sample in calib.samples)
-    return [f"{without} samples without an answer left out"] if positions == "answer" and without else []
+    parts = [f"the answer and its end of {answered} samples"] * bool(answered)
+    parts += [f"every text token of {len(samples) - answered} samples"] * (answered < len(samples))
+    return " and ".join(parts)
 
 
 def _tokens_by_modality(samples: list[Sample]) -> dict[str, int]:

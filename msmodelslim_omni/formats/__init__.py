@@ -9,7 +9,7 @@ Left out on purpose: models and processors. A format sees names, schemes and ten
 from __future__ import annotations
 
 from .ascend import DESCRIPTION_FILE
-from .bitsandbytes import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_form, nf4_linear
+from .bitsandbytes import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout, nf4_linear
 from .job import FLOAT, OutLinear, OutputJob, OutTensor
 from .nibbles import unpack_gemm, unpack_plain
 from .registry import FORMATS
@@ -30,7 +30,7 @@ __all__ = [
     "PartFault",
     "StoredLinear",
     "format_tensors",
-    "nf4_form",
+    "nf4_layout",
     "nf4_linear",
     "output_files",
     "unpack_gemm",

@@ -32,8 +32,8 @@ from .stored import (
     StoredLinear,
     StoredLinears,
     group_parts,
-    missing_parts,
-    wrong_parts,
+    describe_missing_parts,
+    describe_wrong_part,
 )
 
 weights_stem = "quant_model_weights"
@@ -103,19 +103,19 @@ def read_linears(
         said = settings.get(f"{name}.weight")
         if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and said != _W8A8:
             continue  # a float Linear, a norm, an embedding
-        if why := missing_parts(parts, _PARTS) or _misfit(parts) or _mislabelled(said):
+        if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts) or _mislabelled(said):
             faults.append(PartFault(name, why))
         else:
             linears[name] = StoredLinear(_stored_linear(name, parts, float_dtype(name)), parts)
     return StoredLinears(linears, tuple(faults))
 
 
-def _misfit(parts: Parts) -> str:
+def _layout_fault(parts: Parts) -> str:
     shape = parts["weight"].shape
     if len(shape) != 2 or not parts["weight"].numel:
         return f"weight has shape {list(shape)}, not [out, in]"
     column = (shape[0], 1)
-    return wrong_parts(
+    return describe_wrong_part(
         parts, {"weight": (("I8",), shape), "weight_scale": (FLOATS, column), "weight_offset": (FLOATS, column)}
     )
 

@@ -31,7 +31,7 @@ from .job import (
     OutTensor,
 )
 from .nibbles import PER_WORD, pack_gemm, unpack_gemm
-from .skips import skipped_words
+from .skip_list import skip_list_entries
 from .stored import (
     FLOATS,
     PartFault,
@@ -39,8 +39,8 @@ from .stored import (
     StoredLinear,
     StoredLinears,
     group_parts,
-    missing_parts,
-    wrong_parts,
+    describe_missing_parts,
+    describe_wrong_part,
 )
 
 weights_stem = "model"
@@ -122,7 +122,7 @@ def modules_to_not_convert(job: OutputJob) -> list[str]:
     quantized = {_split(linear.name)[1] for linear in job.linears}
     # Only the end of a decoder Linear's name is the same for all. With `layers.` before it, 1 is not a part of 11.
     endings = [inner if inner not in quantized else f"{layer}.{inner}" for layer, inner in floats]
-    return list(dict.fromkeys([*skipped_words(job), *endings]))
+    return list(dict.fromkeys([*skip_list_entries(job), *endings]))
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -154,14 +154,14 @@ def read_linears(
     linears: dict[str, StoredLinear] = {}
     faults = []
     for name, parts in group_parts(tensors, _PARTS).items():
-        if why := missing_parts(parts, _PARTS) or _misfit(parts, group_size):
+        if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts, group_size):
             faults.append(PartFault(name, why))
         else:
             linears[name] = StoredLinear(_stored_linear(name, parts, float_dtype(name)), parts)
     return StoredLinears(linears, tuple(faults))
 
 
-def _misfit(parts: Parts, group_size: int) -> str:
+def _layout_fault(parts: Parts, group_size: int) -> str:
     if len(parts["qweight"].shape) != 2 or not parts["qweight"].numel:
         return f"qweight has shape {list(parts['qweight'].shape)}, not [in, out / {PER_WORD}]"
     in_features, words = parts["qweight"].shape
@@ -169,7 +169,7 @@ def _misfit(parts: Parts, group_size: int) -> str:
     if in_features % size:
         return f"group_size {size} does not divide its {in_features} inputs"
     groups = in_features // size
-    return wrong_parts(
+    return describe_wrong_part(
         parts,
         {
             "qweight": (("I32",), (in_features, words)),

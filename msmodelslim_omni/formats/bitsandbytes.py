@@ -35,15 +35,15 @@ from ..storage import (
     load_tensor,
 )
 from .job import OutLinear, OutputJob, OutTensor
-from .skips import skipped_words
+from .skip_list import skip_list_entries
 from .stored import (
     PartFault,
     Parts,
     StoredLinear,
     StoredLinears,
     group_parts,
-    missing_parts,
-    wrong_parts,
+    describe_missing_parts,
+    describe_wrong_part,
 )
 
 weights_stem = "model"
@@ -131,7 +131,7 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
         "bnb_4bit_use_double_quant": linear is not None and linear.scheme.double_quant,
         "bnb_4bit_compute_dtype": _dtype_name(linear.float_dtype if linear is not None else "BF16"),
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": list(dict.fromkeys([*skipped_words(job), *job.float_modules])),
+        "llm_int8_skip_modules": list(dict.fromkeys([*skip_list_entries(job), *job.float_modules])),
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_threshold": 6.0,
@@ -168,9 +168,9 @@ def read_linears(
     return StoredLinears(linears, tuple(faults))
 
 
-def nf4_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
+def nf4_layout(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
     """Shape (out, in), scheme and offset of the nested scales of a whole Linear. Raises QuantError for any other."""
-    if why := missing_parts(parts, NF4_PARTS):
+    if why := describe_missing_parts(parts, NF4_PARTS):
         raise QuantError(why)
     state = _load_state(parts[NF4_STATE])
     shape, block_size, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
@@ -189,13 +189,13 @@ def nf4_form(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
         if type(offset) is not float or state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
             said = str(state.get("nested_blocksize"))[:60]
             raise QuantError(f"quant_state says nested_offset {str(offset)[:60]}, nested_blocksize {said}")
-        if why := missing_parts(parts, NF4_NESTED):
+        if why := describe_missing_parts(parts, NF4_NESTED):
             raise QuantError(why)
         expected |= {
             "weight.nested_absmax": (("F32",), (-(-blocks // NESTED_BLOCK_SIZE),)),
             "weight.nested_quant_map": (("F32",), (256,)),
         }
-    if why := wrong_parts(parts, expected):
+    if why := describe_wrong_part(parts, expected):
         raise QuantError(why)
     if not torch.allclose(load_tensor(parts["weight.quant_map"]), torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6):
         raise QuantError("weight.quant_map holds other levels than nf4's")
@@ -217,7 +217,7 @@ def _load_state(info: TensorInfo) -> dict[str, Any]:
 
 def nf4_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
     """A Linear by its tensors. Raises QuantError where they are not whole."""
-    shape, scheme, offset = nf4_form(parts)
+    shape, scheme, offset = nf4_layout(parts)
 
     def nested() -> NestedScales:
         codes, levels, scales = (load_tensor(parts[ending]) for ending in ("weight.absmax", *reversed(NF4_NESTED)))

@@ -36,8 +36,8 @@ from .stored import (
     StoredLinear,
     StoredLinears,
     group_parts,
-    missing_parts,
-    wrong_parts,
+    describe_missing_parts,
+    describe_wrong_part,
 )
 
 weights_stem = "model"
@@ -199,7 +199,7 @@ def read_linears(
             continue  # a float Linear, a norm, an embedding
         packed = "weight_packed" in parts or "weight_shape" in parts
         scheme = schemes.get(4 if packed else 8) or next(iter(schemes.values()))
-        if why := missing_parts(parts, _required(scheme)) or _misfit(parts, scheme):
+        if why := describe_missing_parts(parts, _required(scheme)) or _layout_fault(parts, scheme):
             faults.append(PartFault(name, why))
         else:
             linears[name] = StoredLinear(_stored_linear(name, parts, scheme, float_dtype(name)), parts)
@@ -245,7 +245,7 @@ def _stored_scheme(group: dict[str, Any], form: object) -> QuantScheme:
     )
 
 
-def _misfit(parts: Parts, scheme: QuantScheme) -> str:
+def _layout_fault(parts: Parts, scheme: QuantScheme) -> str:
     if "weight_g_idx" in parts:
         return "weight_g_idx is there; weights with an order of their own are not read"
     main = "weight" if scheme.weight_bits == 8 else "weight_packed"
@@ -253,7 +253,7 @@ def _misfit(parts: Parts, scheme: QuantScheme) -> str:
         return f"{main} and weight_scale have shapes {list(parts[main].shape)} and {list(parts['weight_scale'].shape)}"
     (out_features, columns), groups = parts[main].shape, parts["weight_scale"].shape[1]
     if scheme.weight_bits == 8:
-        return wrong_parts(
+        return describe_wrong_part(
             parts, {"weight": (("I8",), (out_features, columns)), "weight_scale": (FLOATS, (out_features, 1))}
         )
     in_features = _inputs(parts, scheme)
@@ -264,7 +264,7 @@ def _misfit(parts: Parts, scheme: QuantScheme) -> str:
     }
     if not scheme.symmetric:
         expected["weight_zero_point"] = (("I32",), (-(-out_features // PER_WORD), groups))
-    return wrong_parts(parts, expected)
+    return describe_wrong_part(parts, expected)
 
 
 def _inputs(parts: Parts, scheme: QuantScheme) -> int:

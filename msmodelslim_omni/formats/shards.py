@@ -16,7 +16,7 @@ import torch
 from ..errors import QuantError
 from ..files import write_aside
 from ..storage import (
-    PlacedShard,
+    RandomAccessShard,
     TensorSpec,
     encode_header,
     in_file_order,
@@ -71,7 +71,7 @@ class Output:
             if leftover.name.removesuffix(".partial") not in self._names:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self._shards = [
-            PlacedShard(folder / name, specs, _METADATA)
+            RandomAccessShard(folder / name, specs, _METADATA)
             for name, specs in zip(self._names, self._contents, strict=True)
         ]
         self._shard_of = {

@@ -57,13 +57,13 @@ def group_parts(tensors: Mapping[str, TensorInfo], endings: tuple[str, ...]) -> 
     return grouped
 
 
-def missing_parts(parts: Parts, required: tuple[str, ...]) -> str:
+def describe_missing_parts(parts: Parts, required: tuple[str, ...]) -> str:
     """`weight_scale is missing`, or an empty string."""
     missing = [ending for ending in required if ending not in parts]
     return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else ""
 
 
-def wrong_parts(parts: Parts, expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> str:
+def describe_wrong_part(parts: Parts, expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> str:
     """The first part whose dtype or shape is not an expected one; an empty string if all are."""
     for ending, (dtypes, shape) in expected.items():
         info = parts[ending]

@@ -1,9 +1,9 @@
-"""Quantization methods on one layer's tensors: smoothing, AWQ, GPTQ, rounding.
+"""Quantization methods for the tensors of one layer: smoothing, AWQ, GPTQ, rounding.
 
-A processor is one module with `needs` and `apply`, and one line in registry.py's table. work.py defines LayerWork,
-the layer as it is handed from one processor to the next.
+A processor is one module with `needs` and `apply`, and one line in the table of registry.py. work.py defines LayerWork,
+the layer that one processor passes to the next.
 May import: statistics, models, recipe, numerics, runtime, errors.
-Left out on purpose: files and formats.
+Not here: files and formats.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Factors per input channel, folded exactly: what precedes a group of Linears is divided, their columns multiplied.
+"""Fold factors per input channel exactly: divide the module before a group of Linears, multiply their columns.
 
-What is folded into a norm or bias is rounded to the stored dtype first and the factor recomputed from what was
-stored, so that the float function stays the same in bfloat16 too. Under GQA the heads that read one key-value head
+A divided norm weight or bias is rounded to the stored dtype first, and the factor is recomputed from the stored value.
+The float function therefore stays the same in bfloat16 too. Under GQA, the query heads that read one key-value head
 share its factors.
 """
 
@@ -16,44 +16,44 @@ from ..models import LinearGroup
 from .work import LayerWork
 
 
-def refusal(work: LayerWork, group: LinearGroup, enabled: Sequence[str], linears: frozenset[str]) -> str | None:
-    """None: this group can be scaled. Empty: not asked for. Otherwise the reason why it cannot be done."""
+def reason_to_skip(work: LayerWork, group: LinearGroup, enabled: Sequence[str], linears: frozenset[str]) -> str | None:
+    """None if the group can be scaled, "" if the recipe does not select it, else the reason why it cannot be scaled."""
     selected = [linear for linear in group.linears if linear in linears]
     if group.subgraph not in enabled or not selected:
         return ""
     if len(selected) < len(group.linears):
         return "the recipe selects only some Linears of the group"
     floats = [linear for linear in group.linears if linear not in work.schemes]
-    return f"{', '.join(floats)} stays float and would be rounded by it" if floats else None
+    return f"{', '.join(floats)} stays float, and scaling would round it" if floats else None
 
 
-def shared_peak(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
-    """[in] -> [channels of previous]: under GQA the largest over the heads that repeat one key-value head."""
+def max_over_query_heads(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    """[in] -> [channels of previous]: under GQA the maximum over the query heads that read one key-value head."""
     return per_input.view(-1, group.repeat, group.head_dim).amax(dim=1).flatten()
 
 
-def shared_mean(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
-    """[in] -> [channels of previous]: under GQA the mean over the heads that repeat one key-value head."""
+def mean_over_query_heads(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    """[in] -> [channels of previous]: under GQA the mean over the query heads that read one key-value head."""
     return per_input.view(-1, group.repeat, group.head_dim).mean(dim=1).flatten()
 
 
-def repeated(factors: torch.Tensor, group: LinearGroup) -> torch.Tensor:
-    """[channels of previous] -> [in]: each key-value head's factors for every query head that reads it."""
+def repeat_for_query_heads(factors: torch.Tensor, group: LinearGroup) -> torch.Tensor:
+    """[channels of previous] -> [in]: the factors of each key-value head for every query head that reads it."""
     return factors.view(-1, 1, group.head_dim).expand(-1, group.repeat, -1).flatten()
 
 
-def storable(
+def exact_factors(
     work: LayerWork, group: LinearGroup, factors: torch.Tensor
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Factors that fold exactly, and the stored vectors (norm weight or bias) that hold them.
+    """Adjust the factors so that they fold exactly. Also return the divided norm weight or bias by name.
 
-    A vector v is stored as v' = round(v / s); the factor is then v / v' exactly. A Linear that stays float is
-    divided by powers of two, which no dtype rounds.
+    A vector v is stored as v' = round(v / s); the factor is then v / v' exactly. The factors of a previous Linear that
+    stays float become powers of two, because dividing by these needs no rounding in any dtype.
     """
     if group.subgraph == "norm-linear":
         name = f"{group.previous}.weight"
         s, divided = _divide_rounded(work.weights[name], factors)
-        # A channel whose norm weight is zero carries nothing; leave it alone.
+        # A channel whose norm weight is zero is always zero; it needs no factor.
         s = torch.where(divided == 0, torch.ones_like(s), s)
         return s, {name: divided}
     if group.previous not in work.schemes:
@@ -66,9 +66,9 @@ def storable(
 
 
 def _divide_rounded(vector: torch.Tensor, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(s, v') with v' = v / s exactly in float32 terms and v' representable in v's dtype.
+    """(s, v') such that v' = v / s exactly in float32 and v' is representable in the dtype of v.
 
-    Entries that are zero keep their factor (0 / s = 0); those that would underflow or overflow are left undivided.
+    Zero entries keep their factor (0 / s = 0). Entries that would underflow or overflow stay undivided.
     """
     exact = vector.to(torch.float32)
     divided = (exact / factors).to(vector.dtype)
@@ -78,20 +78,20 @@ def _divide_rounded(vector: torch.Tensor, factors: torch.Tensor) -> tuple[torch.
     return torch.where(fits, s, torch.ones_like(s)), divided
 
 
-def folded(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> LayerWork:
-    """The layer with the group's columns multiplied by the factors and what precedes divided by them."""
-    factors, new = storable(work, group, factors)
-    columns = repeated(factors, group)
-    folds = {linear: work.fold(linear).multiplied(columns) for linear in group.linears}
+def fold_factors(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> LayerWork:
+    """The layer with the columns of the group multiplied by the factors and the previous module divided by them."""
+    factors, new = exact_factors(work, group, factors)
+    columns = repeat_for_query_heads(factors, group)
+    folds = {linear: work.fold(linear).multiply_columns(columns) for linear in group.linears}
     if group.subgraph != "norm-linear":
-        name = f"{group.previous}.weight"  # whose rows are divided
+        name = f"{group.previous}.weight"  # its rows are divided
         if group.previous in work.schemes:
-            folds[group.previous] = work.fold(group.previous).divided(factors)
+            folds[group.previous] = work.fold(group.previous).divide_rows(factors)
         else:
             new[name] = (work.weights[name].to(torch.float32) / factors[:, None]).to(work.weights[name].dtype)
     assert work.stats is not None
     stats = {**work.stats, group.name: work.stats[group.name].divided(columns)}
-    triangles = {**work.triangles}
-    if group.name in triangles:
-        triangles[group.name] = triangles[group.name].rescaled(columns)
-    return replace(work.with_folds(new, folds), stats=stats, triangles=triangles)
+    cholesky_factors = {**work.cholesky_factors}
+    if group.name in cholesky_factors:
+        cholesky_factors[group.name] = cholesky_factors[group.name].rescaled(columns)
+    return replace(work.with_folds(new, folds), stats=stats, cholesky_factors=cholesky_factors)

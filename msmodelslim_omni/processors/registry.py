@@ -1,4 +1,5 @@
-"""The processors of a recipe: a new one is one file here and a line in this table (and its fields in recipe.py)."""
+"""The processors of a recipe. A new one needs a module here, a line in this table, and its fields in recipe/schema.py.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from .work import LayerWork
 
 
 class Processor(Protocol):
-    """A step on one layer's tensors.
+    """A step that changes the tensors of one layer.
 
-    needs: "" for nothing, "inputs" for maxima and some tokens of the Linears' inputs, "gram" for H as well; if no
-    processor needs anything, no sample is read.
-    apply: the layer after this step. `linears`: the relative names of the Linears that the recipe gives to it.
+    needs: "" for nothing, "inputs" for the maxima and some tokens of the inputs of the Linears, "gram" for H as well.
+    If no processor needs anything, no sample is read.
+    apply: return the layer after this step. `linears`: relative names of the Linears that the recipe selects for it.
     """
 
     def needs(self, config: Any) -> Literal["", "inputs", "gram"]: ...

@@ -1,7 +1,7 @@
-"""Rounding the Linears that read one input: to the nearest level, on searched clips, or by GPTQ.
+"""Round the Linears that read one input: to the nearest level, with a clip search, or by GPTQ.
 
-Output channels do not depend on one another. Several processes share them out, but for what is rounded to the nearest
-level without a search: that takes less time than to hand it round.
+Output channels are independent, so several processes share them. Every process rounds to the nearest level (without a
+search) itself, because this takes less time than sending the result.
 """
 
 from __future__ import annotations
@@ -16,95 +16,97 @@ from ..numerics import QuantizedLinear, QuantScheme, quantize_weight
 from ..runtime import SINGLE_PROCESS, Split, Team
 from ..statistics import Gram
 from .gptq import (
-    Triangle,
+    CholeskyFactor,
     factorize,
-    parts,
     round_in_order,
+    split_into_parts,
 )
 
-# With fewer tokens than this share of a Linear's inputs GPTQ would fit the calibration data instead of the model.
+# With fewer tokens per input of a Linear, GPTQ overfits the calibration data.
 TOKENS_PER_INPUT = 0.125
 
 
-def enough_for_gptq(gram: Gram) -> bool:
+def has_enough_tokens(gram: Gram) -> bool:
     return gram.tokens >= TOKENS_PER_INPUT * gram.in_features
 
 
-def triangle_for(schemes: Mapping[str, QuantScheme], gram: Gram | None) -> Triangle | None:
-    """The factorized H where a scheme asks for GPTQ and there are tokens enough."""
-    asked = any(scheme.weight_method == "gptq" for scheme in schemes.values())
-    return factorize(gram) if asked and gram is not None and enough_for_gptq(gram) else None
+def cholesky_for_gptq(schemes: Mapping[str, QuantScheme], gram: Gram | None) -> CholeskyFactor | None:
+    """Factorize H if a scheme uses GPTQ and there are enough tokens, else return None."""
+    uses_gptq = any(scheme.weight_method == "gptq" for scheme in schemes.values())
+    return factorize(gram) if uses_gptq and gram is not None and has_enough_tokens(gram) else None
 
 
 def round_group(
     weights: Iterable[tuple[str, torch.Tensor]],
     schemes: Mapping[str, QuantScheme],
     gram: Gram | None,
-    triangle: Triangle | None,
+    cholesky: CholeskyFactor | None,
     team: Team = SINGLE_PROCESS,
 ) -> dict[str, QuantizedLinear]:
-    """Quantize weights [out, in], each with its name, one after the other.
+    """Quantize named weights [out, in] that read one input, one after the other.
 
-    gram, triangle: H of their input, as far as it is known and asked for.
+    gram, cholesky: H of the input and its Cholesky factor, if known and needed.
 
-    Clips are searched for what they leave of the output's error: after GPTQ its pivots say so, otherwise the diagonal
-    blocks of H, and without data the error of the weight itself.
+    The clip search minimizes the output error: weighted by the pivots if GPTQ rounds, else by the diagonal blocks of H.
+    Without data it minimizes the error of the weight.
     """
-    found: dict[str, QuantizedLinear | int] = {}  # how many blocks, where these are shared out
+    results: dict[str, QuantizedLinear | int] = {}  # an int is the number of parts that the processes share
     owners: list[int] = []
-    mine: list[list[torch.Tensor | None]] = []
+    own_parts: list[list[torch.Tensor | None]] = []
     for name, weight in weights:
-        with _naming(name):
+        with _name_in_errors(name):
             if schemes[name].weight_method == "minmax":
-                found[name] = quantize_weight(weight, schemes[name])
+                results[name] = quantize_weight(weight, schemes[name])
                 continue
-            blocks = [weight[rows] for rows in parts(weight)]
-            whose = [(len(owners) + block) % team.size for block in range(len(blocks))]
-            own = [block for block, owner in zip(blocks, whose, strict=True) if owner == team.rank]
-            rounded = rounded_parts(own, schemes[name], _importance(schemes[name], gram, triangle), triangle)
-            mine += [[part.qweight, part.scales, part.zeros] for part in rounded]
-            found[name] = len(blocks)
-            owners += whose
-    everyones = iter(Split(team, tuple(owners)).gather(mine))
+            parts = [weight[rows] for rows in split_into_parts(weight)]
+            part_owners = [(len(owners) + number) % team.size for number in range(len(parts))]
+            own = [part for part, owner in zip(parts, part_owners, strict=True) if owner == team.rank]
+            rounded = round_parts(own, schemes[name], _clip_importance(schemes[name], gram, cholesky), cholesky)
+            own_parts += [[part.qweight, part.scales, part.zeros] for part in rounded]
+            results[name] = len(parts)
+            owners += part_owners
+    all_parts = iter(Split(team, tuple(owners)).gather(own_parts))
     return {
-        name: _of_blocks([next(everyones) for _ in range(there)], schemes[name]) if isinstance(there, int) else there
-        for name, there in found.items()
+        name: _join_parts([next(all_parts) for _ in range(result)], schemes[name])
+        if isinstance(result, int)
+        else result
+        for name, result in results.items()
     }
 
 
-def _importance(scheme: QuantScheme, gram: Gram | None, triangle: Triangle | None) -> torch.Tensor | None:
-    """What a clip search weighs errors by: see quantize_weight."""
+def _clip_importance(scheme: QuantScheme, gram: Gram | None, cholesky: CholeskyFactor | None) -> torch.Tensor | None:
+    """The error weights of the clip search, see quantize_weight."""
     if scheme.group_size is None:
         return None
-    if triangle is not None:
-        return triangle.pivots().view(-1, scheme.group_size)  # [groups, g]
+    if cholesky is not None:
+        return cholesky.pivots().view(-1, scheme.group_size)  # [groups, g]
     return gram.diagonal_blocks(scheme.group_size) if gram is not None else None
 
 
-def rounded_parts(
-    blocks: Sequence[torch.Tensor],
+def round_parts(
+    parts: Sequence[torch.Tensor],
     scheme: QuantScheme,
     importance: torch.Tensor | None,
-    triangle: Triangle | None,
+    cholesky: CholeskyFactor | None,
 ) -> list[QuantizedLinear]:
-    """gptq.py's parts of a weight, each by itself: they have the same bits whichever of them are here."""
-    grids = [quantize_weight(block, scheme, importance) for block in blocks]
-    if triangle is None or scheme.weight_method != "gptq":
+    """Round each part of a weight (see split_into_parts) independently: its bits do not depend on the other parts."""
+    grids = [quantize_weight(part, scheme, importance) for part in parts]
+    if cholesky is None or scheme.weight_method != "gptq":
         return grids
-    return [round_in_order(block, grid, triangle) for block, grid in zip(blocks, grids, strict=True)]
+    return [round_in_order(part, grid, cholesky) for part, grid in zip(parts, grids, strict=True)]
 
 
-def _of_blocks(blocks: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
+def _join_parts(parts: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:
     qweight, scales, zeros = (
-        torch.cat([part for part in column if part is not None]) if column[0] is not None else None
-        for column in zip(*blocks, strict=True)
+        torch.cat([tensor for tensor in tensors if tensor is not None]) if tensors[0] is not None else None
+        for tensors in zip(*parts, strict=True)
     )
     assert qweight is not None and scales is not None
     return QuantizedLinear(qweight, scales, scheme, zeros)
 
 
 @contextmanager
-def _naming(linear: str) -> Iterator[None]:
+def _name_in_errors(linear: str) -> Iterator[None]:
     try:
         yield
     except QuantError as error:

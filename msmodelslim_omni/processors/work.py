@@ -1,4 +1,4 @@
-"""One decoder layer while it is worked on: what processors are handed and hand back."""
+"""LayerWork: one decoder layer in progress, the input and output of every processor."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..models import LayerSpec
 from ..numerics import QuantizedLinear, QuantScheme
 from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import InputStats
-from .gptq import Triangle
+from .gptq import CholeskyFactor
 
 
 @dataclass(frozen=True)
 class SmoothingRecord:
-    """What was decided for one group, for the report. `gain`: the error over plain rounding's; `alpha`: the exponent.
+    """The decision for one group, for the report. gain: error / error of plain rounding; alpha: the exponent.
 
-    For smooth_quant and iter_smooth the error is that of the worst modality.
+    For smooth_quant and iter_smooth, `gain` is that of the worst modality. alpha is None if the group is unchanged.
     """
 
     group: str
@@ -30,23 +30,23 @@ class SmoothingRecord:
 
 @dataclass(frozen=True)
 class Fold:
-    """What smoothing and scaling make of a Linear's weight W [out, in]: W * columns / rows, in float32.
+    """Factors that smoothing and scaling apply to the weight W [out, in] of a Linear: W * columns / rows, in float32.
 
-    columns: [in]; rows: [out]; None where nothing was folded. Kept apart from the weight, which would take twice its
-    stored bytes in float32.
+    columns: [in]; rows: [out]; None means no factors. They are stored separately because the folded weight in float32
+    takes twice its stored bytes.
     """
 
     columns: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
-    def multiplied(self, columns: torch.Tensor) -> Fold:
+    def multiply_columns(self, columns: torch.Tensor) -> Fold:
         return replace(self, columns=columns if self.columns is None else self.columns * columns)
 
-    def divided(self, rows: torch.Tensor) -> Fold:
+    def divide_rows(self, rows: torch.Tensor) -> Fold:
         return replace(self, rows=rows if self.rows is None else self.rows * rows)
 
-    def of(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """Some rows of the weight, folded; a copy."""
+    def apply_to(self, weight: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+        """A float32 copy of some rows of the weight with the factors applied."""
         folded = weight[rows].to(torch.float32, copy=True)
         if self.columns is not None:
             folded.mul_(self.columns)
@@ -54,27 +54,28 @@ class Fold:
 
 
 class Probe(Protocol):
-    """The float layer with some samples, on which changed weights can be tried."""
+    """A float layer with some samples, to measure the effect of changed weights. Implemented by LayerProbe."""
 
     def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
-        """The squared error of a block's output (`self_attn`, `mlp`) with these weights (relative names) in it."""
+        """The squared error of the output of a block (`self_attn`, `mlp`) with these weights, by relative name."""
         ...
 
 
 @dataclass(frozen=True)
 class LayerWork:
-    """A layer's tensors by relative name. Processors return a changed copy, never change the tensors in place.
+    """The tensors of a layer by relative name. Processors return a changed copy and never change tensors in place.
 
-    weights: in the stored dtype; `weight` gives a Linear's with what is folded into it.
-    stats:   of each group's input as it is now, after any smoothing; None in a data-free run.
-    importance: the weight of one token of each modality present, by index; they sum to one over all tokens.
-    triangles: H of each group's input factorized, where GPTQ is to round and awq has made them already.
-    rounded: Linears that awq has rounded in earnest already, as they are with the weights here.
-    probe: what a block's true output can be tried on, if anything.
-    team: the processes that work on the layer; each has all of this, and comes to the same.
-    folds: by Linear, what is folded into its weight.
-    changed: names whose value differs from the checkpoint's.
-    notes: what the report should say of this layer. over_plain: its true output error over plain rounding's.
+    weights: in the stored dtype, without folds. `weight` returns the weight of a Linear with its folds.
+    stats: of the current input of each group, after any smoothing; None in a data-free run.
+    importance: the weight of one token of each modality present, by index. The weights of all tokens sum to one.
+    cholesky_factors: the Cholesky factor of H by group, if GPTQ rounds the group and awq already computed it.
+    rounded: Linears that awq already rounded, from their current weights.
+    probe: measures the true output of a block; None if not available.
+    team: the processes that work on the layer. Each has all fields and gets the same result.
+    folds: factors folded into the weight, by Linear.
+    changed: names of tensors that differ from the checkpoint.
+    notes: messages about this layer for the report.
+    over_plain: true output error of the layer / that of plain rounding.
     """
 
     index: int
@@ -83,7 +84,7 @@ class LayerWork:
     weights: dict[str, torch.Tensor]
     stats: dict[str, InputStats] | None = None
     importance: Mapping[int, float] = field(default_factory=dict)
-    triangles: Mapping[str, Triangle] = field(default_factory=dict)
+    cholesky_factors: Mapping[str, CholeskyFactor] = field(default_factory=dict)
     rounded: Mapping[str, QuantizedLinear] = field(default_factory=dict)
     probe: Probe | None = None
     team: Team = SINGLE_PROCESS
@@ -94,11 +95,11 @@ class LayerWork:
     notes: tuple[str, ...] = ()
     over_plain: float | None = None
 
-    def recorded(self, record: SmoothingRecord) -> LayerWork:
+    def with_record(self, record: SmoothingRecord) -> LayerWork:
         return replace(self, smoothing=(*self.smoothing, record))
 
     def with_folds(self, new: Mapping[str, torch.Tensor], folds: Mapping[str, Fold]) -> LayerWork:
-        """Other tensors and folds in the place of some; what was rounded of these before is not theirs any more."""
+        """Replace some tensors and folds. Drops `rounded` Linears whose weights change."""
         changed = {*new, *(f"{linear}.weight" for linear in folds)}
         return replace(
             self,
@@ -112,16 +113,16 @@ class LayerWork:
         return self.folds.get(linear, Fold())
 
     def weight(self, linear: str, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """A Linear's weight, or some rows of it: as stored where nothing is folded into it, else float32."""
+        """The weight of a Linear or some rows of it with its folds, float32; in the stored dtype without folds."""
         stored = self.weights[f"{linear}.weight"]
-        return self.folds[linear].of(stored, rows) if linear in self.folds else stored[rows]
+        return self.folds[linear].apply_to(stored, rows) if linear in self.folds else stored[rows]
 
-    def scaled(self, linear: str, columns: torch.Tensor) -> torch.Tensor:
-        """A Linear's weight as it would be with these factors folded into its columns, float32; a copy."""
-        return self.fold(linear).multiplied(columns).of(self.weights[f"{linear}.weight"])
+    def scaled_weight(self, linear: str, columns: torch.Tensor) -> torch.Tensor:
+        """A float32 copy of the weight of a Linear with these factors also folded into its columns."""
+        return self.fold(linear).multiply_columns(columns).apply_to(self.weights[f"{linear}.weight"])
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the layer by its name, with what is folded into it."""
+        """A tensor of the layer by its name, with its folds."""
         linear = name.removesuffix(".weight")
         return self.weight(linear) if linear in self.folds else self.weights[name]
 

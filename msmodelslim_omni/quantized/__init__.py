@@ -1,8 +1,8 @@
 """Operations on a finished quantized checkpoint: read, convert to another format, generate, inspect.
 
-reader.py opens a checkpoint of any format; the other files are one operation each.
+reader.py opens a checkpoint of any supported format. Every other file is one operation.
 May import: run and every room under it.
-Left out on purpose: checks of damage (see doctor) and accuracy (see evaluation).
+Omitted on purpose: damage checks (see doctor) and accuracy (see evaluation).
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
-"""export(): one of our outputs in another format, without quantizing again.
+"""export(): convert a quantized checkpoint to another format without quantizing again.
 
-awq <-> compressed_tensors pack-quantized (asymmetric) moves the same integers, zero points and scales into another
-layout, and ascendv1_saver <-> compressed_tensors int8 the same integers: ascendv1_saver holds scales in float32,
-compressed_tensors in the checkpoint's dtype, so that one way rounds them as a direct run does, and the other keeps what
-is left of them. What a format cannot hold is refused before anything is written.
+awq <-> compressed_tensors pack-quantized (asymmetric) moves integers, zero points and scales into another layout.
+ascendv1_saver <-> compressed_tensors int8 keeps the integers. ascendv1_saver stores scales in float32 and
+compressed_tensors in the checkpoint's dtype. Exporting to compressed_tensors therefore rounds scales as a direct run
+does; exporting back keeps the rounded values. Checkpoints that a format cannot hold are refused before any write.
 
-The source is a finished output: the parts of a run are gone once it is finished. One tensor at a time is in memory.
+The source must be a finished output, because a run removes its parts when it finishes. One tensor at a time is in
+memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,12 +50,12 @@ from .reader import (
     without_quantization,
 )
 
-DEFAULT_PART_FILE_SIZE = 4  # GB, as the recipes have it
+DEFAULT_PART_FILE_SIZE = 4  # GB, the default of the recipes
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: sizes are of the tensors, in bytes; left_out those of the parts that speak."""
+    """Summary of an export. Sizes are bytes of tensors; left_out_bytes counts the speech parts that were omitted."""
 
     path: str
     source: str
@@ -76,52 +77,77 @@ def export(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a quantized checkpoint in another format. Stopped at any moment, the same call goes on.
+    """Write a quantized checkpoint in another format. If the export is interrupted, the same call resumes it.
 
-    part_file_size: GB a shard, 0 for one file. thinker_only leaves out the parts that speak. Raises QuantError for what
-    is no whole quantized checkpoint, and for what `save_format` cannot hold.
+    part_file_size: GB per shard, 0 for one file. thinker_only: omit the speech parts. Raises QuantError if the source
+    is not a complete quantized checkpoint, or if `save_format` cannot hold the source.
     """
     progress = progress or Progress()
-    if save_format not in SAVER_CONFIGS:
-        raise QuantError(f"unknown save_format {save_format!r}. Known: {', '.join(SAVER_CONFIGS)}")
-    if part_file_size < 0:
-        raise QuantError(f"part_file_size is {part_file_size}", "give the GB of a shard, or 0 for one file")
+    _check_arguments(save_format, part_file_size)
     source, target = open_quantized(path), Path(save_path)
-    check_save_path(target, source.path)
-    if thinker_only and source.model.speaking is None:
-        raise QuantError(
-            f"{source.path}: a {source.model.hf_model_type} has no parts that speak", "leave --thinker_only out"
-        )
-    fmt = FORMATS[save_format]
-    if why := fmt.refusal(source.schemes):
-        raise QuantError(f"{save_format} cannot hold {source.path}: {why}")
-    _refuse_other_linears(source)
+    _check_source(source, target, save_format, thinker_only)
     job = make_export_job(source, save_format, thinker_only)
-    tensors = format_tensors(fmt, job)
-    check_disk_space(target, sum(tensor.spec.nbytes for tensor in tensors))
-    with Workspace(
-        target, _fingerprint(source, save_format, part_file_size, thinker_only), overwrite=overwrite
-    ) as workspace:
-        if not workspace.is_committing():
-            _write(job, save_format, part_file_size, workspace, progress)
-            report = _report(source, job, tensors, save_format, target)
-            recipe_text = stored_recipe(source.path, report)
-            folders = {save_format: workspace.output_folder(save_format)}
-            write_documents(report, folders, source.model, recipe_text, progress)
+    tensors = format_tensors(FORMATS[save_format], job)
+    check_disk_space(target, _total_bytes(tensors))
+    fingerprint = _fingerprint(source, save_format, part_file_size, thinker_only)
+    with Workspace(target, fingerprint, overwrite=overwrite) as workspace:
+        if not workspace.manifest.committing:
+            _write_tensors(job, save_format, part_file_size, workspace, progress)
+            report = _make_report(source, job, tensors, save_format, target)
+            _write_documents(report, source, save_format, workspace, progress)
         workspace.commit([save_format])
     return Exported(
-        str(target),
-        str(source.path),
-        source.saver,
-        save_format,
-        len(job.linears),
-        source.checkpoint.total_bytes,
-        sum(tensor.spec.nbytes for tensor in tensors),
-        sum(i.nbytes for n, i in source.floats.items() if n.startswith(_left_out(source, thinker_only))),
+        path=str(target),
+        source=str(source.path),
+        source_format=source.saver,
+        save_format=save_format,
+        linears=len(job.linears),
+        source_bytes=source.checkpoint.total_bytes,
+        output_bytes=_total_bytes(tensors),
+        left_out_bytes=_omitted_bytes(source, thinker_only),
     )
 
 
-def _write(job: OutputJob, save_format: str, part_file_size: int, workspace: Workspace, progress: Progress) -> None:
+# --- checks before anything is written -----------------------------------------------------------------------
+
+
+def _check_arguments(save_format: str, part_file_size: int) -> None:
+    if save_format not in SAVER_CONFIGS:
+        raise QuantError(f"unknown save_format {save_format!r}. Known: {', '.join(SAVER_CONFIGS)}")
+    if part_file_size < 0:
+        raise QuantError(f"part_file_size is {part_file_size}", "give the shard size in GB, or 0 for one file")
+
+
+def _check_source(source: QuantizedCheckpoint, target: Path, save_format: str, thinker_only: bool) -> None:
+    """Raise QuantError if the source cannot be exported to this folder in this format."""
+    check_save_path(target, source.path)
+    if thinker_only and source.model.speaking is None:
+        raise QuantError(f"{source.path}: a {source.model.hf_model_type} has no speech parts", "omit --thinker_only")
+    if reason := FORMATS[save_format].refusal(source.schemes):
+        raise QuantError(f"{save_format} cannot hold {source.path}: {reason}")
+    _check_only_layers_quantized(source)
+
+
+def _check_only_layers_quantized(source: QuantizedCheckpoint) -> None:
+    """Every format's settings declare everything outside the decoder layers as float."""
+    outside = [name for name in source.linears if not name.startswith(source.model.layers_prefix)]
+    if outside:
+        raise QuantError(
+            f"{source.path}: {outside[0]} is quantized, but is not a Linear of a decoder layer",
+            "quantize the float checkpoint again; only Linears of decoder layers can be exported",
+        )
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+def _total_bytes(tensors: Iterable[OutTensor]) -> int:
+    return sum(tensor.spec.nbytes for tensor in tensors)
+
+
+def _write_tensors(
+    job: OutputJob, save_format: str, part_file_size: int, workspace: Workspace, progress: Progress
+) -> None:
     pieces = in_pieces(job.items)
     with Outputs(job, {save_format: part_file_size}, workspace) as outputs:
         for number, items in enumerate(pieces):
@@ -131,38 +157,58 @@ def _write(job: OutputJob, save_format: str, part_file_size: int, workspace: Wor
         outputs.finish()
 
 
-def _refuse_other_linears(source: QuantizedCheckpoint) -> None:
-    """The formats' settings say that everything outside the decoder layers is float."""
-    if odd := [name for name in source.linears if not name.startswith(source.model.layers_prefix)]:
-        raise QuantError(
-            f"{source.path}: {odd[0]} is quantized, which is no Linear of a decoder layer",
-            "no format is written with any other quantized",
-        )
+def _write_documents(
+    report: Report, source: QuantizedCheckpoint, save_format: str, workspace: Workspace, progress: Progress
+) -> None:
+    """Write the report, the recipe and the model card into the output folder."""
+    folders = {save_format: workspace.output_folder(save_format)}
+    write_documents(report, folders, source.model, stored_recipe(source.path, report), progress)
 
 
-def _left_out(source: QuantizedCheckpoint, thinker_only: bool) -> tuple[str, ...]:
-    """The beginnings of the names that are not written."""
+def _fingerprint(
+    source: QuantizedCheckpoint, save_format: str, part_file_size: int, thinker_only: bool
+) -> dict[str, str]:
+    """Everything the output depends on. An interrupted export resumes only if all values are equal."""
+    return {
+        **versions(),
+        "export of": source.checkpoint.identity()[:16],
+        "save_format": save_format,
+        "part_file_size": str(part_file_size),
+        "thinker_only": str(thinker_only),
+    }
+
+
+# --- the output job ------------------------------------------------------------------------------------------
+
+
+def _omitted_prefixes(source: QuantizedCheckpoint, thinker_only: bool) -> tuple[str, ...]:
+    """Prefixes of the tensor names that are not written."""
     return source.model.speech_prefixes if thinker_only else ()
 
 
+def _omitted_bytes(source: QuantizedCheckpoint, thinker_only: bool) -> int:
+    omitted = _omitted_prefixes(source, thinker_only)
+    return sum(info.nbytes for name, info in source.floats.items() if name.startswith(omitted))
+
+
 def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only: bool) -> OutputJob:
-    """What the format writes: as after a run, in the order of the names, which is that of an index."""
+    """The items that the format writes, like those of a run, sorted by tensor name as in a safetensors index."""
     config = without_quantization(source.checkpoint.config)
     if thinker_only and source.model.speaking is not None:
         config = source.model.speaking.without_speech(config)
     by_name: dict[str, OutTensor | OutLinear] = {}
     for name, info in source.floats.items():
-        if name.startswith(_left_out(source, thinker_only)):
+        if name.startswith(_omitted_prefixes(source, thinker_only)):
             continue
         linear = source.linears.get(name.removesuffix(".bias")) if name.endswith(".bias") else None
-        by_name[name] = float_item(info) if linear is None else _bias(info, linear.linear.float_dtype)
+        by_name[name] = float_item(info) if linear is None else _bias_item(info, linear.linear.float_dtype)
     for name, stored in source.linears.items():
-        by_name[f"{name}.weight"] = _checked(stored.linear, save_format)
-    floats = tuple(_float_linears(source.model, source.checkpoint, source.linears.keys()))
+        by_name[f"{name}.weight"] = _with_checked_scales(stored.linear, save_format)
+    float_linears = tuple(_float_linears(source.model, source.checkpoint, source.linears.keys()))
     return OutputJob(
         items=tuple(by_name[name] for name in sorted(by_name)),
-        float_linears=floats,
-        float_modules=source.model.loaders.modules_of(floats),
+        float_linears=float_linears,
+        float_modules=source.model.loaders.modules_of(float_linears),
         ignore_patterns=source.model.ignore_patterns,
         config_paths=source.model.config_paths,
         config=config,
@@ -173,16 +219,17 @@ def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only:
 
 
 def _float_linears(model: ModelSpec, checkpoint: Checkpoint, quantized: Collection[str]) -> list[str]:
-    """The Linears of decoder layers that are not quantized."""
+    """Names of the decoder layers' Linears that are not quantized."""
     config = checkpoint.config
     layers = range(model.family.num_layers(config))
     names = [model.layer_name(index, linear) for index in layers for linear in model.family.layer_spec(config).linears]
     return [name for name in names if name not in quantized]
 
 
-def _bias(info: TensorInfo, float_dtype: str) -> OutTensor:
-    """A quantized Linear's bias in the checkpoint's dtype again, where it came from there: awq holds it in float16,
-    ascendv1_saver in float32. One that is no number of that dtype stays as it is.
+def _bias_item(info: TensorInfo, float_dtype: str) -> OutTensor:
+    """The bias of a quantized Linear, converted back to the checkpoint's dtype if the conversion is exact.
+
+    awq stores biases in float16 and ascendv1_saver in float32. A bias that would be rounded stays unchanged.
     """
     if info.dtype == float_dtype or info.dtype not in FLOAT_DTYPES:
         return float_item(info)
@@ -193,9 +240,11 @@ def _bias(info: TensorInfo, float_dtype: str) -> OutTensor:
     return OutTensor(TensorSpec(info.name, float_dtype, info.shape), lambda: restored)
 
 
-def _checked(linear: OutLinear, save_format: str) -> OutLinear:
-    """A Linear whose scales are checked as they are read: finite, and where they belong to groups, exact in the dtype
-    that the format stores them in. Those of int8 channels are rounded, as by a direct run.
+def _with_checked_scales(linear: OutLinear, save_format: str) -> OutLinear:
+    """A copy of the Linear that checks its scales when they are read.
+
+    Scales must be finite. int4 group scales must be exact in the dtype that the format stores. int8 channel scales may
+    be rounded, as in a direct run.
     """
     dtype = torch.float16 if save_format == "awq" else TORCH_DTYPES[linear.float_dtype]
 
@@ -203,51 +252,37 @@ def _checked(linear: OutLinear, save_format: str) -> OutLinear:
         loaded = finite_scales(linear)
         if linear.scheme.is_int4 and not torch.equal(loaded.to(dtype).to(torch.float32), loaded):
             raise QuantError(
-                f"{linear.name}: its scales are no numbers of {str(dtype).removeprefix('torch.')}, in which"
-                f" {save_format} stores them",
-                "quantize the float checkpoint in that format instead",
+                f"{linear.name}: its scales are not exact in {str(dtype).removeprefix('torch.')}, the dtype that"
+                f" {save_format} stores",
+                f"quantize the float checkpoint to {save_format} instead",
             )
         return loaded
 
     return replace(linear, scales=scales)
 
 
-def _fingerprint(
-    source: QuantizedCheckpoint, save_format: str, part_file_size: int, thinker_only: bool
-) -> dict[str, str]:
-    """What the output depends on; a stopped export of anything else is not gone on with."""
-    return {
-        **versions(),
-        "export of": source.checkpoint.identity()[:16],
-        "save_format": save_format,
-        "part_file_size": str(part_file_size),
-        "thinker_only": str(thinker_only),
-    }
-
-
 # --- the report ----------------------------------------------------------------------------------------------
 
 
-def _report(
+def _make_report(
     source: QuantizedCheckpoint,
     job: OutputJob,
     tensors: list[OutTensor],
     save_format: str,
     save_path: Path,
 ) -> Report:
-    """The source's report with the new place and sizes, and a warning that says where it comes from.
+    """The source's report with the new path and sizes, and a warning that names the source.
 
-    Errors, time and memory stay those of the run that quantized. A checkpoint without a report of ours gets one that
-    says what is known of it.
+    Errors, time and memory stay those of the quantizing run. If the source has no report, a minimal one is made.
     """
-    note = f"exported from {source.path} ({source.saver}); errors, time and memory are of the run that quantized it"
-    report = stored_report(source.path) or _bare_report(source)
+    note = f"exported from {source.path} ({source.saver}); errors, time and memory are those of the quantizing run"
+    report = stored_report(source.path) or _minimal_report(source)
     written = written_parts(source.model, tensors)
-    parts = tuple(_written(part, written.get(part.name, (0, "left out"))) for part in report.parts)
+    parts = tuple(_with_written_size(part, written.get(part.name, (0, "left out"))) for part in report.parts)
     return replace(
         report,
         savers={save_format: str(save_path)},
-        output_bytes={save_format: sum(tensor.spec.nbytes for tensor in tensors)},
+        output_bytes={save_format: _total_bytes(tensors)},
         parts=parts,
         run_memory=memory_of(source.model, source.checkpoint.config, parts),
         bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
@@ -255,7 +290,8 @@ def _report(
     )
 
 
-def _bare_report(source: QuantizedCheckpoint) -> Report:
+def _minimal_report(source: QuantizedCheckpoint) -> Report:
+    """A report of everything that the headers show, for a source without quant_report.json."""
     sizes: dict[str, list[int]] = {}
     for name, info in source.checkpoint.tensors.items():
         sizes.setdefault(source.model.part_of(name).name, []).append(info.nbytes)
@@ -271,7 +307,7 @@ def _bare_report(source: QuantizedCheckpoint) -> Report:
         data_free=False,
         samples=0,
         tokens_by_modality={},
-        parts=tuple(PartSize(name, len(all_), sum(all_), 0, "") for name, all_ in sizes.items()),
+        parts=tuple(PartSize(name, len(nbytes), sum(nbytes), 0, "") for name, nbytes in sizes.items()),
         output_bytes={},
         source_bytes=source.checkpoint.total_bytes,
         bits_per_weight=0.0,
@@ -281,9 +317,10 @@ def _bare_report(source: QuantizedCheckpoint) -> Report:
         resumed_at_layer=0,
         peak_rss_bytes=peak_rss(),
         peak_device_bytes=0,
-        warnings=("the source holds no report: sizes before are those of the source as it was quantized",),
+        warnings=("the source holds no report: the sizes before are those of the quantized source",),
     )
 
 
-def _written(part: PartSize, sizes: tuple[int, str]) -> PartSize:
-    return replace(part, bytes_after=sizes[0], scheme=sizes[1])
+def _with_written_size(part: PartSize, written: tuple[int, str]) -> PartSize:
+    """written: bytes and scheme of the part in the output."""
+    return replace(part, bytes_after=written[0], scheme=written[1])

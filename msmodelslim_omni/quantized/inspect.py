@@ -1,4 +1,4 @@
-"""What is in a float or quantized checkpoint, from its headers alone: parts, dtypes, bytes, scheme."""
+"""Contents of a float or quantized checkpoint, read from its headers only: parts, dtypes, bytes, scheme."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class PartContent:
 
     @property
     def float_bytes(self) -> int:
-        """What it takes, or would take in 16 bits if it is quantized."""
+        """Bytes of the part in float: its stored bytes, or 16 bits per parameter if it is quantized."""
         return self.nbytes if self.scheme == "float" else 2 * self.parameters
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """`scheme` is `float` or what quantized the checkpoint; `parts` in the model's order."""
+    """`scheme` is `float` or the declared quantization. `parts` are in the model's order."""
 
     path: str
     model_type: str
@@ -49,7 +49,7 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
-    """Look into a checkpoint folder, float or written by any of our formats. Raises QuantError if it is none."""
+    """Inspect a checkpoint folder, float or in any supported format. Raises QuantError if it is not a checkpoint."""
     path = Path(path)
     if not (path / "config.json").is_file():
         raise QuantError(
@@ -69,11 +69,11 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 
 def _all_tensors(path: Path) -> tuple[dict[str, TensorInfo], int]:
-    """Tensors of every file with a format's or the standard stem."""
+    """All tensors by name, and the number of files with the standard stem or a format's stem."""
     stems = {"model", *(fmt.weights_stem for fmt in FORMATS.values())}
     files = sorted(file for stem in stems for file in path.glob(f"{stem}*.safetensors"))
     if not files:
-        raise QuantError(f"{str(path)!r} holds no safetensors files", "give the folder of the whole checkpoint")
+        raise QuantError(f"{str(path)!r} holds no safetensors files", "give the folder of the complete checkpoint")
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         tensors |= read_header(file)
@@ -84,21 +84,22 @@ def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartConten
     dtypes: dict[str, int] = {}
     for info in infos:
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
-    quantized = scheme != "float" and bool(dtypes.keys() & _PER_ELEMENT.keys())
-    parameters = sum(_parameters(info) for info in infos)
+    quantized = scheme != "float" and bool(dtypes.keys() & _WEIGHTS_PER_ELEMENT.keys())
+    parameters = sum(_count_parameters(info) for info in infos)
     return PartContent(name, len(infos), parameters, dtypes, scheme if quantized else "float")
 
 
-# Weights that an element of a quantized Linear's main tensor holds, by its dtype; and the tensors beside it.
-_PER_ELEMENT = {"I8": 1, "I32": 8, "U8": 2}
-_BESIDE = (
+# Weights per element of a quantized Linear's main tensor, by dtype.
+_WEIGHTS_PER_ELEMENT = {"I8": 1, "I32": 8, "U8": 2}
+# Name endings of tensors that hold quantization parameters instead of weights.
+_QUANT_PARAMETER_ENDINGS = (
     "_scale", "_offset", "_zero_point", "_shape", "_g_idx", ".qzeros", ".scales", "absmax", "quant_map", "__nf4",
 )  # fmt: skip
 
 
-def _parameters(info: TensorInfo) -> int:
-    return 0 if info.name.endswith(_BESIDE) else info.numel * _PER_ELEMENT.get(info.dtype, 1)
+def _count_parameters(info: TensorInfo) -> int:
+    return 0 if info.name.endswith(_QUANT_PARAMETER_ENDINGS) else info.numel * _WEIGHTS_PER_ELEMENT.get(info.dtype, 1)
 
 
 def _model_name(model: ModelSpec, config: dict[str, Any]) -> str:
-    return model.family.shape_name(config) or f"{model.hf_model_type} (own shape)"
+    return model.family.shape_name(config) or f"{model.hf_model_type} (custom shape)"

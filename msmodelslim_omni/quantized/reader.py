@@ -1,8 +1,8 @@
 """A quantized checkpoint on disk: its format, its quantized Linears and its float tensors, loaded one at a time.
 
-Read are the formats of FORMATS, also where another tool wrote them, as far as a format says all that is needed.
-`read_quantized` names every fault of the Linears and goes on; `open_quantized` refuses a checkpoint that has any.
-What lies in the weights (NaN, constant codes, a wrong order) is not looked at here.
+The formats in FORMATS can be read, including files from other tools if their settings describe the layout completely.
+`read_quantized` lists the faults of single Linears; `open_quantized` refuses a checkpoint that has any.
+Weight values (NaN, constant codes, a wrong order) are not checked here.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from ..storage import (
     Checkpoint,
     TensorInfo,
     config_block,
-    follow_index,
+    read_indexed_shards,
     load_json_object,
     load_tensor,
     read_header,
 )
 
 _SAVER_OF_METHOD = {fmt.quant_method: saver for saver, fmt in FORMATS.items() if fmt.quant_method}
-_READ = f"formats that can be read: {', '.join(FORMATS)}"
+_SUPPORTED = f"supported formats: {', '.join(FORMATS)}"
 _STEMS = tuple(dict.fromkeys(["model", *(fmt.weights_stem for fmt in FORMATS.values())]))
-_LISTED_FAULTS = 5
+_MAX_LISTED_FAULTS = 5
 
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """What the headers say; nothing is loaded yet.
+    """The contents of a quantized checkpoint according to its headers. No tensor is loaded yet.
 
-    checkpoint: path, config, and every tensor on disk by name; `other_files` lists what else is there.
+    checkpoint: path, config, and every tensor on disk by name; `other_files` lists the remaining files.
     saver: the format, a key of FORMATS. settings: its quantization_config, or the description of ascendv1_saver.
-    linears: the quantized Linears by checkpoint name (without `.weight`), in the order of the files; `.linear` has
-        scheme, shape (out, in) and float dtype, `.parts` the tensors on disk.
-    floats: every other tensor by name, biases of quantized Linears among them.
-    faults: what is wrong with single Linears; none in a checkpoint that open_quantized returned.
+    linears: the quantized Linears by checkpoint name (without `.weight`), in file order. `.linear` has scheme,
+        shape (out, in) and float dtype; `.parts` has the tensors on disk.
+    floats: every other tensor by name, including the biases of quantized Linears.
+    faults: faults of single Linears; empty in a checkpoint that open_quantized returned.
     """
 
     checkpoint: Checkpoint
@@ -67,18 +67,18 @@ class QuantizedCheckpoint:
         return frozenset(stored.linear.scheme for stored in self.linears.values())
 
     def load_linear(self, name: str) -> QuantizedLinear:
-        """The integers [out, in], scales and zeros [out, groups] of one Linear, on the CPU."""
+        """Load the integers [out, in], scales and zeros [out, groups] of one Linear to the CPU."""
         return load_linear(self.linears[name].linear)
 
     def load_float(self, name: str) -> torch.Tensor:
-        """One float tensor in its stored dtype, on the CPU."""
+        """Load one float tensor in its stored dtype to the CPU."""
         return load_tensor(self.floats[name])
 
 
 def load_linear(linear: OutLinear) -> QuantizedLinear:
-    """Everything of one lazily loaded Linear, in memory of its int8 weight and the packed form of it.
+    """Load all tensors of one Linear. The peak memory is the int8 weight plus its packed form.
 
-    Raises QuantError where its scales hold NaN or Inf.
+    Raises QuantError if the scales hold NaN or Inf.
     """
     zeros = None if linear.zeros is None else linear.zeros()
     nested = None if linear.nested is None else linear.nested()
@@ -86,7 +86,7 @@ def load_linear(linear: OutLinear) -> QuantizedLinear:
 
 
 def finite_scales(linear: OutLinear) -> torch.Tensor:
-    """The scales of a Linear. Raises QuantError where they hold NaN or Inf."""
+    """Load the scales of a Linear. Raises QuantError if they hold NaN or Inf."""
     scales = linear.scales()
     if not bool(torch.isfinite(scales).all()):
         raise QuantError(f"{linear.name}: its scales hold NaN or Inf", "write or fetch the checkpoint again")
@@ -94,12 +94,12 @@ def finite_scales(linear: OutLinear) -> torch.Tensor:
 
 
 def is_quantized(path: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder says that it is quantized, by any tool."""
+    """Whether a checkpoint folder is declared as quantized, by any tool."""
     return quantization_of(config) is not None or (path / DESCRIPTION_FILE).is_file()
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of config.json without any quantization_config; the order of the keys is kept."""
+    """A copy of config.json without any quantization_config, at any depth. The key order is kept."""
     return {
         key: without_quantization(value) if isinstance(value, dict) else value
         for key, value in config.items()
@@ -108,82 +108,93 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def open_quantized(path: str | Path) -> QuantizedCheckpoint:
-    """Read config, headers and description. Raises QuantError for what is no whole quantized checkpoint of a format
-    that is read; tensors that are missing are named.
+    """Read config, headers and description.
+
+    Raises QuantError if the folder is not a complete quantized checkpoint in a supported format. The error names
+    missing tensors.
     """
-    found = read_quantized(path)
-    if found.faults:
-        listed = [f"{fault.linear}: {fault.message}" for fault in found.faults[:_LISTED_FAULTS]]
-        more = len(found.faults) - len(listed)
-        listed += [f"... and {more} more"] * (more > 0)
-        raise QuantError(f"{found.path} is not whole:\n" + "\n".join(listed), "write or fetch the checkpoint again")
-    return found
+    quantized = read_quantized(path)
+    if quantized.faults:
+        lines = [f"{fault.linear}: {fault.message}" for fault in quantized.faults[:_MAX_LISTED_FAULTS]]
+        remaining = len(quantized.faults) - len(lines)
+        lines += [f"... and {remaining} more"] * (remaining > 0)
+        raise QuantError(
+            f"{quantized.path} is incomplete or damaged:\n" + "\n".join(lines), "write or fetch the checkpoint again"
+        )
+    return quantized
 
 
 def read_quantized(path: str | Path) -> QuantizedCheckpoint:
-    """Like open_quantized, with the faults of single Linears listed instead of raised."""
+    """Like open_quantized, but list the faults of single Linears instead of raising them."""
     path = Path(path)
     if not path.exists():
         raise QuantError(f"{str(path)!r} does not exist", "give the folder of a quantized checkpoint")
     if not (path / "config.json").is_file():
-        raise QuantError(f"{str(path)!r} is not a checkpoint: it holds no config.json", "give the folder that holds it")
+        raise QuantError(
+            f"{str(path)!r} is not a checkpoint: it holds no config.json", "give the folder that holds config.json"
+        )
     config = load_json_object(path / "config.json")
     model = derive_model_type(config)
     saver, settings = identify(path, config)
     tensors, shards = read_shards(path)
     dtypes = _layer_dtypes(tensors, config, model)
-    found = FORMATS[saver].read_linears(settings, tensors, lambda name: dtypes.get(_layer_of(name), dtypes[""]))
-    parts = {info.name for stored in found.linears.values() for info in stored.parts.values()}
+    result = FORMATS[saver].read_linears(settings, tensors, lambda name: dtypes.get(_layer_prefix(name), dtypes[""]))
+    parts = {info.name for stored in result.linears.values() for info in stored.parts.values()}
     floats = {name: info for name, info in tensors.items() if name not in parts}
-    missing = _missing_of_layers(model, config, found.linears, floats, {fault.linear for fault in found.faults})
-    faults = (*found.faults, *missing)
-    if not found.linears and not faults:
-        raise QuantError(f"{path} holds no quantized Linear, though it says {saver}", "write or fetch it again")
+    faulty = {fault.linear for fault in result.faults}
+    faults = (*result.faults, *_layer_faults(model, config, result.linears, floats, faulty))
+    if not result.linears and not faults:
+        raise QuantError(
+            f"{path} declares {saver} but holds no quantized Linear", "write or fetch the checkpoint again"
+        )
     return QuantizedCheckpoint(
-        Checkpoint(path, config, tensors, shards), model, saver, settings, found.linears, floats, faults
+        Checkpoint(path, config, tensors, shards), model, saver, settings, result.linears, floats, faults
     )
 
 
 def identify(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The saver whose format a checkpoint has, and its settings. Raises QuantError for a float or foreign one."""
+    """The saver of a checkpoint's format, and its settings.
+
+    Raises QuantError for a float checkpoint and for an unsupported format.
+    """
     quantization = quantization_of(config)
     if quantization is not None:
         method = str(quantization.get("quant_method"))
         if method not in _SAVER_OF_METHOD:
-            raise QuantError(f"{path} is quantized as {method[:80]!r}, a format that is not read", _READ)
+            raise QuantError(f"{path} is quantized as {method[:80]!r}, an unsupported format", _SUPPORTED)
         return _SAVER_OF_METHOD[method], quantization
     if (path / DESCRIPTION_FILE).is_file():
         return "ascendv1_saver", load_json_object(path / DESCRIPTION_FILE)
-    raise QuantError(f"{path} is a float checkpoint, or of a format that is not read", _READ)
+    raise QuantError(f"{path} is a float checkpoint or has an unsupported format", _SUPPORTED)
 
 
 def read_shards(path: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
-    """All headers, by the index or of the single file, whichever stem the weights have."""
+    """All tensors by name, and the weight files: those of the index, or the single file. Any known stem is accepted."""
     for stem in _STEMS:
         index, single = path / f"{stem}.safetensors.index.json", path / f"{stem}.safetensors"
         if index.is_file():
-            return follow_index(path, index)
+            return read_indexed_shards(path, index)
         if single.is_file():
             return read_header(single), (single,)
     expected = ", ".join(f"{stem}.safetensors" for stem in _STEMS)
-    raise QuantError(f"{path}: holds no weights ({expected}, or an index of shards)", "fetch the checkpoint again")
+    raise QuantError(f"{path} holds no weights ({expected}, or an index of shards)", "fetch the checkpoint again")
 
 
-# --- the rest of the layers ----------------------------------------------------------------------------------
+# --- decoder layers ------------------------------------------------------------------------------------------
 
 
-def _layer_of(name: str) -> str:
-    """`thinker.model.layers.3.` of a name inside a layer, else an empty string."""
+def _layer_prefix(name: str) -> str:
+    """The prefix `thinker.model.layers.3.` of a tensor name; empty outside the layers."""
     match = re.match(r".*\.layers\.\d+\.", name)
     return match[0] if match else ""
 
 
 def _layer_dtypes(tensors: Mapping[str, TensorInfo], config: dict[str, Any], model: ModelSpec) -> dict[str, str]:
-    """The float dtype of each layer, as its norms have it; under "" that of the whole, as config.json says.
+    """The float dtype of each layer by its prefix, taken from the norms; key "" has the dtype in config.json.
 
-    Norms, since every format keeps them as they were, while it may store scales and biases in a dtype of its own.
+    Every format keeps norms unchanged. Scales and biases may be stored in another dtype.
     """
-    said = next(
+    declared = next(
         (
             str(value)
             for path in model.config_paths
@@ -193,21 +204,21 @@ def _layer_dtypes(tensors: Mapping[str, TensorInfo], config: dict[str, Any], mod
         "bfloat16",
     )
     by_name = {str(dtype).removeprefix("torch."): name for dtype, name in DTYPE_NAMES.items()}
-    dtypes = {"": by_name.get(said, "BF16")}
+    dtypes = {"": by_name.get(declared, "BF16")}
     for name, info in tensors.items():
         if name.endswith("norm.weight") and info.dtype in FLOAT_DTYPES:
-            dtypes.setdefault(_layer_of(name), info.dtype)
+            dtypes.setdefault(_layer_prefix(name), info.dtype)
     return dtypes
 
 
-def _missing_of_layers(
+def _layer_faults(
     model: ModelSpec,
     config: dict[str, Any],
     linears: Mapping[str, StoredLinear],
     floats: Mapping[str, TensorInfo],
     faulty: set[str],
 ) -> list[PartFault]:
-    """Tensors of decoder layers that are not there, or of another shape than config.json implies."""
+    """Faults for layer tensors that are missing or whose shape differs from config.json. `faulty` is skipped."""
     faults = []
     for index in range(model.family.num_layers(config)):
         for relative, shape in model.family.layer_spec(config).shapes.items():
@@ -216,12 +227,14 @@ def _missing_of_layers(
             if ending == "weight" and linear in faulty:
                 continue
             if ending == "weight" and linear in linears:
-                found: tuple[int, ...] = linears[linear].linear.shape
+                actual: tuple[int, ...] = linears[linear].linear.shape
             elif name in floats:
-                found = floats[name].shape
+                actual = floats[name].shape
             else:
                 faults.append(PartFault(linear, f"{ending} is missing"))
                 continue
-            if found != shape:
-                faults.append(PartFault(linear, f"{ending} stands for shape {list(found)}, not {list(shape)}"))
+            if actual != shape:
+                faults.append(
+                    PartFault(linear, f"{ending} has shape {list(actual)}, config.json implies {list(shape)}")
+                )
     return faults

@@ -1,14 +1,14 @@
 """Documents about a run: quant_report as JSON, Markdown and HTML, the model card, the evaluation report.
 
-report.py and fidelity.py define the data; the other files render it; html/ draws the page.
+report.py and fidelity.py define the data, the other files render them, and html/ builds the HTML page.
 May import: processors, formats, models, storage, files and errors.
-Left out on purpose: measuring. Numbers arrive finished; see run/measure.py and evaluation/.
+Not here, on purpose: measurements. run/measure.py and evaluation/ compute the numbers.
 """
 
 from __future__ import annotations
 
 from .documents import stored_recipe, stored_report, write_documents, write_evaluation
-from .eval_report import NOTE, figure_rows, write_eval_report
+from .eval_report import FIGURES_NOTE, figure_rows, write_eval_report
 from .fidelity import EvalReport, Fidelity, Interval, LayerDrift
 from .report import (
     RUN_MEMORY_COLUMNS,
@@ -26,7 +26,7 @@ from .report import (
 from .run_memory import RunMemory, run_memory
 
 __all__ = [
-    "NOTE",
+    "FIGURES_NOTE",
     "RUN_MEMORY_COLUMNS",
     "EvalReport",
     "Fidelity",

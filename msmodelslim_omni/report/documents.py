@@ -1,6 +1,6 @@
-"""What lies beside the weights for people: the report as JSON, Markdown and HTML, and the model card.
+"""Writes the documents of an output: the report as JSON, Markdown and HTML, and the model card.
 
-The HTML needs the extra `report`; without it everything else is as it would be, and one line says so.
+The HTML page needs the extra `report`. Without the extra, one message says so and the other documents are written.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ..runtime import Progress
 from .fidelity import EvalReport
 from .html.page import (
     HTML_NAME,
-    INSTALL,
+    INSTALL_HINT,
     as_html,
     can_write_html,
 )
-from .model_card import renew_evaluation, write_card
+from .model_card import update_evaluation, write_card
 from .report import Report, read_report, write_report
 
 _MAX_RECIPE = 1 << 20
@@ -33,8 +33,8 @@ _MAX_RECIPE = 1 << 20
 def write_documents(
     report: Report, folders: Mapping[str, Path], model: ModelSpec, recipe_text: str, progress: Progress
 ) -> None:
-    """The report and the card into each saver's finished output."""
-    page = _page(report, None, recipe_text, progress)
+    """Write the report and the model card into the finished output of each saver."""
+    page = _render_page(report, None, recipe_text, progress)
     for saver, folder in folders.items():
         write_report(report, folder)
         write_card(folder, report, saver, model, recipe_text)
@@ -43,29 +43,29 @@ def write_documents(
 
 
 def write_evaluation(evaluation: EvalReport, folder: Path, progress: Progress) -> None:
-    """The page of an evaluation into `folder`, beside its JSON, and its figures into the evaluated output's card.
+    """Write the HTML page of an evaluation to `folder` and its figures to the model card of the evaluated output.
 
-    The page also tells how the output was quantized, where it holds a report of ours.
+    The page also covers the quantization if the output holds a readable quantization report.
     """
     output = Path(evaluation.quant_path)
     report = stored_report(output)
     recipe_text = stored_recipe(output, report) if report else ""
     try:
-        if page := _page(report, evaluation, recipe_text, progress):
+        if page := _render_page(report, evaluation, recipe_text, progress):
             write_aside(folder / HTML_NAME, page)
     except OSError as error:
         raise QuantError(
-            f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
+            f"cannot write the report to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
         ) from error
     try:
-        if renew_evaluation(output, evaluation):
-            progress.say(f"the figures are in {output / 'README.md'} too")
-    except OSError as error:  # a folder that is shared, and not ours to write: the evaluation is done all the same
-        progress.say(f"warning: {output / 'README.md'} does not get the figures: {error.strerror or error}")
+        if update_evaluation(output, evaluation):
+            progress.say(f"added the figures to the model card {output / 'README.md'}")
+    except OSError as error:  # e.g. a shared, read-only folder; the evaluation itself is complete
+        progress.say(f"warning: cannot add the figures to {output / 'README.md'}: {error.strerror or error}")
 
 
 def stored_report(output: Path) -> Report | None:
-    """The report that an output holds; None where it holds none, or one of another tool or version."""
+    """Return the report of an output, or None if there is no report or it has another tool's or version's fields."""
     try:
         report = read_report(output)
         smoothing = [entry for layer in report.layers for entry in layer.smoothing]
@@ -77,7 +77,7 @@ def stored_report(output: Path) -> Report | None:
 
 
 def stored_recipe(output: Path, report: Report) -> str:
-    """The recipe that lies in an output, or an empty text."""
+    """Return the text of the recipe in an output, or an empty string if it cannot be read."""
     file = output / f"{Path(report.recipe).stem}.yaml"
     try:
         return read_regular(file, _MAX_RECIPE).decode("utf-8", errors="replace")
@@ -85,9 +85,9 @@ def stored_recipe(output: Path, report: Report) -> str:
         return ""
 
 
-def _page(report: Report | None, evaluation: EvalReport | None, recipe_text: str, progress: Progress) -> str:
-    """The HTML; an empty text without the extra."""
+def _render_page(report: Report | None, evaluation: EvalReport | None, recipe_text: str, progress: Progress) -> str:
+    """Return the HTML page, or an empty string if the extra `report` is not installed."""
     if not can_write_html():
-        progress.say(INSTALL)
+        progress.say(INSTALL_HINT)
         return ""
     return as_html(report, evaluation, recipe_text)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON for programs and Markdown for people."""
+"""The evaluation report as JSON for programs and Markdown for people."""
 
 from __future__ import annotations
 
@@ -26,57 +26,57 @@ _EXACT = ("exact_float", "exact_quant", "exact_change")
 
 
 def write_eval_report(report: EvalReport, folder: Path) -> None:
-    """eval_report.json and eval_report.md, each written aside and renamed; a report that is there is replaced."""
+    """Write eval_report.json and eval_report.md atomically, replacing an existing report."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / JSON_NAME, asdict(report))
         write_aside(folder / PAGE_NAME, as_markdown(report))
     except OSError as error:
         raise QuantError(
-            f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
+            f"cannot write the report to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
         ) from error
 
 
 def read_eval_report(folder: Path) -> EvalReport:
-    """The EvalReport that a folder holds."""
+    """Read eval_report.json of a folder. Raises QuantError if it is not an evaluation report."""
     stored = load_json_object(folder / JSON_NAME)
     try:
         return EvalReport(
             **{
                 **stored,
-                "overall": _fidelity(stored["overall"]),
-                "by_modality": {name: _fidelity(part) for name, part in stored["by_modality"].items()},
+                "overall": _read_fidelity(stored["overall"]),
+                "by_modality": {name: _read_fidelity(part) for name, part in stored["by_modality"].items()},
                 "layers": tuple(LayerDrift(**layer) for layer in stored["layers"]),
                 "warnings": tuple(stored["warnings"]),
             }
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise QuantError(f"{folder / JSON_NAME}: is no evaluation's report: {error}", "run eval again") from error
+        raise QuantError(f"{folder / JSON_NAME}: not an evaluation report: {error}", "run `msmodelslim eval` again") from error
 
 
-def _fidelity(stored: dict[str, Any]) -> Fidelity:
+def _read_fidelity(stored: dict[str, Any]) -> Fidelity:
     intervals = {name: Interval(**stored[name]) for name in _INTERVALS}
     exact = {name: None if stored[name] is None else Interval(**stored[name]) for name in _EXACT}
     return Fidelity(**{**stored, **intervals, **exact})
 
 
-# --- for people ----------------------------------------------------------------------------------------------
+# --- Markdown ------------------------------------------------------------------------------------------------
 
 
 def figure_rows(
-    report: EvalReport, *, all_intervals: bool = True, between: str = " "
+    report: EvalReport, *, all_intervals: bool = True, separator: str = " "
 ) -> tuple[list[str], list[list[str]]]:
-    """Columns (overall, then each modality) and rows of the figures, as text: the table of terminal and page.
+    """Columns (overall, then each modality) and rows of the figures, as text for the terminal and Markdown tables.
 
-    all_intervals: else they stand in the first column alone. between: what parts a figure from its interval.
+    all_intervals: False prints intervals only in the column `overall`. separator: text between figure and interval.
     """
     columns = ["", "overall", *report.by_modality]
     parts = [report.overall, *report.by_modality.values()]
-    shown = [True, *(all_intervals for _ in report.by_modality)]
+    separators = [separator, *(separator if all_intervals else None for _ in report.by_modality)]
 
-    def row(name: str, figure: str, form: str) -> list[str]:
+    def row(name: str, figure: str, spec: str) -> list[str]:
         values = [getattr(part, figure) for part in parts]
-        return [name, *(_cell(v, form, between if s else None) for v, s in zip(values, shown, strict=True))]
+        return [name, *(_format_cell(v, spec, s) for v, s in zip(values, separators, strict=True))]
 
     rows = [
         row("samples", "samples", "d"),
@@ -104,25 +104,25 @@ def figure_rows(
     return columns, rows
 
 
-def _cell(value: Interval | float | None, form: str, between: str | None) -> str:
-    """between: what parts a figure from its interval; None: no interval."""
+def _format_cell(value: Interval | float | None, spec: str, separator: str | None) -> str:
+    """Format a figure with the format spec `spec`. separator: text before the interval; None omits the interval."""
     if value is None:
         return ""
     if not isinstance(value, Interval):
-        return f"{value:{form}}"
-    return f"{value.value:{form}}" + (f"{between}[{value.low:{form}}, {value.high:{form}}]" if between else "")
+        return f"{value:{spec}}"
+    return f"{value.value:{spec}}" + (f"{separator}[{value.low:{spec}}, {value.high:{spec}}]" if separator else "")
 
 
-NOTE = (
-    "KL(float || quant) of next-token distributions; in brackets 95 % bootstrap intervals over samples. Column text:"
-    " samples of text alone; the others: samples with such media, one with several in each. Exact: greedy answers that"
-    " are the expected ones. Hidden, embedding: what the talker reads of the thinker; in a modality's column hidden"
-    " states of its own tokens."
+FIGURES_NOTE = (
+    "KL(float || quant) of next-token distributions; brackets hold 95 % bootstrap intervals over samples. Column text:"
+    " text-only samples. Other columns: samples that contain this modality; a sample with several counts in each."
+    " Exact: greedy answers that equal the expected answer. Hidden, embedding: thinker states that the talker reads;"
+    " a modality's column has the hidden states of its own tokens."
 )
 
 
 def as_markdown(report: EvalReport) -> str:
-    """The report as one page."""
+    """Return the text of eval_report.md."""
     schemes = ", ".join(f"{count} Linears {name}" for name, count in report.linears_by_scheme.items())
     tokens = ", ".join(f"{name} {count}" for name, count in report.tokens_by_modality.items())
     columns, rows = figure_rows(report)
@@ -130,7 +130,7 @@ def as_markdown(report: EvalReport) -> str:
         f"# Evaluation report: {report.model_type}, {report.quant_format}",
         "",
         f"- float: `{report.float_path}`, {human_bytes(report.float_bytes)}",
-        f"- compared: `{report.quant_path}`, {human_bytes(report.quant_bytes)}; {schemes or 'float'}",
+        f"- quantized: `{report.quant_path}`, {human_bytes(report.quant_bytes)}; {schemes or 'float'}",
         f"- dataset: `{report.dataset}`, {report.samples} samples; tokens: {tokens}",
         f"- scored: {report.scored}",
         f"- device {report.device}; seed {report.seed};"
@@ -140,11 +140,11 @@ def as_markdown(report: EvalReport) -> str:
         "",
         *markdown_table(columns, rows),
         "",
-        NOTE,
+        FIGURES_NOTE,
         "",
         "## Drift of the hidden states after each layer",
         "",
-        "Relative error |quantized - float| / |float|, over all tokens and by their modality.",
+        "Relative error |quantized - float| / |float|, over all tokens and by token modality.",
         "",
         *markdown_table(*layer_rows(report)),
         "",
@@ -158,9 +158,10 @@ def as_markdown(report: EvalReport) -> str:
 
 
 def layer_rows(report: EvalReport) -> tuple[list[str], list[list[str]]]:
-    seen = [name for name in MODALITIES if any(name in layer.error_by_modality for layer in report.layers)]
+    """Columns and rows of the drift table: one row per layer, the error overall and by modality."""
+    modalities = [name for name in MODALITIES if any(name in layer.error_by_modality for layer in report.layers)]
     rows = []
     for layer in report.layers:
-        by_modality = (layer.error_by_modality.get(name) for name in seen)
+        by_modality = (layer.error_by_modality.get(name) for name in modalities)
         rows.append([f"{layer.index}", f"{layer.error:.4g}", *("" if e is None else f"{e:.4g}" for e in by_modality)])
-    return ["layer", "all", *seen], rows
+    return ["layer", "all", *modalities], rows

@@ -1,4 +1,7 @@
-"""What an evaluation found: figures with their intervals, as data; how they are computed is in figures.py. No torch."""
+"""Results of an evaluation as data: figures and their intervals. No torch.
+
+evaluation/figures.py computes them.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How close a quantized model is to its float model on some samples.
+    """How close a quantized model is to its float model on a set of samples.
 
-    positions: next-token distributions compared. kl_mean, kl_p99: of KL(float || quant) over them, in nats. top1: share
-    of positions whose likeliest token is the same; top5: mean share of the five likeliest tokens that both have.
-    perplexity_*: of the tokens that follow. answered: samples with an answer; exact_*: share of them whose greedy
-    answer is that answer, its end included; exact_change: quant - float, paired. hidden_*, embedding_*: of what the
-    talker reads, |quant - float| / |float| over all tokens, and the mean cosine of the two. hidden_* of one modality
-    are of its own tokens; embedding_* are of text alone, since the talker gets zeros in place of media.
+    positions: number of next-token distributions compared. kl_mean, kl_p99: mean and 99th percentile of
+    KL(float || quant) over the positions, in nats. top1: share of positions with the same most likely token; top5: mean
+    share of the five most likely tokens that both models have in common. perplexity_*: of the actual next tokens.
+    answered: number of samples with an answer; exact_*: share of them whose greedy answer equals the answer, its end
+    token included; exact_change: quant - float, paired. hidden_*, embedding_*: states that the talker reads,
+    |quant - float| / |float| over all tokens, and mean cosine similarity. hidden_* of one modality cover its own
+    tokens; embedding_* cover text tokens only, since the talker gets zeros in place of media.
     """
 
     samples: int
@@ -46,7 +50,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """|quant - float| / |float| of the hidden states after one decoder layer, over all tokens and by their modality."""
+    """|quant - float| / |float| of the hidden states after one decoder layer, over all tokens and by token modality."""
 
     index: int
     error: float
@@ -55,10 +59,10 @@ class LayerDrift:
 
 @dataclass(frozen=True)
 class EvalReport:
-    """Everything eval_report.json holds.
+    """The contents of eval_report.json.
 
-    scored: which positions count, in words. by_modality: `text` is of the samples of text alone, the others of the
-    samples that have an image, audio or video; a sample that has several counts in each of these.
+    scored: description of the positions that count. by_modality: `text` covers text-only samples, the other modalities
+    cover samples that contain them; a sample that contains several counts in each.
     """
 
     model_type: str

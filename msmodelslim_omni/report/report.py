@@ -1,4 +1,4 @@
-"""What a run did, as JSON for programs and Markdown for people."""
+"""The quantization report as JSON for programs and Markdown for people."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .run_memory import RunMemory
 
 @dataclass(frozen=True)
 class PartSize:
-    """One part of the model: its bytes before and after, and what was done to it."""
+    """One part of the model: its bytes before and after quantization, and its scheme."""
 
     name: str
     tensors: int
@@ -27,9 +27,10 @@ class PartSize:
 
 @dataclass(frozen=True)
 class LinearRecord:
-    """One Linear. weight_error: |W - Ŵ| / |W|; output_error: |Y - Ŷ| / |Y| on calibration tokens, by modality.
+    """One Linear. weight_error: |W - Ŵ| / |W|; output_error: |Y - Ŷ| / |Y| on calibration tokens, also by modality.
 
-    Errors are of the Linear alone, on the inputs of the quantized model; None where a data-free run has no inputs.
+    Errors are those of this Linear only, on the inputs that it gets in the quantized model. output_error is None in
+    data-free runs, which have no inputs.
     """
 
     name: str
@@ -42,9 +43,10 @@ class LinearRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One decoder layer: its Linears, the smoothing chosen, and the error of its output against the float layer.
+    """One decoder layer: its Linears, the chosen smoothing, and the error of its output against the float layer.
 
-    error_over_plain: the true output error over that of plain rounding, where it was compared; 1 where it fell back.
+    error_over_plain: measured output error divided by the error of plain rounding, or None if they were not compared;
+    1 if the layer fell back to plain rounding.
     """
 
     index: int
@@ -58,10 +60,10 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything quant_report.json holds; see the fields' names.
+    """The contents of quant_report.json.
 
-    peak_rise_by_phase: bytes by which the peak of memory rose while the phase ran. It and run_memory are empty in
-    reports from before them.
+    peak_rise_by_phase: increase of peak memory during each phase, in bytes. peak_rise_by_phase and run_memory are empty
+    in reports from versions without these fields.
     """
 
     model_type: str
@@ -91,13 +93,13 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """quant_report.json and quant_report.md."""
+    """Write quant_report.json and quant_report.md."""
     write_json(folder / "quant_report.json", asdict(report))
     (folder / "quant_report.md").write_text(as_markdown(report), encoding="utf-8")
 
 
 def read_report(folder: Path) -> Report:
-    """The Report that an output holds."""
+    """Read quant_report.json of an output."""
     stored = load_json_object(folder / "quant_report.json")
     layers = tuple(layer_record(layer) for layer in stored["layers"])
     parts = tuple(PartSize(**part) for part in stored["parts"])
@@ -108,7 +110,7 @@ def read_report(folder: Path) -> Report:
 
 
 def layer_record(stored: dict[str, Any]) -> LayerRecord:
-    """A LayerRecord from the JSON of a part."""
+    """Return the LayerRecord stored in the JSON of a part."""
     linears = tuple(LinearRecord(**{**entry, "shape": tuple(entry["shape"])}) for entry in stored["linears"])
     return LayerRecord(
         **{**stored, "linears": linears, "smoothing": tuple(stored["smoothing"]), "notes": tuple(stored["notes"])}
@@ -116,7 +118,7 @@ def layer_record(stored: dict[str, Any]) -> LayerRecord:
 
 
 def part_errors(report: Report) -> dict[str, float]:
-    """Per kind of Linear (q_proj, ...) the root mean square over the layers of its error: of output, else of weight."""
+    """Error by kind of Linear (q_proj, ...): root mean square over the layers of the output error, else weight error."""
     errors: dict[str, list[float]] = {}
     for layer in report.layers:
         for linear in layer.linears:
@@ -131,13 +133,13 @@ def root_mean_square(values: Sequence[float]) -> float:
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table; all columns but the first are flush right."""
+    """Lines of a Markdown table; all columns except the first are aligned right."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
     return [head, "|---|" + "--:|" * (len(columns) - 1), *body]
 
 
 def human_bytes(count: float) -> str:
-    """1536 -> `1.5 KiB`."""
+    """Format a number of bytes: 1536 -> `1.50 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
@@ -145,24 +147,24 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
-RUN_MEMORY_COLUMNS = ("what is in memory", "float", "now", "change")
-RUN_MEMORY_NOTE = "Activations, and what a runtime sets aside for itself, come on top."
+RUN_MEMORY_COLUMNS = ("memory for", "float", "now", "change")
+RUN_MEMORY_NOTE = "Activations and memory that the runtime reserves for itself are not included."
 
 
 def run_memory_rows(memory: RunMemory) -> list[list[str]]:
-    """Rows under RUN_MEMORY_COLUMNS."""
+    """Rows of a table with RUN_MEMORY_COLUMNS."""
 
-    def row(what: str, before: int, now: int) -> list[str]:
-        return [what, human_bytes(before), human_bytes(now), f"{now / before - 1:+.0%}" if now != before else ""]
+    def row(purpose: str, before: int, now: int) -> list[str]:
+        return [purpose, human_bytes(before), human_bytes(now), f"{now / before - 1:+.0%}" if now != before else ""]
 
-    rows = [row("weights that answer in text", memory.text_float, memory.text_now)]
+    rows = [row("weights for text output", memory.text_float, memory.text_now)]
     if memory.all_float > memory.text_float:
-        rows.append(row("all weights, speech too", memory.all_float, memory.all_now))
-    return [*rows, row("keys and values of 1000 tokens", memory.cache, memory.cache)]
+        rows.append(row("all weights, speech included", memory.all_float, memory.all_now))
+    return [*rows, row("KV cache of 1000 tokens", memory.cache, memory.cache)]
 
 
 def as_markdown(report: Report) -> str:
-    """The report as one page."""
+    """Return the text of quant_report.md."""
     lines = [
         f"# Quantization report: {report.model_type}, {report.quant_type}",
         "",
@@ -175,17 +177,17 @@ def as_markdown(report: Report) -> str:
         + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
     ]
     if report.resumed_at_layer:
-        lines.append(f"- resumed at layer {report.resumed_at_layer}; times are of the last run alone")
-    lines += ["", "## Parts", "", "| part | tensors | before | after | what |", "|---|--:|--:|--:|---|"]
+        lines.append(f"- resumed at layer {report.resumed_at_layer}; times cover only the last run")
+    lines += ["", "## Parts", "", "| part | tensors | before | after | scheme |", "|---|--:|--:|--:|---|"]
     lines += [
         f"| {p.name} | {p.tensors} | {human_bytes(p.bytes_before)} | {human_bytes(p.bytes_after)} | {p.scheme} |"
         for p in report.parts
     ]
     if report.run_memory is not None:
         table = markdown_table(RUN_MEMORY_COLUMNS, run_memory_rows(report.run_memory))
-        lines += ["", "## Memory at run time", "", *table, "", RUN_MEMORY_NOTE]
+        lines += ["", "## Estimated memory at run time", "", *table, "", RUN_MEMORY_NOTE]
     lines += ["", "## Calibration data", "", _calibration_text(report)]
-    lines += ["", "## Error per layer and Linear", "", _error_note(report), "", *_error_table(report)]
+    lines += ["", "## Error by layer and Linear", "", _error_note(report), "", *_error_table(report)]
     lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []
     notes = [f"- layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
     lines += ["", "## Notes", "", *notes] if notes else []
@@ -198,7 +200,7 @@ def as_markdown(report: Report) -> str:
 
 def _calibration_text(report: Report) -> str:
     if report.data_free:
-        return "None: the recipe is data-free. No dataset was read and no tower was run."
+        return "None. The recipe is data-free: the run read no dataset and ran no tower."
     total = sum(report.tokens_by_modality.values())
     shares = ", ".join(f"{m} {n} ({n / total:.1%})" for m, n in report.tokens_by_modality.items())
     return f"{report.samples} samples, {total} tokens: {shares}."
@@ -206,28 +208,29 @@ def _calibration_text(report: Report) -> str:
 
 def _error_note(report: Report) -> str:
     if report.data_free:
-        return "Relative error of the weights, |W - Ŵ| / |W|. Without data no output error is known."
+        return "Relative weight error |W - Ŵ| / |W|. Output errors are unknown without calibration data."
     return (
-        "Relative output error |Y - Ŷ| / |Y| of each Linear as it is stored and multiplied, on calibration tokens;"
-        " `layer` is what the whole layer adds to the residual stream, by modality beside it; `over plain` is the"
-        " layer's error over that of plain rounding, on samples kept out of the search where there are enough."
+        "Relative output error |Y - Ŷ| / |Y| of each Linear with its stored weights and run-time arithmetic, on"
+        " calibration tokens. `layer`: error of what the layer adds to the residual stream, followed by the error per"
+        " modality. `vs. plain`: the layer's error divided by the error of plain rounding, on samples held out from the"
+        " search if there are enough."
     )
 
 
 def _error_table(report: Report) -> list[str]:
     kinds = list(dict.fromkeys(linear.name.rsplit(".", 1)[-1] for layer in report.layers for linear in layer.linears))
-    seen = [m for m in MODALITIES if any(m in layer.output_error_by_modality for layer in report.layers)]
-    compared = any(layer.error_over_plain is not None for layer in report.layers)
-    columns = [*kinds, *(["layer", *seen] if seen else []), *(["over plain"] if compared else [])]
+    modalities = [m for m in MODALITIES if any(m in layer.output_error_by_modality for layer in report.layers)]
+    has_comparison = any(layer.error_over_plain is not None for layer in report.layers)
+    columns = [*kinds, *(["layer", *modalities] if modalities else []), *(["vs. plain"] if has_comparison else [])]
     rows = [f"| layer | {' | '.join(columns)} |", "|--:|" + "--:|" * len(columns)]
     for layer in report.layers:
         by_kind = {linear.name.rsplit(".", 1)[-1]: linear for linear in layer.linears}
         cells = [_error_cell(by_kind.get(kind)) for kind in kinds]
-        if seen:
-            cells.append(_number(layer.output_error))
-            cells += [_number(layer.output_error_by_modality.get(m)) for m in seen]
-        if compared:
-            cells.append(_number(layer.error_over_plain))
+        if modalities:
+            cells.append(_format_number(layer.output_error))
+            cells += [_format_number(layer.output_error_by_modality.get(m)) for m in modalities]
+        if has_comparison:
+            cells.append(_format_number(layer.error_over_plain))
         rows.append(f"| {layer.index} | {' | '.join(cells)} |")
     return rows
 
@@ -235,20 +238,20 @@ def _error_table(report: Report) -> list[str]:
 def _error_cell(linear: LinearRecord | None) -> str:
     if linear is None or linear.scheme == "FLOAT":
         return "float"
-    return _number(linear.output_error if linear.output_error is not None else linear.weight_error)
+    return _format_number(linear.output_error if linear.output_error is not None else linear.weight_error)
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
 def _smoothing_table(report: Report) -> list[str]:
     rows = [
-        "| layer | group | exponent | error over that without | note |",
+        "| layer | group | exponent | error vs. no scaling | reason |",
         "|--:|---|--:|--:|---|",
     ]
     for layer in report.layers:
         for entry in layer.smoothing:
             alpha = "none" if entry["alpha"] is None else f"{entry['alpha']:.2f}"
             rows.append(f"| {layer.index} | {entry['group']} | {alpha} | {entry['gain']:.3f} | {entry['reason']} |")
-    return rows if len(rows) > 2 else ["No smoothing was asked for."]
+    return rows if len(rows) > 2 else ["No smoothing was requested."]

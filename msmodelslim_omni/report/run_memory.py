@@ -1,4 +1,4 @@
-"""What a model asks for at run time, foretold from sizes alone: its weights by what they are for, and the cache."""
+"""Estimated memory of a model at run time, from sizes only: its weights by purpose, and the KV cache."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 from ..models import ModelSpec
 
 _CACHE_TOKENS = 1000
-_CACHE_BYTES = 2  # of a key or a value; runtimes keep them in 16 bits
+_CACHE_BYTES = 2  # per key or value; runtimes store them in 16 bits
 
 
 @dataclass(frozen=True)
 class RunMemory:
-    """Bytes. Activations, and what a runtime sets aside for itself, come on top.
+    """Memory in bytes, without activations and without memory that the runtime reserves for itself.
 
-    text_*: the weights that answer in text, which is what vLLM loads; all_*: with those that speak. *_float: of the
-    float model; *_now: of this one. cache: keys and values of 1000 tokens, text and media alike.
+    text_*: weights needed for text output, which are the weights that vLLM loads; all_*: speech weights included.
+    *_float: the float model; *_now: this model. cache: KV cache of 1000 tokens of any modality.
     """
 
     text_float: int
@@ -28,11 +28,11 @@ class RunMemory:
 
 
 def run_memory(model: ModelSpec, config: dict[str, Any], sizes: Iterable[tuple[str, int, int]]) -> RunMemory:
-    """sizes: of each part by its name, in bytes, float and now."""
-    speaks = {part.name for part in model.parts if part.prefix and part.prefix.startswith(model.speech_prefixes)}
+    """Estimate the memory at run time. sizes: name, float bytes and current bytes of each part."""
+    speech_parts = {part.name for part in model.parts if part.prefix and part.prefix.startswith(model.speech_prefixes)}
     text_float = text_now = speech_float = speech_now = 0
     for name, before, now in sizes:
-        if name in speaks:
+        if name in speech_parts:
             speech_float, speech_now = speech_float + before, speech_now + now
         else:
             text_float, text_now = text_float + before, text_now + now

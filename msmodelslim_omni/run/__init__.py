@@ -15,8 +15,9 @@ from .outputs import Outputs
 from .pipeline import quantize, run_prepared, run_request
 from .preparation import Prepared, prepare
 from .request import QuantRequest
+from .save_path import WORK_FOLDER, check_disk_space, check_save_path, remove
 from .summary import bits_per_weight, memory_of, versions, written_parts
-from .workspace import WORK_FOLDER, Workspace, check_disk_space, check_save_path, remove
+from .workspace import Workspace
 
 __all__ = [
     "WORK_FOLDER",

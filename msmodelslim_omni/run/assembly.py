@@ -1,4 +1,4 @@
-"""QuantPlan and finished layers -> what a format writes: lazily loaded tensors, in the checkpoint's order."""
+"""QuantPlan and finished layers -> the tensors that a format writes, loaded lazily, in the checkpoint's order."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from ..storage import (
     byte_view,
     load_finite,
     read_bytes,
-    refuse_nonfinite,
+    require_finite,
 )
 
-# Kept tensors are copied through a buffer of this size, so that an embedding of a gigabyte does not fill memory.
+# Unchanged tensors are copied through a buffer of this size, so that a large embedding does not fill memory.
 _COPY_BYTES = 16 << 20
 
-# A stopped run loses no more of what is copied than about this.
+# Unchanged tensors are copied in pieces of this size; a stopped run repeats at most one piece.
 PIECE_BYTES = 256 << 20
 
 Item = OutTensor | OutLinear
 
 
 def make_job(plan: QuantPlan) -> OutputJob:
-    """The job of every format: sizes of all tensors, contents of those that are copied. See `finished_items`."""
+    """The job of every format: sizes of all tensors, and contents of unchanged tensors. See `finished_items`."""
     schemes = {linear.name: linear for linear in plan.linears if linear.scheme is not None}
     items: list[Item] = []
     for name, info in plan.checkpoint.tensors.items():
@@ -59,19 +59,19 @@ def make_job(plan: QuantPlan) -> OutputJob:
 
 
 def _unknown() -> NoReturn:
-    raise ValueError("this layer is not finished yet; only sizes may be asked of it")
+    raise ValueError("this layer is not finished; only its sizes are known")
 
 
 @dataclass(frozen=True)
 class Units:
-    """The items of an output as they are finished: those of each decoder layer, and the others in pieces."""
+    """The items of an output in the units in which they are finished: decoder layers, and pieces of all other items."""
 
     layers: tuple[tuple[Item, ...], ...]
     others: tuple[tuple[Item, ...], ...]
 
 
 def units(plan: QuantPlan, job: OutputJob) -> Units:
-    """Every item once. What a layer does not compute is among the others, even if its name is a layer's."""
+    """Assign every item to one unit. Tensors that no layer computes are in `others`, whatever their name."""
     layer_of = {
         plan.model.layer_name(layer.index, relative): position
         for position, layer in enumerate(plan.layers)
@@ -86,7 +86,7 @@ def units(plan: QuantPlan, job: OutputJob) -> Units:
 
 
 def in_pieces(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
-    """Consecutive items in pieces of about PIECE_BYTES."""
+    """Split consecutive items into pieces of about PIECE_BYTES."""
     pieces: list[list[Item]] = []
     size = PIECE_BYTES
     for item in items:
@@ -101,7 +101,7 @@ def in_pieces(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
 def finished_items(
     items: Iterable[Item], quantized: Mapping[str, QuantizedLinear], changed: Mapping[str, torch.Tensor]
 ) -> list[Item]:
-    """A layer's items with their contents. quantized: by Linear; changed: float tensors by name; the rest is copied."""
+    """A layer's items with contents. quantized: by Linear. changed: float tensors by name. Other items are copied."""
     filled: list[Item] = []
     for item in items:
         if isinstance(item, OutLinear):
@@ -143,5 +143,5 @@ def _chunks(info: TensorInfo) -> Iterator[memoryview]:
     for first in range(0, info.nbytes, _COPY_BYTES):
         size = min(_COPY_BYTES, info.nbytes - first)
         read_bytes(info, first, view[:size])
-        refuse_nonfinite(buffer[:size].view(TORCH_DTYPES[info.dtype]), info)
+        require_finite(buffer[:size].view(TORCH_DTYPES[info.dtype]), info)
         yield view[:size]

@@ -1,4 +1,4 @@
-"""A quantized layer in the library's float code, computed as the runtime does."""
+"""Emulation: a quantized layer in the library's float code, with the arithmetic of a runtime."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from ..numerics import QuantizedLinear, dequantize, quantized_matmul
 
 
 class EmulatedLinear(torch.nn.Module):
-    """A quantized Linear in a float layer, computed as the runtime does. held: with int8 activations the integers are
-    kept as float32, for speed.
+    """A quantized Linear in a float layer, with the arithmetic of a runtime.
+
+    keep_widened: with int8 activations, keep the integers as float32: faster, four times the memory.
     """
 
-    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, held: bool = True) -> None:
+    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, keep_widened: bool = True) -> None:
         super().__init__()
-        wide = held and linear.scheme.act_bits is not None
+        wide = keep_widened and linear.scheme.act_bits is not None
         self._linear = replace(linear, qweight=linear.qweight.to(torch.float32)) if wide else linear
         self._bias = bias
 
@@ -31,12 +32,12 @@ def emulate(
     module: torch.nn.Module,
     quantized: Mapping[str, QuantizedLinear],
     weights: Mapping[str, torch.Tensor],
-    held: bool = True,
+    keep_widened: bool = True,
 ) -> None:
-    """Replace Linears, by relative name, by their emulation; biases come from `weights`."""
+    """Replace Linears, by relative name, with their emulation. Biases come from `weights`."""
     for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias"), held))
+        setattr(module.get_submodule(parent), child, EmulatedLinear(linear, weights.get(f"{name}.bias"), keep_widened))
 
 
 def quantized_layer(
@@ -45,18 +46,18 @@ def quantized_layer(
     index: int,
     floats: Mapping[str, torch.Tensor],
     linears: Mapping[str, QuantizedLinear],
-    held: bool = True,
+    keep_widened: bool = True,
 ) -> torch.nn.Module:
-    """The library's layer in float32; Linears with int8 activations are emulated, others hold what they stand for.
+    """The library's layer in float32. Linears with int8 activations are emulated; others hold dequantized weights.
 
-    floats, linears: all tensors of the layer, by relative name. held: False keeps all weights as integers, which are
-    widened a piece at a time in each product: a quarter of the memory, for a layer that runs on few samples.
+    floats, linears: all tensors of the layer, by relative name. keep_widened: False keeps all weights as
+    integers and widens them piece by piece in each product: a quarter of the memory, slower on many samples.
     """
     weights = {name: tensor.to(torch.float32) for name, tensor in floats.items()}
-    emulated = {name: q for name, q in linears.items() if q.scheme.act_bits is not None or not held}
+    emulated = {name: q for name, q in linears.items() if q.scheme.act_bits is not None or not keep_widened}
     for name, linear in linears.items():
-        # The emulation replaces the weight that it is given here.
+        # A placeholder: the emulation replaces this Linear.
         weights[f"{name}.weight"] = linear.qweight if name in emulated else dequantize(linear)
     module: torch.nn.Module = model.family.build_layer(config, index, weights)
-    emulate(module, emulated, weights, held)
+    emulate(module, emulated, weights, keep_widened)
     return module

@@ -1,4 +1,4 @@
-"""Sizes, disk and memory foretold from the plan alone."""
+"""Estimates of output sizes, disk space and memory, from the plan only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ..runtime import NO_SAMPLES, Extent
 from .assembly import make_job
 from .summary import memory_of, part_sizes
 
-# Assumed of a sample's media, since they are not decoded for a forecast, and of its text.
+# Assumptions about a sample: tokens of its media, which are not decoded for a forecast, and bytes of text per token.
 _TOKENS_PER_SAMPLE, _LONGEST = 512, 1024
 _BYTES_PER_TOKEN = 3
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes: of each output, of the work folder at its largest, of all disk needed, of memory at its peak.
+    """Bytes of each output, of the work folder at its largest, and of memory at its peak.
 
-    run_memory: of the first output's weights, once they are served.
+    run_memory: of a runtime that serves the first output.
     """
 
     output_bytes: dict[str, int]
@@ -35,7 +35,7 @@ class Forecast:
 
 
 def assumed_extent(plan: QuantPlan, calib: CalibSet | None) -> Extent:
-    """Of samples that were not turned into tokens yet; none for a data-free run."""
+    """The assumed extent of samples that are not tokenized yet; NO_SAMPLES for a data-free run."""
     if calib is None:
         return NO_SAMPLES
     most = plan.calibration.max_tokens
@@ -53,7 +53,7 @@ def _text_tokens(sample: CalibSample) -> int:
 
 
 def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
-    """Foretell a run over samples of an extent, which may be an assumed one."""
+    """Estimate a run over samples of this extent, measured or assumed."""
     job = make_job(plan)
     other = sum((plan.checkpoint.path / file).stat().st_size for file in plan.checkpoint.other_files())
     tensors = {saver.type: format_tensors(FORMATS[saver.type], job) for saver in plan.savers}
@@ -63,5 +63,5 @@ def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
     parts = part_sizes(plan, tensors[plan.savers[0].type])
     served = memory_of(plan.model, plan.checkpoint.config, parts)
     hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
-    # Per token: hidden states at up to four places, rotary tables and the like once.
+    # Per token: hidden states at up to four boundaries, and rotary tables once.
     return Forecast(outputs, extent.tokens * (4 * hidden * 4 + 4096), peak_memory(plan, extent), served)

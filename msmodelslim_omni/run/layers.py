@@ -90,7 +90,7 @@ def _quantize_layer(
     work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
     with clock("forward"):
         seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
-    probe, stats = seen.probe, {group: s.weighed_by(seen.importance) for group, s in seen.stats.items()}
+    probe, stats = seen.probe, {group: s.weighted_by(seen.importance) for group, s in seen.stats.items()}
     seen = replace(seen, stats={})  # frees H of each modality
     loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
     work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
@@ -123,7 +123,7 @@ def _check_against_rounding(
     if plan.calibration.propagate_error:
         return work, zero_errors()
     with clock("check"):
-        return work, probe.errors(_module(plan, work, held=False))
+        return work, probe.errors(_module(plan, work, keep_widened=False))
 
 
 def _no_worse_than_rounding(
@@ -131,7 +131,7 @@ def _no_worse_than_rounding(
 ) -> tuple[LayerWork, Errors]:
     """The layer itself if its output error is below that of plain rounding, otherwise the plainly rounded layer."""
     if not loaded.schemes:
-        return work, probe.errors(_module(plan, work, held=False))
+        return work, probe.errors(_module(plan, work, keep_widened=False))
     plain = replace(
         loaded,
         quantized={
@@ -143,8 +143,8 @@ def _no_worse_than_rounding(
         ),
         notes=work.notes,
     )
-    searched = probe.errors(_module(plan, work, held=False))
-    rounded = probe.errors(_module(plan, plain, held=False))
+    searched = probe.errors(_module(plan, work, keep_widened=False))
+    rounded = probe.errors(_module(plan, plain, keep_widened=False))
     error, of_plain = probe.weighted_error(searched), probe.weighted_error(rounded)
     ratio = relative_error(error, of_plain)
     if error < of_plain:
@@ -163,10 +163,10 @@ def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
     }
 
 
-def _module(plan: QuantPlan, work: LayerWork, held: bool = True) -> torch.nn.Module:
-    """The library's layer with the tensors of `work`. held: see quantized_layer."""
+def _module(plan: QuantPlan, work: LayerWork, keep_widened: bool = True) -> torch.nn.Module:
+    """The library's layer with the tensors of `work`. keep_widened: see quantized_layer."""
     floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
-    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, held)
+    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, keep_widened)
 
 
 def _results(plan: QuantPlan, work: LayerWork) -> Results:

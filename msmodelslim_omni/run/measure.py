@@ -1,4 +1,4 @@
-"""The error of each quantized Linear, for the report."""
+"""Measures the error of each quantized Linear, for the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..statistics import InputStats
 
 
 def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: OutputError | None) -> dict[str, Any]:
-    """The layer's LayerRecord as JSON data."""
+    """The LayerRecord of a layer as JSON data. output: the error of the whole layer; None for a data-free run."""
     linears = work.team.map(
         lambda linear: asdict(_linear_record(plan, layer, work, linear)),
         work.spec.linears,
@@ -51,7 +51,7 @@ def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: s
 
 
 def output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float, dict[str, float]]:
-    """|Y - Ŷ| / |Y| on the kept rows, overall and by modality; the bias, the same in both, is left out.
+    """|Y - Ŷ| / |Y| on the kept rows, overall and by modality. The bias cancels and is omitted.
 
     Overall weighs the modalities by the tokens that all samples have, not by the rows kept.
     """

@@ -1,4 +1,4 @@
-"""All formats of a run, written side by side: a finished unit goes into every one of them, and into the manifest."""
+"""All output formats of a run, written side by side. A finished unit goes into every format and into the manifest."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ Items = Sequence[OutTensor | OutLinear]
 
 
 class Outputs:
-    """The formats' folders inside the work folder. A unit is some of the job's items under a name, e.g. a layer."""
+    """The unfinished outputs in the work folder. A unit is a named set of the job's items, for example a layer."""
 
     def __init__(self, job: OutputJob, part_file_sizes: Mapping[str, int], workspace: Workspace) -> None:
-        """part_file_sizes: GB of a shard, by format."""
-        self._workspace = workspace
+        """part_file_sizes: GB per shard, by format."""
+        self._manifest = workspace.manifest
         self._outputs = {
             name: Output(FORMATS[name], job, workspace.output_folder(name), size)
             for name, size in part_file_sizes.items()
         }
 
     def save(self, unit: str, items: Items, record: dict[str, Any] | None = None) -> None:
-        """Put the items into every format; once they are on the disk, enter the unit and its record."""
+        """Write the items in every format. Once they are on disk, enter the unit and its record in the manifest."""
         checksums = {name: output.put(items) for name, output in self._outputs.items()}
         for output in self._outputs.values():
             output.sync(items)
-        self._workspace.enter(unit, checksums, record)
+        self._manifest.enter(unit, checksums, record)
 
     def is_whole(self, unit: str, items: Items) -> bool:
-        """Whether the unit was entered and its bytes are still those."""
-        checksums = self._workspace.checksums(unit)
+        """Whether the unit is in the manifest and its bytes still match the checksums."""
+        checksums = self._manifest.checksums(unit)
         return checksums is not None and checksums == {n: output.crc(items) for n, output in self._outputs.items()}
 
     def finish(self) -> None:
-        """All units are saved: make each folder a checkpoint."""
+        """Turn each folder into a checkpoint, once all units are saved."""
         for output in self._outputs.values():
             output.finish()
 
@@ -44,7 +44,7 @@ class Outputs:
         return {name: output.nbytes for name, output in self._outputs.items()}
 
     def tensors(self) -> list[OutTensor]:
-        """Those of the first format."""
+        """The tensors of the first format."""
         return next(iter(self._outputs.values())).tensors
 
     def __enter__(self) -> Outputs:

@@ -28,8 +28,9 @@ from .layers import quantized_layers
 from .outputs import Outputs
 from .preparation import Prepared, fingerprint, prepare
 from .request import QuantRequest
+from .save_path import WORK_FOLDER, check_disk_space, check_save_path
 from .summary import make_report
-from .workspace import WORK_FOLDER, Workspace, check_disk_space, check_save_path
+from .workspace import Workspace
 
 
 def quantize(
@@ -113,11 +114,11 @@ def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progre
     if (save_path / WORK_FOLDER).exists():  # an existing work folder is changed only after every check has passed
         prepared = _with_checkpoint_checked(prepared, progress)
     with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
-        if prepared.team.broadcast(workspace.is_committing()):
+        if prepared.team.broadcast(bool(workspace.manifest.committing)):
             progress.say("the output is complete; moving it into place")
-            return _commit(workspace, workspace.committed_savers())
+            return _commit(workspace, workspace.manifest.committing)
         # Sums over threads depend on their number, so a resumed run uses as many as the first one.
-        with _threads(prepared.team.broadcast(workspace.remember("threads", torch.get_num_threads()))):
+        with _threads(prepared.team.broadcast(workspace.manifest.remember("threads", torch.get_num_threads()))):
             return _run_layers(prepared, workspace, progress)
 
 
@@ -282,7 +283,7 @@ def _finish(
         tensors=outputs.tensors(),
         places={name: str(workspace.place(name, names)) for name in names},
         output_bytes=outputs.nbytes(),
-        layers=[workspace.record(_layer_unit(layer.index)) for layer in plan.layers],
+        layers=[workspace.manifest.record(_layer_unit(layer.index)) for layer in plan.layers],
         stems=stems,
         clock=clock,
         resumed_at_layer=first,

@@ -1,4 +1,4 @@
-"""What a finished run did, put together as its Report."""
+"""Builds the Report of a finished run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_report(
     resumed_at_layer: int,
     warnings: tuple[str, ...],
 ) -> Report:
-    """tensors: of the first format, whose sizes are the report's. layers: the records stored beside the parts."""
+    """tensors: those of the first format, whose sizes the report shows. layers: the records from the manifest."""
     parts = part_sizes(plan, tensors)
     return Report(
         model_type=plan.model.model_type,
@@ -59,12 +59,12 @@ def make_report(
 
 
 def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize]) -> RunMemory:
-    """Of a runtime that keeps the weights as they are stored."""
+    """Estimated memory of a runtime that keeps the weights as they are stored."""
     return run_memory(model, config, ((part.name, part.bytes_before, part.bytes_after) for part in parts))
 
 
 def part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:
-    """Bytes of each part before and after."""
+    """Bytes of each part before and after quantization."""
     before: dict[str, list[int]] = {}
     for name, info in plan.checkpoint.tensors.items():
         before.setdefault(plan.model.part_of(name).name, []).append(info.nbytes)
@@ -77,7 +77,7 @@ def part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...
 
 
 def written_parts(model: ModelSpec, tensors: Sequence[OutTensor]) -> dict[str, tuple[int, str]]:
-    """Bytes and schemes of each part as it is written, by the part's name."""
+    """Written bytes and schemes of each part, by the part's name."""
     sizes: dict[str, int] = {}
     kinds: dict[str, set[str]] = {}
     for tensor in tensors:
@@ -90,7 +90,7 @@ def written_parts(model: ModelSpec, tensors: Sequence[OutTensor]) -> dict[str, t
 
 
 def bits_per_weight(shapes: Iterable[tuple[int, int]], tensors: Sequence[OutTensor]) -> float:
-    """Stored bits of the quantized Linears, scales included, over their weights. shapes: (out, in) of each of them."""
+    """Stored bits per weight of the quantized Linears, scales included. shapes: (out, in) of each Linear."""
     bits = 8 * sum(tensor.spec.nbytes for tensor in tensors if tensor.kind != FLOAT)
     return bits / sum(out_features * in_features for out_features, in_features in shapes)
 

@@ -1,8 +1,8 @@
-"""Statistics of a Linear's input that calibration collects: channel maxima, sample rows, and H = X^T X.
+"""Statistics of the inputs of Linears, collected by calibration: channel maxima, sample rows, and H = X^T X.
 
-capture.py records them during the forward; gram.py holds H within a memory budget.
+capture.py records them during the forward pass. gram.py stores H within a memory budget.
 May import: models, runtime, errors.
-Left out on purpose: what the statistics are used for; see processors.
+Not here: the use of the statistics; see processors.
 """
 
 from __future__ import annotations

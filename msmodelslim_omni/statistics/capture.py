@@ -1,7 +1,7 @@
-"""Hooks on one layer -> statistics of each Linear's input.
+"""Forward hooks on one decoder layer that collect statistics of the inputs of its Linears.
 
-Statistics add: maxima, counts and rows of two sets of samples merge into those of both. They are kept per modality,
-so that a weighting of modalities needs no further forward.
+Statistics are additive: those of two sets of samples merge into the statistics of both sets. They are kept per
+modality, so that modalities can be weighted later without another forward pass.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split
 from .gram import (
     Gram,
     GramBuilder,
-    combined,
     sketch_rows,
+    weighted_sum,
 )
 
-# Rows of a Linear's input that are kept, per modality: enough to tell apart errors that differ by a few percent.
+# Input rows to keep per modality: enough to distinguish errors that differ by a few percent.
 ROWS_PER_MODALITY = 256
 
 
 @dataclass(frozen=True)
 class InputStats:
-    """The input of one group of Linears over all samples.
+    """Statistics of the input of one group of Linears over all samples.
 
     absmax: float32 [modalities, in], the largest |x| per channel; zero for a modality without tokens.
     abssum: float32 [modalities, in], the sum of |x| per channel.
-    count:  int64 [modalities], tokens seen.
-    rows:   float32 [n, in], a fixed choice of tokens; row_modality: int8 [n].
-    grams:  the second moment of each modality present, by index; empty where no processor asks for it.
-    weighed: in their place, that of all modalities, tokens weighed by an importance.
+    count:  int64 [modalities], the number of tokens.
+    rows:   float32 [n, in], the inputs of a fixed choice of tokens; row_modality: int8 [n].
+    grams:  H of each modality that has tokens, by index; empty if no processor needs H.
+    weighted: replaces `grams` after `weighted_by`: H of all modalities, each token weighted by its importance.
     """
 
     absmax: torch.Tensor
@@ -45,9 +45,10 @@ class InputStats:
     rows: torch.Tensor
     row_modality: torch.Tensor
     grams: dict[int, Gram] = field(default_factory=dict)
-    weighed: Gram | None = None
+    weighted: Gram | None = None
 
     def merged(self, other: InputStats) -> InputStats:
+        """The statistics of both sets of samples, without H."""
         return InputStats(
             torch.maximum(self.absmax, other.absmax),
             self.abssum + other.abssum,
@@ -62,64 +63,64 @@ class InputStats:
 
     @property
     def has_gram(self) -> bool:
-        return self.weighed is not None or bool(self.grams)
+        return self.weighted is not None or bool(self.grams)
 
     def gram(self, importance: Mapping[int, float]) -> Gram:
-        """H with each token of a modality weighed by its importance; what weighs nothing is left out."""
-        if self.weighed is not None:
-            return self.weighed
+        """H of all modalities, each token weighted by the importance of its modality. Skips modalities of weight 0."""
+        if self.weighted is not None:
+            return self.weighted
         chosen = [(gram, importance[m]) for m, gram in self.grams.items() if importance[m] > 0]
-        return combined([gram for gram, _ in chosen], [weight for _, weight in chosen])
+        return weighted_sum([gram for gram, _ in chosen], [weight for _, weight in chosen])
 
-    def weighed_by(self, importance: Mapping[int, float]) -> InputStats:
-        """With the one H that this importance makes of all modalities', which are given up."""
-        return replace(self, grams={}, weighed=self.gram(importance)) if self.has_gram else self
+    def weighted_by(self, importance: Mapping[int, float]) -> InputStats:
+        """Replace H per modality by one H, in which each token has the importance of its modality."""
+        return replace(self, grams={}, weighted=self.gram(importance)) if self.has_gram else self
 
     def without_gram(self) -> InputStats:
-        return replace(self, grams={}, weighed=None)
+        return replace(self, grams={}, weighted=None)
 
     def mean_abs(self, importance: Mapping[int, float]) -> torch.Tensor:
-        """The mean |x| of each channel, [in], tokens weighed likewise."""
+        """The mean |x| of each channel, [in], each token weighted by the importance of its modality."""
         weights = [importance[m] for m in self.present()]
         total = sum(weight * float(self.count[m]) for weight, m in zip(weights, self.present(), strict=True))
         sums = torch.stack([self.abssum[m] * weight for weight, m in zip(weights, self.present(), strict=True)])
         return sums.sum(dim=0) / total
 
     def divided(self, factors: torch.Tensor) -> InputStats:
-        """Of the input divided by factors [in]."""
+        """The statistics of the input divided by `factors` [in]."""
         return replace(
             self,
             absmax=self.absmax / factors,
             abssum=self.abssum / factors,
             rows=self.rows / factors,
             grams={m: gram.rescaled(factors) for m, gram in self.grams.items()},
-            weighed=None if self.weighed is None else self.weighed.rescaled(factors),
+            weighted=None if self.weighted is None else self.weighted.rescaled(factors),
         )
 
 
 def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -> InputStats:
-    """Statistics of one sample. x: [tokens, in] float32; modality: int8 [tokens]; chosen: rows to keep."""
+    """The statistics of one sample. x: float32 [tokens, in]; modality: int8 [tokens]; chosen: indices of kept rows."""
     absmax = torch.zeros((len(MODALITIES), x.shape[1]), dtype=torch.float32, device=x.device)
     abssum = torch.zeros_like(absmax)
     count = torch.zeros(len(MODALITIES), dtype=torch.int64)
     for index in range(len(MODALITIES)):
-        mine = modality == index
-        count[index] = int(mine.sum())
+        selected = modality == index
+        count[index] = int(selected.sum())
         if count[index]:
-            magnitude = (x if mine.all() else x[mine.to(x.device)]).abs()
+            magnitude = (x if selected.all() else x[selected.to(x.device)]).abs()
             absmax[index], abssum[index] = magnitude.amax(dim=0), magnitude.sum(dim=0)
     return InputStats(absmax, abssum, count, x[chosen.to(x.device)].clone(), modality[chosen])
 
 
 def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER_MODALITY) -> list[torch.Tensor]:
-    """For each sample the token positions to keep: evenly spread over all tokens of each modality.
+    """Choose the token positions to keep in each sample: evenly spaced over all tokens of each modality.
 
-    modalities: int8 [tokens] per sample. No randomness, so that a resumed run keeps the same rows.
+    modalities: int8 [tokens] per sample. The choice is not random, so that a resumed run keeps the same rows.
     """
-    everything = torch.cat([*modalities])
-    keep = torch.zeros(len(everything), dtype=torch.bool)
+    all_tokens = torch.cat([*modalities])
+    keep = torch.zeros(len(all_tokens), dtype=torch.bool)
     for index in range(len(MODALITIES)):
-        positions = torch.nonzero(everything == index).flatten()
+        positions = torch.nonzero(all_tokens == index).flatten()
         if len(positions):
             count = min(per_modality, len(positions))
             keep[positions[torch.linspace(0, len(positions) - 1, count).round().long()]] = True
@@ -127,11 +128,12 @@ def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER
 
 
 class InputRecorder:
-    """Hooks on one layer that collect InputStats for each of its groups while samples run through it.
+    """Hooks on one layer that collect InputStats for each of its groups while samples run through the layer.
 
-    tokens: of each modality over the samples that count in H, where it is to be collected; else None. budget: of H.
-    split: where several processes run samples, whose each is. Each process then keeps the statistics of its samples
-    apart (8 float32 per channel and sample), so that all are merged in the samples' order, to the bits of one process.
+    tokens: the number of tokens of each modality in the samples that enter H, or None if H is not collected.
+    budget: the memory budget of H. split: the assignment of samples to processes. If there are several processes, each
+    keeps the statistics of its samples separate (8 float32 per channel and sample). All are then merged in the order of
+    the samples, so that the result is bit-identical to a single process.
     """
 
     def __init__(
@@ -145,13 +147,13 @@ class InputRecorder:
         self._split = split
         self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
         self._grams = {
-            group.name: _builders(layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget)
+            group.name: _gram_builders(layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget)
             for group in spec.groups
         }
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
         self._in_gram = True
-        self._numbers: Sequence[int] | None = None
+        self._gram_offsets: Sequence[int] | None = None
         self._hooks = [
             layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group.name, group.linears))
             for group in spec.groups
@@ -163,13 +165,15 @@ class InputRecorder:
         chosen: torch.Tensor,
         *,
         in_gram: bool = True,
-        numbers: Sequence[int] | None = None,
+        gram_offsets: Sequence[int] | None = None,
     ) -> None:
-        """What the tokens of the next sample are, which rows to keep, and whether it counts in H.
+        """Prepare for the next sample.
 
-        numbers: of each modality the tokens in H of all samples before this one; left out, those that were seen.
+        modality: int8 [tokens]. chosen: indices of rows to keep. in_gram: whether the sample enters H.
+        gram_offsets: the number of tokens of each modality in H from all samples before this one, in all processes;
+        by default those that this recorder has added.
         """
-        self._modality, self._chosen, self._in_gram, self._numbers = modality, chosen, in_gram, numbers
+        self._modality, self._chosen, self._in_gram, self._gram_offsets = modality, chosen, in_gram, gram_offsets
 
     def _recorder(self, group: str, linears: tuple[str, ...]) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -177,11 +181,11 @@ class InputRecorder:
             new = input_stats(x, self._modality, self._chosen)
             if not torch.isfinite(new.abssum).all():
                 raise QuantError(
-                    f"{linears[0]}: NaN or Inf in the activations that reach it",
+                    f"{linears[0]}: NaN or Inf in the input activations",
                     "check the checkpoint with the float model, or remove the sample",
                 )
-            seen = self._stats[group]
-            self._stats[group] = [*seen, new] if self._split.team.size > 1 or not seen else [seen[0].merged(new)]
+            old = self._stats[group]
+            self._stats[group] = [*old, new] if self._split.team.size > 1 or not old else [old[0].merged(new)]
             if self._in_gram:
                 self._add_to_grams(group, x)
 
@@ -189,29 +193,31 @@ class InputRecorder:
 
     def _add_to_grams(self, group: str, x: torch.Tensor) -> None:
         for m, builder in self._grams[group].items():
-            mine, number = self._modality == m, self._numbers[m] if self._numbers is not None else None
-            if mine.all():
-                builder.add(x, number)
-            elif mine.any():
-                builder.add(x[mine.to(x.device)], number)
+            selected = self._modality == m
+            offset = self._gram_offsets[m] if self._gram_offsets is not None else None
+            if selected.all():
+                builder.add(x, offset)
+            elif selected.any():
+                builder.add(x[selected.to(x.device)], offset)
 
     def finish(self) -> dict[str, InputStats]:
-        """Remove the hooks and return what they saw, in all processes; a group that saw nothing is left out."""
+        """Remove the hooks. Returns the statistics from all processes by group, for the groups that got input."""
         self.remove()
-        found = {}
-        for group, own in self._stats.items():
+        merged = {}
+        for group, own_stats in self._stats.items():
             grams = {m: builder.finish(self._split.team) for m, builder in self._grams.pop(group).items()}
-            if stats := _of_all(own, self._split):
-                found[group] = replace(reduce(InputStats.merged, stats), grams=grams)
-        return found
+            if stats := _gather_stats(own_stats, self._split):
+                merged[group] = replace(reduce(InputStats.merged, stats), grams=grams)
+        return merged
 
     def remove(self) -> None:
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
 
-def _builders(weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget) -> dict[int, GramBuilder]:
-    """For H of each modality that has tokens, by its index. weight: [out, in] of a Linear that reads the input."""
+def _gram_builders(weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget) -> dict[int, GramBuilder]:
+    """One builder of H per modality with tokens, by index. weight: [out, in] of a Linear that reads the input."""
     if tokens is None:
         return {}
     rows = sketch_rows(tokens, weight.shape[1], budget.matrix, budget.factor)
@@ -222,17 +228,17 @@ def _builders(weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget
     }
 
 
-def _of_all(own: list[InputStats], split: Split) -> list[InputStats]:
-    """Those of all samples in their order, of those of this process' samples."""
+def _gather_stats(own_stats: list[InputStats], split: Split) -> list[InputStats]:
+    """The statistics of all samples in order. own_stats: those of this process's samples."""
     if split.team.size == 1:
-        return own
-    by_rank = split.team.all_gather([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own])
+        return own_stats
+    by_rank = split.team.all_gather([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own_stats])
     return [InputStats(*tensors) for tensors in split.interleave(by_rank)] if any(by_rank) else []
 
 
 def run_layer(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:
-    """The hidden states after a layer, [1, tokens, hidden]; transformers 4 returns them in a tuple."""
+    """Run one layer. Returns its output hidden states, [1, tokens, hidden]."""
     with torch.inference_mode():
         out = layer(inputs.hidden, **inputs.arguments)
-    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out  # transformers 4 returns a tuple
     return hidden

@@ -1,9 +1,11 @@
-"""H = Σ XᵀX over the tokens X [tokens, in] that reach a Linear: the one statistic of AWQ, clip search and GPTQ.
+"""H = Σ XᵀX over the input tokens X [tokens, in] of a Linear: the only statistic that AWQ, clip search and GPTQ need.
 
-The squared output error of a changed weight is Σ_rows ΔW H ΔWᵀ, exactly; X / s has D⁻¹ H D⁻¹ with D = diag(s). H is
-kept as a matrix where that is cheap, else as a factor R [rows, in] with RᵀR = H: the tokens themselves, or, where
-they are too many, a count sketch of them (Charikar, Chen, Farach-Colton 2002): each row of R is a sum of tokens with
-random signs, so that RᵀR is H on average.
+For a weight change ΔW [out, in], the squared output error of each output row δ is exactly δ H δᵀ. Dividing the input
+by s turns H into D⁻¹ H D⁻¹ with D = diag(s).
+
+H is stored as a matrix if that is cheap, otherwise as a factor R [rows, in] with RᵀR = H. R holds the tokens
+themselves or, if there are too many, a count sketch of the tokens (Charikar, Chen, Farach-Colton 2002): each row of R
+is a sum of tokens with random signs, and the expected value of RᵀR is H.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ import torch
 
 from ..runtime import SINGLE_PROCESS, Team
 
-_FLUSH_ROWS = 1024  # tokens that are gathered before they are multiplied
-_TILE = 512  # columns of H worked out at once; what lies below the diagonal is mirrored
+_FLUSH_ROWS = 1024  # tokens to collect before each matrix product
+_TILE = 512  # columns of H per matrix product; only the upper triangle is computed, then mirrored
 
 
 @dataclass(frozen=True)
 class Gram:
-    """The second moment of one input: `matrix` H [in, in] or `factor` R [rows, in], float32; the other is None.
+    """H of one input, float32: either `matrix` H [in, in] or `factor` R [rows, in]; the other field is None.
 
-    tokens: how many are in it. error: |diag(RᵀR) - diag(H)| / |diag(H)| of a sketch, zero for what is exact.
+    tokens: the number of tokens in H. error: |diag(RᵀR) - diag(H)| / |diag(H)| for a sketch, 0 for an exact H.
     """
 
     matrix: torch.Tensor | None
@@ -33,51 +35,51 @@ class Gram:
 
     @property
     def in_features(self) -> int:
-        return int(self._held.shape[1])
+        return int(self._stored.shape[1])
 
     @property
-    def _held(self) -> torch.Tensor:
-        held = self.matrix if self.matrix is not None else self.factor
-        assert held is not None
-        return held
+    def _stored(self) -> torch.Tensor:
+        stored = self.matrix if self.matrix is not None else self.factor
+        assert stored is not None
+        return stored
 
     @property
     def kind(self) -> str:
-        """How H is held, for the report."""
+        """How H is stored, for the report."""
         if self.matrix is not None:
             return f"matrix of {self.tokens} tokens"
-        rows = self._held.shape[0]
+        rows = self._stored.shape[0]
         if self.error == 0.0:
             return f"{self.tokens} tokens"
-        return f"sketch of {self.tokens} tokens in {rows} rows, error of its diagonal {self.error:.1%}"
+        return f"sketch of {self.tokens} tokens in {rows} rows, diagonal error {self.error:.1%}"
 
     def output_error(self, delta: torch.Tensor) -> torch.Tensor:
-        """δ H δᵀ of each row of delta [rows, in] -> [rows]."""
+        """δ H δᵀ for each row δ of `delta` [rows, in] -> [rows]."""
         if self.matrix is not None:
             return ((delta @ self.matrix) * delta).sum(dim=1)
-        return (delta @ self._held.T).square().sum(dim=1)
+        return (delta @ self._stored.T).square().sum(dim=1)
 
     def diagonal(self) -> torch.Tensor:
-        """[in], the sum of squares of each channel."""
-        return self.matrix.diagonal() if self.matrix is not None else self._held.square().sum(dim=0)
+        """diag(H), [in]: the sum of squares of each channel."""
+        return self.matrix.diagonal() if self.matrix is not None else self._stored.square().sum(dim=0)
 
     def diagonal_blocks(self, size: int) -> torch.Tensor:
-        """[in / size, size, size]: H of each group of consecutive channels."""
+        """H of each group of `size` consecutive channels, [in / size, size, size]."""
         if self.matrix is not None:
             tiles = self.matrix.reshape(-1, size, self.in_features // size, size)  # [groups, size, groups, size]
             return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-        parts = self._held.reshape(len(self._held), -1, size).transpose(0, 1)  # [groups, rows, size]
+        parts = self._stored.reshape(len(self._stored), -1, size).transpose(0, 1)  # [groups, rows, size]
         return torch.bmm(parts.transpose(1, 2), parts)
 
     def rescaled(self, factors: torch.Tensor) -> Gram:
-        """Of X / factors. factors: [in]."""
+        """H of the input divided by `factors` [in]."""
         if self.matrix is not None:
             return replace(self, matrix=self.matrix / factors / factors[:, None])
-        return replace(self, factor=self._held / factors)
+        return replace(self, factor=self._stored / factors)
 
 
-def combined(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
-    """Σ w H, all of one kind: matrices are added, factors stacked."""
+def weighted_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
+    """Σ w H: adds matrices, or stacks factors. All H must be matrices, or all factors."""
     tokens = sum(gram.tokens for gram in grams)
     error = max(gram.error for gram in grams)
     if grams[0].matrix is not None:
@@ -86,56 +88,62 @@ def combined(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
             assert gram.matrix is not None
             total.add_(gram.matrix, alpha=weight)
         return Gram(total, None, tokens, error)
-    rows = [gram._held * weight**0.5 for gram, weight in zip(grams, weights, strict=True)]
+    rows = [gram._stored * weight**0.5 for gram, weight in zip(grams, weights, strict=True)]
     return Gram(None, torch.cat(rows), tokens, error)
 
 
 def sketch_rows(counts: Sequence[int], in_features: int, matrix_bytes: int, factor_bytes: int) -> list[int] | None:
-    """Rows of the factor for each modality with `counts` tokens, or None where a matrix is the cheaper form.
+    """Choose the number of rows of the factor R for each modality, or None to store H as a matrix.
 
-    matrix_bytes, factor_bytes: how large H of one input may get in either form, over all modalities.
+    counts: tokens per modality. matrix_bytes, factor_bytes: the budget of H of one input over all modalities, as a
+    matrix and as a factor.
 
-    A matrix costs tokens * in^2 to make and in^3 / 3 to factorize, a factor in * 4 rows^2 (gptq.py): with fewer tokens
-    than half the inputs these are kept as they are. What does not fit is sketched, the room shared evenly.
+    A matrix costs tokens * in^2 to build and in^3 / 3 to factorize, a factor in * 4 rows^2 (gptq.py). The tokens
+    themselves are stored if there are fewer than in / 2. Tokens that do not fit are sketched; the modalities share the
+    budget evenly.
     """
     total, present = sum(counts), sum(1 for count in counts if count)
     if 2 * total >= in_features and 4 * in_features**2 * present <= matrix_bytes:
         return None
-    room = max(factor_bytes // (4 * in_features), present)
+    available = max(factor_bytes // (4 * in_features), present)
     rows = [0] * len(counts)
-    for left, index in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
-        rows[index] = min(counts[index], room // (len(counts) - left))
-        room -= rows[index]
+    for done, index in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
+        rows[index] = min(counts[index], available // (len(counts) - done))
+        available -= rows[index]
     return rows
 
 
 class GramBuilder:
-    """Adds up H of one input and one modality, in the order in which tokens come.
+    """Accumulates H of one input and one modality, token by token in order.
 
-    Several processes that see some of the tokens each get the same H of all. As a factor of the tokens as they are it
-    has the bits of one process; sketches and matrices are added in another order, see Team.add_up.
+    In a team, each process adds some of the tokens, and all processes get the same H of all tokens. A factor that holds
+    the tokens themselves is bit-identical to a single process. Sketches and matrices are summed in a different order;
+    see Team.all_reduce.
     """
 
     def __init__(self, in_features: int, rows: int | None, device: torch.device, seed: int) -> None:
-        """rows: of the factor, or None for a matrix. seed: of the sketch's signs."""
+        """rows: number of rows of the factor, or None for a matrix. seed: for the random signs of the sketch."""
         self._rows = rows
         height = in_features if rows is None else rows
-        self._held = torch.zeros((height, in_features), dtype=torch.float32, device=device)
+        self._sum = torch.zeros((height, in_features), dtype=torch.float32, device=device)
         self._squares = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._waiting: list[torch.Tensor] = []
         self._random = torch.Generator().manual_seed(seed)
-        self._signs = torch.zeros(0, dtype=torch.int8)  # of the tokens after the first round
+        self._signs = torch.zeros(0, dtype=torch.int8)  # of the tokens after the first `rows`
         self._tokens = 0
 
-    def add(self, x: torch.Tensor, number: int | None = None) -> None:
-        """x: [tokens, in] float32. number: of its first token among those of all processes, where there are several."""
+    def add(self, x: torch.Tensor, offset: int | None = None) -> None:
+        """Add tokens.
+
+        x: float32 [tokens, in]. offset: the number of tokens before x in all processes; by default in this process.
+        """
         if self._rows is None:
             self._waiting.append(x)
             if sum(len(part) for part in self._waiting) >= _FLUSH_ROWS:
                 self._flush()
         else:
             self._squares += x.square().sum(dim=0)
-            self._sketch(x, self._tokens if number is None else number)
+            self._sketch(x, self._tokens if offset is None else offset)
         self._tokens += len(x)
 
     def _flush(self) -> None:
@@ -143,23 +151,23 @@ class GramBuilder:
         self._waiting = []
         for first in range(0, x.shape[1], _TILE):
             tile = slice(first, first + _TILE)
-            self._held[tile, first:].addmm_(x[:, tile].T, x[:, first:])
+            self._sum[tile, first:].addmm_(x[:, tile].T, x[:, first:])
 
-    def _sketch(self, x: torch.Tensor, number: int) -> None:
-        """Token number t goes to row t mod rows; tokens of the first round keep their sign, and are exact if alone."""
+    def _sketch(self, x: torch.Tensor, offset: int) -> None:
+        """Add token t to row t mod rows. The first `rows` tokens keep their sign: with no more tokens, H is exact."""
         assert self._rows is not None
         done = 0
         while done < len(x):
-            row = (number + done) % self._rows
+            row = (offset + done) % self._rows
             count = min(len(x) - done, self._rows - row)
             part = x[done : done + count]
-            if number + done >= self._rows:
-                part = part * self._signs_of(number + done - self._rows, count).to(x.device, torch.float32)[:, None]
-            self._held[row : row + count] += part
+            if offset + done >= self._rows:
+                part = part * self._signs_of(offset + done - self._rows, count).to(x.device, torch.float32)[:, None]
+            self._sum[row : row + count] += part
             done += count
 
     def _signs_of(self, first: int, count: int) -> torch.Tensor:
-        """Those of `count` tokens, by their number after the first round."""
+        """The signs (1 or -1) of `count` tokens; `first` counts from the end of the first `rows` tokens."""
         missing = first + count - len(self._signs)
         if missing > 0:
             drawn = torch.randint(0, 2, (missing,), generator=self._random) * 2 - 1
@@ -168,21 +176,21 @@ class GramBuilder:
 
     @torch.inference_mode()
     def finish(self, team: Team = SINGLE_PROCESS) -> Gram:
-        """H of the tokens that all processes of the team have added."""
+        """H of the tokens added by all processes of the team."""
         if self._waiting:
             self._flush()
         tokens = sum(team.all_gather(self._tokens))
-        team.all_reduce(self._held)
+        team.all_reduce(self._sum)
         team.all_reduce(self._squares)
         if self._rows is None:
-            for first in range(0, self._held.shape[0], _TILE):
+            for first in range(0, self._sum.shape[0], _TILE):
                 tile = slice(first, first + _TILE)
-                self._held[first + _TILE :, tile] = self._held[tile, first + _TILE :].T
-                square = self._held[tile, tile]
+                self._sum[first + _TILE :, tile] = self._sum[tile, first + _TILE :].T
+                square = self._sum[tile, tile]
                 square.copy_((square + square.T) / 2)
-            return Gram(self._held, None, tokens)
+            return Gram(self._sum, None, tokens)
         if tokens <= self._rows:
-            return Gram(None, self._held, tokens)
-        found = self._held.square().sum(dim=0)
-        error = float((found - self._squares).norm() / self._squares.norm().clamp_min(1e-30))
-        return Gram(None, self._held, tokens, error)
+            return Gram(None, self._sum, tokens)
+        diagonal = self._sum.square().sum(dim=0)
+        error = float((diagonal - self._squares).norm() / self._squares.norm().clamp_min(1e-30))
+        return Gram(None, self._sum, tokens, error)

@@ -1,19 +1,19 @@
-"""Tensors on disk: safetensors files and checkpoints of several shards. Input is never trusted.
+"""Tensors on disk: safetensors files and checkpoint folders with one or more shards. Input is never trusted.
 
-safetensors_io.py reads headers and tensors and writes files; checkpoint.py opens a checkpoint folder; direct_io.py
-writes large files past the page cache.
+safetensors_io.py reads headers and tensors and writes files. checkpoint.py opens a checkpoint folder. direct_io.py
+writes large files without filling the page cache.
 May import: files, errors.
-Left out on purpose: what the tensors mean; see models and formats.
+Not here: the meaning of the tensors; see models and formats.
 """
 
 from __future__ import annotations
 
-from .checkpoint import Checkpoint, config_block, follow_index, load_json_object, open_checkpoint
+from .checkpoint import Checkpoint, config_block, load_json_object, open_checkpoint, read_indexed_shards
 from .safetensors_io import (
     DTYPE_NAMES,
     FLOAT_DTYPES,
     TORCH_DTYPES,
-    PlacedShard,
+    RandomAccessShard,
     SafetensorsWriter,
     TensorInfo,
     TensorSpec,
@@ -25,7 +25,7 @@ from .safetensors_io import (
     load_tensor,
     read_bytes,
     read_header,
-    refuse_nonfinite,
+    require_finite,
     row_range,
     same_bytes,
     write_tensors,
@@ -36,14 +36,13 @@ __all__ = [
     "FLOAT_DTYPES",
     "TORCH_DTYPES",
     "Checkpoint",
-    "PlacedShard",
+    "RandomAccessShard",
     "SafetensorsWriter",
     "TensorInfo",
     "TensorSpec",
     "byte_view",
     "config_block",
     "encode_header",
-    "follow_index",
     "in_file_order",
     "is_whole",
     "load_finite",
@@ -52,7 +51,8 @@ __all__ = [
     "open_checkpoint",
     "read_bytes",
     "read_header",
-    "refuse_nonfinite",
+    "read_indexed_shards",
+    "require_finite",
     "row_range",
     "same_bytes",
     "write_tensors",

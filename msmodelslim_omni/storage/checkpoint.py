@@ -1,6 +1,7 @@
-"""A float checkpoint on disk: config.json, the tensors of its shards by name, and its other files.
+"""A checkpoint folder: config.json, the tensors of its shards by name, and its other files.
 
-Headers are read first and checked; weights are read tensor by tensor, never a whole shard. No pickle is ever loaded.
+Headers are read and checked first. Weights are read one tensor at a time, never a full shard. Pickle files are never
+loaded.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from .safetensors_io import (
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# The largest are tokenizers, of some ten megabytes. Parsed, it takes up to some thirty times its size.
+# The largest real files are tokenizers of about 10 MB. A parsed file takes up to about 30 times its size.
 MAX_JSON_BYTES = 32 << 20
 
-_LONGEST_FILE_NAME = 200
+_MAX_FILE_NAME_LENGTH = 200
 
-# Files that describe or hold weights: formats write their own.
+# Files with weights, or indexes of weights. Each output format writes its own.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What the headers say. `tensors` maps checkpoint names to their place; nothing is loaded yet."""
+    """A checkpoint as its headers describe it. `tensors` locates each tensor by name; no data is loaded."""
 
     path: Path
     config: dict[str, Any]
@@ -49,37 +50,37 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
     def load(self, name: str) -> torch.Tensor:
-        """One tensor in its stored dtype, on the CPU."""
+        """Load one tensor in its stored dtype, on the CPU."""
         return load_tensor(self.tensors[name])
 
     def load_finite(self, name: str) -> torch.Tensor:
-        """`load`, refusing NaN and Inf by the tensor's name."""
+        """Load one tensor. Raises QuantError with its name if it holds NaN or Inf."""
         return load_finite(self.tensors[name])
 
     def load_rows(self, name: str, rows: Iterable[int]) -> torch.Tensor:
-        """Some rows of one tensor, e.g. of the embedding."""
+        """Load some rows of one tensor, for example of the embedding."""
         return load_rows(self.tensors[name], rows)
 
     def other_files(self) -> list[Path]:
-        """Every file but the weights (tokenizer, templates, spk_dict.pt, ...), hidden ones left out.
+        """List all files except weights and hidden files: tokenizer, templates, spk_dict.pt, ...; relative paths.
 
-        Raises QuantError for a link that leads out of the checkpoint: its target would end up in what is published.
+        Raises QuantError for a link that points outside the checkpoint: its target would be copied into the output.
         """
         root = self.path.resolve()
-        homes = (root, root.parent.parent / "blobs")  # a hub cache links its snapshots to its blobs
+        allowed_roots = (root, root.parent.parent / "blobs")  # snapshots in a Hugging Face cache link to blobs
         files = []
         for path in sorted(self.path.rglob("*")):
             relative = path.relative_to(self.path)
             at_top = len(relative.parts) == 1
             if not path.is_file() or _hidden(relative) or (at_top and path.name.endswith(_WEIGHT_SUFFIXES)):
                 continue
-            if not any(home in path.resolve().parents for home in homes):
-                raise QuantError(f"{path}: is a link out of the checkpoint", "put the file itself in its place")
+            if not any(allowed in path.resolve().parents for allowed in allowed_roots):
+                raise QuantError(f"{path}: links outside the checkpoint", "replace the link with the file itself")
             files.append(relative)
         return files
 
     def identity(self) -> str:
-        """A digest that changes when the checkpoint does: config, headers, and each shard's size and time."""
+        """A SHA-256 digest of the config, the headers, and the size and modification time of each shard."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for info in self.tensors.values():
             digest.update(f"{info.name}|{info.dtype}|{info.shape}|{info.file.name}|{info.start}\n".encode())
@@ -94,14 +95,14 @@ def _hidden(path: Path) -> bool:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read config.json and all headers. Raises QuantError for whatever is not a whole safetensors checkpoint."""
+    """Read config.json and all headers. Raises QuantError if `path` is not a complete safetensors checkpoint."""
     path = Path(path)
     if not path.exists():
-        raise QuantError(f"model_path {str(path)!r} does not exist", "give the folder that holds config.json")
+        raise QuantError(f"model_path {str(path)!r} does not exist", "give the folder that contains config.json")
     if not path.is_dir() or not (path / "config.json").is_file():
         raise QuantError(
-            f"model_path {str(path)!r} is not a checkpoint: it holds no config.json",
-            "give the folder that holds config.json and the safetensors files",
+            f"model_path {str(path)!r} is not a checkpoint: it has no config.json",
+            "give the folder that contains config.json and the safetensors files",
         )
     config = load_json_object(path / "config.json")
     tensors, shards = _read_shards(path)
@@ -109,7 +110,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def config_block(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """The block of a config.json at a path of keys, () for all of it; empty where there is no such object."""
+    """The object at a path of keys in a config.json, () for the top level; an empty dict if there is no such object."""
     block: Any = config
     for key in path:
         block = block.get(key) if isinstance(block, dict) else None
@@ -117,7 +118,7 @@ def config_block(config: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any
 
 
 def load_json_object(path: Path, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON object from a file of bounded size. unique: none of its keys may stand twice."""
+    """Read a JSON object from a file of at most MAX_JSON_BYTES. unique: reject keys that appear twice."""
     try:
         value = parse_json(read_regular(path, MAX_JSON_BYTES).decode("utf-8"), unique=unique)
     except (OSError, ValueError) as error:
@@ -133,25 +134,31 @@ def _read_shards(path: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
         single = path / SINGLE_NAME
         if not single.is_file():
             raise QuantError(
-                f"{path}: holds neither {INDEX_NAME} nor {SINGLE_NAME}",
-                "only safetensors checkpoints are read; convert .bin files with transformers' save_pretrained",
+                f"{path}: contains neither {INDEX_NAME} nor {SINGLE_NAME}",
+                "only safetensors checkpoints are supported; convert .bin files with transformers' save_pretrained",
             )
         return read_header(single), (single,)
-    return follow_index(path, index)
+    return read_indexed_shards(path, index)
 
 
-def follow_index(path: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
-    """The headers of all shards that an index file names, each tensor where the index says, and none beside them."""
+def read_indexed_shards(path: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
+    """Read the headers of all shards listed in an index file. Returns the tensors by name, and the shards' paths.
+
+    Raises QuantError unless the shards contain exactly the listed tensors, each in the listed shard.
+    """
     weight_map = load_json_object(index, unique=True).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise QuantError(f"{index}: has no weight_map {{tensor: file}}", "fetch or copy the file again")
     headers: dict[str, dict[str, TensorInfo]] = {}
     for file in sorted(set(weight_map.values())):
-        if Path(file).name != file or not file.endswith(".safetensors") or len(file) > _LONGEST_FILE_NAME:
-            raise QuantError(f"{index}: names the file {file[:_LONGEST_FILE_NAME]!r}, which is not a shard beside it")
+        if Path(file).name != file or not file.endswith(".safetensors") or len(file) > _MAX_FILE_NAME_LENGTH:
+            raise QuantError(
+                f"{index}: lists the file {file[:_MAX_FILE_NAME_LENGTH]!r}, which is not a shard in the same folder",
+                "fetch or copy the file again",
+            )
         if not (path / file).is_file():
             raise QuantError(
-                f"{index}: shard {file!r} is missing in {path}", "fetch the checkpoint again; it is not whole"
+                f"{index}: shard {file!r} is missing in {path}", "fetch the checkpoint again; it is incomplete"
             )
         headers[file] = read_header(path / file)
     tensors = {}
@@ -162,7 +169,7 @@ def follow_index(path: Path, index: Path) -> tuple[dict[str, TensorInfo], tuple[
     unlisted = sorted(set().union(*headers.values()) - set(tensors))
     if unlisted:
         raise QuantError(
-            f"{index}: {len(unlisted)} tensors of the shards are not listed, e.g. {unlisted[0]!r}",
-            "fetch the checkpoint again; index and shards are of different versions",
+            f"{index}: does not list {len(unlisted)} tensors of the shards, for example {unlisted[0]!r}",
+            "fetch the checkpoint again; its index and shards have different versions",
         )
     return tensors, tuple(path / file for file in headers)

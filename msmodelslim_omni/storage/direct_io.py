@@ -1,8 +1,8 @@
-"""Writing parts of a large file at their places, past the page cache where the system lets us.
+"""Positional writes to a large file that bypass the page cache where the system supports it.
 
-Nobody reads the output again soon. Through the page cache each of its bytes would be copied to a fresh page, whose
-first touch is slow, and would push the checkpoint out, which is still being read; from memory of our own, which is used
-again and again, the disk takes it directly.
+The output is not read again soon. Through the page cache, every byte is copied to a fresh page, whose first touch is
+slow, and the new pages evict the checkpoint, which is still being read. With O_DIRECT the disk reads the data from a
+reusable buffer.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ from pathlib import Path
 
 import numpy as np
 
-# What O_DIRECT asks of places, lengths and addresses, at most; and no page is written in both ways.
+# The strictest alignment that O_DIRECT requires of offsets, lengths and addresses. A multiple of the page size keeps
+# direct and buffered writes on separate pages.
 _ALIGNMENT = max(4096, mmap.PAGESIZE)
 _REFUSALS = (errno.EINVAL, errno.EOPNOTSUPP)
-_LEAST_DIRECT = 1 << 20  # bytes; the disk is asked and answers once for each
-_BUFFER = 8 << 20  # of each thread
+_MIN_DIRECT_BYTES = 1 << 20  # each direct write waits for the disk, so smaller ones are buffered
+_BUFFER_BYTES = 8 << 20  # per thread
 
 
-class PlacedFile:
-    """A file that is there and has its length. Several threads may write, each parts of its own."""
+class DirectFile:
+    """An existing file of final length, open for writes at given offsets.
+
+    Several threads may write at once if their ranges do not overlap.
+    """
 
     def __init__(self, path: Path) -> None:
         self._stream = path.open("r+b", buffering=0)
@@ -32,25 +36,25 @@ class PlacedFile:
         self._refused = False
 
     def write(self, start: int, data: memoryview) -> None:
-        """Put bytes at `start`. They are on the disk only after `sync`."""
-        if self._direct is not None and not self._refused and len(data) >= _LEAST_DIRECT:
+        """Write `data` at offset `start`. Only `sync` guarantees that it is on the disk."""
+        if self._direct is not None and not self._refused and len(data) >= _MIN_DIRECT_BYTES:
             first = -start % _ALIGNMENT
             written = first + self._write_direct(self._direct, start + first, data[first:])
             self._write_buffered(start, data[:first])
             start, data = start + written, data[written:]
         self._write_buffered(start, data)
 
-    def _write_direct(self, to: int, start: int, data: memoryview) -> int:
-        """Write from an aligned place on as many bytes as can be. Returns how many."""
+    def _write_direct(self, descriptor: int, start: int, data: memoryview) -> int:
+        """Write as much as possible from the aligned offset `start`. Returns the number of bytes written."""
         done, end = 0, len(data) - len(data) % _ALIGNMENT
         while done < end:
-            piece = _buffer.filled(data[done : min(done + _BUFFER, end)])
+            piece = _buffer.copy_of(data[done : min(done + _BUFFER_BYTES, end)])
             try:
-                count = os.pwrite(to, piece, start + done)
+                count = os.pwrite(descriptor, piece, start + done)
             except OSError as error:
                 if error.errno not in _REFUSALS:
                     raise
-                self._refused = True  # a file system that opens a file so, but will not write it
+                self._refused = True  # some file systems accept O_DIRECT in open() but not in write()
                 return done
             done += count - count % _ALIGNMENT
             if count < len(piece):
@@ -63,9 +67,9 @@ class PlacedFile:
             done += os.pwrite(self._stream.fileno(), data[done:], start + done)
 
     def sync(self) -> None:
-        """Return when all that was written is on the disk. What is of it in the page cache leaves it."""
+        """Wait until all written data is on the disk, then drop the file's pages from the page cache."""
         os.fsync(self._stream.fileno())
-        if hasattr(os, "posix_fadvise"):  # not on a Mac
+        if hasattr(os, "posix_fadvise"):  # macOS does not have it
             os.posix_fadvise(self._stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
@@ -76,7 +80,7 @@ class PlacedFile:
 
 
 def _open_direct(path: Path) -> int | None:
-    """None where the system or the file system does not know O_DIRECT."""
+    """A descriptor opened with O_DIRECT, or None if the system or the file system does not support it."""
     if hasattr(os, "O_DIRECT"):
         with suppress(OSError):
             return os.open(path, os.O_WRONLY | os.O_DIRECT)
@@ -84,15 +88,16 @@ def _open_direct(path: Path) -> int | None:
 
 
 class _Buffer(threading.local):
-    """Page-aligned memory of each thread, for all its files."""
+    """One page-aligned buffer per thread, shared by all files."""
 
     def __init__(self) -> None:
-        self._memory = memoryview(mmap.mmap(-1, _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+        self._memory = memoryview(mmap.mmap(-1, _BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
-    def filled(self, data: memoryview) -> memoryview:
-        filled = self._memory[: len(data)]
-        np.copyto(np.frombuffer(filled, np.uint8), np.frombuffer(data, np.uint8))  # lets other threads run meanwhile
-        return filled
+    def copy_of(self, data: memoryview) -> memoryview:
+        """Copy `data` into the buffer. The result is valid until the next call in this thread."""
+        copy = self._memory[: len(data)]
+        np.copyto(np.frombuffer(copy, np.uint8), np.frombuffer(data, np.uint8))  # numpy releases the GIL here
+        return copy
 
 
 _buffer = _Buffer()

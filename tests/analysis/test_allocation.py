@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from msmodelslim_omni.analysis import allocation
 from msmodelslim_omni.analysis.allocation import (
     Option,
-    least_damage,
-    least_size,
-    relaxed_damage,
+    minimize_damage,
+    minimize_size,
+    damage_bound,
     smallest_size,
 )
 
@@ -33,7 +33,7 @@ def every_choice(units: Sequence[Sequence[Option]]) -> list[tuple[int, float]]:
 @given(some_units, st.integers(0, 120))
 def test_least_damage_is_that_of_all_choices(units: Units, spare: int) -> None:
     room = smallest_size(units) + spare
-    found = least_damage(units, room)
+    found = minimize_damage(units, room)
     assert found.size <= room
     assert found.damage == min(damage for size, damage in every_choice(units) if size <= room)
     assert found.bound <= found.damage + 1e-9
@@ -45,7 +45,7 @@ def test_least_damage_is_that_of_all_choices(units: Units, spare: int) -> None:
 @given(some_units, st.integers(0, 100).map(float))
 def test_least_size_is_that_of_all_choices(units: Units, damage: float) -> None:
     fitting = [size for size, own in every_choice(units) if own <= damage]
-    found = least_size(units, damage)
+    found = minimize_size(units, damage)
     assert (found.size if found else None) == (min(fitting) if fitting else None)
     assert found is None or found.damage <= damage
 
@@ -57,7 +57,7 @@ def test_coarse_grains_keep_what_is_promised(units: Units, spare: int, grains: i
     room, exact = smallest_size(units) + spare, allocation._GRAINS
     try:
         allocation._GRAINS = grains
-        found, small = least_damage(units, room), least_size(units, 20.0)
+        found, small = minimize_damage(units, room), minimize_size(units, 20.0)
     finally:
         allocation._GRAINS = exact
     grain = -(-spare // grains) if spare else 1
@@ -72,16 +72,16 @@ def test_coarse_grains_keep_what_is_promised(units: Units, spare: int, grains: i
 def test_a_case_by_hand() -> None:
     """Two steps cost 10 each and there is room for one: the one that mends 5, not the one that mends 4."""
     units = [[Option(10, 6.0), Option(20, 1.0)], [Option(10, 5.0), Option(20, 1.0), Option(40, 0.0)]]
-    found = least_damage(units, 30)
+    found = minimize_damage(units, 30)
     assert (found.choices, found.size, found.damage) == ((1, 0), 30, 6.0)
-    assert relaxed_damage(units, 30) == 6.0 and relaxed_damage(units, 35) == 4.0  # half of the step that mends 4
-    assert least_damage(units, 35).choices == (1, 0)
-    assert least_damage(units, 1000).choices == (1, 2)
-    found = least_size(units, 2.0)
+    assert damage_bound(units, 30) == 6.0 and damage_bound(units, 35) == 4.0  # half of the step that mends 4
+    assert minimize_damage(units, 35).choices == (1, 0)
+    assert minimize_damage(units, 1000).choices == (1, 2)
+    found = minimize_size(units, 2.0)
     assert found is not None and (found.choices, found.size) == ((1, 1), 40)
-    assert least_size(units, 0.5) is None
+    assert minimize_size(units, 0.5) is None
     with pytest.raises(ValueError, match="the smallest choice takes 20"):
-        least_damage(units, 19)
+        minimize_damage(units, 19)
 
 
 def test_a_model_of_144_units_is_within_a_hundredth_of_the_bound() -> None:
@@ -91,7 +91,7 @@ def test_a_model_of_144_units_is_within_a_hundredth_of_the_bound() -> None:
         for s in [(5 << 20, 4 << 20, 45 << 20, 22 << 20)[i % 4]]
     ]
     room = smallest_size(units) * 3 // 2
-    found = least_damage(units, room)
+    found = minimize_damage(units, room)
     assert found.size <= room and found.damage <= 1.01 * found.bound
-    back = least_size(units, found.damage)
+    back = minimize_size(units, found.damage)
     assert back is not None and back.size <= found.size

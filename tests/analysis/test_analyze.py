@@ -17,18 +17,18 @@ from hypothesis import strategies as st
 from make_tiny_omni import make_tiny_omni
 from tiny_layer import SPEC, Sample, build, layer_weights, output, record, sample, token_counts
 
-from msmodelslim_omni.analysis.holdout import choose_holdout
+from msmodelslim_omni.analysis.holdout import split_holdout
 from msmodelslim_omni.analysis.holdout import write_index as write_part
 from msmodelslim_omni.analysis.mixed_recipe import FLOAT, W4, W8
 from msmodelslim_omni.analysis.proposal import Proposal, Proposer
 from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text
-from msmodelslim_omni.analysis.rounds import _best, _kl_per_damage
+from msmodelslim_omni.analysis.rounds import best_round, kl_per_damage
 from msmodelslim_omni.analysis.run import _split, analyze
 from msmodelslim_omni.analysis.sensitivity import (
     UnitSensitivity,
-    as_made,
+    quantized_modules,
     measure_unit,
-    tails,
+    tail_statistics,
 )
 from msmodelslim_omni.calibration.layer_probe import LayerProbe
 from msmodelslim_omni.calibration.samples import load_calib_set
@@ -122,7 +122,7 @@ def test_errors_of_a_linear_are_those_of_its_stored_inputs(
                 assert linear.output_error[scheme.name].by_modality[name] == pytest.approx(direct, rel=1e-3)
             direct = relative(dequantize(rounded) - weight, weight)
             assert linear.weight_error[scheme.name] == pytest.approx(direct, rel=1e-4)
-        assert (linear.kurtosis, linear.outlier_share) == tails(stats.rows)
+        assert (linear.kurtosis, linear.outlier_share) == tail_statistics(stats.rows)
         assert linear.shape == tuple(weight.shape)
 
 
@@ -189,7 +189,7 @@ def test_scaling_and_smoothing_are_undone_but_for_what_they_gain(
     plan = layer_plan(scheme, first, last)
     work = LayerWork(0, SPEC, plan.schemes, weights, seen.stats, seen.importance, probe=seen.probe)
     rows = seen.stats[group.name].rows
-    for linear, module in as_made(work, plan, group).items():
+    for linear, module in quantized_modules(work, plan, group).items():
         exact = torch.nn.functional.linear(rows, weights[f"{linear}.weight"], weights.get(f"{linear}.bias"))
         assert relative(module(rows) - exact, exact) < (0.2 if scheme == INT4 else 0.1)
     names = {linear: linear for linear in group.linears}
@@ -201,13 +201,13 @@ def test_tails_by_hand() -> None:
     """Of 100 values 99 are one and one is ten: E[x²] = 1.99, E[x⁴] = 100.99; beyond 6 * 1.41 lies that one."""
     rows = torch.ones(10, 10)
     rows[3, 4] = -10
-    kurtosis, share = tails(rows)
+    kurtosis, share = tail_statistics(rows)
     assert kurtosis == pytest.approx(100.99 / 1.99**2 - 3, rel=1e-5)
     assert share == pytest.approx(0.01)
-    assert tails(1e18 * rows)[0] == pytest.approx(kurtosis, rel=1e-5)  # float32 holds no x⁴ of it
-    assert tails(torch.zeros(2, 2)) == (0.0, 0.0)
+    assert tail_statistics(1e18 * rows)[0] == pytest.approx(kurtosis, rel=1e-5)  # float32 holds no x⁴ of it
+    assert tail_statistics(torch.zeros(2, 2)) == (0.0, 0.0)
     normal = torch.randn((400, 100), generator=torch.Generator().manual_seed(0))
-    assert abs(tails(normal)[0]) < 0.1 and tails(normal)[1] == 0.0
+    assert abs(tail_statistics(normal)[0]) < 0.1 and tail_statistics(normal)[1] == 0.0
 
 
 # --- sizes and what is kept out ------------------------------------------------------------------------------
@@ -243,12 +243,12 @@ MANY = st.lists(st.frozensets(st.sampled_from(MODALITIES), min_size=1), min_size
 def test_a_part_kept_out_leaves_every_modality(modalities: list[frozenset[str]], seed: int) -> None:
     every = frozenset[str]().union(*modalities)
     try:
-        held = choose_holdout(modalities, seed)
+        held = split_holdout(modalities, seed)
     except QuantError as error:
         assert "each is the only one of some modality" in error.message
         return
     assert sorted((*held.calibration, *held.held_out)) == list(range(len(modalities)))
-    assert held == choose_holdout(modalities, seed)
+    assert held == split_holdout(modalities, seed)
     assert frozenset[str]().union(*(modalities[i] for i in held.calibration)) == every
     judged = frozenset[str]().union(*(modalities[i] for i in held.held_out))
     assert judged | set(held.unjudged) == every and not judged & set(held.unjudged)
@@ -256,12 +256,12 @@ def test_a_part_kept_out_leaves_every_modality(modalities: list[frozenset[str]],
 
 def test_a_fifth_is_kept_out() -> None:
     text, image = frozenset({"text"}), frozenset({"text", "image"})
-    held = choose_holdout([text] * 18 + [image] * 2, 0)
+    held = split_holdout([text] * 18 + [image] * 2, 0)
     assert len(held.held_out) == 4 and sum(i >= 18 for i in held.held_out) == 1 and held.unjudged == ()
-    assert choose_holdout([text] * 18 + [image] * 2, 1) != held
-    assert choose_holdout([text] * 9 + [image], 0).unjudged == ("image",)
+    assert split_holdout([text] * 18 + [image] * 2, 1) != held
+    assert split_holdout([text] * 9 + [image], 0).unjudged == ("image",)
     with pytest.raises(QuantError, match="4 samples, too few") as caught:
-        choose_holdout([text] * 4, 0)
+        split_holdout([text] * 4, 0)
     assert "--eval_dataset" in caught.value.hint
 
 
@@ -288,7 +288,7 @@ def a_round(size: int, kl: float) -> Round:
 def test_the_smallest_within_the_kl_is_best_else_the_least_kl() -> None:
     rounds = [a_round(10, 0.5), a_round(30, 0.1), a_round(20, 0.2), a_round(40, 0.05)]
     assert (
-        _best(rounds, 0.25) == 2 and _best(rounds, 0.15) == 1 and _best(rounds, 0.01) == 3 and _best(rounds, None) == 3
+        best_round(rounds, 0.25) == 2 and best_round(rounds, 0.15) == 1 and best_round(rounds, 0.01) == 3 and best_round(rounds, None) == 3
     )
 
 
@@ -300,7 +300,7 @@ def test_exclude_is_yaml() -> None:
 def test_kl_per_damage_is_the_last_rounds() -> None:
     proposals = [Proposal({}, "", damage, 0.0, {}) for damage in (0.2, 0.1, 0.0)]
     tried = [(p, a_round(1, kl)) for p, kl in zip(proposals, (0.4, 0.3, 0.1), strict=True)]
-    assert [_kl_per_damage(tried[:n]) for n in (1, 2, 3)] == pytest.approx([2.0, 3.0, 0.0])
+    assert [kl_per_damage(tried[:n]) for n in (1, 2, 3)] == pytest.approx([2.0, 3.0, 0.0])
 
 
 # --- the command ---------------------------------------------------------------------------------------------

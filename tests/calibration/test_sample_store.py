@@ -1,4 +1,4 @@
-"""What lies between layers: the same tensors come back, from memory and from disk."""
+"""Stored stems and hidden states: tensors come back unchanged, from memory and from disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def layer_input(tokens: int) -> LayerInput:
 
 
 @pytest.mark.parametrize("budget", [0, 1 << 20])
-def test_stem_gives_back_what_was_written(tmp_path: Path, budget: int) -> None:
+def test_stem_reads_back_unchanged(tmp_path: Path, budget: int) -> None:
     store = StemStore(tmp_path / "stem", budget)
     inputs, modality = layer_input(6), torch.tensor([0, 0, 1, 2, 3, 3], dtype=torch.int8)
     assert not store.has(4)
@@ -32,20 +32,20 @@ def test_stem_gives_back_what_was_written(tmp_path: Path, budget: int) -> None:
     assert store.has(4) and not store.has(3)
     assert torch.equal(store.hidden(4), inputs.hidden)
     assert torch.equal(store.modality(4), modality) and store.modality(4).dtype == torch.int8
-    for _ in range(2):  # the second time from memory, where the budget allows
+    for _ in range(2):  # the second read comes from memory if the budget allows
         arguments = store.arguments(4, CPU)
         assert arguments.keys() == inputs.arguments.keys()
         assert isinstance(arguments["position_embeddings"], tuple)
-        for found, true in zip(arguments["position_embeddings"], inputs.arguments["position_embeddings"], strict=True):
-            assert torch.equal(found, true)
+        pairs = zip(arguments["position_embeddings"], inputs.arguments["position_embeddings"], strict=True)
+        assert all(torch.equal(read, written) for read, written in pairs)
         for name in ("attention_mask", "position_ids"):
-            found = arguments[name]
-            assert isinstance(found, torch.Tensor)
-            assert torch.equal(found, inputs.arguments[name]) and found.dtype == inputs.arguments[name].dtype
+            read = arguments[name]
+            assert isinstance(read, torch.Tensor)
+            assert torch.equal(read, inputs.arguments[name]) and read.dtype == inputs.arguments[name].dtype
 
 
 def test_stem_keeps_the_order_of_a_long_tuple(tmp_path: Path) -> None:
-    """Beyond ten parts, names sorted as text would come back in another order."""
+    """With more than ten parts, sorting their names as text would change the order."""
     store = StemStore(tmp_path, 0)
     parts = tuple(torch.full((1,), float(i)) for i in range(12))
     store.write(0, LayerInput(torch.zeros(1, 1, 2), {"many": parts}), torch.zeros(1, dtype=torch.int8))
@@ -53,28 +53,28 @@ def test_stem_keeps_the_order_of_a_long_tuple(tmp_path: Path) -> None:
     assert [float(part) for part in many] == list(range(12))
 
 
-def test_stem_survives_its_process(tmp_path: Path) -> None:
+def test_stem_is_read_by_another_store(tmp_path: Path) -> None:
     inputs = layer_input(3)
     StemStore(tmp_path, 1 << 20).write(0, inputs, torch.zeros(3, dtype=torch.int8))
-    again = StemStore(tmp_path, 1 << 20)
-    assert again.has(0)
-    assert torch.equal(again.hidden(0), inputs.hidden)
+    reopened = StemStore(tmp_path, 1 << 20)
+    assert reopened.has(0)
+    assert torch.equal(reopened.hidden(0), inputs.hidden)
 
 
-@pytest.mark.parametrize("budget", [0, 4 * 8 * 5, 1 << 20])  # nothing, one sample, and all of them in memory
-def test_hidden_states_come_back(tmp_path: Path, budget: int) -> None:
+@pytest.mark.parametrize("budget", [0, 4 * 8 * 5, 1 << 20])  # memory for no sample, one sample, and all
+def test_hidden_states_read_back_unchanged(tmp_path: Path, budget: int) -> None:
     lengths = [5, 1, 7]
     samples = [torch.randn(1, length, 8) for length in lengths]
     states = HiddenStates(tmp_path / "hidden.safetensors", lengths, 8, budget)
     states.write(iter(samples))
     assert len(states) == 3
-    fresh = HiddenStates(tmp_path / "hidden.safetensors", lengths, 8, budget)
-    for store in (states, fresh):
+    reopened = HiddenStates(tmp_path / "hidden.safetensors", lengths, 8, budget)
+    for store in (states, reopened):
         for number in (2, 0, 1, 0):
             assert torch.equal(store.read(number), samples[number])
 
 
-def test_memory_stays_within_its_budget(tmp_path: Path) -> None:
+def test_cache_stays_within_the_budget(tmp_path: Path) -> None:
     states = HiddenStates(tmp_path / "hidden.safetensors", [5, 1, 7], 8, budget=4 * 8 * 6)
     states.write(torch.randn(1, length, 8) for length in [5, 1, 7])
     assert [states._cache.get(number) is not None for number in range(3)] == [True, True, False]
@@ -86,13 +86,13 @@ def test_hidden_states_are_stored_in_float32(tmp_path: Path) -> None:
     assert states.read(0).dtype == torch.float32
 
 
-def test_a_failure_while_writing_leaves_no_file(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_file(tmp_path: Path) -> None:
     states = HiddenStates(tmp_path / "hidden.safetensors", [2, 2], 4, 1 << 20)
 
-    def broken() -> object:
+    def failing_samples() -> object:
         yield torch.ones(1, 2, 4)
         raise RuntimeError("the layer failed")
 
     with pytest.raises(RuntimeError, match="the layer failed"):
-        states.write(broken())  # type: ignore[arg-type]
+        states.write(failing_samples())  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The index: what a sample may be, and every fault of the whole file at once, with its line."""
+"""Parsing of the index: valid samples, and error messages that list every error with its line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SHIPPED = shipped_folder("lab_calib") / "calibVideos"
 
 @pytest.fixture(scope="session")
 def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One small file of each kind; loud.mp4 has sound, silent.mp4 has none."""
+    """Small files of each kind. loud.mp4 has an audio track, silent.mp4 has none."""
     folder = tmp_path_factory.mktemp("media")
     Image.new("RGB", (32, 24), "red").save(folder / "red.png")
     Image.new("RGB", (32, 24), "blue").save(folder / "蓝色 图片.jpg")
@@ -53,13 +53,14 @@ def media_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(media_folder: Path, tmp_path: Path) -> Path:
+    """A writable folder with links to the media files."""
     for file in media_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     return tmp_path
 
 
 def write_lines(folder: Path, *entries: Any, name: str = "index.jsonl") -> str:
-    """An index whose entries are JSON values, or raw lines where they are bytes."""
+    """Write an index of these entries: JSON values, or bytes for raw lines."""
     lines = [entry if isinstance(entry, bytes) else json.dumps(entry, ensure_ascii=False).encode() for entry in entries]
     (folder / name).write_bytes(b"\n".join(lines) + b"\n")
     return str(folder / name)
@@ -69,22 +70,22 @@ def load(folder: Path, *entries: Any, **options: Any) -> CalibSet:
     return load_calib_set(write_lines(folder, *entries), "Default?", OMNI, **options)
 
 
-def faults(folder: Path, *entries: Any) -> list[str]:
-    """The fault lines, without the line that counts them."""
+def load_errors(folder: Path, *entries: Any) -> list[str]:
+    """The lines of the error message, without the first, which counts them."""
     with pytest.raises(QuantError) as caught:
         load(folder, *entries)
     first, *rest = caught.value.message.split("\n")
-    assert first == f"the dataset has {len(rest)} faults:"
+    assert first == f"the dataset has {len(rest)} errors:"
     assert "on_bad_sample: skip" in caught.value.hint
     return rest
 
 
-def content(sample: CalibSample, role: str = "user") -> list[dict[str, Any]]:
+def content_of(sample: CalibSample, role: str = "user") -> list[dict[str, Any]]:
     (message,) = [message for message in sample.messages if message["role"] == role]
     return list(message["content"])
 
 
-def text(words: str) -> dict[str, str]:
+def text_part(words: str) -> dict[str, str]:
     return {"type": "text", "text": words}
 
 
@@ -94,8 +95,8 @@ def text(words: str) -> dict[str, str]:
 def test_plain_text(folder: Path) -> None:
     (sample,) = load(folder, {"text": "Hello"}).samples
     assert sample.messages == (
-        {"role": "system", "content": [text(OMNI.system)]},
-        {"role": "user", "content": [text("Hello")]},
+        {"role": "system", "content": [text_part(OMNI.system)]},
+        {"role": "user", "content": [text_part("Hello")]},
     )
     assert sample.where == "index.jsonl:1"
     assert sample.use_audio_in_video is False
@@ -105,19 +106,19 @@ def test_plain_text(folder: Path) -> None:
 def test_system_and_answer(folder: Path) -> None:
     (sample,) = load(folder, {"text": "a", "system": "Be brief.", "answer": "b"}).samples
     assert [m["role"] for m in sample.messages] == ["system", "user", "assistant"]
-    assert content(sample, "system") == [text("Be brief.")]
-    assert content(sample, "assistant") == [text("b")]
+    assert content_of(sample, "system") == [text_part("Be brief.")]
+    assert content_of(sample, "assistant") == [text_part("b")]
 
 
 def test_media_come_before_the_text(folder: Path) -> None:
     entry = {"text": "t", "video": "silent.mp4", "audio": "tone.wav", "image": ["red.png", "蓝色 图片.jpg"]}
     (sample,) = load(folder, entry).samples
-    assert content(sample) == [
+    assert content_of(sample) == [
         {"type": "image", "image": folder / "red.png"},
         {"type": "image", "image": folder / "蓝色 图片.jpg"},
         {"type": "audio", "audio": folder / "tone.wav"},
         {"type": "video", "video": folder / "silent.mp4"},
-        text("t"),
+        text_part("t"),
     ]
     assert [file.name for file in sample.files()] == ["red.png", "蓝色 图片.jpg", "tone.wav", "silent.mp4"]
 
@@ -125,7 +126,7 @@ def test_media_come_before_the_text(folder: Path) -> None:
 @pytest.mark.parametrize("entry", [{"image": "red.png"}, {"image": "red.png", "text": ""}, {}])
 def test_default_text(folder: Path, entry: dict[str, Any]) -> None:
     (sample,) = load(folder, entry).samples
-    assert content(sample)[-1] == text("Default?")
+    assert content_of(sample)[-1] == text_part("Default?")
 
 
 def test_absolute_paths(folder: Path, media_folder: Path) -> None:
@@ -134,7 +135,7 @@ def test_absolute_paths(folder: Path, media_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("entry", "heard"),
+    ("entry", "use_audio"),
     [
         ({"video": "loud.mp4"}, True),
         ({"video": "silent.mp4"}, False),
@@ -144,33 +145,33 @@ def test_absolute_paths(folder: Path, media_folder: Path) -> None:
         ({"text": "no video", "use_audio_in_video": True}, False),
     ],
 )
-def test_use_audio_in_video(folder: Path, entry: dict[str, Any], heard: bool) -> None:
+def test_use_audio_in_video(folder: Path, entry: dict[str, Any], use_audio: bool) -> None:
     (sample,) = load(folder, entry).samples
-    assert sample.use_audio_in_video is heard
+    assert sample.use_audio_in_video is use_audio
 
 
 def test_messages(folder: Path) -> None:
     turns = [
-        {"role": "user", "content": [{"type": "image", "image": "red.png", "detail": "x"}, text("What?")]},
+        {"role": "user", "content": [{"type": "image", "image": "red.png", "detail": "x"}, text_part("What?")]},
         {"role": "assistant", "content": "Red."},
         {"role": "user", "content": "Sure?"},
     ]
     (sample,) = load(folder, {"messages": turns}).samples
     assert sample.messages == (
-        {"role": "system", "content": [text(OMNI.system)]},
-        {"role": "user", "content": [{"type": "image", "image": folder / "red.png"}, text("What?")]},
-        {"role": "assistant", "content": [text("Red.")]},
-        {"role": "user", "content": [text("Sure?")]},
+        {"role": "system", "content": [text_part(OMNI.system)]},
+        {"role": "user", "content": [{"type": "image", "image": folder / "red.png"}, text_part("What?")]},
+        {"role": "assistant", "content": [text_part("Red.")]},
+        {"role": "user", "content": [text_part("Sure?")]},
     )
 
 
-def test_messages_with_their_own_system(folder: Path) -> None:
+def test_messages_with_a_system_turn(folder: Path) -> None:
     turns = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
     (sample,) = load(folder, {"messages": turns}).samples
-    assert [content(sample, role) for role in ("system", "user")] == [[text("S")], [text("U")]]
+    assert [content_of(sample, role) for role in ("system", "user")] == [[text_part("S")], [text_part("U")]]
 
 
-def test_users_own_keys_are_left_alone(folder: Path) -> None:
+def test_unrelated_keys_are_ignored(folder: Path) -> None:
     assert len(load(folder, {"text": "a", "id": 5, "source": "x", "licence": "CC0"}).samples) == 1
 
 
@@ -187,15 +188,15 @@ def test_index_json(folder: Path, value: Any, count: int) -> None:
     assert samples[-1].where == f"index.json[{count - 1}]"
 
 
-def test_byte_order_mark_blank_lines_and_windows_line_ends(folder: Path) -> None:
+def test_byte_order_mark_blank_lines_and_windows_line_endings(folder: Path) -> None:
     calib = load(folder, b"\xef\xbb\xbf" + b'{"text": "a"}\r', b"", b"   ", b'{"text": "b"}\r')
-    assert [content(sample)[0]["text"] for sample in calib.samples] == ["a", "b"]
+    assert [content_of(sample)[0]["text"] for sample in calib.samples] == ["a", "b"]
     assert [sample.where for sample in calib.samples] == ["index.jsonl:1", "index.jsonl:4"]
 
 
-def test_line_separators_inside_a_text_do_not_end_it(folder: Path) -> None:
+def test_unicode_line_separators_do_not_split_a_line(folder: Path) -> None:
     (sample,) = load(folder, {"text": "a\u2028b\u0085c"}).samples
-    assert content(sample) == [text("a\u2028b\u0085c")]
+    assert content_of(sample) == [text_part("a\u2028b\u0085c")]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n"])
@@ -211,44 +212,44 @@ def test_empty_list(folder: Path) -> None:
         load_calib_set(str(folder / "index.json"), "D", OMNI)
 
 
-def test_index_json_that_is_none(folder: Path) -> None:
+def test_invalid_index_json(folder: Path) -> None:
     (folder / "index.json").write_text('{"text": ')
     with pytest.raises(QuantError, match=r"index\.json: not valid JSON: Expecting value") as caught:
         load_calib_set(str(folder / "index.json"), "D", OMNI)
     assert "one object or a list" in caught.value.hint
 
 
-def test_index_that_is_not_utf_8(folder: Path) -> None:
+def test_index_not_in_utf_8(folder: Path) -> None:
     with pytest.raises(QuantError, match=r"index\.jsonl: cannot be read") as caught:
         load(folder, b'{"text": "\xff"}')
     assert "UTF-8" in caught.value.hint
 
 
-def test_enormous_index(folder: Path) -> None:
+def test_index_above_the_size_limit(folder: Path) -> None:
     with (folder / "index.jsonl").open("wb") as stream:
         stream.truncate(MAX_INDEX_BYTES + 1)
     with pytest.raises(QuantError, match=f"at most {MAX_INDEX_BYTES} are read"):
         load_calib_set(str(folder / "index.jsonl"), "D", OMNI)
 
 
-# --- where the index is --------------------------------------------------------------------------------------
+# --- finding the index ---------------------------------------------------------------------------------------
 
 
-def test_folder_that_holds_an_index(folder: Path) -> None:
+def test_folder_with_an_index(folder: Path) -> None:
     path = write_lines(folder, {"text": "a"})
     assert str(find_index(str(folder))) == path
     assert str(find_index(path)) == path
 
 
-def test_folder_with_both_files(folder: Path) -> None:
+def test_folder_with_two_indices(folder: Path) -> None:
     write_lines(folder, {"text": "a"})
     write_lines(folder, {"text": "a"}, name="index.json")
-    with pytest.raises(QuantError, match=r"holds both index\.json and index\.jsonl") as caught:
+    with pytest.raises(QuantError, match=r"contains both index\.json and index\.jsonl") as caught:
         find_index(str(folder))
-    assert "the one that is meant" in caught.value.hint
+    assert "give the path of the index file" in caught.value.hint
 
 
-def test_folder_with_neither(folder: Path) -> None:
+def test_folder_without_an_index(folder: Path) -> None:
     with pytest.raises(QuantError, match=r"neither index\.jsonl nor index\.json"):
         find_index(str(folder))
 
@@ -262,7 +263,7 @@ def test_short_name_and_relative_path(folder: Path, monkeypatch: pytest.MonkeyPa
     assert find_index("./data/index.jsonl") == Path("data/index.jsonl")
 
 
-def test_local_folder_goes_before_a_short_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_folder_takes_precedence_over_a_shipped_dataset(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     (folder / "calibVideos").mkdir()
     write_lines(folder / "calibVideos", {"text": "a"})
@@ -272,7 +273,7 @@ def test_local_folder_goes_before_a_short_name(folder: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "name", ["calibVideo", "../calibVideos", "sub/../../lab_calib/calibVideos", "./calibVideos", "/none/calibVideos"]
 )
-def test_short_names_lead_nowhere_else(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_names_stay_inside_lab_calib(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(QuantError) as caught:
         find_index(name)
@@ -282,88 +283,91 @@ def test_short_names_lead_nowhere_else(name: str, folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
-def test_dots_are_folders_here_not_in_lab_calib(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dots_name_local_folders(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "inner").mkdir()
     monkeypatch.chdir(folder / "inner")
     with pytest.raises(QuantError, match="neither"):
         find_index(name)
 
 
-# --- faults of samples ---------------------------------------------------------------------------------------
+# --- errors of samples ---------------------------------------------------------------------------------------
 
-FAULTS: list[tuple[Any, str]] = [
+SAMPLE_ERRORS: list[tuple[Any, str]] = [
     (b"{not json}", "not valid JSON: Expecting property name enclosed in double quotes at column 2"),
     (b'{"text": "a"} x', "not valid JSON: Extra data at column 15"),
     (b"[" * 100_000, "not valid JSON"),
-    (5, "a sample is a JSON object, not int"),
-    (["text"], "a sample is a JSON object, not list"),
-    (None, "a sample is a JSON object, not NoneType"),
+    (5, "a sample must be a JSON object, not int"),
+    (["text"], "a sample must be a JSON object, not list"),
+    (None, "a sample must be a JSON object, not NoneType"),
     ({"txet": "a"}, "unknown key 'txet'. Did you mean 'text'?"),
     ({"images": "red.png"}, "unknown key 'images'. Did you mean 'image'?"),
-    ({"text": "   "}, "text is '   ', not a text"),
-    ({"text": 5}, "text is '5', not a text"),
-    ({"text": "a", "answer": ["b"]}, "not a text"),
-    ({"text": "a", "system": "\n"}, "system is '\\n', not a text"),
-    ({"text": "a" * (MAX_TEXT_CHARACTERS + 1)}, "a text of 200001 characters; the limit is 200000"),
+    ({"text": "   "}, "text must be a non-empty string, not '   '"),
+    ({"text": 5}, "text must be a non-empty string, not '5'"),
+    ({"text": "a", "answer": ["b"]}, "answer must be a non-empty string"),
+    ({"text": "a", "system": "\n"}, "system must be a non-empty string, not '\\n'"),
+    ({"text": "a" * (MAX_TEXT_CHARACTERS + 1)}, "text has 200001 characters; the limit is 200000"),
     ({"image": "none.png"}, "none.png' does not exist"),
-    ({"image": ""}, "image is '', not a"),
-    ({"image": 5}, "image is '5', not a"),
-    ({"image": ["red.png", None]}, "image is 'None', not a"),
-    ({"image": {"path": "red.png"}}, "image is "),
+    ({"image": ""}, "image must be a non-empty string, not ''"),
+    ({"image": 5}, "image must be a non-empty string, not '5'"),
+    ({"image": ["red.png", None]}, "image must be a non-empty string, not 'None'"),
+    ({"image": {"path": "red.png"}}, "image must be a non-empty string, not "),
     ({"image": "tone.wav"}, "unsupported suffix; allowed: .jpg .jpeg .png .webp"),
     ({"audio": "red.png"}, "unsupported suffix; allowed: .wav .mp3 .flac .m4a"),
     ({"video": "red.png"}, "unsupported suffix; allowed: .mp4 .mkv .mov .webm"),
-    ({"image": "https://example.com/a.png"}, "image 'https://example.com/a.png' is a URL; only local files are read"),
+    ({"image": "https://example.com/a"}, "image 'https://example.com/a' is a URL; only local files are supported"),
     ({"video": "file:///etc/passwd"}, "is a URL"),
     ({"image": "data:image/png;base64,AAAA"}, "is a URL"),
-    ({"image": "a\0.png"}, "is no file name"),
+    ({"image": "a\0.png"}, "is not a file name"),
     ({"image": "."}, "unsupported suffix"),
     ({"image": "x" * 5000 + ".png"}, "cannot be read"),
     ({"video": "loud.mp4", "use_audio_in_video": "yes"}, "use_audio_in_video is 'yes', not true or false"),
-    ({"video": "silent.mp4", "use_audio_in_video": True}, "is true, but a clip of this sample has no"),
-    ({"messages": []}, "messages is not a list of turns"),
-    ({"messages": "hello"}, "messages is not a list of turns"),
-    ({"messages": [{"role": "user", "content": "a"}], "text": "b"}, "messages stands beside text"),
+    ({"video": "silent.mp4", "use_audio_in_video": True}, "is true, but a video of this sample has no audio track"),
+    ({"messages": []}, "messages must be a non-empty list of turns"),
+    ({"messages": "hello"}, "messages must be a non-empty list of turns"),
+    ({"messages": [{"role": "user", "content": "a"}], "text": "b"}, "messages cannot be combined with text"),
     ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0] needs a role (system, user, assistant)"),
-    ({"messages": [{"role": "user"}]}, "messages[0] needs a role (system, user, assistant) and a content"),
+    ({"messages": [{"role": "user"}]}, "messages[0] needs a role (system, user, assistant) and content"),
     ({"messages": [5]}, "messages[0] needs a role"),
-    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content is neither a text nor a list"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content is neither a string nor a list"),
     ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content is neither"),
     ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content is neither"),
-    ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "text is '5', not a text"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+        "text must be a non-empty string, not '5'",
+    ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("entry", "why"), FAULTS)
-def test_fault_of_a_sample(folder: Path, entry: Any, why: str) -> None:
-    (fault,) = faults(folder, {"text": "good"}, entry)
-    assert fault.startswith("index.jsonl:2: ")
-    assert why in fault
-    assert len(fault) < 6000
+@pytest.mark.parametrize(("entry", "expected"), SAMPLE_ERRORS)
+def test_error_of_a_sample(folder: Path, entry: Any, expected: str) -> None:
+    (error,) = load_errors(folder, {"text": "good"}, entry)
+    assert error.startswith("index.jsonl:2: ")
+    assert expected in error
+    assert len(error) < 6000
 
 
-def test_missing_file_that_is_not_a_regular_one(folder: Path) -> None:
+def test_folder_in_place_of_a_file(folder: Path) -> None:
     (folder / "dir.png").mkdir()
-    (fault,) = faults(folder, {"image": "dir.png"})
-    assert "does not exist" in fault
+    (error,) = load_errors(folder, {"image": "dir.png"})
+    assert "does not exist" in error
 
 
-def test_all_faults_of_all_lines_are_listed_at_once(folder: Path) -> None:
-    found = faults(
+def test_all_errors_of_all_lines_are_listed(folder: Path) -> None:
+    errors = load_errors(
         folder,
         {"image": "none.png", "audio": "none.wav", "text": 5},
         {"text": "good"},
         b"{",
         {"video": "none.mp4"},
     )
-    assert [line.split(":")[1] for line in found] == ["1", "1", "1", "3", "4"]
+    assert [line.split(":")[1] for line in errors] == ["1", "1", "1", "3", "4"]
 
 
-def test_thousands_of_faults_are_cut(folder: Path) -> None:
+def test_long_error_lists_are_shortened(folder: Path) -> None:
     with pytest.raises(QuantError) as caught:
         load(folder, *[5] * 1000)
     lines = caught.value.message.split("\n")
-    assert lines[0] == "the dataset has 1000 faults:"
+    assert lines[0] == "the dataset has 1000 errors:"
     assert len(lines) == 52 and lines[-1] == "... and 950 more"
 
 
@@ -400,26 +404,26 @@ def test_fuzz_entries(folder: Path, entry: dict[str, Any]) -> None:
         assert error.message
 
 
-# --- choice and identity -------------------------------------------------------------------------------------
+# --- selection and identity ----------------------------------------------------------------------------------
 
 
-def numbers(calib: CalibSet) -> list[str]:
-    return [content(sample)[0]["text"] for sample in calib.samples]
+def texts_of(calib: CalibSet) -> list[str]:
+    return [content_of(sample)[0]["text"] for sample in calib.samples]
 
 
-def test_max_samples_is_a_seeded_choice_in_order(folder: Path) -> None:
+def test_max_samples_selects_by_seed_and_keeps_the_order(folder: Path) -> None:
     entries = [{"text": f"{i:03d}"} for i in range(100)]
-    chosen = numbers(load(folder, *entries, max_samples=10, seed=1))
+    chosen = texts_of(load(folder, *entries, max_samples=10, seed=1))
     assert len(set(chosen)) == 10
     assert chosen == sorted(chosen)
-    assert chosen == numbers(load(folder, *entries, max_samples=10, seed=1))
-    assert chosen != numbers(load(folder, *entries, max_samples=10, seed=2))
+    assert chosen == texts_of(load(folder, *entries, max_samples=10, seed=1))
+    assert chosen != texts_of(load(folder, *entries, max_samples=10, seed=2))
     assert chosen != [f"{i:03d}" for i in range(10)]
 
 
-def test_max_samples_beyond_what_there_is(folder: Path) -> None:
-    assert numbers(load(folder, {"text": "a"}, {"text": "b"}, max_samples=2)) == ["a", "b"]
-    assert numbers(load(folder, {"text": "a"}, {"text": "b"}, max_samples=9)) == ["a", "b"]
+def test_max_samples_above_the_number_of_samples(folder: Path) -> None:
+    assert texts_of(load(folder, {"text": "a"}, {"text": "b"}, max_samples=2)) == ["a", "b"]
+    assert texts_of(load(folder, {"text": "a"}, {"text": "b"}, max_samples=9)) == ["a", "b"]
 
 
 def test_identity_changes_with_text_and_bytes(folder: Path) -> None:
@@ -433,11 +437,11 @@ def test_identity_changes_with_text_and_bytes(folder: Path) -> None:
 
 
 def test_identity_changes_with_use_audio_in_video(folder: Path) -> None:
-    with_sound, without = (load(folder, {"video": "loud.mp4", "use_audio_in_video": u}) for u in (True, False))
-    assert with_sound.identity() != without.identity()
+    with_audio, without = (load(folder, {"video": "loud.mp4", "use_audio_in_video": u}) for u in (True, False))
+    assert with_audio.identity() != without.identity()
 
 
-# --- through the model's processor ---------------------------------------------------------------------------
+# --- the model's processor ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -448,14 +452,14 @@ def processor(tiny: Path) -> Any:
     return family.open_media_processor(tiny, MediaLimits(600, 50176, 2.0), False)
 
 
-def test_prepared_sample_knows_its_modalities(folder: Path, processor: Any) -> None:
+def test_modalities_of_a_prepared_sample(folder: Path, processor: Any) -> None:
     (sample,) = load(folder, {"image": "red.png", "audio": "tone.wav", "text": "t"}).samples
     inputs = prepare_sample(sample, processor)
     assert inputs.modality.bincount(minlength=4).gt(0).tolist() == [True, True, True, False]
     assert len(inputs.modality) == inputs.tensors["input_ids"].shape[1]
 
 
-def test_too_many_tokens_are_refused_with_the_line(folder: Path, processor: Any) -> None:
+def test_error_on_too_many_tokens_names_the_line(folder: Path, processor: Any) -> None:
     (sample,) = load(folder, {"text": "word " * 2000}).samples
     with pytest.raises(QuantError, match=r"^index\.jsonl:1: the sample has \d+ tokens, more than") as caught:
         prepare_sample(sample, processor)
@@ -463,8 +467,8 @@ def test_too_many_tokens_are_refused_with_the_line(folder: Path, processor: Any)
     assert "raise max_tokens" in caught.value.hint
 
 
-def test_text_that_no_tokenizer_takes_is_named(folder: Path, processor: Any) -> None:
-    """A lone surrogate is valid JSON and no valid text."""
+def test_error_on_a_lone_surrogate_names_the_line(folder: Path, processor: Any) -> None:
+    """A lone surrogate is valid JSON but not valid text."""
     try:
         (sample,) = load(folder, b'{"text": "\\ud800"}').samples
         prepare_sample(sample, processor)
@@ -472,10 +476,10 @@ def test_text_that_no_tokenizer_takes_is_named(folder: Path, processor: Any) -> 
         assert "index.jsonl:1" in error.message
 
 
-def test_file_that_changed_since_it_was_checked(folder: Path, processor: Any) -> None:
+def test_file_damaged_after_the_check(folder: Path, processor: Any) -> None:
     (sample,) = load(folder, {"image": "red.png"}).samples
     (folder / "red.png").unlink()
-    (folder / "red.png").write_bytes(b"no picture")
+    (folder / "red.png").write_bytes(b"not an image")
     with pytest.raises(QuantError, match=r"^index\.jsonl:1: image .*red\.png' cannot be decoded"):
         prepare_sample(sample, processor)
 
@@ -489,30 +493,30 @@ def test_checkpoint_without_a_processor(tmp_path: Path) -> None:
     assert "data-free" in caught.value.hint
 
 
-# --- the shipped set -----------------------------------------------------------------------------------------
+# --- the shipped dataset -------------------------------------------------------------------------------------
 
 
-def test_shipped_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_shipped_dataset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     calib = load_calib_set("calibVideos", "Default?", OMNI)
     assert len(calib.samples) >= 32
     assert calib.warnings == ()
-    kinds = [frozenset(p["type"] for p in content_of_all(sample)) - {"text"} for sample in calib.samples]
+    kinds = [frozenset(p["type"] for p in user_parts(sample)) - {"text"} for sample in calib.samples]
     assert {frozenset(), frozenset({"image"}), frozenset({"audio"}), frozenset({"video"})} <= set(kinds)
     assert frozenset({"image", "audio", "video"}) in kinds
     assert {sample.use_audio_in_video for sample in calib.samples} == {True, False}
-    texts = ["".join(p.get("text", "") for p in content_of_all(sample)) for sample in calib.samples]
+    texts = ["".join(p.get("text", "") for p in user_parts(sample)) for sample in calib.samples]
     chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in words) for words in texts)
     assert 8 <= chinese <= len(texts) - 8
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) < 15_000_000
 
 
-def content_of_all(sample: CalibSample) -> list[dict[str, Any]]:
+def user_parts(sample: CalibSample) -> list[dict[str, Any]]:
     return [part for message in sample.messages for part in message["content"] if message["role"] != "system"]
 
 
-def test_every_shipped_file_is_used_and_credited() -> None:
+def test_every_shipped_file_is_used() -> None:
     used = {file.resolve() for sample in load_calib_set("calibVideos", "D", OMNI).samples for file in sample.files()}
-    there = {f for kind in ("images", "audio", "videos") for f in (SHIPPED / kind).iterdir()}
-    assert {file.resolve() for file in there} == used
+    shipped = {f for kind in ("images", "audio", "videos") for f in (SHIPPED / kind).iterdir()}
+    assert {file.resolve() for file in shipped} == used
     assert (SHIPPED / "ATTRIBUTION.md").is_file()

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni import QuantError, quantize
 from msmodelslim_omni.run import pipeline
-from msmodelslim_omni.run.workspace import check_disk_space
+from msmodelslim_omni.run.save_path import check_disk_space
 from msmodelslim_omni.runtime.progress import Progress
 
 ROOT = Path(__file__).parents[2]
@@ -340,7 +340,7 @@ def test_all_broken_media_are_listed_at_once(tiny: Path, tmp_path: Path) -> None
     entries = broken_media(tmp_path / "data")
     index = write_index(tmp_path / "data", {"text": "fine"}, *entries)
     message = refused(tiny, tmp_path / "out", "--dataset", index)
-    assert f"{len(entries)} faults" in message
+    assert f"{len(entries)} errors" in message
     for line, entry in enumerate(entries, 2):
         assert f"index.jsonl:{line}: " in message and next(iter(entry.values())) in message
     assert not (tmp_path / "out").exists()
@@ -365,9 +365,9 @@ def test_broken_samples_are_left_out_where_the_recipe_says_so(tiny: Path, tmp_pa
         (['{"txet": "a"}'], "Did you mean 'text'"),
         (['{"image": "https://example.org/a.png"}'], "is a URL"),
         (['{"image": "a.gif"}'], "unsupported suffix"),
-        (['{"text": 5}'], "not a text"),
+        (['{"text": 5}'], "text must be a non-empty string, not '5'"),
         (['{"text": "a", "use_audio_in_video": "yes"}'], "not true or false"),
-        (['{"messages": [], "text": "a"}'], "messages stands beside text"),
+        (['{"messages": [], "text": "a"}'], "messages cannot be combined with text"),
         ([json.dumps({"text": "a" * 200_001})], "the limit is 200000"),
         ([], "no usable sample"),
         (["", "  "], "no usable sample"),
@@ -382,7 +382,7 @@ def test_sound_asked_of_a_silent_clip(tiny: Path, tmp_path: Path) -> None:
     silent = str(DATA / "videos" / "bouncing ball.mp4")
     index = write_index(tmp_path / "data", {"video": silent, "use_audio_in_video": True})
     message = refused(tiny, tmp_path / "out", "--dataset", index)
-    assert "index.jsonl:1" in message and "no sound track" in message
+    assert "index.jsonl:1" in message and "no audio track" in message
 
 
 def test_dataset_that_is_not_there(tiny: Path, tmp_path: Path) -> None:
@@ -464,7 +464,7 @@ def test_save_path_that_is_not_empty(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_said_before_starting(tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match=r"needs .* free are"):
+    with pytest.raises(QuantError, match=r"needs .* are free"):
         check_disk_space(tmp_path, 1 << 60)
     check_disk_space(tmp_path, 1 << 10)
 
@@ -541,14 +541,14 @@ def test_disk_that_is_really_full(tiny: Path, small_disk: Path, tmp_path: Path) 
         quantize(tiny, save, device="cpu", config_path=MINMAX, progress=FillDisk(small_disk, 2))
     assert "same command again" in caught.value.hint
     assert_nothing_written(save)
-    assert "free are" in refused(tiny, save, *MINMAX_FLAGS) or "disk is full" in refused(tiny, save, *MINMAX_FLAGS)
+    assert "are free" in refused(tiny, save, *MINMAX_FLAGS) or "disk is full" in refused(tiny, save, *MINMAX_FLAGS)
     (small_disk / "filler").unlink()
     goes_on(tiny, save, tmp_path)
 
 
 def test_disk_that_is_too_small_from_the_start(tiny: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(63 << 20))
-    assert re.search(r"needs .* free are", refused(tiny, small_disk / "out", *MINMAX_FLAGS))
+    assert re.search(r"needs .* are free", refused(tiny, small_disk / "out", *MINMAX_FLAGS))
 
 
 class BadSector(io.FileIO):

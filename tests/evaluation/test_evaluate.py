@@ -377,7 +377,7 @@ def test_where_the_answer_stands(tiny: Path, tmp_path: Path) -> None:
     samples = load_calib_set(str(write_index(tmp_path, *entries)), "?", OMNI).samples
     for sample, answer in zip(samples, ("\n\nTwo, three.", "茶 <b>", "Me."), strict=True):
         inputs = prepare_sample(sample, media)
-        assert inputs.answer is not None and sample.answered
+        assert inputs.answer is not None and sample.has_answer
         ids = inputs.tensors["input_ids"][0]
         assert tokenizer.decode(ids[slice(*inputs.answer)]) == answer + "<|im_end|>"
         assert tokenizer.decode(ids[: inputs.answer[0]]).endswith("<|im_start|>assistant\n")
@@ -559,7 +559,7 @@ def test_datasets_that_do_not_serve(tiny: Path, outputs: dict[str, Path], tmp_pa
     assert "does not exist. Shipped: calibVideos" in eval_(tiny, outputs["packed"], tmp_path / "none").fault()
     broken = write_index(tmp_path / "broken", {"text": "Hello."}, "{", {"image": "none.png"})
     message = eval_(tiny, outputs["packed"], broken).fault()
-    assert "2 faults" in message and "index.jsonl:2" in message and "--on_bad_sample skip" in message
+    assert "2 errors" in message and "index.jsonl:2" in message and "--on_bad_sample skip" in message
     long = write_index(tmp_path / "long", {"text": "Hello."}, {"text": "so " * 500})
     message = eval_(tiny, outputs["packed"], long, "--max_tokens", 200).fault()
     assert "index.jsonl:2: the sample has" in message and "max_tokens 200" in message

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from command import DATA, command, quant, write_index
-from media_files import fault, tone, write_video, write_wav
+from media_files import probe_error, tone, write_video, write_wav
 
 from msmodelslim_omni import QuantError
 from msmodelslim_omni.calibration import media
@@ -141,8 +141,8 @@ def test_messages_hold_nothing_that_a_terminal_obeys() -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("5\n" * 100_001, "100001 samples; at most 100000 are read"),
-        ("5\n" * 10_001, "more than 10000 faults"),
+        ("5\n" * 100_001, "100001 samples; the limit is 100000"),
+        ("5\n" * 10_001, "more than 10000 errors"),
         (json.dumps({"image": ["a.png"] * 1001}), "image has 1001 entries; the limit is 1000"),
         (json.dumps({"messages": [{}] * 1001}), "messages has 1001 entries; the limit is 1000"),
         (
@@ -175,16 +175,16 @@ def test_media_that_name_other_files(what: str, kind: str, name: str, tmp_path: 
     """FFmpeg would go where they say, on the disk or in the network."""
     write_video(tmp_path / "inner.mp4", 3, sound=True)
     (tmp_path / name).write_bytes(POINTERS[what])
-    assert "cannot be decoded" in fault(kind, tmp_path / name)
+    assert "cannot be decoded" in probe_error(kind, tmp_path / name)
     with pytest.raises(QuantError):
-        media.load_sound(tmp_path / name)
+        media.load_audio(tmp_path / name)
 
 
 def test_a_picture_that_is_a_program(tmp_path: Path) -> None:
     """Pillow would have Ghostscript run it."""
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) show\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(program)
-    assert "cannot identify" in fault("image", tmp_path / "a.png")
+    assert "cannot identify" in probe_error("image", tmp_path / "a.png")
     with pytest.raises(QuantError, match="cannot identify"):
         media.load_image(tmp_path / "a.png")
 
@@ -198,15 +198,15 @@ def test_a_sound_that_claims_a_gigabyte(at: int, value: int, tmp_path: Path) -> 
     path.write_bytes(content)
     try:
         media.probe("audio", path)
-        assert len(media.load_sound(path)) == 1000
+        assert len(media.load_audio(path)) == 1000
     except QuantError as error:
         assert "a.wav" in error.message
 
 
 def test_a_sound_of_a_billion_samples_a_second(tmp_path: Path) -> None:
     path = write_wav(tmp_path / "a.wav", tone(1000), 1_000_000_000)
-    with pytest.raises(QuantError, match=r"a\.wav' has 1000000000 samples a second; at most 384000"):
-        media.load_sound(path)
+    with pytest.raises(QuantError, match=r"a\.wav' is sampled at 1000000000 Hz; the limit is 384000 Hz"):
+        media.load_audio(path)
 
 
 def test_a_sound_of_no_rate(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_sound_of_no_rate(tmp_path: Path) -> None:
     content[24:28] = bytes(4)
     path.write_bytes(content)
     with pytest.raises(QuantError, match=r"a\.wav"):
-        media.load_sound(path)
+        media.load_audio(path)
 
 
 def test_a_clip_whose_length_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +239,7 @@ def test_a_picture_whose_text_unpacks_without_end(tmp_path: Path) -> None:
     packed = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(4 << 20), 9)
     chunk = (len(packed) - 4).to_bytes(4, "big") + packed + zlib.crc32(packed).to_bytes(4, "big")
     (tmp_path / "a.png").write_bytes(content[:33] + chunk + content[33:])
-    assert "cannot be decoded" in fault("image", tmp_path / "a.png")
+    assert "cannot be decoded" in probe_error("image", tmp_path / "a.png")
 
 
 def test_media_may_lie_anywhere_and_are_links_followed(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_limits_are_stated_in_help(verb: str) -> None:
     assert f"at most {gibibytes} GiB, {megapixels} megapixels, {media.MAX_SECONDS:.0f} s" in text
     if verb != "generate":
         assert f"{calibration.MAX_INDEX_BYTES >> 20} MiB and {calibration.MAX_SAMPLES} samples" in text
-        assert f"{media.MAX_CLIP_PIXELS // 10**6} megapixels in all" in text
+        assert f"{media.MAX_VIDEO_PIXELS // 10**6} megapixels in all" in text
 
 
 # --- links in a folder of others -----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import awq, linear_quant
 from msmodelslim_omni.processors.awq import search_losses
 from msmodelslim_omni.processors.gptq import DAMPING, factorize
-from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, round_group, triangle_for
+from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, round_group, cholesky_for_gptq
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe.schema import AwqConfig, LinearQuantConfig
 from msmodelslim_omni.statistics.capture import input_stats
@@ -178,13 +178,13 @@ def test_with_gptq_the_search_weighs_errors_by_what_gptq_leaves_of_them() -> Non
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
     candidates = list(awq._grid(work, group, GPTQ, 5))
     gram = work.stats["gate_up"].gram(work.importance)
-    triangle = factorize(gram)
-    losses = search_losses(candidates, group, weights, GPTQ, gram, triangle)
+    cholesky = factorize(gram)
+    losses = search_losses(candidates, group, weights, GPTQ, gram, cholesky)
 
     x, modality = tokens_of(work.weights, group)
     h = (x * balanced(modality)[:, None]).T @ x
     damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
-    order = triangle.order
+    order = cholesky.order
     pivots = torch.empty(len(h), dtype=torch.float64)
     pivots[order] = torch.linalg.cholesky(damped[order][:, order]).diagonal().square()
     for number, candidate in enumerate(candidates):
@@ -274,8 +274,8 @@ def test_statistics_are_those_of_the_scaled_layer(scheme: QuantScheme) -> None:
         torch.testing.assert_close(mine.rows, true.rows, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(mine.abssum, true.abssum, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(mine.absmax, true.absmax, rtol=1e-3, atol=1e-4)
-        assert (name in scaled.triangles) == (scheme.weight_method == "gptq")
-        if name not in scaled.triangles:
+        assert (name in scaled.cholesky_factors) == (scheme.weight_method == "gptq")
+        if name not in scaled.cholesky_factors:
             ours, theirs = mine.gram(scaled.importance), true.gram(again.importance)
             assert relative(ours.diagonal(), theirs.diagonal()) < 1e-3
 
@@ -397,7 +397,7 @@ def unscaled_rounding(work: LayerWork) -> dict[str, torch.Tensor]:
         gram = work.stats[group.name].gram(work.importance)
         weights = {linear: work.weights[f"{linear}.weight"].float() for linear in group.linears}
         schemes = {linear: work.schemes[linear] for linear in group.linears}
-        rounded = round_group(weights.items(), schemes, gram, triangle_for(schemes, gram))
+        rounded = round_group(weights.items(), schemes, gram, cholesky_for_gptq(schemes, gram))
         found |= {f"{linear}.weight": dequantize(quantized) for linear, quantized in rounded.items()}
     return found
 
@@ -523,6 +523,6 @@ def test_too_few_tokens_for_gptq_are_said() -> None:
         " nearest level on searched clips instead"
     )
     assert f"on 96 inputs (it takes {round(96 * TOKENS_PER_INPUT)})" in notes["down"]
-    assert not done.triangles
+    assert not done.cholesky_factors
     enough = linear_quant.apply(work_of(layer_weights(), [sample(24)], GPTQ), linear_quant_of(GPTQ), ALL)
     assert enough.notes == () and set(enough.quantized) == ALL

@@ -14,16 +14,16 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import gptq
 from msmodelslim_omni.processors.gptq import (
     DAMPING,
-    Triangle,
+    CholeskyFactor,
     factorize,
-    parts,
+    split_into_parts,
     round_in_order,
 )
 from msmodelslim_omni.processors.rounding import (
     TOKENS_PER_INPUT,
-    enough_for_gptq,
+    has_enough_tokens,
     round_group,
-    triangle_for,
+    cholesky_for_gptq,
 )
 
 ASYM = QuantScheme(4, None, "gptq", 32, symmetric=False)
@@ -57,15 +57,15 @@ def damped(x: torch.Tensor) -> torch.Tensor:
     return h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
 
 
-def lower(triangle: Triangle) -> torch.Tensor:
-    """L in float64, put together from the blocks of a Triangle."""
-    size = len(triangle.order)
+def lower(cholesky: CholeskyFactor) -> torch.Tensor:
+    """L in float64, put together from the blocks of a CholeskyFactor."""
+    size = len(cholesky.order)
     whole = torch.zeros((size, size), dtype=torch.float64)
     first = 0
-    for inner, below in zip(triangle.inner, triangle.below, strict=True):
+    for inner, below in zip(cholesky.inner, cholesky.below, strict=True):
         end = first + len(inner)
         whole[first:end, first:end] = inner.double()
-        under = below if triangle.factor is None else triangle.factor[:, end:].T @ below
+        under = below if cholesky.factor is None else cholesky.factor[:, end:].T @ below
         whole[end:, first:end] = under.double()
         first = end
     return whole
@@ -78,13 +78,13 @@ def lower(triangle: Triangle) -> torch.Tensor:
 @pytest.mark.parametrize("count", [200, 1000])
 def test_triangle_is_the_cholesky_factor(form: Form, count: int) -> None:
     x = tokens(count)
-    triangle = factorize(form(x))
-    ordered = damped(x)[triangle.order][:, triangle.order]
-    found = lower(triangle)
+    cholesky = factorize(form(x))
+    ordered = damped(x)[cholesky.order][:, cholesky.order]
+    found = lower(cholesky)
     assert torch.equal(found, found.tril())
     error = (found @ found.T - ordered).abs() / (ordered.diagonal()[:, None] * ordered.diagonal()).sqrt()
     assert error.max() < 1e-5
-    energy = x.double().square().sum(0)[triangle.order]
+    energy = x.double().square().sum(0)[cholesky.order]
     assert (energy[1:] >= energy[:-1] * (1 - 1e-5)).all()  # the largest come last, and are rounded first
 
 
@@ -92,11 +92,11 @@ def test_triangle_is_the_cholesky_factor(form: Form, count: int) -> None:
 def test_pivots_are_what_no_other_input_can_make_up_for(form: Form) -> None:
     """L_ii^2 is the error that is left of input i when those after it, rounded before it, are taken as given."""
     x = tokens(700)
-    triangle = factorize(form(x))
-    order, h = triangle.order, damped(x)
+    cholesky = factorize(form(x))
+    order, h = cholesky.order, damped(x)
     exact = torch.linalg.cholesky(h[order][:, order]).diagonal().square()
-    torch.testing.assert_close(triangle.pivots()[order].double(), exact, rtol=1e-3, atol=0)
-    assert (triangle.pivots() <= h.diagonal() * (1 + 1e-5)).all()
+    torch.testing.assert_close(cholesky.pivots()[order].double(), exact, rtol=1e-3, atol=0)
+    assert (cholesky.pivots() <= h.diagonal() * (1 + 1e-5)).all()
 
 
 @SCHEMES
@@ -104,17 +104,17 @@ def test_pivots_are_what_no_other_input_can_make_up_for(form: Form) -> None:
 def test_output_error_is_the_sum_over_pivots(form: Form, scheme: QuantScheme) -> None:
     """Of L_ii^2 (w_i - t_i)^2, where w_i is the level nearest to its target t_i."""
     x, weight = tokens(700), normal(OUT, IN, seed=1)
-    triangle = factorize(form(x))
-    quantized = round_in_order(weight, quantize_weight(weight, scheme), triangle)
-    delta = (dequantize(quantized).double() - weight.double())[:, triangle.order]
-    exact = torch.linalg.cholesky(damped(x)[triangle.order][:, triangle.order])
+    cholesky = factorize(form(x))
+    quantized = round_in_order(weight, quantize_weight(weight, scheme), cholesky)
+    delta = (dequantize(quantized).double() - weight.double())[:, cholesky.order]
+    exact = torch.linalg.cholesky(damped(x)[cholesky.order][:, cholesky.order])
     missed = (delta @ exact) / exact.diagonal()  # level - target, [out, in] in the order
-    pivots = triangle.pivots()[triangle.order].double()
-    true = ((delta @ damped(x)[triangle.order][:, triangle.order]) * delta).sum()
+    pivots = cholesky.pivots()[cholesky.order].double()
+    true = ((delta @ damped(x)[cholesky.order][:, cholesky.order]) * delta).sum()
     assert float((pivots * missed.square()).sum()) == pytest.approx(float(true), rel=1e-3)
     # Nearest: within half a step, but where the range ends.
-    steps = quantized.scales.repeat_interleave(32, dim=1)[:, triangle.order]
-    inside = (quantized.qweight[:, triangle.order] > -8) & (quantized.qweight[:, triangle.order] < 7)
+    steps = quantized.scales.repeat_interleave(32, dim=1)[:, cholesky.order]
+    inside = (quantized.qweight[:, cholesky.order] > -8) & (quantized.qweight[:, cholesky.order] < 7)
     assert float(((missed.abs() <= 0.501 * steps) | ~inside).double().mean()) > 0.999
 
 
@@ -122,14 +122,14 @@ def test_output_error_is_the_sum_over_pivots(form: Form, scheme: QuantScheme) ->
 def test_rescaled_is_the_factor_of_the_scaled_matrix(form: Form) -> None:
     """X / s has D^-1 (H + damping) D^-1: the damping is scaled too, and the order stays."""
     x, factors = tokens(700), torch.rand(IN, generator=torch.Generator().manual_seed(3)) * 5 + 0.2
-    triangle = factorize(form(x))
-    rescaled = triangle.rescaled(factors)
-    wanted = (damped(x) / factors.double() / factors.double()[:, None])[triangle.order][:, triangle.order]
+    cholesky = factorize(form(x))
+    rescaled = cholesky.rescaled(factors)
+    wanted = (damped(x) / factors.double() / factors.double()[:, None])[cholesky.order][:, cholesky.order]
     found = lower(rescaled)
     error = (found @ found.T - wanted).abs() / (wanted.diagonal()[:, None] * wanted.diagonal()).sqrt()
     assert error.max() < 1e-5
-    torch.testing.assert_close(rescaled.pivots(), triangle.pivots() / factors.square(), rtol=1e-5, atol=0)
-    assert torch.equal(lower(triangle), lower(factorize(form(x))))  # the first is as it was
+    torch.testing.assert_close(rescaled.pivots(), cholesky.pivots() / factors.square(), rtol=1e-5, atol=0)
+    assert torch.equal(lower(cholesky), lower(factorize(form(x))))  # the first is as it was
 
 
 def test_rounding_scaled_weights_with_the_rescaled_triangle_is_rounding_by_the_scaled_matrix() -> None:
@@ -165,10 +165,10 @@ def textbook(weight: torch.Tensor, grid: QuantizedLinear, h: torch.Tensor, order
 @pytest.mark.parametrize("count", [250, 1000])
 def test_integers_are_those_of_the_textbook(form: Form, scheme: QuantScheme, count: int) -> None:
     x, weight = tokens(count), normal(OUT, IN, seed=1)
-    triangle = factorize(form(x))
+    cholesky = factorize(form(x))
     grid = quantize_weight(weight, scheme)
-    found = round_in_order(weight, grid, triangle)
-    wanted = textbook(weight, grid, damped(x), triangle.order.flip(0))
+    found = round_in_order(weight, grid, cholesky)
+    wanted = textbook(weight, grid, damped(x), cholesky.order.flip(0))
     assert same(found, wanted) > 0.99
     assert output_error(x, weight, found) == pytest.approx(output_error(x, weight, wanted), rel=0.01)
     assert torch.equal(found.scales, grid.scales)
@@ -227,10 +227,10 @@ def test_inputs_that_no_token_reached_are_rounded_to_the_nearest(form: Form) -> 
     dead = [0, 5, 127, 128, 319]
     x[:, dead] = 0.0
     grid = quantize_weight(weight, MINMAX)
-    triangle = factorize(form(x))
-    found = round_in_order(weight, grid, triangle)
+    cholesky = factorize(form(x))
+    found = round_in_order(weight, grid, cholesky)
     assert torch.equal(found.qweight[:, dead], grid.qweight[:, dead])
-    assert torch.isfinite(triangle.pivots()).all() and (triangle.pivots() > 0).all()
+    assert torch.isfinite(cholesky.pivots()).all() and (cholesky.pivots() > 0).all()
     assert output_error(x, weight, found) < 0.6 * output_error(x, weight, grid)
 
 
@@ -238,8 +238,8 @@ def test_inputs_that_no_token_reached_are_rounded_to_the_nearest(form: Form) -> 
 def test_nothing_but_zeros_is_rounded_to_the_nearest(form: Form) -> None:
     weight = normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, MINMAX)
-    triangle = factorize(form(torch.zeros(400, IN)))
-    assert torch.equal(round_in_order(weight, grid, triangle).qweight, grid.qweight)
+    cholesky = factorize(form(torch.zeros(400, IN)))
+    assert torch.equal(round_in_order(weight, grid, cholesky).qweight, grid.qweight)
 
 
 @FORMS
@@ -266,11 +266,11 @@ def test_a_few_enormous_activations(form: Form, size: float) -> None:
 def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "_PART", 32 * 500)
     x, weight = tokens(80, width=32), normal(540, 32, seed=1)
-    assert [(rows.start, rows.stop) for rows in parts(weight)] == [(0, 270), (270, 540)]
+    assert [(rows.start, rows.stop) for rows in split_into_parts(weight)] == [(0, 270), (270, 540)]
     gram = as_matrix(x)
-    triangle = factorize(gram)
-    in_parts = round_group([("a", weight)], {"a": ASYM}, gram, triangle)["a"]
-    at_once = round_in_order(weight, in_parts, triangle)
+    cholesky = factorize(gram)
+    in_parts = round_group([("a", weight)], {"a": ASYM}, gram, cholesky)["a"]
+    at_once = round_in_order(weight, in_parts, cholesky)
     assert float((in_parts.qweight == at_once.qweight).double().mean()) > 0.99
 
 
@@ -288,7 +288,7 @@ def test_parts_are_as_wide_as_memory_allows_and_two_where_that_is_worth_it(
     shape: tuple[int, int], sizes: list[int]
 ) -> None:
     weight = torch.empty(1).expand(shape)  # no memory
-    assert [len(range(shape[0])[rows]) for rows in parts(weight)] == sizes
+    assert [len(range(shape[0])[rows]) for rows in split_into_parts(weight)] == sizes
 
 
 def test_the_same_again_gives_the_same_bytes_and_changes_no_input() -> None:
@@ -307,12 +307,12 @@ def test_the_same_again_gives_the_same_bytes_and_changes_no_input() -> None:
 
 def test_gptq_asks_for_tokens_enough() -> None:
     least = round(TOKENS_PER_INPUT * IN)
-    assert enough_for_gptq(as_factor(tokens(least))) and not enough_for_gptq(as_factor(tokens(least - 1)))
+    assert has_enough_tokens(as_factor(tokens(least))) and not has_enough_tokens(as_factor(tokens(least - 1)))
     gram = as_factor(tokens(least - 1))
-    assert triangle_for({"a": ASYM}, gram) is None
-    assert triangle_for({"a": MINMAX}, as_factor(tokens(least))) is None
-    assert triangle_for({"a": ASYM}, None) is None
-    assert triangle_for({"a": MINMAX, "b": ASYM}, as_factor(tokens(least))) is not None
+    assert cholesky_for_gptq({"a": ASYM}, gram) is None
+    assert cholesky_for_gptq({"a": MINMAX}, as_factor(tokens(least))) is None
+    assert cholesky_for_gptq({"a": ASYM}, None) is None
+    assert cholesky_for_gptq({"a": MINMAX, "b": ASYM}, as_factor(tokens(least))) is not None
 
 
 def test_each_linear_is_rounded_by_its_own_method() -> None:
@@ -320,14 +320,14 @@ def test_each_linear_is_rounded_by_its_own_method() -> None:
     weights = {name: normal(OUT, IN, seed=i) for i, name in enumerate(("plain", "clipped", "gptq"))}
     schemes = {"plain": MINMAX, "clipped": MSE, "gptq": ASYM}
     gram = as_matrix(x)
-    triangle = factorize(gram)
-    quantized = round_group(weights.items(), schemes, gram, triangle)
-    pivots = triangle.pivots().view(-1, 32)
+    cholesky = factorize(gram)
+    quantized = round_group(weights.items(), schemes, gram, cholesky)
+    pivots = cholesky.pivots().view(-1, 32)
     assert torch.equal(quantized["plain"].qweight, quantize_weight(weights["plain"], MINMAX).qweight)
     assert torch.equal(quantized["clipped"].qweight, quantize_weight(weights["clipped"], MSE, pivots).qweight)
     grid = quantize_weight(weights["gptq"], ASYM, pivots)
     assert torch.equal(quantized["gptq"].scales, grid.scales)
-    assert torch.equal(quantized["gptq"].qweight, round_in_order(weights["gptq"], grid, triangle).qweight)
+    assert torch.equal(quantized["gptq"].qweight, round_in_order(weights["gptq"], grid, cholesky).qweight)
 
 
 def test_clips_serve_the_output_where_h_is_known() -> None:

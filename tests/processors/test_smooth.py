@@ -121,11 +121,11 @@ def test_shared_and_repeated_by_hand() -> None:
     # 2 key-value heads of 2 channels, each read by 2 query heads: 8 inputs of o_proj, 4 channels of v_proj.
     group = LinearGroup("o", ("o",), "v", "ov", repeat=2, head_dim=2)
     per_input = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, 0.0, 6.0, 9.0])
-    assert fold.shared_peak(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
+    assert fold.max_over_query_heads(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
     factors = torch.tensor([1.0, 2.0, 3.0, 4.0])
     assert repeated(factors, group).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
     plain = LinearGroup("g", ("a",), "norm", "norm-linear")
-    assert fold.shared_peak(per_input, plain).tolist() == per_input.tolist()
+    assert fold.max_over_query_heads(per_input, plain).tolist() == per_input.tolist()
     assert repeated(factors, plain).tolist() == factors.tolist()
 
 
@@ -300,7 +300,7 @@ def test_refusal_is_due_to_audio() -> None:
     group, weight = both.spec.groups[0], both.weights["linear.weight"]
     assert both.stats is not None
     stats = both.stats["g"]
-    judge = smooth._Judge(stats, [weight], W8A8)
+    judge = smooth._OutputErrors(stats, [weight], W8A8)
     candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
     assert len(candidates) == 2  # A as the peak, and with the modalities balanced
     for candidate in candidates:

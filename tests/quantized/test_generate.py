@@ -241,7 +241,7 @@ def test_available_memory_is_told() -> None:
     [
         ({"images": ["nothing.png"]}, "image '.*nothing.png' does not exist"),
         ({"audios": [IMAGE]}, "unsupported suffix"),
-        ({"videos": ["https://example.org/x.mp4"]}, "is a URL; only local files are read"),
+        ({"videos": ["https://example.org/x.mp4"]}, "is a URL; only local files are supported"),
         ({"text": ""}, "nothing to answer"),
         ({"text": "  "}, "nothing to answer"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),

@@ -331,7 +331,7 @@ def test_awq_of_another_tool(outputs: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_awq_with_one_group_a_row() -> None:
-    assert awq._misfit(_infos(qweight=("I32", (64, 2)), qzeros=("I32", (1, 2)), scales=("F16", (1, 16))), -1) == ""
+    assert awq._layout_fault(_infos(qweight=("I32", (64, 2)), qzeros=("I32", (1, 2)), scales=("F16", (1, 16))), -1) == ""
 
 
 def test_packed_per_channel_and_weight_only_int8() -> None:
@@ -340,7 +340,7 @@ def test_packed_per_channel_and_weight_only_int8() -> None:
     scheme = compressed_tensors._stored_scheme(group, "pack-quantized")
     assert (scheme.weight_bits, scheme.act_bits, scheme.group_size) == (4, None, None)
     parts = _infos(weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, 1)), weight_shape=("I64", (2,)))
-    assert compressed_tensors._misfit(parts, scheme) == ""
+    assert compressed_tensors._layout_fault(parts, scheme) == ""
     assert compressed_tensors._stored_linear("x", parts, scheme, "BF16").shape == (16, 64)
     channel["num_bits"] = 8
     scheme = compressed_tensors._stored_scheme(group, "int-quantized")

@@ -1,4 +1,4 @@
-"""The whole command on the tiny Omni, both formats; the output against arithmetic written here anew."""
+"""The quant command on the tiny Omni in both formats. The outputs are compared with independent arithmetic."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def smoothed(tiny: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The default recipe in both formats from one run."""
+    """The default recipe in both formats, written by one run."""
     save = tmp_path_factory.mktemp("runs") / "smoothed"
     formats = ("--save_format", ASCEND, "--save_format", COMPRESSED)
     quant(tiny, save, "--quant_type", "w8a8", "--dataset", index, *formats).done()
@@ -60,7 +60,7 @@ def smoothed(tiny: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data-free recipe, whose one saver writes into save_path itself."""
+    """The data-free recipe. Its only saver writes directly to save_path."""
     save = tmp_path_factory.mktemp("runs") / "plain"
     quant(tiny, save, "--config_path", MINMAX).done()
     return save
@@ -92,7 +92,7 @@ def linear_names() -> list[str]:
         (COMPRESSED, {"model.safetensors"}),
     ],
 )
-def test_every_file_of_the_source_is_there_unchanged(tiny: Path, smoothed: Path, name: str, own: set[str]) -> None:
+def test_other_files_of_the_source_are_copied_unchanged(tiny: Path, smoothed: Path, name: str, own: set[str]) -> None:
     before = {f.name: f.read_bytes() for f in tiny.iterdir() if "safetensors" not in f.name}
     after = {f.name: f.read_bytes() for f in (smoothed / name).iterdir()}
     recipe = "qwen2_5_omni_w8a8.yaml"
@@ -104,7 +104,7 @@ def test_every_file_of_the_source_is_there_unchanged(tiny: Path, smoothed: Path,
     assert {f.name for f in smoothed.iterdir()} == {ASCEND, COMPRESSED}
 
 
-def test_exactly_the_decoder_linears_are_integers_and_all_else_is_kept(tiny: Path, smoothed: Path) -> None:
+def test_only_decoder_linears_are_quantized(tiny: Path, smoothed: Path) -> None:
     source = load_checkpoint(tiny)
     norms = {f"thinker.model.layers.{i}.{n}.weight" for i in range(LAYERS) for n in omni_norms()}
     biases = {f"{name}.bias" for name in linear_names() if f"{name}.bias" in source}
@@ -122,7 +122,7 @@ def test_exactly_the_decoder_linears_are_integers_and_all_else_is_kept(tiny: Pat
             assert torch.equal(written[name].view(torch.uint8), source[name].view(torch.uint8)), name
         for name in norms | (biases if saver == COMPRESSED else set()):
             assert written[name].dtype == source[name].dtype, name
-        assert any(not torch.equal(written[name], source[name]) for name in norms), "nothing was smoothed"
+        assert any(not torch.equal(written[name], source[name]) for name in norms), "no norm was smoothed"
 
 
 def omni_norms() -> tuple[str, str]:
@@ -136,12 +136,12 @@ def test_data_free_output_keeps_every_float_tensor(tiny: Path, plain: Path) -> N
         assert written[name].dtype == same.dtype and torch.equal(written[name], same), name
 
 
-def test_ascend_describes_every_tensor(tiny: Path, smoothed: Path, plain: Path) -> None:
+def test_ascend_description_lists_every_tensor(tiny: Path, smoothed: Path, plain: Path) -> None:
     for folder in (smoothed / ASCEND, plain):
         tensors = load_checkpoint(folder)
         description = load_json(folder / "quant_model_description.json")
-        ours = {"version", "model_quant_type", "metadata", "group_size", "optional"}
-        assert set(description) == set(tensors) | ours
+        fields = {"version", "model_quant_type", "metadata", "group_size", "optional"}
+        assert set(description) == set(tensors) | fields
         assert description["model_quant_type"] == "W8A8_DYNAMIC" and description["version"] == "1.0.0"
         for name in tensors:
             quantized = name.rpartition(".")[0] in linear_names() and not name.endswith(".bias")
@@ -155,7 +155,7 @@ def test_ascend_describes_every_tensor(tiny: Path, smoothed: Path, plain: Path) 
         assert load_json(folder / "config.json") == load_json(tiny / "config.json")
 
 
-def test_compressed_tensors_config_stands_where_loaders_look(tiny: Path, smoothed: Path) -> None:
+def test_compressed_tensors_config_is_in_both_places(tiny: Path, smoothed: Path) -> None:
     config = load_json(smoothed / COMPRESSED / "config.json")
     quantization = config.pop("quantization_config")
     assert config["thinker_config"].pop("quantization_config") == quantization
@@ -188,15 +188,15 @@ def test_data_free_weights_are_within_half_a_step(tiny: Path, plain: Path) -> No
         weight, scale = source[f"{name}.weight"].double(), written[f"{name}.weight_scale"].double()
         codes = written[f"{name}.weight"].double()
         assert ((codes * scale - weight).abs() <= scale * 0.5 * (1 + 1e-5)).all(), name
-        # The scale is the largest weight's: no row leaves the ends of its range unused, none goes beyond.
+        # The scale is absmax / 127, so every row reaches the end of the range and none exceeds it.
         assert (codes.abs().amax(1) == 127).all(), name
 
 
-# --- what the quantized model computes -----------------------------------------------------------------------
+# --- outputs of the quantized model --------------------------------------------------------------------------
 
 
 class IntegerLinear(torch.nn.Module):
-    """y = (q_x @ q_w^T) s_x s_w + b, the product in 64-bit integers; written from the formats' description."""
+    """y = (q_x @ q_w^T) s_x s_w + b with the product in int64, written from the specification of the formats."""
 
     def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def load_thinker(tiny: Path) -> Any:
 
 
 def with_quantized_layers(tiny: Path, written: Tensors, make: Callable[[Tensors, str], torch.nn.Module]) -> Any:
-    """The float thinker with the norms of an output and its Linears as `make` builds them."""
+    """The float thinker with the norms of an output, and its Linears built by `make`."""
     thinker = load_thinker(tiny)
     for number, layer in enumerate(decoder(thinker).layers):
         prefix = f"thinker.model.layers.{number}."
@@ -272,53 +272,53 @@ def exact(tiny: Path, samples: list[dict[str, Any]]) -> torch.Tensor:
     return logits(load_thinker(tiny), samples)
 
 
-def relative(mine: torch.Tensor, exact: torch.Tensor) -> float:
-    return float((mine - exact).norm() / exact.norm())
+def relative_difference(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((actual - exact).norm() / exact.norm())
 
 
-def test_smoothing_is_far_better_than_plain_rounding(
+def test_smoothing_has_a_smaller_error_than_plain_rounding(
     tiny: Path, smoothed: Path, plain: Path, samples: list[dict[str, Any]], exact: torch.Tensor
 ) -> None:
     with_smoothing, without = load_checkpoint(smoothed / ASCEND), load_checkpoint(plain)
-    mine = relative(logits(with_quantized_layers(tiny, with_smoothing, integer_linear), samples), exact)
-    theirs = relative(logits(with_quantized_layers(tiny, without, integer_linear), samples), exact)
-    assert mine < 0.03
-    assert mine < 0.5 * theirs
+    error = relative_difference(logits(with_quantized_layers(tiny, with_smoothing, integer_linear), samples), exact)
+    plain_error = relative_difference(logits(with_quantized_layers(tiny, without, integer_linear), samples), exact)
+    assert error < 0.03
+    assert error < 0.5 * plain_error
 
 
 def test_smoothing_keeps_the_float_function(
     tiny: Path, smoothed: Path, samples: list[dict[str, Any]], exact: torch.Tensor
 ) -> None:
-    """Norms and biases divided, columns multiplied: with exact activations only the weights' rounding is left."""
+    """Smoothing divides norms and biases and multiplies columns. With float activations, only weights are rounded."""
     weights_only = logits(with_quantized_layers(tiny, load_checkpoint(smoothed / ASCEND), dequantized_linear), samples)
-    assert relative(weights_only, exact) < 0.03
+    assert relative_difference(weights_only, exact) < 0.03
 
 
 def test_emulation_and_integer_arithmetic_agree(tiny: Path, smoothed: Path, samples: list[dict[str, Any]]) -> None:
     written = load_checkpoint(smoothed / ASCEND)
     emulated = logits(with_quantized_layers(tiny, written, emulated_linear), samples)
     integers = logits(with_quantized_layers(tiny, written, integer_linear), samples)
-    # A last bit of float32 can move an activation over a rounding border now and then; nothing more may differ.
-    assert relative(emulated, integers) < 2e-3
+    # The last bit of float32 can move a few activations to the next integer. Nothing else may differ.
+    assert relative_difference(emulated, integers) < 2e-3
 
 
-def test_reported_layer_errors_are_those_of_the_written_layers(
+def test_reported_layer_errors_match_the_written_layers(
     tiny: Path, smoothed: Path, samples: list[dict[str, Any]]
 ) -> None:
-    """Each layer's error is that of its output on inputs that went through the quantized layers before."""
+    """A layer's error is measured on inputs that come from the quantized layers before it."""
     floating, integers = (
         load_thinker(tiny),
         with_quantized_layers(tiny, load_checkpoint(smoothed / ASCEND), integer_linear),
     )
-    missed, signal = [0.0] * LAYERS, [0.0] * LAYERS
+    error, signal = [0.0] * LAYERS, [0.0] * LAYERS
 
     def compare(number: int) -> Callable[..., None]:
         def hook(_module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             others = {k: v for k, v in keywords.items() if k != "hidden_states"}
-            wanted, got = (o[0] if isinstance(o, tuple) else o for o in (reference[number](hidden, **others), out))
-            missed[number] += float((got - wanted).double().square().sum())
-            signal[number] += float((wanted - hidden).double().square().sum())
+            expected, actual = (o[0] if isinstance(o, tuple) else o for o in (reference[number](hidden, **others), out))
+            error[number] += float((actual - expected).double().square().sum())
+            signal[number] += float((expected - hidden).double().square().sum())
 
         return hook
 
@@ -328,7 +328,7 @@ def test_reported_layer_errors_are_those_of_the_written_layers(
     logits(integers, samples)
     report = load_json(smoothed / ASCEND / "quant_report.json")
     for number, layer in enumerate(report["layers"]):
-        assert layer["output_error"] == pytest.approx((missed[number] / signal[number]) ** 0.5, rel=0.02)
+        assert layer["output_error"] == pytest.approx((error[number] / signal[number]) ** 0.5, rel=0.02)
 
 
 # --- report --------------------------------------------------------------------------------------------------
@@ -359,7 +359,7 @@ def test_report_is_complete(tiny: Path, smoothed: Path, samples: list[dict[str, 
     assert set(report["versions"]) >= {"msmodelslim_omni", "torch", "transformers"}
 
 
-def test_reported_sizes_are_those_of_the_files(tiny: Path, smoothed: Path) -> None:
+def test_reported_sizes_match_the_files(tiny: Path, smoothed: Path) -> None:
     report = load_json(smoothed / ASCEND / "quant_report.json")
     for saver in (ASCEND, COMPRESSED):
         tensors = load_checkpoint(smoothed / saver)
@@ -373,7 +373,7 @@ def test_reported_sizes_are_those_of_the_files(tiny: Path, smoothed: Path) -> No
     assert report["bits_per_weight"] == pytest.approx(8 * stored / weights)
 
 
-def test_report_for_people(smoothed: Path, plain: Path) -> None:
+def test_markdown_report(smoothed: Path, plain: Path) -> None:
     page = (smoothed / COMPRESSED / "quant_report.md").read_text(encoding="utf-8")
     for expected in ("## Calibration data", "4 samples", "audio", "## Smoothing", "| 3 | down |", "peak memory"):
         assert expected in page
@@ -389,7 +389,7 @@ def test_report_of_a_data_free_run(plain: Path) -> None:
         assert all(linear["weight_error"] > 0 and linear["output_error"] is None for linear in layer["linears"])
 
 
-# --- the same again, and other sources -----------------------------------------------------------------------
+# --- determinism, and other sources --------------------------------------------------------------------------
 
 
 def test_two_runs_give_the_same_bytes(tiny: Path, smoothed: Path, index: Path, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_two_runs_give_the_same_bytes(tiny: Path, smoothed: Path, index: Path, t
 
 
 def test_single_file_float32_source(tiny: Path, plain: Path, tmp_path: Path) -> None:
-    """A float32 checkpoint in one file without an index; scales and biases keep its dtype."""
+    """A float32 checkpoint in one file without an index. Scales and biases keep its dtype."""
     source = make_tiny_omni(tmp_path / "fp32", dtype="float32", shards=1, layers=1)
     assert not (source / "model.safetensors.index.json").exists()
     save = tmp_path / "out"
@@ -458,7 +458,7 @@ def test_excluded_linears_stay_float(tiny: Path, tmp_path: Path) -> None:
 # --- flags ---------------------------------------------------------------------------------------------------
 
 
-def test_dry_run_prints_every_linear_and_writes_nothing(tiny: Path, index: Path, tmp_path: Path) -> None:
+def test_dry_run_lists_every_linear_and_writes_nothing(tiny: Path, index: Path, tmp_path: Path) -> None:
     save = tmp_path / "out"
     answer = quant(tiny, save, "--dataset", index, "--dry_run", "--json").done()
     assert [linear["name"] for linear in answer.json["linears"]] == linear_names()
@@ -476,13 +476,15 @@ def test_dry_run_prints_every_linear_and_writes_nothing(tiny: Path, index: Path,
     assert not save.exists()
 
 
-def test_foretold_output_size_is_the_real_one(tiny: Path, plain: Path, tmp_path: Path) -> None:
-    foretold = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run", "--json").done().json["output_bytes"]
+def test_estimated_output_size(tiny: Path, plain: Path, tmp_path: Path) -> None:
+    estimated = (
+        quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run", "--json").done().json["output_bytes"]
+    )
     real = sum(f.stat().st_size for f in plain.iterdir())
-    assert foretold[ASCEND] == pytest.approx(real, rel=0.02)
+    assert answer.json["output_bytes"][ASCEND] == pytest.approx(real, rel=0.02)
 
 
-def test_json_is_all_there_is_on_stdout(tiny: Path, index: Path, tmp_path: Path) -> None:
+def test_stdout_is_json_only(tiny: Path, index: Path, tmp_path: Path) -> None:
     answer = quant(tiny, tmp_path / "out", "--dataset", index, "--max_samples", 1, "--json").done()
     written = load_json(tmp_path / "out" / "quant_report.json")
     assert answer.json.pop("seconds") > 0 and answer.json["layers"] == written["layers"]
@@ -490,7 +492,7 @@ def test_json_is_all_there_is_on_stdout(tiny: Path, index: Path, tmp_path: Path)
     assert answer.err.startswith("device cpu (as asked)")
 
 
-def test_max_samples_is_a_seeded_choice(tiny: Path, tmp_path: Path) -> None:
+def test_max_samples_selects_by_seed(tiny: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path / "data", *({"text": f"Sentence {'very ' * n}long."} for n in range(12)))
     recipe, tokens = fast_recipe(tmp_path), {}
     for run, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -504,7 +506,7 @@ def test_max_samples_is_a_seeded_choice(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["True", "False", "true"])
-def test_trust_remote_code_takes_msmodelslims_words(tiny: Path, tmp_path: Path, value: str) -> None:
+def test_trust_remote_code_accepts_msmodelslim_values(tiny: Path, tmp_path: Path, value: str) -> None:
     words = ("--config_path", MINMAX, "--trust_remote_code", value, "--dry_run")
     quant(tiny, tmp_path / "out", *words).done()
 
@@ -537,11 +539,11 @@ def test_missing_flags_and_unknown_verbs_exit_with_2() -> None:
     assert command("quantise").code == 2
 
 
-def test_log_level_error_says_nothing(tiny: Path, tmp_path: Path) -> None:
+def test_log_level_error_prints_nothing(tiny: Path, tmp_path: Path) -> None:
     assert quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--log_level", "error").done().err == ""
 
 
-def test_two_formats_get_a_folder_each(smoothed: Path, plain: Path) -> None:
+def test_two_formats_get_separate_folders(smoothed: Path, plain: Path) -> None:
     report = load_json(smoothed / COMPRESSED / "quant_report.json")
     assert report["savers"] == {name: str(smoothed / name) for name in (ASCEND, COMPRESSED)}
     assert load_json(plain / "quant_report.json")["savers"] == {ASCEND: str(plain)}
@@ -552,22 +554,22 @@ def test_two_formats_get_a_folder_each(smoothed: Path, plain: Path) -> None:
 BLOCKED = """\
 import sys
 
-# None makes an import fail and find_spec answer that there is no such module.
+# None makes imports fail and find_spec report that there is no such module.
 names = ("qwen_omni_utils", "av", "librosa", "soxr", "soundfile", "decord", "torchcodec")
 sys.modules.update(dict.fromkeys(names))
 from msmodelslim_omni.models import qwen2_5_omni
 
-def opened(*arguments):
+def refuse(*arguments):
     raise RuntimeError("a data-free run opened the towers or the media processor")
 
-qwen2_5_omni.open_stem = qwen2_5_omni.open_media_processor = opened
+qwen2_5_omni.open_stem = qwen2_5_omni.open_media_processor = refuse
 from msmodelslim_omni.cli import main
 main()
 """
 
 
-def test_data_free_run_needs_no_dataset_no_media_library_and_no_tower(tiny: Path, plain: Path, tmp_path: Path) -> None:
-    """In a process of its own, without the media libraries, the processor's files, and any dataset."""
+def test_data_free_run_needs_no_dataset_media_library_or_tower(tiny: Path, plain: Path, tmp_path: Path) -> None:
+    """Runs in a separate process without media libraries, processor files and dataset."""
     source = Path(shutil.copytree(tiny, tmp_path / "source"))
     for name in ("preprocessor_config.json", "tokenizer.json", "chat_template.json"):
         (source / name).unlink()
@@ -586,37 +588,37 @@ def test_data_free_run_needs_no_dataset_no_media_library_and_no_tower(tiny: Path
     assert (tmp_path / "out" / weights).read_bytes() == (plain / weights).read_bytes()
 
 
-# --- the other verbs -----------------------------------------------------------------------------------------
+# --- other commands ------------------------------------------------------------------------------------------
 
 
-def test_inspect_tells_float_and_both_formats(tiny: Path, smoothed: Path) -> None:
-    found = {}
+def test_inspect_shows_float_and_both_formats(tiny: Path, smoothed: Path) -> None:
+    results = {}
     for folder in (tiny, smoothed / ASCEND, smoothed / COMPRESSED):
-        found[folder] = command("inspect", folder, "--json").done().json
-        assert found[folder]["bytes"] == sum(t.nbytes for t in load_checkpoint(folder).values())
-    schemes = [entry["scheme"] for entry in found.values()]
+        results[folder] = command("inspect", folder, "--json").done().json
+        assert results[folder]["bytes"] == sum(t.nbytes for t in load_checkpoint(folder).values())
+    schemes = [entry["scheme"] for entry in results.values()]
     assert schemes == ["float", "ascend W8A8_DYNAMIC", "compressed-tensors int-quantized"]
-    for folder, entry in found.items():
+    for folder, entry in results.items():
         parts = {part["name"]: part for part in entry["parts"]}
         assert {"decoder layers", "lm_head", "visual tower", "talker", "token2wav"} <= set(parts)
         assert ("I8" in parts["decoder layers"]["dtypes"]) == (folder != tiny)
         assert all(part["scheme"] == "float" for name, part in parts.items() if name != "decoder layers")
-    parameters = {sum(part["parameters"] for part in entry["parts"]) for entry in found.values()}
+    parameters = {sum(part["parameters"] for part in entry["parts"]) for entry in results.values()}
     assert len(parameters) == 1
     assert "token2wav" in command("inspect", smoothed / ASCEND).done().out
 
 
-def test_recipes_verbs(tmp_path: Path) -> None:
+def test_recipes_commands(tmp_path: Path) -> None:
     listed = command("recipes", "list", "--json").done().json
     kinds = {entry["name"]: entry["quant_type"] for entry in listed}
     assert {name: kinds[name] for name in ("qwen2_5_omni_w4a16", "qwen2_5_omni_w8a8", MINMAX)} == {
         "qwen2_5_omni_w4a16": "w4a16", "qwen2_5_omni_w8a8": "w8a8", MINMAX: "w8a8",
     }  # fmt: skip
     assert all(f"_{kind}" in name for name, kind in kinds.items())
-    (place,) = (entry["path"] for entry in listed if entry["name"] == MINMAX)
+    (path,) = (entry["path"] for entry in listed if entry["name"] == MINMAX)
     assert MINMAX in command("recipes", "list").done().out
     shown = command("recipes", "show", MINMAX).done().out
-    assert shown == Path(place).read_text(encoding="utf-8")
+    assert shown == Path(path).read_text(encoding="utf-8")
     schema = command("recipes", "schema").done().json
     assert "spec" in schema["properties"] and "apiversion" in schema["required"]
     assert "valid" in command("recipes", "validate", "qwen2_5_omni_w8a8", MINMAX).done().out
@@ -627,9 +629,9 @@ def test_recipes_verbs(tmp_path: Path) -> None:
     assert "Shipped recipes" in command("recipes", "show", "qwen_w8a8").fault()
 
 
-def test_float_function_is_that_of_plain_torch(tiny: Path) -> None:
-    """The reference of these tests is itself sound: an integer Linear is near its float one."""
+def test_integer_linear_is_close_to_a_float_linear(tiny: Path) -> None:
+    """Checks the reference that these tests use."""
     torch.manual_seed(0)
     weight, x = torch.randn(16, 32), torch.randn(5, 32)
     scale = weight.abs().amax(1, keepdim=True) / 127
-    assert relative(IntegerLinear((weight / scale).round(), scale, None)(x), F.linear(x, weight)) < 0.02
+    assert relative_difference(IntegerLinear((weight / scale).round(), scale, None)(x), F.linear(x, weight)) < 0.02

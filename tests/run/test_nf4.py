@@ -1,4 +1,4 @@
-"""NF4 from end to end: bitsandbytes' own numbers, the checkpoint in the library's classes, and what is refused."""
+"""NF4 end to end: comparison with bitsandbytes, loading in transformers, and refused recipes and checkpoints."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_levels_are_bitsandbytes() -> None:
     assert torch.equal(torch.tensor(NF4_LEVELS), get_4bit_type("nf4", device="cpu"))
 
 
-def test_by_hand() -> None:
-    """absmax 2: 1.0 is half of it, and lies between 0.4407 and 0.5626, nearer to the latter."""
+def test_codes_of_a_small_weight() -> None:
+    """absmax is 2, so 1.0 becomes 0.5, which is between the levels 0.4407 and 0.5626 and nearer to the latter."""
     weight = torch.zeros(1, 64)
     weight[0, :5] = torch.tensor([-2.0, 1.0, 0.1, 0.2, -0.5])
     linear = quantize_weight(weight, NF4)
@@ -57,7 +57,7 @@ def test_by_hand() -> None:
     assert dequantize(linear)[0, :6].tolist() == expected
 
 
-def test_golden_bytes() -> None:
+def test_packed_bytes() -> None:
     codes = torch.tensor([[1, 2, 15, 0], [7, 8, 0, 10]], dtype=torch.int8)
     assert pack_nf4(codes).tolist() == [[0x12], [0xF0], [0x78], [0x0A]]
     assert torch.equal(unpack_nf4(pack_nf4(codes), (2, 4)), codes)
@@ -65,9 +65,7 @@ def test_golden_bytes() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("double", [False, True])
-def test_the_same_as_bitsandbytes_on_the_whole_weight(
-    dtype: torch.dtype, double: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantization_equals_bitsandbytes(dtype: torch.dtype, double: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arithmetic, "_BLOCK_ELEMENTS", 1 << 12)  # several blocks of rows
     weight = torch.randn(100, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight[3, 64:128] = 0  # a block of zeros
@@ -80,7 +78,7 @@ def test_the_same_as_bitsandbytes_on_the_whole_weight(
     assert (linear.nested is not None) == double
 
 
-def test_double_quantization_keeps_what_bitsandbytes_keeps() -> None:
+def test_double_quantization_has_the_layout_of_bitsandbytes() -> None:
     absmax = torch.rand(600, generator=torch.Generator().manual_seed(0))
     nested = nest(absmax)
     assert nested.codes.dtype == torch.uint8 and len(nested.scales) == 3 and len(nested.levels) == 256
@@ -88,7 +86,7 @@ def test_double_quantization_keeps_what_bitsandbytes_keeps() -> None:
     assert float((nested.absmax() - absmax).abs().max()) < 0.01
 
 
-def test_not_a_number_is_refused() -> None:
+def test_nan_is_refused() -> None:
     weight = torch.ones(2, 64)
     weight[1, 3] = torch.nan
     with pytest.raises(Exception, match="NaN or Inf"):
@@ -100,7 +98,7 @@ def test_not_a_number_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """By the shipped recipe; nested; and with one Linear left float."""
+    """Outputs of the shipped recipe, with double quantization, and with one Linear kept float."""
     folder = tmp_path_factory.mktemp("nf4")
     quant(tiny, folder / "plain", "--quant_type", "nf4").done()
     for name, float_linear in (("double", "-"), ("mixed", FLOAT_LINEAR)):
@@ -114,10 +112,10 @@ NAMES = ("plain", "double", "mixed")
 
 
 def by_bitsandbytes(source: Path, linear: str, double: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The packed weight, and what it stands for in float32."""
+    """The packed weight of bitsandbytes, and its dequantized weight in float32."""
     for file in source.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
-            if f"{linear}.weight" in opened.keys():  # noqa: SIM118, no mapping
+            if f"{linear}.weight" in opened.keys():  # noqa: SIM118, not a mapping
                 packed, state = quantize_4bit(
                     opened.get_tensor(f"{linear}.weight"), quant_type="nf4", compress_statistics=double
                 )
@@ -127,7 +125,7 @@ def by_bitsandbytes(source: Path, linear: str, double: bool) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_are_bitsandbytes_own_of_the_source(outputs: dict[str, Path], tiny: Path, name: str) -> None:
+def test_weights_equal_bitsandbytes_on_the_source(outputs: dict[str, Path], tiny: Path, name: str) -> None:
     output = open_quantized(outputs[name])
     assert output.saver == "bitsandbytes" and len(output.linears) == LINEARS - (name == "mixed")
     tensors = load_file(weights_file(outputs[name]))
@@ -138,23 +136,26 @@ def test_weights_are_bitsandbytes_own_of_the_source(outputs: dict[str, Path], ti
 
 
 def assert_loaded_as_planned(model: Any, path: Path, prefix: str = "") -> None:
-    """The Linears on disk, and no other, are 4-bit modules that hold what is there. prefix: of names on disk alone."""
+    """Exactly the quantized Linears on disk are 4-bit modules, with the same weights.
+
+    prefix: comes before the model's names on disk.
+    """
     output = open_quantized(path)
     modules = {n: m for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-    found = {prefix + name.replace("language_model.", ""): module for name, module in modules.items()}
-    assert found.keys() == output.linears.keys()
-    for on_disk, module in found.items():
+    loaded = {prefix + name.replace("language_model.", ""): module for name, module in modules.items()}
+    assert loaded.keys() == output.linears.keys()
+    for on_disk, module in loaded.items():
         weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
         assert torch.equal(weight, dequantize(output.load_linear(on_disk)).to(weight.dtype))
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("part", ["full", "thinker"])
-def test_the_library_loads_it_with_no_further_arguments(outputs: dict[str, Path], name: str, part: str) -> None:
+def test_transformers_loads_it_without_arguments(outputs: dict[str, Path], name: str, part: str) -> None:
     import transformers
 
-    whole, thinker = "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"
-    model = getattr(transformers, whole if part == "full" else thinker).from_pretrained(outputs[name])
+    full, thinker = "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"
+    model = getattr(transformers, full if part == "full" else thinker).from_pretrained(outputs[name])
     assert_loaded_as_planned(model, outputs[name], "" if part == "full" else "thinker.")
     speaker = model.thinker if part == "full" else model
     ids = torch.arange(5, 25)[None]
@@ -176,28 +177,29 @@ def test_sizes_and_config(outputs: dict[str, Path]) -> None:
         assert parts == {*nf4_format.NF4_PARTS, "bias"}
     config = json.loads((outputs["double"] / "config.json").read_text())
     for block in (config, config["thinker_config"]):
-        said = block["quantization_config"]
-        assert said["quant_method"] == "bitsandbytes" and said["load_in_4bit"] and said["bnb_4bit_use_double_quant"]
-        assert {"visual", "audio_tower", "lm_head", "talker", "token2wav"} <= set(said["llm_int8_skip_modules"])
+        settings = block["quantization_config"]
+        assert settings["quant_method"] == "bitsandbytes" and settings["load_in_4bit"]
+        assert settings["bnb_4bit_use_double_quant"]
+        assert {"visual", "audio_tower", "lm_head", "talker", "token2wav"} <= set(settings["llm_int8_skip_modules"])
     bits = {name: json.loads((path / "quant_report.json").read_text()) for name, path in outputs.items()}
     assert 4.5 < bits["plain"]["bits_per_weight"] < 4.53
-    assert 4.12 < bits["double"]["bits_per_weight"] < 4.26  # a table of 1 KiB weighs on Linears as small as these
+    assert 4.12 < bits["double"]["bits_per_weight"] < 4.26  # the table of 1 KiB counts for Linears of this size
     assert {linear["scheme"] for layer in bits["double"]["layers"] for linear in layer["linears"]} == {"NF4_G64_DOUBLE"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("with_source", [False, True])
-def test_doctor_has_nothing_to_say(outputs: dict[str, Path], tiny: Path, name: str, with_source: bool) -> None:
+def test_doctor_finds_no_problem(outputs: dict[str, Path], tiny: Path, name: str, with_source: bool) -> None:
     diagnosis = examine(outputs[name], tiny if with_source else None)
     assert diagnosis.codes() == set(), [str(finding) for finding in diagnosis.findings]
 
 
-def test_the_same_bytes_again(outputs: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
-    quant(tiny, tmp_path / "again", "--quant_type", "bnb").done()
-    assert files(tmp_path / "again") == files(outputs["plain"])
+def test_two_runs_give_the_same_bytes(outputs: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+    quant(tiny, tmp_path / "repeated", "--quant_type", "bnb").done()
+    assert files(tmp_path / "repeated") == files(outputs["plain"])
 
 
-def test_eval_export_inspect_and_generate_read_it(outputs: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+def test_eval_export_inspect_and_generate_accept_it(outputs: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path / "data", {"text": "Why is the sky blue?", "answer": "Short waves scatter most."})
     words = ("eval", "--float", tiny, "--quant", outputs["double"], "--dataset", index, "--device", "cpu", "--json")
     figures = command(*words).done().json
@@ -212,7 +214,7 @@ def test_eval_export_inspect_and_generate_read_it(outputs: dict[str, Path], tiny
 
 @pytest.mark.full
 def test_awq_before_nf4(tiny: Path, tmp_path: Path) -> None:
-    """Scaled from a few samples, and never worse by the output's error than nf4 alone."""
+    """With scales searched on a few samples, the output error is never larger than with nf4 only."""
     index = write_index(tmp_path / "data", {"text": "Why is the sky blue?", "answer": "Short waves scatter most."})
     recipe = "qwen2_5_omni_nf4_awq"
     quant(tiny, tmp_path / "out", "--config_path", recipe, "--dataset", index).done()
@@ -222,10 +224,10 @@ def test_awq_before_nf4(tiny: Path, tmp_path: Path) -> None:
     assert examine(tmp_path / "out", tiny).codes() == set()
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------
 
 
-def test_bitsandbytes_that_is_not_installed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_bitsandbytes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     message = quant(tiny, tmp_path / "out", "--quant_type", "nf4").fault()
     assert "nf4 needs bitsandbytes" in message and "pip install 'msmodelslim_omni[bnb]'" in message
@@ -242,28 +244,29 @@ def test_bitsandbytes_that_is_not_installed(tiny: Path, tmp_path: Path, monkeypa
         ("{act: {}, weight: {scope: per_group, dtype: nf4}}", "nf4 weights go with float activations"),
     ],
 )
-def test_recipes_that_make_no_sense(tmp_path: Path, qconfig: str, message: str) -> None:
+def test_invalid_recipes(tmp_path: Path, qconfig: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
-        load_recipe(write_recipe(tmp_path, "odd", qconfig, "-"))
+        load_recipe(write_recipe(tmp_path, "invalid", qconfig, "-"))
 
 
 @pytest.mark.parametrize("saver", ["awq", "compressed_tensors", "ascendv1_saver"])
-def test_formats_that_cannot_hold_it(tiny: Path, tmp_path: Path, saver: str) -> None:
+def test_formats_without_nf4_are_refused(tiny: Path, tmp_path: Path, saver: str) -> None:
     message = quant(tiny, tmp_path / "out", "--quant_type", "nf4", "--save_format", saver).fault()
     assert f"{saver} " in message and "NF4_G64" in message and not (tmp_path / "out").exists()
 
 
-def test_an_int8_recipe_does_not_go_into_bitsandbytes(tiny: Path, tmp_path: Path) -> None:
+def test_int8_recipe_is_refused_by_bitsandbytes(tiny: Path, tmp_path: Path) -> None:
     message = quant(tiny, tmp_path / "out", "--quant_type", "w8a8", "--save_format", "bitsandbytes").fault()
     assert "it holds nf4, not W8A8_DYNAMIC" in message
 
 
-def state(text: str) -> torch.Tensor:
+def state_tensor(text: str) -> torch.Tensor:
+    """A quantization state, stored as JSON in uint8."""
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 STATE = f"{Q_PROJ}.{nf4_format.NF4_STATE}"
-GOOD = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [256, 256]}'
+VALID = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [256, 256]}'
 
 
 @pytest.mark.parametrize(
@@ -272,17 +275,17 @@ GOOD = '{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [25
         (without(STATE), "linear_incomplete"),
         (without(f"{Q_PROJ}.weight.absmax"), "linear_incomplete"),
         (without(f"{Q_PROJ}.weight"), "linear_incomplete"),
-        (replaced(STATE, state("{")), "nf4_state_wrong"),
-        (replaced(STATE, state("[]")), "nf4_state_wrong"),
-        (replaced(STATE, state(GOOD.replace("nf4", "fp4"))), "nf4_state_wrong"),
-        (replaced(STATE, state(GOOD.replace("64", "63"))), "nf4_state_wrong"),
-        (replaced(STATE, state(GOOD.replace("256, 256", "64, 256"))), "nf4_state_wrong"),
+        (replaced(STATE, state_tensor("{")), "nf4_state_wrong"),
+        (replaced(STATE, state_tensor("[]")), "nf4_state_wrong"),
+        (replaced(STATE, state_tensor(VALID.replace("nf4", "fp4"))), "nf4_state_wrong"),
+        (replaced(STATE, state_tensor(VALID.replace("64", "63"))), "nf4_state_wrong"),
+        (replaced(STATE, state_tensor(VALID.replace("256, 256", "64, 256"))), "nf4_state_wrong"),
         (replaced(STATE, torch.zeros(1 << 13, dtype=torch.uint8)), "nf4_state_wrong"),
         (replaced(f"{Q_PROJ}.weight.quant_map", torch.linspace(-1, 1, 16)), "nf4_state_wrong"),
         (replaced(f"{Q_PROJ}.weight.absmax", torch.full((3,), 1.0)), "nf4_state_wrong"),
     ],
 )
-def test_damage_is_found_and_refused(
+def test_damage_is_detected(
     outputs: dict[str, Path], tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], None], code: str
 ) -> None:
     damaged = edited(outputs["plain"], tmp_path / "damaged", change)
@@ -290,11 +293,11 @@ def test_damage_is_found_and_refused(
     assert Q_PROJ in command("export", damaged, "--save_path", tmp_path / "x", "--save_format", "bitsandbytes").fault()
 
 
-def test_the_state_that_damage_is_made_of_is_a_good_one(outputs: dict[str, Path], tmp_path: Path) -> None:
-    assert examine(edited(outputs["plain"], tmp_path / "same", replaced(STATE, state(GOOD)))).codes() == set()
+def test_valid_state_is_accepted(outputs: dict[str, Path], tmp_path: Path) -> None:
+    assert examine(edited(outputs["plain"], tmp_path / "same", replaced(STATE, state_tensor(VALID)))).codes() == set()
 
 
-def test_scales_that_are_no_numbers(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_nan_scales_are_detected(outputs: dict[str, Path], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[f"{Q_PROJ}.weight.absmax"][5] = torch.nan
 
@@ -312,7 +315,9 @@ def test_scales_that_are_no_numbers(outputs: dict[str, Path], tmp_path: Path) ->
         ("llm_int8_skip_modules", ["q_proj"], "loader_expects_float"),
     ],
 )
-def test_a_config_that_does_not_fit(outputs: dict[str, Path], tmp_path: Path, key: str, value: Any, code: str) -> None:
+def test_config_that_contradicts_the_weights(
+    outputs: dict[str, Path], tmp_path: Path, key: str, value: Any, code: str
+) -> None:
     damaged = Path(shutil.copytree(outputs["plain"], tmp_path / "damaged"))
 
     def change(config: dict[str, Any]) -> None:
@@ -323,6 +328,6 @@ def test_a_config_that_does_not_fit(outputs: dict[str, Path], tmp_path: Path, ke
     assert code in examine(damaged).codes()
 
 
-def test_a_quantized_source_says_how_it_is_quantized(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_error_on_a_quantized_source_names_its_scheme(outputs: dict[str, Path], tmp_path: Path) -> None:
     message = quant(outputs["plain"], tmp_path / "out", "--quant_type", "nf4").fault()
     assert "is already quantized (bitsandbytes nf4)" in message

@@ -358,7 +358,7 @@ def test_modality_weights_that_do_not_fit_the_data(
     message = quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index, "--dry_run").fault()
     assert words in message and "int4.yaml:1" in message
     if "video" in weights:
-        assert "the samples have audio, text" in message and "add samples with it" in message
+        assert "the samples have audio, text" in message and "add samples with that modality" in message
     assert not (tmp_path / "out").exists()
 
 

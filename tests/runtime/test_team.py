@@ -18,8 +18,8 @@ from make_tiny_omni import make_tiny_omni
 from msmodelslim_omni.calibration.samples import CalibSample, prepare_sample
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import gptq
-from msmodelslim_omni.processors.gptq import factorize, parts
-from msmodelslim_omni.processors.rounding import rounded_parts
+from msmodelslim_omni.processors.gptq import factorize, split_into_parts
+from msmodelslim_omni.processors.rounding import round_parts
 from msmodelslim_omni.runtime import team
 from msmodelslim_omni.runtime.packing import pack, unpack
 from msmodelslim_omni.runtime.team import SINGLE_PROCESS, Split, Team
@@ -88,11 +88,11 @@ def test_tokens_of_two_processes_lie_where_those_of_one_do(rows: int) -> None:
     for first, last, owner in ((0, 5, 0), (5, 17, 1), (17, 30, 0), (30, 40, 1)):
         one.add(x[first:last])
         both[owner].add(x[first:last], first)
-    whole, parts = one.finish().factor, [builder.finish().factor for builder in both]
-    assert whole is not None and parts[0] is not None and parts[1] is not None
+    whole, split_into_parts = one.finish().factor, [builder.finish().factor for builder in both]
+    assert whole is not None and split_into_parts[0] is not None and split_into_parts[1] is not None
     if rows == 40:
-        assert torch.equal(whole, parts[0] + parts[1])
-    torch.testing.assert_close(whole, parts[0] + parts[1])
+        assert torch.equal(whole, split_into_parts[0] + split_into_parts[1])
+    torch.testing.assert_close(whole, split_into_parts[0] + split_into_parts[1])
 
 
 @pytest.mark.parametrize("method", ["mse", "gptq"])
@@ -103,10 +103,10 @@ def test_parts_of_a_linear_have_the_bits_of_the_whole(method: str, monkeypatch: 
     builder = GramBuilder(64, None, CPU, 0)
     builder.add(x)
     gram = builder.finish()
-    blocks = [weight[rows] for rows in parts(weight)]
-    importance, triangle = gram.diagonal_blocks(32), factorize(gram)
-    whole = rounded_parts(blocks, scheme, importance, triangle)
-    ends = rounded_parts([blocks[0], blocks[-1]], scheme, importance, triangle)
+    blocks = [weight[rows] for rows in split_into_parts(weight)]
+    importance, cholesky = gram.diagonal_blocks(32), factorize(gram)
+    whole = round_parts(blocks, scheme, importance, cholesky)
+    ends = round_parts([blocks[0], blocks[-1]], scheme, importance, cholesky)
     assert [len(block) for block in blocks] == [204] * 3
     for there, here in zip([whole[0], whole[-1]], ends, strict=True):
         assert torch.equal(there.qweight, here.qweight) and torch.equal(there.scales, here.scales)

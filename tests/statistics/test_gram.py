@@ -15,7 +15,7 @@ from msmodelslim_omni.statistics import gram as gram_module
 from msmodelslim_omni.statistics.gram import (
     Gram,
     GramBuilder,
-    combined,
+    weighted_sum,
     sketch_rows,
 )
 
@@ -101,17 +101,17 @@ def test_rescaled_is_of_the_divided_tokens(form: Form) -> None:
 def test_combined_weighs_each_part(form: Form) -> None:
     parts, weights = [tokens(30, seed=1), tokens(9, seed=2), tokens(4, seed=3)], [0.5, 2.0, 3.25]
     grams = [form(part) for part in parts]
-    whole = combined(grams, weights)
+    whole = weighted_sum(grams, weights)
     expected = sum(w * p.double().T @ p.double() for w, p in zip(weights, parts, strict=True))
     close(quadratic(whole), expected)
     assert whole.tokens == 43
-    for gram, part in zip(grams, parts, strict=True):  # what is combined stays as it was
+    for gram, part in zip(grams, parts, strict=True):  # what is weighted_sum stays as it was
         close(quadratic(gram), part.double().T @ part.double())
 
 
 def test_combined_error_is_that_of_the_worst_part() -> None:
     parts = [Gram(None, tokens(5), 5), Gram(None, tokens(5), 50, error=0.25)]
-    assert combined(parts, [1.0, 1.0]).error == 0.25
+    assert weighted_sum(parts, [1.0, 1.0]).error == 0.25
 
 
 # --- adding up -----------------------------------------------------------------------------------------------

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.storage.direct_io import PlacedFile
+from msmodelslim_omni.storage.direct_io import DirectFile
 from msmodelslim_omni.storage.safetensors_io import (
     DTYPE_NAMES,
     MAX_HEADER_BYTES,
     TORCH_DTYPES,
-    PlacedShard,
+    RandomAccessShard,
     SafetensorsWriter,
     TensorSpec,
     byte_view,
@@ -404,7 +404,7 @@ def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path: Path) -> None:
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached(tmp_path / "plain"):
         pytest.skip("this file system is one of memory")
-    shard = PlacedShard(tmp_path / "x", [TensorSpec("a", "F32", (4 << 20,))])
+    shard = RandomAccessShard(tmp_path / "x", [TensorSpec("a", "F32", (4 << 20,))])
     shard.put("a", tensor)
     shard.sync()
     assert not cached(tmp_path / "x.partial")
@@ -421,7 +421,7 @@ def test_parts_of_any_place_and_size_are_written(
     """Past the page cache and through it; also where a file system refuses the first, or writes less than asked."""
     length, data = start + size + 7, random_tensor(torch.int8, (size,))
     (tmp_path / "x").write_bytes(b"." * length)
-    file, pwrite, counts = PlacedFile(tmp_path / "x"), os.pwrite, []
+    file, pwrite, counts = DirectFile(tmp_path / "x"), os.pwrite, []
     direct = file._direct
     if direct is None:
         pytest.skip("this file system has no direct writing")
@@ -447,7 +447,7 @@ def test_parts_of_any_place_and_size_are_written(
 
 def test_a_full_disk_is_told_when_written_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(bytes(3 << 20))
-    file, pwrite = PlacedFile(tmp_path / "x"), os.pwrite
+    file, pwrite = DirectFile(tmp_path / "x"), os.pwrite
     direct = file._direct
     if direct is None:
         pytest.skip("this file system has no direct writing")

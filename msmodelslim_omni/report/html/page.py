@@ -1,7 +1,7 @@
-"""The report as one HTML page: nothing is fetched, nothing runs, and it is light or dark as its reader's screen is.
+"""The report as one self-contained HTML page: no requests, no scripts, light or dark as the browser prefers.
 
-Needs the extra `report` (matplotlib, jinja2). Names in a report come from checkpoints and recipes of others, so the
-template escapes all that it is handed; only the drawings of charts.py are put in as they are.
+Needs the extra `report` (matplotlib, jinja2). Names in a report come from untrusted checkpoints and recipes, so the
+template escapes every value except the SVG drawings of charts.py.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from pathlib import Path
 
 from ..fidelity import EvalReport
 from ..report import Report
-from .sections import Story
+from .sections import Article
 
 HTML_NAME = "quant_report.html"
-INSTALL = "pip install 'msmodelslim_omni[report]' writes an HTML report too"
+INSTALL_HINT = "for an HTML report, run: pip install 'msmodelslim_omni[report]'"
 
 
 def can_write_html() -> bool:
-    """Whether the extra is installed."""
+    """Return whether the extra `report` is installed."""
     return find_spec("matplotlib") is not None and find_spec("jinja2") is not None
 
 
 def as_html(report: Report | None, evaluation: EvalReport | None, recipe_text: str = "") -> str:
-    """The page of a quantization, of an evaluation, or of both: then what the evaluation found comes first."""
+    """Render the page of a quantization, an evaluation, or both; the evaluation comes first."""
     from jinja2 import Environment, StrictUndefined
 
-    from .evaluation import evaluation_story
-    from .quantization import quantization_story
+    from .evaluation import evaluation_article
+    from .quantization import quantization_article
 
-    stories: list[Story] = []
+    articles: list[Article] = []
     if evaluation is not None:
-        stories.append(evaluation_story(evaluation))
+        articles.append(evaluation_article(evaluation))
     if report is not None:
-        stories.append(quantization_story(report, recipe_text))
+        articles.append(quantization_article(report, recipe_text))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    title = stories[0].title if stories else "Report"
-    return page.render(title=title, stories=stories) + "\n"
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    title = articles[0].title if articles else "Report"
+    return template.render(title=title, articles=articles) + "\n"

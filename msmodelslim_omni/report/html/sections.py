@@ -1,4 +1,4 @@
-"""What a page is made of: sections with figures and tables, as data; page.html turns them into markup."""
+"""The contents of a page as data: articles, sections, charts and tables. page.html renders them."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure that stands at the top: what it is, how much, and a word beside it."""
+    """A headline figure: its label, its value, and a note."""
 
-    what: str
+    label: str
     value: str
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Chart:
-    """An SVG, what it shows in one sentence, and the same in words for who does not see it. tall: as two others."""
+    """An SVG drawing with a caption and, for screen readers, its values as text. tall: spans two rows of charts."""
 
     title: str
     svg: str
-    says: str
-    in_words: str
+    caption: str
+    alt_text: str
     tall: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first `texts` columns are words, those behind them figures, aligned right.
+    """A table. The first `text_columns` columns are aligned left, the others right.
 
-    folded: shown when asked for. wide: not beside a figure.
+    folded: collapsed until the reader opens it. wide: takes the full width of the page.
     """
 
     caption: str
     columns: Row
     rows: tuple[Row, ...]
-    texts: int = 1
+    text_columns: int = 1
     folded: bool = False
     wide: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """One heading with all that belongs to it, in this order."""
+    """A heading and its contents, in display order."""
 
     title: str
     text: str = ""
@@ -60,8 +60,8 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Story:
-    """One of a page's two parts: what a quantization or an evaluation found."""
+class Article:
+    """One of the two parts of a page: the results of a quantization or of an evaluation."""
 
     title: str
     text: str
@@ -69,28 +69,29 @@ class Story:
     sections: tuple[Section, ...] = field(default=())
 
 
-def percent(value: float | None) -> str:
-    """0.05271 -> `5.27 %`: three digits, or `n/a`."""
+def format_percent(value: float | None) -> str:
+    """Format a ratio with three digits: 0.05271 -> `5.27 %`; `n/a` for None, NaN and infinity."""
     if value is None or not math.isfinite(value):
         return "n/a"
     return f"{100 * value:.3g} %" if abs(value) < 9.995 else f"{100 * value:,.0f} %"
 
 
-def in_percent(values: Sequence[float | None]) -> list[float | None]:
+def to_percent(values: Sequence[float | None]) -> list[float | None]:
     return [None if value is None else 100 * value for value in values]
 
 
 def mean_error(errors: Sequence[float | None]) -> float | None:
-    """Root mean square of those that are known."""
+    """Root mean square of the known, finite errors, or None."""
     known = [error for error in errors if error is not None and math.isfinite(error)]
     return root_mean_square(known) if known else None
 
 
-def present(groups: Sequence[Mapping[str, float]]) -> list[str]:
-    """The modalities that any of these has, in their usual order, and whatever else is in them."""
-    found = dict.fromkeys(name for group in groups for name in group)
-    return [*(name for name in MODALITIES if name in found), *(name for name in found if name not in MODALITIES)]
+def all_keys(groups: Sequence[Mapping[str, float]]) -> list[str]:
+    """Keys of all groups without duplicates: modalities in the order of MODALITIES, then any other keys."""
+    keys = dict.fromkeys(name for group in groups for name in group)
+    return [*(name for name in MODALITIES if name in keys), *(name for name in keys if name not in MODALITIES)]
 
 
-def seconds(value: float) -> str:
+def format_seconds(value: float) -> str:
+    """Format a duration in seconds, minutes or hours."""
     return f"{value:.2f} s" if value < 60 else f"{value / 60:.1f} min" if value < 3600 else f"{value / 3600:.2f} h"
