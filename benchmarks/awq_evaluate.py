@@ -1,9 +1,9 @@
-"""How far 4-bit checkpoints of the thinker are from the float model, on tokens none of them was calibrated on.
+"""Measure the error of 4-bit checkpoints of the thinker against the float model, on tokens not used for calibration.
 
     python benchmarks/awq_evaluate.py MODEL TOKENS OUT NAME=WEIGHTS [NAME=WEIGHTS ...]
 
-WEIGHTS is a safetensors file or a folder of them: AWQ GEMM, compressed-tensors pack-quantized, or plain float. Each is
-unpacked here, independently of the quantizer's own code, and put into the float32 model of the installed transformers.
+WEIGHTS is a safetensors file or a folder of them: AWQ GEMM, compressed-tensors pack-quantized, or plain float. They are
+unpacked here, without the quantizer's code, and loaded into the float32 model of the installed transformers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from make_tiny_omni import shim_torchvision
 
 GROUP = 128
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a packed column holds channel AWQ_ORDER[i] of its eight
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a packed column holds channel AWQ_ORDER[i] of the eight
 ROUND_TO_NEAREST = "round to nearest"
 
 
@@ -33,27 +33,27 @@ ROUND_TO_NEAREST = "round to nearest"
 
 
 def nibbles(packed: Tensor) -> Tensor:
-    """int32 [..., n] -> int32 [..., n, 8] in 0..15, lowest bits first."""
+    """Split int32 [..., n] into int32 [..., n, 8] with values 0..15, lowest bits first."""
     return (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 0xF
 
 
 def unpack_awq(packed: Tensor) -> Tensor:
-    """AWQ GEMM: int32 [rows, out/8] -> [rows, out]."""
+    """Unpack AWQ GEMM: int32 [rows, out/8] -> [rows, out]."""
     channels = torch.empty(*packed.shape, 8, dtype=torch.int32)
     channels[..., list(AWQ_ORDER)] = nibbles(packed)
     return channels.flatten(1)
 
 
 def dequantize_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """w = (q - z) * s of int32 [in, out/8], int32 [in/g, out/8] and float [in/g, out] -> float32 [out, in]."""
+    """w = (q - z) * s from int32 [in, out/8], int32 [in/g, out/8] and float [in/g, out] -> float32 [out, in]."""
     q, zeros = unpack_awq(qweight), unpack_awq(qzeros)  # [in, out], [in/g, out]
     group = q.shape[0] // zeros.shape[0]
-    spread = zeros.repeat_interleave(group, 0), scales.float().repeat_interleave(group, 0)
-    return ((q - spread[0]) * spread[1]).t().contiguous()
+    zeros, scales = zeros.repeat_interleave(group, 0), scales.float().repeat_interleave(group, 0)
+    return ((q - zeros) * scales).t().contiguous()
 
 
 def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, shape: Tensor) -> Tensor:
-    """w = (q - z) * s of compressed-tensors' pack-quantized int4 -> float32 [out, in].
+    """w = (q - z) * s from compressed-tensors' pack-quantized int4 -> float32 [out, in].
 
     packed: int32 [out, in/8], value + 8. scale: [out, in/g]. zero_point: int32 [out/8, in/g], packed along dim 0,
     value + 8; None for symmetric weights.
@@ -69,7 +69,7 @@ def dequantize_packed(packed: Tensor, scale: Tensor, zero_point: Tensor | None, 
 
 
 def round_to_nearest(weight: Tensor) -> Tensor:
-    """Plain asymmetric 4-bit rounding per group: [out, in] -> the same, dequantized; 0 is in every group's range."""
+    """Round [out, in] to asymmetric 4-bit per group and dequantize; the range of every group includes 0."""
     groups = weight.unflatten(1, (-1, GROUP))  # [out, in/g, g]
     low = groups.amin(-1, keepdim=True).clamp(max=0)
     high = groups.amax(-1, keepdim=True).clamp(min=0)
@@ -78,8 +78,8 @@ def round_to_nearest(weight: Tensor) -> Tensor:
     return (((groups / scale).round() + zero).clamp(0, 15) - zero).mul(scale).flatten(1)
 
 
-def _of_text_model(names: list[str]) -> str:
-    """The prefix under which a checkpoint's names hold the thinker's text model."""
+def _text_model_prefix(names: list[str]) -> str:
+    """Prefix of the thinker's text model in a checkpoint's tensor names."""
     for prefix in ("thinker.model.language_model.", "thinker.model.", "model."):
         if any(name.startswith(prefix) for name in names):
             return prefix
@@ -87,18 +87,18 @@ def _of_text_model(names: list[str]) -> str:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The text model's tensors of a checkpoint as float32, by their names in the model, quantized ones unpacked."""
+    """Load the text model's tensors of a checkpoint as float32, by their names in the model; unpack quantized ones."""
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    where: dict[str, Any] = {}
+    handles: dict[str, Any] = {}  # of the file that holds each tensor
     for file in files:
         handle = safe_open(file, "pt")
-        where.update(dict.fromkeys(handle.keys(), handle))
-    prefix = _of_text_model(list(where))
+        handles.update(dict.fromkeys(handle.keys(), handle))
+    prefix = _text_model_prefix(list(handles))
 
     def read(name: str) -> Tensor:
-        return where[prefix + name].get_tensor(prefix + name)
+        return handles[prefix + name].get_tensor(prefix + name)
 
-    names = {name.removeprefix(prefix) for name in where if name.startswith(prefix)}
+    names = {name.removeprefix(prefix) for name in handles if name.startswith(prefix)}
     weights = {}
     for name in sorted(names):
         stem, _, leaf = name.rpartition(".")
@@ -122,9 +122,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Errors:
-    """hidden: |h - h'| / |h| of the final hidden states. kl: mean KL(float || quantized) of the next token, in nats.
-    layer: mean over the layers of |y - y'| / |y|, each fed with the float model's input. linears: how many Linears hold
-    other values than the float model's; all of them, if a tool did its work.
+    """Errors of a quantized text model.
+
+    hidden: |h - h'| / |h| of the final hidden states. kl: mean KL(float || quantized) of the next token, in nats.
+    layer: mean over the layers of |y - y'| / |y|, each layer fed with the float model's input. linears: number of
+    Linears whose values differ from the float model's; all of them, if a tool quantized everything.
     """
 
     hidden: float
@@ -133,12 +135,12 @@ class Errors:
     linears: int
 
 
-def relative(measured: Tensor, exact: Tensor) -> float:
+def relative_error(measured: Tensor, exact: Tensor) -> float:
     return float((measured - exact).norm() / exact.norm())
 
 
 class Reference:
-    """The float model with what it computes on the tokens: final states, next-token log-probabilities, layer inputs."""
+    """The float model with its results on the tokens: final states, next-token log-probabilities, layer inputs."""
 
     def __init__(self, model_path: Path, tokens: Tensor) -> None:
         shim_torchvision()
@@ -168,15 +170,16 @@ class Reference:
         return [output[0] if isinstance(output, tuple) else output for output in outputs]
 
     def errors_of(self, weights: dict[str, Tensor]) -> Errors:
-        """What a changed text model computes beside the float one."""
-        self.text.load_state_dict(weights)  # strict: a missing or strange tensor is an error
+        """Errors of the text model with these weights."""
+        self.text.load_state_dict(weights)  # strict: a missing or unknown tensor is an error
         hidden, log_probs = self._forward()
         kl = (self.log_probs.exp() * (self.log_probs - log_probs)).sum(-1).mean()
-        layers = [relative(y, exact) for y, exact in zip(self._layer_outputs(), self.layer_outputs, strict=True)]
-        return Errors(relative(hidden, self.hidden), float(kl), sum(layers) / len(layers), self._changed())
+        layers = [relative_error(y, exact) for y, exact in zip(self._layer_outputs(), self.layer_outputs, strict=True)]
+        hidden_error = relative_error(hidden, self.hidden)
+        return Errors(hidden_error, float(kl), sum(layers) / len(layers), self._count_changed_linears())
 
-    def _changed(self) -> int:
-        """How many Linears hold other values than the float model's."""
+    def _count_changed_linears(self) -> int:
+        """Number of Linears whose values differ from the float model's."""
         state = self.text.state_dict()
         return sum(
             not torch.equal(state[f"{name}.weight"], self.weights[f"{name}.weight"])
@@ -184,8 +187,8 @@ class Reference:
             if isinstance(module, nn.Linear)
         )
 
-    def rounded(self) -> dict[str, Tensor]:
-        """The float weights, those of the layers' Linears rounded to nearest."""
+    def rounded_to_nearest(self) -> dict[str, Tensor]:
+        """The float weights, with the Linears of the layers rounded to nearest."""
         return {
             name: round_to_nearest(value) if name.endswith("_proj.weight") else value
             for name, value in self.weights.items()
@@ -194,9 +197,9 @@ class Reference:
 
 @torch.no_grad()
 def evaluate(model: Path, tokens: Tensor, results: dict[str, Path]) -> dict[str, Errors]:
-    """The errors of plain rounding and of every result."""
+    """Measure the errors of plain rounding and of every result."""
     reference = Reference(model, tokens)
-    sources: dict[str, Callable[[], dict[str, Tensor]]] = {ROUND_TO_NEAREST: reference.rounded}
+    sources: dict[str, Callable[[], dict[str, Tensor]]] = {ROUND_TO_NEAREST: reference.rounded_to_nearest}
     for name, path in results.items():
         sources[name] = lambda path=path: load_weights(path)
     return {name: reference.errors_of(weights()) for name, weights in sources.items()}

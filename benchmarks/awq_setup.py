@@ -1,11 +1,11 @@
-"""What a comparison of 4-bit quantizers needs: a mid-size random Qwen2.5-Omni, and texts of an exact number of tokens.
+"""Make the inputs of a comparison of 4-bit quantizers: a mid-size random Qwen2.5-Omni, and texts of exact token counts.
 
     python benchmarks/awq_setup.py OUT [--layers 8] [--samples 16] [--tokens 256]
 
-Random weights have no outlier channels by themselves, and without them plain rounding is nearly the best there is. So
-a few channels of every norm, of v_proj and of up_proj are made much larger, and, unlike in the tiny example model, the
-weights that read them keep their size: an error in those columns then costs most, which an activation-aware search can
-find and plain rounding cannot.
+Random weights have no outlier channels, and without outliers plain rounding is nearly optimal. Therefore a few channels
+of every norm, of v_proj and of up_proj are made much larger. Unlike in the tiny example model, the weights that read
+them keep their size. Errors in those columns then cost most; an activation-aware search can find them, plain rounding
+cannot.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ SHAPE = replace(
     talker={**TINY.talker, "embedding_size": HIDDEN},
 )  # fmt: skip
 
-# How strong each product of a layer is beside a unit input: attention that is neither uniform nor one-hot, branches of
-# about half the residual stream, next-token probabilities of a few likely words.
+# Output size of each Linear for a unit input. These give attention that is neither uniform nor one-hot, branches of
+# about half the residual stream, and next-token probabilities with a few likely words.
 _STRENGTHS = {
     "q_proj": 1.4, "k_proj": 1.4, "v_proj": 1.0, "o_proj": 1.0, "gate_proj": 1.0, "up_proj": 1.0, "down_proj": 0.8,
 }  # fmt: skip
 _LM_HEAD_STRENGTH = 3.0
-# Outlier channels: (how many, smallest gain, largest gain) of the activation that a Linear reads.
+# Outlier channels of the activation that a Linear reads: (number, smallest gain, largest gain).
 _OUTLIERS = {
     "attn_in": (8, 10.0, 40.0), "attn_inner": (4, 4.0, 8.0), "mlp_in": (8, 10.0, 40.0), "mlp_inner": (32, 8.0, 20.0),
 }  # fmt: skip
@@ -62,7 +62,7 @@ _LAYER_KEY = re.compile(r"(thinker\.model\.layers\.\d+)\.(?:self_attn\.|mlp\.)?(
 
 
 def _gains(layer: str, activation: str, size: int, seed: int) -> Tensor:
-    """Vector (size,) of ones with the outlier channels of one layer's activation raised."""
+    """Gains (size,) of one layer's activation: above 1 for outlier channels, 1 for the others."""
     count, low, high = _OUTLIERS[activation]
     generator = torch.Generator().manual_seed(stable_hash(seed, "gains", layer, activation))
     channels = torch.randperm(size, generator=generator)[:count]
@@ -72,9 +72,9 @@ def _gains(layer: str, activation: str, size: int, seed: int) -> Tensor:
 
 
 def _with_outliers(name: str, value: Tensor, seed: int) -> Tensor:
-    """A tensor of the thinker with its rows raised; the whole of it is scaled down for the raised channels it reads.
+    """Scale a tensor of the thinker: its rows up by the gains it writes, all of it down for the gains it reads.
 
-    For a weight of std 1/sqrt(in) that reads an input with gains g: std strength / |g|, the same in every column.
+    A weight with std 1/sqrt(in) that reads an input with gains g gets std strength / |g|, the same in every column.
     """
     if name == "thinker.lm_head.weight":
         return value * _LM_HEAD_STRENGTH
@@ -92,35 +92,35 @@ def _with_outliers(name: str, value: Tensor, seed: int) -> Tensor:
 
 
 def _inner_size(leaf: str, columns: int) -> int:
-    """Channels of the activation a Linear reads; o_proj reads every channel of v once per query head of its group."""
+    """Number of channels that a Linear reads; o_proj reads each channel of v once per query head of its group."""
     if leaf != "o_proj":
         return columns
     return columns * SHAPE.text["num_key_value_heads"] // SHAPE.text["num_attention_heads"]
 
 
 def make_checkpoint(out: Path, layers: int, seed: int = 0) -> None:
-    """Write the float32 checkpoint into ``out``: everything an Omni has, with a thinker of width 1024."""
+    """Write the float32 checkpoint into ``out``: a complete Omni with a thinker of width 1024."""
     shape = SHAPE.with_layers(layers)
     write_checkpoint(out, shape, dtype="float32", seed=seed, normal=SeededNormal(seed), shards=1, outliers=False)
     file = out / "model.safetensors"
     tensors = {name: _with_outliers(name, value, seed) for name, value in load_file(file).items()}
-    aside = out / "model.part"
-    save_file(tensors, aside, metadata={"format": "pt"})
-    aside.replace(file)
+    temporary = out / "model.part"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(file)
 
 
 # ------------------------------------------------------------------------------------------------ text
 
 SYSTEM = "You are a helpful assistant."
 SUCCESSORS = 20
-JUMP = 0.3  # how often the next word does not depend on the last
-_WORD = re.compile(r"\u0120[A-Za-z]{2,}")  # U+0120 is how a byte-level vocabulary spells a leading space
+JUMP = 0.3  # probability that the next word does not depend on the last
+_WORD = re.compile(r"\u0120[A-Za-z]{2,}")  # U+0120 is a leading space in a byte-level vocabulary
 
 
 class Language:
-    """Words of the tokenizer's vocabulary with Zipf frequencies, and few likely successors of each.
+    """Words of the tokenizer's vocabulary with Zipf frequencies, and a few likely successors of each.
 
-    Hundreds of words: with a few dozen, the held-out tokens would be the calibration tokens over again.
+    It has hundreds of words. With a few dozen, the held-out tokens would repeat the calibration tokens.
     """
 
     def __init__(self, checkpoint: Path, seed: int = 0) -> None:
@@ -132,23 +132,23 @@ class Language:
         self.successors = {word: chooser.sample(self.words, SUCCESSORS) for word in self.words}
         self.preference = self.frequencies[:SUCCESSORS]
 
-    def frequent(self, chooser: random.Random, count: int) -> list[str]:
+    def draw_words(self, chooser: random.Random, count: int) -> list[str]:
         return chooser.choices(self.words, cum_weights=self.frequencies, k=count)
 
     def text(self, count: int, chooser: random.Random) -> list[str]:
         """``count`` words of a random walk."""
-        words = self.frequent(chooser, 1)
+        words = self.draw_words(chooser, 1)
         while len(words) < count:
             jumps = chooser.random() < JUMP
-            nexts = self.successors[words[-1]]
-            words += self.frequent(chooser, 1) if jumps else chooser.choices(nexts, cum_weights=self.preference)
+            successors = self.successors[words[-1]]
+            words += self.draw_words(chooser, 1) if jumps else chooser.choices(successors, cum_weights=self.preference)
         return words
 
 
 def write_samples(checkpoint: Path, folder: Path, samples: int, tokens: int, seed: int) -> Tensor:
-    """Write ``folder``/index.jsonl of text samples and tokens.safetensors with their prepared ids [samples, tokens].
+    """Write text samples as ``folder``/index.jsonl, and their prepared ids [samples, tokens] as tokens.safetensors.
 
-    The ids are what the quantizer itself makes of the index: through its reader, chat template and tokenizer.
+    The ids are those that the quantizer makes from the index with its reader, chat template and tokenizer.
     """
     from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
     from msmodelslim_omni.models import MODEL_TYPES
@@ -177,13 +177,13 @@ def write_samples(checkpoint: Path, folder: Path, samples: int, tokens: int, see
     prepared = [prepare_sample(sample, processor).tensors["input_ids"][0] for sample in calib.samples]
     ids = torch.stack(prepared)  # [samples, tokens]; fails if a length differs
     if ids.shape != (samples, tokens):
-        raise RuntimeError(f"samples of shape {tuple(ids.shape)} came out, {(samples, tokens)} were meant")
+        raise RuntimeError(f"the samples have shape {tuple(ids.shape)}, expected {(samples, tokens)}")
     save_file({"input_ids": ids.contiguous()}, folder / "tokens.safetensors")
     return ids
 
 
 def _text_of_length(words: list[str], tokens: int, prepared_length: Any) -> str:
-    """The longest beginning of ``words`` that fits, filled up with one-token words to exactly ``tokens``."""
+    """The longest prefix of ``words`` that fits, padded with one-token words to exactly ``tokens``."""
     low, high = 1, len(words)
     while low < high:
         middle = (low + high + 1) // 2
@@ -191,15 +191,15 @@ def _text_of_length(words: list[str], tokens: int, prepared_length: Any) -> str:
     text = " ".join(words[:low])
     missing = tokens - prepared_length(text)
     if missing < 0:
-        raise ValueError(f"{tokens} tokens are too few: the chat template alone needs {tokens - missing}")
+        raise ValueError(f"{tokens} tokens are too few: the chat template needs {tokens - missing}; raise --tokens")
     text += " a" * missing
     if prepared_length(text) != tokens:
-        raise RuntimeError(f"no text of exactly {tokens} tokens found")
+        raise RuntimeError(f"found no text of exactly {tokens} tokens")
     return text
 
 
 def main() -> None:
-    """Command line: everything a comparison needs, in one folder."""
+    """Command line: write all inputs of a comparison into one folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="folder for model/, calibration/ and heldout/")
     parser.add_argument("--layers", type=int, default=8)

@@ -1,15 +1,15 @@
-"""What W8A8, W4A16 and NF4 cost a model that reads, sees and hears: this tool and its peers, on samples none has seen.
+"""Measure the accuracy loss of W8A8, W4A16 and NF4 on a multimodal model: this tool and its peers, on held-out samples.
 
     python benchmarks/compare_fidelity.py install --environments DIR
     python benchmarks/compare_fidelity.py run --environments DIR --work DIR --model MODEL --calibration INDEX
         --heldout INDEX [--tools msmodelslim-w8a8,...] [--text_only] [--out results.json]
 
-Every tool calibrates on the same samples; this tool reads their media, the peers, which take token ids only, read
-media tokens through an enlarged embedding (fidelity_setup.py). With --text_only all calibrate on the samples without
-media. Peers work in float32 on the CPU, asymmetric int4 in groups of 128, each at its defaults. Then `msmodelslim eval`
-compares each result with the float model, per modality; a peer's is unpacked by awq_evaluate.py first.
+Every tool calibrates on the same samples. This tool reads the media; the peers take token ids only, and read media
+tokens through an enlarged embedding (fidelity_setup.py). With --text_only all tools calibrate on the samples without
+media. Peers work in float32 on the CPU, in asymmetric int4 in groups of 128, each at its defaults. Then
+`msmodelslim eval` compares each result with the float model, per modality; awq_evaluate.py unpacks the peers' results.
 
-This process loads no torch: what a process weighs before it starts its child counts as memory of the child.
+This process does not import torch, because the memory of a parent process counts in the peak RSS of its child.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from typing import Any
 from tool_runs import (
     ENVIRONMENTS,
     HERE,
-    OURS,
     PEERS,
     ROOT,
+    THIS_TOOL,
     Run,
     ToolFailed,
     install,
-    names_of,
-    recorded,
-    run_ours,
+    name_list,
+    run_msmodelslim,
+    run_once,
     run_peer,
     run_process,
 )
 
 RECIPES = {
-    f"{OURS}-w8a8": ["--quant_type", "w8a8", "--save_format", "compressed_tensors"],
+    f"{THIS_TOOL}-w8a8": ["--quant_type", "w8a8", "--save_format", "compressed_tensors"],
     "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_rounded.yaml")],
-    f"{OURS}-w4a16": ["--quant_type", "w4a16"],
-    f"{OURS}-nf4": ["--quant_type", "nf4"],
-    f"{OURS}-nf4-awq": ["--config_path", "qwen2_5_omni_nf4_awq"],
+    f"{THIS_TOOL}-w4a16": ["--quant_type", "w4a16"],
+    f"{THIS_TOOL}-nf4": ["--quant_type", "nf4"],
+    f"{THIS_TOOL}-nf4-awq": ["--config_path", "qwen2_5_omni_nf4_awq"],
 }
 TOOLS = [*RECIPES, *PEERS]
 MEDIA = ("image", "audio", "video")
 
 
 def calibration_index(index: Path, text_only: bool, work: Path) -> Path:
-    """The index that all tools calibrate on; of text alone beside the work, since text has no files to be found."""
+    """The index that all tools calibrate on; with text_only, an index in the work folder that omits media samples."""
     if not text_only:
         return index
     lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
     chosen = [line for line in lines if not any(kind in json.loads(line) for kind in MEDIA)]
     if not chosen:
-        sys.exit(f"{index} has no sample of text alone")
+        sys.exit(f"{index} has no sample without media; omit --text_only")
     out = work / "text" / "index.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     return out
 
 
-def twin(index: Path, work: Path, args: argparse.Namespace) -> Path:
-    """The peers' model and tokens, made once."""
+def make_twin(index: Path, work: Path, args: argparse.Namespace) -> Path:
+    """Write the peers' model and tokens unless they exist, and return their folder."""
     out = work / "twin"
     if not (out / "tokens.safetensors").is_file():
         shutil.rmtree(out, ignore_errors=True)
@@ -77,14 +77,14 @@ def twin(index: Path, work: Path, args: argparse.Namespace) -> Path:
 def run_tool(name: str, index: Path, work: Path, args: argparse.Namespace) -> Run:
     folder = work / "runs" / name
     if name in RECIPES:
-        return recorded(folder, lambda: run_ours(name, RECIPES[name], args.model, index, folder, args.threads))
-    made = twin(index, work, args)
-    tokens = made / "tokens.safetensors"
-    return recorded(folder, lambda: run_peer(name, args.environments, made / "model", tokens, folder, args.threads))
+        return run_once(folder, lambda: run_msmodelslim(name, RECIPES[name], args.model, index, folder, args.threads))
+    twin = make_twin(index, work, args)
+    tokens = twin / "tokens.safetensors"
+    return run_once(folder, lambda: run_peer(name, args.environments, twin / "model", tokens, folder, args.threads))
 
 
 def evaluate(run: Run, work: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """eval_report.json of a tool's result; of a peer's, after its weights are back in the whole model."""
+    """Evaluate a tool's result and return its eval_report.json. A peer's weights are first put into the full model."""
     folder = work / "eval" / run.tool
     report = folder / "eval_report.json"
     if not report.is_file():
@@ -98,32 +98,32 @@ def evaluate(run: Run, work: Path, args: argparse.Namespace) -> dict[str, Any]:
         command += ["--quant", str(quantized), "--dataset", str(args.heldout), "--save_path", str(folder)]
         command += ["--device", "cpu"]
         run_process(command, args.threads, work / f"eval-{run.tool}.txt", PYTHONPATH=str(ROOT))
-    found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
-    return found
+    content: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return content
 
 
 # --------------------------------------------------------------------------------------------- result
 
 
-def as_row(run: Run, found: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table: KL and accuracy overall and by modality, worst modality against their mean."""
-    groups = {"all": found["overall"], **found["by_modality"]}
+def as_row(run: Run, report: dict[str, Any]) -> dict[str, Any]:
+    """One row of the table: KL and accuracy overall and by modality, and the worst modality relative to their mean."""
+    groups = {"all": report["overall"], **report["by_modality"]}
     row: dict[str, Any] = {"tool": run.tool, "version": run.version, "seconds": run.process_seconds, "note": run.note}
     for group, fidelity in groups.items():
         row[f"kl {group}"] = fidelity["kl_mean"]["value"]
         if fidelity["exact_change"] is not None:
             row[f"accuracy {group}"] = fidelity["exact_quant"]["value"]
             row[f"float {group}"] = fidelity["exact_float"]["value"]
-    kls = [fidelity["kl_mean"]["value"] for fidelity in found["by_modality"].values()]
+    kls = [fidelity["kl_mean"]["value"] for fidelity in report["by_modality"].values()]
     row["worst / mean"] = max(kls) / (sum(kls) / len(kls)) if max(kls) > 0 else 1.0
-    row["top-1"] = found["overall"]["top1"]["value"]
-    row["perplexity"] = found["overall"]["perplexity_quant"]["value"]
-    row["hidden error"] = found["overall"]["hidden_error"]
+    row["top-1"] = report["overall"]["top1"]["value"]
+    row["perplexity"] = report["overall"]["perplexity_quant"]["value"]
+    row["hidden error"] = report["overall"]["hidden_error"]
     return row
 
 
 def as_markdown(rows: list[dict[str, Any]]) -> str:
-    """KL in thousandths of a nat, accuracy in percent, beside it the float model's."""
+    """The table as Markdown: KL in thousandths of a nat, accuracy in percent with the float model's in parentheses."""
     groups = [key.removeprefix("kl ") for key in rows[0] if key.startswith("kl ")]
     head = ["tool", "version", "s", *(f"KL {g}, 1e-3" for g in groups), "worst / mean", "top-1", "perplexity"]
     head += ["hidden error", *(f"exact {g}" for g in groups if f"accuracy {g}" in rows[0])]
@@ -143,22 +143,22 @@ def digest(path: Path) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the tools, measure, print; 1 if a tool failed."""
+    """Run the tools, measure and print; return 1 if a tool failed."""
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(args.model), "calibration": str(args.calibration), "text_only": args.text_only}
     settings |= {"heldout": str(args.heldout), "length": args.length}
     settings["weights"] = [digest(file) for file in sorted(args.model.glob("*.safetensors"))]
-    kept = work / "settings.json"
-    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) != settings:
-        sys.exit(f"{work} holds another comparison; take another --work")
-    kept.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    settings_file = work / "settings.json"
+    if settings_file.is_file() and json.loads(settings_file.read_text(encoding="utf-8")) != settings:
+        sys.exit(f"{work} holds a comparison with other settings; use another --work")
+    settings_file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     index = calibration_index(args.calibration, args.text_only, work)
     rows, failures = [], {}
     for name in args.tools:
         try:
-            done = run_tool(name, index, work, args)
-            rows.append(as_row(done, evaluate(done, work, args)))
+            tool_run = run_tool(name, index, work, args)
+            rows.append(as_row(tool_run, evaluate(tool_run, work, args)))
         except ToolFailed as failure:
             failures[name] = str(failure)
             print(f"{name}: failed: {failure}", flush=True)
@@ -177,7 +177,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
-    installer = verbs.add_parser("install", help="make the peers' environments")
+    installer = verbs.add_parser("install", help="create the peers' environments")
     runner = verbs.add_parser("run", help="run the tools, measure, print the table")
     for verb in (installer, runner):
         verb.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
@@ -185,11 +185,11 @@ def main() -> int:
     runner.add_argument("--model", type=Path, required=True, help="the float checkpoint")
     runner.add_argument("--calibration", type=Path, required=True, help="index.jsonl to calibrate on")
     runner.add_argument("--heldout", type=Path, required=True, help="index.jsonl to measure on, with answers")
-    runner.add_argument("--tools", type=names_of(TOOLS), default=TOOLS, help=f"some of {','.join(TOOLS)}")
+    runner.add_argument("--tools", type=name_list(TOOLS), default=TOOLS, help=f"some of {','.join(TOOLS)}")
     runner.add_argument("--text_only", action="store_true", help="calibrate on the samples without media")
-    runner.add_argument("--length", type=int, default=256, help="tokens of the peers' blocks")
+    runner.add_argument("--length", type=int, default=256, help="tokens per block of the peers' data")
     runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")
-    runner.add_argument("--out", type=Path, help="results.json to write, and a .md beside it; default: in --work")
+    runner.add_argument("--out", type=Path, help="results.json to write, with a .md next to it (default: in --work)")
     args = parser.parse_args()
     if args.verb == "install":
         install(args.environments, list(ENVIRONMENTS))

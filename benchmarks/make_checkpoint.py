@@ -2,10 +2,10 @@
 
     python benchmarks/make_checkpoint.py {3b,7b,vl-3b,vl-7b} OUT [--layers N] [--seed 0] [--headers_only]
 
-For measuring time, memory and disk where the real weights are not at hand: same tensor names, shapes, dtypes,
-token ids, number of shards and kinds of files as the official repository, 12.0 GB (3b), 22.4 GB (7b), 7.5 GB (vl-3b)
-and 16.6 GB (vl-7b). The values are stretches of one pool of normal numbers: the disk sets the pace, and half a GB of
-memory is enough.
+Use it to measure time, memory and disk space without the real weights. Tensor names, shapes, dtypes, token ids, number
+of shards and kinds of files are those of the official repository: 12.0 GB (3b), 22.4 GB (7b), 7.5 GB (vl-3b), 16.6 GB
+(vl-7b). The values are slices of one pool of normal numbers, so the disk limits the speed, and half a GB of memory is
+enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from make_tiny_omni import (
 from make_tiny_vl import VlShape
 from make_tiny_vl import write_checkpoint as write_vl_checkpoint
 
-POOL_SIZE = 16_777_213  # a prime, so that the rows of a large matrix do not repeat
+POOL_SIZE = 16_777_213  # prime, so that the rows of a large matrix do not repeat
 SHARD_BYTES = 4.5e9
 
 ENDOFTEXT_ID = 151643
@@ -56,7 +56,7 @@ _TEXT: dict[str, Json] = {
 
 
 def _real_shape(text: Json, talker: Json) -> OmniShape:
-    """Shape of a published model; 3B and 7B have the same towers and token2wav up to the thinker's width."""
+    """Shape of a published model; the towers and token2wav of 3B and 7B differ only by the thinker's width."""
     hidden = text["hidden_size"]
     return OmniShape(
         text=text,
@@ -101,7 +101,7 @@ SHAPES = {
 }  # fmt: skip
 
 
-# The 3B's lm_head is its embedding.
+# The 3B ties lm_head to the embedding.
 VL_SHAPES = {
     f"vl-{size}": VlShape(
         text=text,
@@ -114,7 +114,7 @@ VL_SHAPES = {
 
 
 class PooledNormal:
-    """Normal values cut from one pool at an offset that depends on (seed, tag): hardly more than a copy."""
+    """Normal values sliced from one pool, at an offset that depends on (seed, tag)."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -122,16 +122,16 @@ class PooledNormal:
         self.pool = torch.cat([pool, pool[:BLOCK]])  # a block may run past the end
 
     def __call__(self, tag: str, shape: tuple[int, ...]) -> Tensor:
-        """Values of the given shape, float32; a view, valid for reading only."""
+        """Values of the given shape, float32: a view that must only be read."""
         size = math.prod(shape)
         if size > BLOCK:
-            raise ValueError(f"{tag}: {size} values asked for, at most {BLOCK} at a time")
+            raise ValueError(f"{tag}: {size} values requested, at most {BLOCK} at a time are possible")
         offset = stable_hash(self.seed, tag) % POOL_SIZE
         return self.pool[offset : offset + size].view(shape)
 
 
 def count_parameters(specs: list[TensorSpec]) -> dict[str, int]:
-    """Number of parameters of thinker, talker and token2wav (its one buffer not counted), or of VL's parts."""
+    """Number of parameters of thinker, talker and token2wav (without its one buffer), or of VL's parts."""
     counts: Counter[str] = Counter()
     for spec in specs:
         if not spec.name.endswith(".inv_freq"):
@@ -142,9 +142,9 @@ def count_parameters(specs: list[TensorSpec]) -> dict[str, int]:
 def make_checkpoint(
     name: str, out: Path, *, layers: int | None = None, seed: int = 0, headers_only: bool = False
 ) -> list[TensorSpec]:
-    """Write the model called ``name`` (3b, vl-7b) into ``out``, with ``layers`` decoder layers if given.
+    """Write the model ``name`` (such as 3b or vl-7b) into ``out``, with ``layers`` decoder layers if given.
 
-    ``headers_only``: the weights are a hole in the file, enough for what is told from sizes (inspect, --dry_run).
+    ``headers_only``: the weights are a hole in the file, enough for commands that need only sizes (inspect, --dry_run).
     """
     normal = None if headers_only else PooledNormal(seed)
     if name in VL_SHAPES:
@@ -157,8 +157,8 @@ def make_checkpoint(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Write a random Qwen2.5-Omni or Qwen2.5-VL of real size.")
-    parser.add_argument("model", choices=sorted([*SHAPES, *VL_SHAPES]), help="whose shapes to use")
+    parser = argparse.ArgumentParser(description="Write a random-weight Qwen2.5-Omni or Qwen2.5-VL of full size.")
+    parser.add_argument("model", choices=sorted([*SHAPES, *VL_SHAPES]), help="model whose shapes to use")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint into")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--seed", type=int, default=0)

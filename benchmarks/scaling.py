@@ -1,14 +1,17 @@
-"""Time and memory of whole runs on checkpoints of the true shape: beside `cp -r`, over layers and over samples.
+"""Measure time and memory of whole runs on full-width checkpoints: against `cp -r`, over layers and over samples.
 
     python benchmarks/scaling.py run {copy,cold,recipes,memory,layers,samples} --shape {3b,7b} --work WORK [--threads 2]
     python benchmarks/scaling.py draw --work WORK --pictures benchmarks/pictures
 
-copy: data-free W8A8 in turn with `cp -r`, and with `cp -r` and `sync`, of the same checkpoint, each onto the same
-disk, three times; cold: the same, and before each the page cache is dropped (which root alone may), as if the
-checkpoint had lain on the disk since long or were larger than memory. recipes: each shipped recipe once, calibrated
-ones on 16 samples of 512 tokens; memory: the same on 2 layers. layers: 2, 8 and all layers, samples: 16, 64 and 256
-samples on 2 layers. Checkpoints are made as they are needed and kept in WORK; what a run writes is deleted behind it.
-Results are lines of WORK/results.jsonl, a run that is there is not repeated; `draw` makes the tables and pictures.
+copy: data-free W8A8, `cp -r`, and `cp -r` with `sync` in turn, on the same checkpoint and disk, three times.
+cold: the same, with the page cache dropped before each run (needs root), as for a checkpoint larger than memory.
+recipes: W8A8 and NF4 without data, W8A8 and W4A16 on 16 samples of 512 tokens, once each, on all layers.
+memory: the same on 2 layers.
+layers: 2, 8 and all layers.
+samples: 16, 64 and 256 samples on 2 layers.
+
+Checkpoints are made when needed and kept in WORK. Outputs of a run are deleted after it. Each result is a line of
+WORK/results.jsonl, and a run that is recorded there is not repeated. `draw` prints the tables and draws the pictures.
 """
 
 from __future__ import annotations
@@ -28,15 +31,15 @@ from tool_runs import ROOT, run_process
 
 LAYERS = {"3b": 36, "7b": 28}
 MINMAX, NF4 = "qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_nf4"
-CP, CP_SYNC = "cp", "cp and sync"  # the second until the copy is on the disk, as our outputs are
-CURVE_TOKENS = {"w8a8": 32, "w4a16": 512}  # of each sample's text, where the curves are drawn: H is at its bounds then
+CP, CP_SYNC = "cp", "cp and sync"  # with sync the copy is on the disk at the end, as the outputs of this tool are
+CURVE_TOKENS = {"w8a8": 32, "w4a16": 512}  # text tokens per sample of the curves; at 512, H reaches its bounds
 _WORDS = ("time", "way", "year", "work", "day", "part", "place", "case", "point", "group", "company", "number", "world")
-_WORDS_PER_TOKEN = 0.55  # of the tokenizer that the checkpoints bring, about
+_WORDS_PER_TOKEN = 0.55  # approximate, for the tokenizer of these checkpoints
 
 
 @dataclass(frozen=True)
 class Task:
-    """One run. recipe: of quant, or a copy; samples of so many tokens each, 0 for a data-free run."""
+    """One run. recipe: a recipe of quant, or a copy; samples: 0 for a data-free run; tokens: per sample."""
 
     kind: str
     shape: str
@@ -52,18 +55,19 @@ class Task:
 
 
 def tasks(kind: str, shape: str) -> list[Task]:
-    everything = LAYERS[shape]
+    """The runs of one kind, in order."""
+    all_layers = LAYERS[shape]
     if kind in ("copy", "cold"):
         turns = [(recipe, turn) for turn in range(3) for recipe in (CP, CP_SYNC, MINMAX)]
-        return [Task(kind, shape, everything, recipe, turn=turn) for recipe, turn in turns]
+        return [Task(kind, shape, all_layers, recipe, turn=turn) for recipe, turn in turns]
     if kind in ("recipes", "memory"):
-        layers = everything if kind == "recipes" else 2
-        free = [Task(kind, shape, layers, recipe) for recipe in (MINMAX, NF4)]
-        return [*free, *(Task(kind, shape, layers, recipe, 16, 512) for recipe in ("w8a8", "w4a16"))]
+        layers = all_layers if kind == "recipes" else 2
+        data_free = [Task(kind, shape, layers, recipe) for recipe in (MINMAX, NF4)]
+        return [*data_free, *(Task(kind, shape, layers, recipe, 16, 512) for recipe in ("w8a8", "w4a16"))]
     if kind == "layers":
-        return [Task(kind, shape, layers, "w8a8", 16, CURVE_TOKENS["w8a8"]) for layers in (2, 8, everything)]
+        return [Task(kind, shape, layers, "w8a8", 16, CURVE_TOKENS["w8a8"]) for layers in (2, 8, all_layers)]
     lengths = CURVE_TOKENS.items()
-    return [Task(kind, shape, 2, recipe, samples, each) for recipe, each in lengths for samples in (16, 64, 256)]
+    return [Task(kind, shape, 2, recipe, samples, tokens) for recipe, tokens in lengths for samples in (16, 64, 256)]
 
 
 def main() -> None:
@@ -87,6 +91,7 @@ def main() -> None:
 
 
 def run_all(arguments: argparse.Namespace) -> None:
+    """Run the tasks that have no result yet, and append their results."""
     arguments.work.mkdir(parents=True, exist_ok=True)
     done = {row["task"]["name"] for row in results(arguments.work)}
     for task in tasks(arguments.kind, arguments.shape):
@@ -99,6 +104,7 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def run_task(task: Task, work: Path, threads: int) -> dict[str, Any]:
+    """Run one task, delete its output and return its result."""
     source, out, log = checkpoint(task, work), work / "out", work / f"{task.name}.log"
     shutil.rmtree(out, ignore_errors=True)
     if task.recipe == CP:
@@ -113,8 +119,8 @@ def run_task(task: Task, work: Path, threads: int) -> dict[str, Any]:
     if task.kind == "cold":
         drop_page_cache()
     seconds, peak = run_process(command, threads, log, PYTHONPATH=str(ROOT))
-    report = out / "quant_report.json"
-    phases = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    report_file = out / "quant_report.json"
+    report = json.loads(report_file.read_text(encoding="utf-8")) if report_file.is_file() else {}
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     shutil.rmtree(out)
     return {
@@ -122,8 +128,8 @@ def run_task(task: Task, work: Path, threads: int) -> dict[str, Any]:
         "seconds": seconds,
         "peak_rss_bytes": peak,
         "output_bytes": size,
-        "tokens": sum(phases.get("tokens_by_modality", {}).values()),
-        "seconds_by_phase": phases.get("seconds_by_phase", {}),
+        "tokens": sum(report.get("tokens_by_modality", {}).values()),
+        "seconds_by_phase": report.get("seconds_by_phase", {}),
     }
 
 
@@ -133,6 +139,7 @@ def drop_page_cache() -> None:
 
 
 def checkpoint(task: Task, work: Path) -> Path:
+    """Folder of the task's checkpoint, which is made if it does not exist."""
     path = work / f"{task.shape}-{task.layers}"
     if not (path / "config.json").is_file():
         make = [sys.executable, str(ROOT / "benchmarks" / "make_checkpoint.py"), task.shape, str(path)]
@@ -141,7 +148,7 @@ def checkpoint(task: Task, work: Path) -> Path:
 
 
 def dataset(task: Task, work: Path) -> Path:
-    """Sentences of random words, the same for each number of samples as far as they go."""
+    """Write sentences of random words; a larger number of samples starts with the same sentences."""
     path = work / f"text-{task.samples}-{task.tokens}" / "index.jsonl"
     path.parent.mkdir(exist_ok=True)
     random.seed(0)
@@ -151,6 +158,7 @@ def dataset(task: Task, work: Path) -> Path:
 
 
 def results(work: Path) -> list[dict[str, Any]]:
+    """The results in WORK/results.jsonl."""
     path = work / "results.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
@@ -159,30 +167,33 @@ def results(work: Path) -> list[dict[str, Any]]:
 
 
 def draw_all(arguments: argparse.Namespace) -> None:
+    """Print the tables and draw the curves of all results."""
     rows = results(arguments.work)
     arguments.pictures.mkdir(parents=True, exist_ok=True)
     for shape in LAYERS:
-        mine = [row for row in rows if row["task"]["shape"] == shape]
+        of_shape = [row for row in rows if row["task"]["shape"] == shape]
         for kind in ("copy", "cold"):
-            print_copies(f"{shape}, {kind}", [row for row in mine if row["task"]["kind"] == kind])
-        print_runs([row for row in mine if row["task"]["kind"] not in ("copy", "cold")])
+            print_copies(f"{shape}, {kind}", [row for row in of_shape if row["task"]["kind"] == kind])
+        print_runs([row for row in of_shape if row["task"]["kind"] not in ("copy", "cold")])
         for kind, label in (("layers", "decoder layers"), ("samples", "tokens of 16, 64 and 256 samples")):
-            if points := [row for row in mine if row["task"]["kind"] == kind]:
+            if points := [row for row in of_shape if row["task"]["kind"] == kind]:
                 draw_curves(points, label, arguments.pictures / f"{shape}_{kind}.svg")
 
 
-def print_copies(what: str, rows: list[dict[str, Any]]) -> None:
+def print_copies(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print the seconds of each command, and the median ratio of the data-free run to each copy."""
     seconds = {
         recipe: [row["seconds"] for row in rows if row["task"]["recipe"] == recipe] for recipe in (CP, CP_SYNC, MINMAX)
     }
     for recipe, times in seconds.items():
         if times:
-            ratio = statistics.median(mine / copy for mine, copy in zip(seconds[MINMAX], times, strict=False))
-            shown = ", ".join(f"{value:.1f}" for value in times)
-            print(f"{what}: {recipe} {shown} s" + (f"; ours {ratio:.2f}x" if recipe != MINMAX else ""))
+            ratio = statistics.median(run / copy for run, copy in zip(seconds[MINMAX], times, strict=False))
+            listed = ", ".join(f"{value:.1f}" for value in times)
+            print(f"{title}: {recipe} {listed} s" + (f"; {MINMAX} {ratio:.2f}x" if recipe != MINMAX else ""))
 
 
 def print_runs(rows: list[dict[str, Any]]) -> None:
+    """Print a table of the runs, with the seconds of their phases below each."""
     print("| shape | layers | recipe | samples | tokens | s | peak RSS, GiB |\n|---|--:|---|--:|--:|--:|--:|")
     for row in rows:
         task, peak = row["task"], row["peak_rss_bytes"] / 2**30
@@ -192,16 +203,15 @@ def print_runs(rows: list[dict[str, Any]]) -> None:
 
 
 def draw_curves(rows: list[dict[str, Any]], label: str, path: Path) -> None:
-    """Seconds and peak memory over layers or tokens, from zero, so that a straight line is seen to be one."""
+    """Draw seconds and peak memory over layers or tokens; the axes start at zero, so that linear growth is visible."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for recipe in dict.fromkeys(row["task"]["recipe"] for row in rows):
-        mine = [row for row in rows if row["task"]["recipe"] == recipe]
-        x = [row["task"]["layers"] if row["task"]["kind"] == "layers" else row["tokens"] for row in mine]
-        for axis, y in zip(
-            axes, ([r["seconds"] for r in mine], [r["peak_rss_bytes"] / 2**30 for r in mine]), strict=True
-        ):
+        points = [row for row in rows if row["task"]["recipe"] == recipe]
+        x = [row["task"]["layers"] if row["task"]["kind"] == "layers" else row["tokens"] for row in points]
+        curves = [row["seconds"] for row in points], [row["peak_rss_bytes"] / 2**30 for row in points]
+        for axis, y in zip(axes, curves, strict=True):
             axis.plot(x, y, marker="o", label=recipe)
     for axis, unit in zip(axes, ("seconds", "peak RSS, GiB"), strict=True):
         axis.set(xlabel=label, ylabel=unit, xlim=(0, None), ylim=(0, None))

@@ -1,6 +1,6 @@
-"""Running this tool and its peers, each as a process of its own in an environment of its own, and their records.
+"""Run this tool and its peers, each in its own process and environment, and record the runs.
 
-No torch here: what a process weighs before it starts its child counts as memory of the child.
+This file does not import torch, because the memory of a parent process counts in the peak RSS of its child.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
-# torch is installed first and alone, and then held, so that nothing else chooses its version or its build.
+# torch is installed first and then pinned, so that no other package chooses its version or build.
 TORCH = "torch==2.13.0"
 ENVIRONMENTS: dict[str, list[list[str]]] = {
     "llmcompressor": [["llmcompressor==0.14.0.1"]],
-    # It would bring triton, which a CPU has no use for; its last release knows transformers up to 4.52.
+    # --no-deps: autoawq would install triton, which a CPU does not need. Its last release supports transformers 4.52.
     "autoawq": [["transformers==4.52.4", "accelerate", "datasets", "safetensors"], ["--no-deps", "autoawq==0.2.9"]],
     "autoround": [["auto-round==0.15.1"]],
 }
 
-OURS = "msmodelslim"
+THIS_TOOL = "msmodelslim"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A driver in peers/, the environment it runs in, and its own arguments."""
+    """A driver in peers/, the environment that it runs in, and its additional arguments."""
 
     environment: str
     driver: str
@@ -50,8 +50,10 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One tool's run. seconds: quantizing alone, as far as the tool lets it be told; process_seconds: from start to
-    exit of its process, imports, loading and saving included; weights: where the result lies.
+    """Record of one tool's run.
+
+    seconds: quantizing only, as far as the tool reports it. process_seconds: from start to exit of the process, with
+    imports, loading and saving. weights: path of the result.
     """
 
     tool: str
@@ -64,15 +66,15 @@ class Run:
 
 
 class ToolFailed(Exception):
-    """A process ended with an error; the message says which and where its output is."""
+    """A process ended with an error; the message has the exit status, the log file and the end of the log."""
 
 
 def install(environments: Path, names: list[str]) -> None:
-    """Make the peers' environments, about 1.5 GB each; one that is complete is left as it is."""
+    """Create the peers' environments, about 1.5 GB each; complete ones are kept."""
     for name in names:
         folder = environments / name
-        done = folder / "installed.json"
-        if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == [TORCH, *ENVIRONMENTS[name]]:
+        record = folder / "installed.json"
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8")) == [TORCH, *ENVIRONMENTS[name]]:
             continue
         venv.create(folder, clear=True, with_pip=True)
         constraints = folder / "constraints.txt"
@@ -81,14 +83,17 @@ def install(environments: Path, names: list[str]) -> None:
         for requirements in ([TORCH], *ENVIRONMENTS[name]):
             print(f"{name}: pip install {' '.join(requirements)}", flush=True)
             subprocess.run([*pip, "--constraint", str(constraints), *requirements], check=True)
-        done.write_text(json.dumps([TORCH, *ENVIRONMENTS[name]]) + "\n", encoding="utf-8")
+        record.write_text(json.dumps([TORCH, *ENVIRONMENTS[name]]) + "\n", encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------ processes
 
 
 def run_process(command: list[str], threads: int, log: Path, **variables: str) -> tuple[float, int]:
-    """Run to the end: (wall seconds, peak resident bytes). Its output goes to ``log``."""
+    """Run a command to its end and return (wall seconds, peak resident bytes). Its output goes to ``log``.
+
+    Raises ToolFailed if the exit status is not 0.
+    """
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     environment = {**inherited, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **variables}
     start = time.perf_counter()
@@ -103,24 +108,24 @@ def run_process(command: list[str], threads: int, log: Path, **variables: str) -
     return seconds, usage.ru_maxrss * 1024  # kilobytes on Linux
 
 
-def run_ours(name: str, recipe: list[str], model: Path, dataset: Path, folder: Path, threads: int) -> Run:
-    """The msmodelslim command of this repository, in the environment of this script. recipe: flags that name it."""
+def run_msmodelslim(name: str, recipe: list[str], model: Path, dataset: Path, folder: Path, threads: int) -> Run:
+    """Run this repository's msmodelslim in the environment of this script. recipe: the flags that select the recipe."""
     out = folder / "weights"
     command = [sys.executable, "-m", "msmodelslim_omni", "quant", "--model_path", str(model), "--save_path", str(out)]
     command += ["--device", "cpu", "--dataset", str(dataset), *recipe]
     seconds, peak = run_process(command, threads, folder / "log.txt", PYTHONPATH=str(ROOT))
     report = json.loads(next(out.rglob("quant_report.json")).read_text(encoding="utf-8"))
     version = next((v for name, v in report["versions"].items() if name.startswith("msmodelslim")), "")
-    note = f"recipe {report['recipe']}; seconds: the report's total, loading and saving included"
+    note = f"recipe {report['recipe']}; seconds: the report's total, with loading and saving"
     return Run(name, version, report["seconds"], seconds, peak, str(out), note)
 
 
 def run_peer(name: str, environments: Path, model: Path, tokens: Path, folder: Path, threads: int) -> Run:
-    """A peer's driver. tokens: a safetensors file with input_ids [samples, length]."""
+    """Run a peer's driver. tokens: a safetensors file with input_ids [samples, length]."""
     peer = PEERS[name]
     python = environments / peer.environment / "bin" / "python"
     if not python.is_file():
-        raise ToolFailed(f"{python} does not exist; make it with `install`")
+        raise ToolFailed(f"{python} does not exist; create the environment with `install`")
     command = [str(python), str(HERE / "peers" / peer.driver), "--model", str(model)]
     command += ["--tokens", str(tokens), "--out", str(folder), *peer.arguments]
     seconds, peak = run_process(command, threads, folder / "log.txt")
@@ -129,8 +134,8 @@ def run_peer(name: str, environments: Path, model: Path, tokens: Path, folder: P
     return Run(name, record["version"], record["seconds"], seconds, peak, weights, record["note"])
 
 
-def recorded(folder: Path, run: Callable[[], Run]) -> Run:
-    """Run one tool in an empty folder, or read the record of its earlier run; a failed run's folder is put aside."""
+def run_once(folder: Path, run: Callable[[], Run]) -> Run:
+    """Run one tool in an empty folder, or read the record of an earlier run. Renames the folder of a failed run."""
     record, name = folder / "record.json", folder.name
     if record.is_file():
         print(f"{name}: already run, see {record}", flush=True)
@@ -139,19 +144,19 @@ def recorded(folder: Path, run: Callable[[], Run]) -> Run:
         folder.rename(folder.with_name(f"{name}.failed-{time.time_ns()}"))
     folder.mkdir(parents=True)
     print(f"{name}: running, output in {folder / 'log.txt'}", flush=True)
-    done = run()
-    record.write_text(json.dumps(asdict(done), indent=2) + "\n", encoding="utf-8")
-    return done
+    result = run()
+    record.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+    return result
 
 
-def names_of(known: list[str]) -> Callable[[str], list[str]]:
-    """A type for argparse: some of the known names, with commas."""
+def name_list(known: list[str]) -> Callable[[str], list[str]]:
+    """An argparse type: a comma-separated list of known names."""
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
         unknown = sorted(set(names) - set(known))
         if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: not among {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose from {', '.join(known)}")
         return names
 
     return parse

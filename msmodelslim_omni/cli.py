@@ -1,7 +1,7 @@
-"""The `msmodelslim` command: the list of its verbs. Each is one function in commands/, its flags are its arguments.
+"""The `msmodelslim` command. Each verb is one function in commands/, whose arguments are its flags.
 
-Exit codes: 0 done; 1 a fault named in one message with its hint; 2 wrong usage. torch is imported by the verbs that
-need it only, so that `--help` and `recipes` answer at once.
+Exit codes: 0 success; 1 an error, printed as one message with a hint; 2 wrong usage. Only the verbs that need torch
+import it, so `--help` and `recipes` are fast.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .commands.shell import EITHER_SPELLING
 
 app = typer.Typer(
     name="msmodelslim",
-    help="Quantize multimodal models, Qwen2.5-Omni and Qwen2.5-VL, 3B and 7B.",
+    help="Quantize multimodal models: Qwen2.5-Omni and Qwen2.5-VL, 3B and 7B.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -34,10 +34,10 @@ VERBS: tuple[Callable[..., None], ...] = (
     evaluate.eval_,
 )
 for verb in VERBS:
-    name = verb.__name__.rstrip("_")  # eval_ is not Python's eval
+    name = verb.__name__.rstrip("_")  # eval_ avoids the built-in eval
     app.command(name, context_settings=EITHER_SPELLING)(verb)
 
-recipes_app = typer.Typer(help="The recipes: list, show, validate, schema.", no_args_is_help=True)
+recipes_app = typer.Typer(help="List, show and validate recipes, or print their JSON Schema.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 for name, recipes_verb in recipes.VERBS.items():
     recipes_app.command(name)(recipes_verb)
@@ -45,18 +45,18 @@ for name, recipes_verb in recipes.VERBS.items():
 
 def main() -> None:
     """The entry point of the console script."""
-    # Threads that spin while they wait for each other are several times slower on a machine that others use too.
+    # On a busy machine, threads that spin while waiting for each other are several times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Pages of 2 MiB for large tensors: a fresh buffer is faulted in three times as fast (torch reads this on the CPU).
+    # torch uses 2 MiB pages for large CPU tensors, so first access to new buffers takes a third of the time.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    # A plug-in without its driver makes `import torch` itself fail; device.py imports plug-ins when they are asked for.
+    # A backend plug-in without its driver makes `import torch` fail; runtime/device.py imports it only on request.
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
-    # Importing the libraries makes a million objects that stay; looking among them for garbage all the while takes a
-    # fifth of the time of it. Where memory hangs on it, garbage is collected on purpose (device.py's free_modules).
+    # Imports create a million permanent objects, and garbage collection among them takes a fifth of the import time.
+    # Code that depends on freed memory collects garbage explicitly (runtime.free_modules).
     gc.set_threshold(20_000)
     try:
         app()
-    except KeyboardInterrupt:  # outside any verb
+    except KeyboardInterrupt:  # outside of a verb
         sys.exit(1)
 
 

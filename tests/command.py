@@ -1,4 +1,4 @@
-"""The real command in this process, and what the tests ask of its output."""
+"""Runs the real command in this process; helpers for its input and output."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MINMAX = "qwen2_5_omni_w8a8_minmax"
 WORK = ".msmodelslim_work"
 
 
-class Answer:
-    """What a command said. The runner lets whatever is no clean exit through to the test."""
+class CommandResult:
+    """Exit code and output of a command. Exceptions other than a clean exit propagate to the test."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -32,35 +32,37 @@ class Answer:
         return json.loads(self.out)
 
     def fault(self) -> str:
-        """The one message of a fault: exit 1, no traceback, nothing on stdout."""
+        """Return the error message. Asserts exit code 1, one error, no traceback, and nothing on stdout."""
         assert self.code == 1, self.out + self.err
         assert "Traceback" not in self.err and self.out == ""
         assert len(re.findall(r"^error: ", self.err, re.MULTILINE)) == 1
         return self.err[self.err.index("error: ") :]
 
-    def done(self) -> Answer:
+    def done(self) -> CommandResult:
+        """Assert exit code 0 and return self."""
         assert self.code == 0, self.out + self.err
         return self
 
 
-def command(*words: object) -> Answer:
+def command(*words: object) -> CommandResult:
+    """Run `msmodelslim` with these arguments."""
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    return Answer(result.exit_code, result.stdout, result.stderr)
+    return CommandResult(result.exit_code, result.stdout, result.stderr)
 
 
-def quant(model: Path, save: Path, *words: object) -> Answer:
-    """`msmodelslim quant` on the CPU."""
+def quant(model: Path, save: Path, *words: object) -> CommandResult:
+    """Run `msmodelslim quant` on the CPU."""
     return command("quant", "--model_path", model, "--save_path", save, "--device", "cpu", *words)
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but the report, whose times differ from run to run."""
-    found = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    return {name: content for name, content in found.items() if "quant_report" not in name}
+    """Contents of all files below a folder, except the report, whose times differ between runs."""
+    contents = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+    return {name: content for name, content in contents.items() if "quant_report" not in name}
 
 
 def write_index(folder: Path, *entries: object) -> Path:
-    """An index.jsonl of these entries; a string is written as it is."""
+    """Write an index.jsonl with these entries; strings are written unchanged."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = (e if isinstance(e, str) else json.dumps(e, ensure_ascii=False) for e in entries)
     (folder / "index.jsonl").write_text("\n".join(lines), encoding="utf-8")
@@ -68,7 +70,7 @@ def write_index(folder: Path, *entries: object) -> Path:
 
 
 def mixed_index(folder: Path) -> Path:
-    """Text, an image, a sound, and a video with its sound: every modality, few tokens."""
+    """Write an index with text, an image, audio, and a video with audio: every modality, few tokens."""
     return write_index(
         folder,
         {"text": "Why is the sky blue?", "answer": "Short waves scatter most."},
@@ -79,7 +81,7 @@ def mixed_index(folder: Path) -> Path:
 
 
 def change_recipe(folder: Path, old: str, new: str, name: str = "qwen2_5_omni_w8a8") -> Path:
-    """A shipped recipe with one piece of its text replaced."""
+    """Write a shipped recipe with one piece of its text replaced."""
     text = (Path(__file__).parent.parent / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
     assert old in text
     path = folder / "changed.yaml"
@@ -96,7 +98,7 @@ def int4_recipe(
     group_size: int = 128,
     **calibration: object,
 ) -> Path:
-    """W4A16 in both layouts; with a search over a few points, to be fast."""
+    """Write a W4A16 recipe for both layouts, with a coarse search, to be fast."""
     weight = {"scope": "per_group", "dtype": "int4", "symmetric": False, "method": method}
     qconfig = {"weight": {**weight, "ext": {"group_size": group_size}}}
     process: list[dict[str, object]] = [{"type": "awq", "n_grid": 4}] if scale else []
@@ -109,7 +111,7 @@ def int4_recipe(
 
 
 class StopAt(Progress):
-    """Ctrl-C at one step."""
+    """Simulates Ctrl-C at one step of a run."""
 
     def __init__(self, phase: str, done: int) -> None:
         self._at = (phase, done)
@@ -120,7 +122,7 @@ class StopAt(Progress):
 
 
 def stop_at(phase: str, done: int, model: Path, save: Path, index: Path | None, **options: object) -> None:
-    """Begin a run and interrupt it there."""
+    """Start a run and interrupt it at one step."""
     dataset = None if index is None else str(index)
     try:
         quantize(model, save, device="cpu", dataset=dataset, progress=StopAt(phase, done), **options)
@@ -130,7 +132,7 @@ def stop_at(phase: str, done: int, model: Path, save: Path, index: Path | None, 
 
 
 def fast_recipe(folder: Path) -> Path:
-    """The default recipe with a fixed alpha and small pictures: the same steps without what takes most of the time."""
+    """Write the default recipe with a fixed alpha and small images: the same steps without the slow parts."""
     path = change_recipe(folder, "alpha: auto ", "alpha: 0.5 ")
     text = path.read_text(encoding="utf-8")
     assert "max_pixels: 200704 " in text
@@ -139,8 +141,8 @@ def fast_recipe(folder: Path) -> Path:
 
 
 def thinker_inputs(model: Path, index: Path, max_pixels: int) -> list[dict[str, Any]]:
-    """The samples of an index as keyword arguments of the thinker."""
+    """Return the samples of an index as keyword arguments of the thinker."""
     media = omni.open_media_processor(model, MediaLimits(8192, max_pixels, 2.0), False)
-    found = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
-    prepared = [prepare_sample(sample, media) for sample in found.samples]
+    calib_set = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
+    prepared = [prepare_sample(sample, media) for sample in calib_set.samples]
     return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in prepared]

@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny Qwen2.5-Omni and tiny Qwen2.5-VL of the real classes, made once a session."""
+"""Shared fixtures: tiny Qwen2.5-Omni and Qwen2.5-VL models of the transformers classes, made once per session."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve a shared machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a shared machine
 
 import pytest
 import torch
@@ -19,45 +19,45 @@ from make_tiny_vl import make_tiny_vl
 from msmodelslim_omni.commands.shell import quiet_libraries
 
 quiet_libraries()
-torch.set_num_threads(1)  # tensors here are tiny: a second thread only waits, the more so on a busy machine
+torch.set_num_threads(1)  # the tensors of the tests are too small for more threads
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _extra(request: pytest.FixtureRequest) -> Iterator[None]:
-    """The extra `report` is there only for modules that look at what it makes: figures take longer than tiny runs."""
+def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hide matplotlib from tests that do not check figures, because figures take longer than the tiny runs."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_report_html", "test_model_card"):
-            patch.setitem(sys.modules, "matplotlib", None)  # as the import system marks what is not there
+            patch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Omni in bfloat16, two shards, with talker, token2wav, processor and spk_dict.pt. Never change it."""
+    """A tiny Omni in bfloat16: two shards, talker, token2wav, processor and spk_dict.pt. Tests must not change it."""
     return make_tiny_omni(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny VL in bfloat16, two shards, with an lm_head of its own as the 7B. Never change it."""
+    """A tiny VL in bfloat16: two shards, and an untied lm_head as in the 7B. Tests must not change it."""
     return make_tiny_vl(tmp_path_factory.mktemp("models") / "tiny_vl")
 
 
 @pytest.fixture(scope="session")
 def tied_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in one file, with an lm_head that is the embedding as the 3B's, and not in the file. Never change it."""
+    """A tiny VL in one file, with a tied lm_head that is not stored, as in the 3B. Tests must not change it."""
     return make_tiny_vl(tmp_path_factory.mktemp("models") / "tied_vl", tied=True, shards=1)
 
 
 @pytest.fixture
 def tiny_copy(tiny: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the tiny Omni that a test may change."""
     return Path(shutil.copytree(tiny, tmp_path / "copy"))
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Three samples from the shipped set: text, an image, a video with sound; cheap enough for every test."""
+    """Three cheap samples: text and an image from the shipped dataset, and a video with an audio track."""
     shipped = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
     lines = [json.loads(line) for line in (shipped / "index.jsonl").read_text(encoding="utf-8").splitlines()]
     chosen = [next(e for e in lines if not e.keys() & {"image", "audio", "video", "messages"})]

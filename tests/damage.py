@@ -1,6 +1,7 @@
-"""Ways to damage a good output: small functions on a folder, and a table of what doctor must say of each.
+"""Damages of a good output: small functions that change a folder, and the finding doctor must report for each.
 
-A damage changes only what its name says. `Damage.of` is the good output it starts from; see `goods` in test_doctor.py.
+A damage makes only the change in its name. `Damage.of` names the good output to damage; see `good_outputs` in
+test_doctor.py.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ INDEX, DESCRIPTION = "model.safetensors.index.json", "quant_model_description.js
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-# --- tools ---------------------------------------------------------------------------------------------------
+# --- helpers -------------------------------------------------------------------------------------------------
 
 
 def weights_file(folder: Path) -> Path:
@@ -44,9 +45,9 @@ def change_tensor(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> 
     return lambda folder: change_tensors(folder, lambda t: t.update({name: change(t[name].clone())}))
 
 
-def drop_tensors(fits: Callable[[str], bool]) -> Callable[[Path], None]:
+def drop_tensors(matches: Callable[[str], bool]) -> Callable[[Path], None]:
     def drop(tensors: Tensors) -> None:
-        for name in [name for name in tensors if fits(name)]:
+        for name in [name for name in tensors if matches(name)]:
             del tensors[name]
 
     return lambda folder: change_tensors(folder, drop)
@@ -61,8 +62,8 @@ def rename_tensors(new_name: Callable[[str], str]) -> Callable[[Path], None]:
     return lambda folder: change_tensors(folder, rename)
 
 
-def put(value: float, *place: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Write a value at one place, or everywhere."""
+def set_value(value: float, *place: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Set one element, or all elements without a place."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         tensor[place if place else ...] = value
@@ -81,20 +82,20 @@ def change_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], Non
 
 
 def change_block(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """Change quantization_config at both places."""
+    """Change both copies of quantization_config."""
 
-    def both(config: Any) -> None:
+    def change_both(config: Any) -> None:
         for block in (config["quantization_config"], config["thinker_config"]["quantization_config"]):
             change(block)
 
-    return change_json("config.json", both)
+    return change_json("config.json", change_both)
 
 
-def remove(name: str) -> Callable[[Path], None]:
+def remove_file(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
-def write(name: str, content: bytes) -> Callable[[Path], None]:
+def write_file(name: str, content: bytes) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
@@ -102,7 +103,7 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
     return damage
 
 
-def cut(name: str, count: int) -> Callable[[Path], None]:
+def truncate(name: str, count: int) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[:-count])
@@ -110,31 +111,31 @@ def cut(name: str, count: int) -> Callable[[Path], None]:
     return damage
 
 
-def together(*damages: Callable[[Path], Any]) -> Callable[[Path], None]:
+def apply_all(*damages: Callable[[Path], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        for each in damages:
-            each(folder)
+        for apply in damages:
+            apply(folder)
 
     return damage
 
 
 def split_shards(folder: Path) -> None:
-    """A good output in two files with an index, as outputs of real size are."""
+    """Split a good output into two files with an index, like outputs of real size."""
     file = weights_file(folder)
     tensors = load_file(file)
     file.unlink()
     names = sorted(tensors)
     halves = {FIRST: names[: len(names) // 2], SECOND: names[len(names) // 2 :]}
-    for shard, held in halves.items():
-        save_file({name: tensors[name] for name in held}, folder / shard, {"format": "pt"})
-    weight_map = {name: shard for shard, held in halves.items() for name in held}
+    for shard, shard_names in halves.items():
+        save_file({name: tensors[name] for name in shard_names}, folder / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, shard_names in halves.items() for name in shard_names}
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index), encoding="utf-8")
 
 
-def leave_out_speech(folder: Path) -> None:
-    """A good thinker-only output: no talker, no token2wav, and a config that says so."""
+def omit_speech(folder: Path) -> None:
+    """Make a good thinker-only output: no talker, no token2wav, and speech disabled in config.json."""
     drop_tensors(lambda name: not name.startswith("thinker."))(folder)
     change_json("config.json", lambda c: c.update(enable_audio_output=False))(folder)
 
@@ -142,39 +143,41 @@ def leave_out_speech(folder: Path) -> None:
 # --- nibbles -------------------------------------------------------------------------------------------------
 
 
-def nibbles(words: torch.Tensor) -> torch.Tensor:
-    """[..., 8] of 0..15, the lowest first."""
-    return torch.stack([(words >> (4 * i)) & 15 for i in range(8)], dim=-1)
+def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack int32 words to [..., 8] values of 0..15, lowest nibble first."""
+    return torch.stack([(packed >> (4 * i)) & 15 for i in range(8)], dim=-1)
 
 
-def words(codes: torch.Tensor) -> torch.Tensor:
+def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
     packed = torch.zeros(codes.shape[:-1], dtype=torch.int32)
     for i in range(8):
         packed |= (codes[..., i].to(torch.int64) << (4 * i)).to(torch.int32)
     return packed
 
 
-def reorder(packed: torch.Tensor) -> torch.Tensor:
-    """Nibbles in another order, as a writer with the wrong table leaves them."""
-    return words(nibbles(packed)[..., [0, 4, 1, 5, 2, 6, 3, 7]])
+def reorder_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Reorder the nibbles, as a writer with the wrong order table does."""
+    return pack_nibbles(unpack_nibbles(packed)[..., [0, 4, 1, 5, 2, 6, 3, 7]])
 
 
-def minus_one(packed: torch.Tensor) -> torch.Tensor:
-    return words((nibbles(packed) - 1) & 15)
+def subtract_one(packed: torch.Tensor) -> torch.Tensor:
+    return pack_nibbles((unpack_nibbles(packed) - 1) & 15)
 
 
-def each_of(fits: Callable[[str], bool], change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+def change_matching(
+    matches: Callable[[str], bool], change: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[Path], None]:
     def damage(tensors: Tensors) -> None:
-        tensors.update({name: change(tensor) for name, tensor in tensors.items() if fits(name)})
+        tensors.update({name: change(tensor) for name, tensor in tensors.items() if matches(name)})
 
     return lambda folder: change_tensors(folder, damage)
 
 
-def ending(*suffixes: str) -> Callable[[str], bool]:
+def ends_with(*suffixes: str) -> Callable[[str], bool]:
     return lambda name: name.endswith(suffixes)
 
 
-# --- damages of more than a line -----------------------------------------------------------------------------
+# --- longer damages ------------------------------------------------------------------------------------------
 
 
 def quantize_tower(folder: Path) -> None:
@@ -187,7 +190,7 @@ def quantize_tower(folder: Path) -> None:
     change_tensors(folder, change)
 
 
-def leave_float(linear: str) -> Callable[[Path], None]:
+def dequantize(linear: str) -> Callable[[Path], None]:
     def change(tensors: Tensors) -> None:
         scale = tensors.pop(f"{linear}.weight_scale")
         tensors[f"{linear}.weight"] = (tensors[f"{linear}.weight"].float() * scale.float()).to(torch.bfloat16)
@@ -195,11 +198,11 @@ def leave_float(linear: str) -> Callable[[Path], None]:
     return lambda folder: change_tensors(folder, change)
 
 
-def swap_layers(folder: Path) -> None:
+def swap_q_of_layers(folder: Path) -> None:
     def change(tensors: Tensors) -> None:
         for suffix in ("weight", "weight_scale"):
-            one, other = f"{Q}.{suffix}", f"{Q.replace('.1.', '.2.')}.{suffix}"
-            tensors[one], tensors[other] = tensors[other], tensors[one]
+            name, other = f"{Q}.{suffix}", f"{Q.replace('.1.', '.2.')}.{suffix}"
+            tensors[name], tensors[other] = tensors[other], tensors[name]
 
     change_tensors(folder, change)
 
@@ -208,12 +211,12 @@ def thinker_only_config(config: Any) -> Any:
     return {**config["thinker_config"], "quantization_config": config["quantization_config"]}
 
 
-def drop_blocks(config: Any) -> None:
+def drop_quantization_configs(config: Any) -> None:
     del config["quantization_config"], config["thinker_config"]["quantization_config"]
 
 
-def exact_ignore(block: dict[str, Any]) -> None:
-    """Names on disk instead of patterns: right for transformers 4 alone."""
+def ignore_exact_names(block: dict[str, Any]) -> None:
+    """Replace patterns with names on disk, which only transformers 4 matches."""
     modules = ("attn.q", "attn.k", "attn.v", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     names = [f"thinker.visual.blocks.{i}.{module}" for i in range(4) for module in modules]
     names += ["thinker.visual.merger.mlp.0", "thinker.visual.merger.mlp.2"]
@@ -225,22 +228,22 @@ def swap_targets(block: dict[str, Any]) -> None:
     first["targets"], second["targets"] = second["targets"], first["targets"]
 
 
-def move_entry(index: Any) -> None:
+def move_index_entry(index: Any) -> None:
     index["weight_map"][NORM] = SECOND if index["weight_map"][NORM] == FIRST else FIRST
 
 
-def point_elsewhere(index: Any) -> None:
+def point_to_absent_shard(index: Any) -> None:
     for name, file in index["weight_map"].items():
         if file == SECOND:
             index["weight_map"][name] = "model-00009-of-00009.safetensors"
 
 
-def without(fits: Callable[[str], bool]) -> Callable[[Any], Any]:
-    return lambda content: {key: value for key, value in content.items() if not fits(key)}
+def without_keys(matches: Callable[[str], bool]) -> Callable[[Any], Any]:
+    return lambda content: {key: value for key, value in content.items() if not matches(key)}
 
 
-def without_entries(part: str) -> Callable[[dict[str, Any]], None]:
-    """Take what names a part off the list of what is left float."""
+def remove_list_entries(part: str) -> Callable[[dict[str, Any]], None]:
+    """Remove the entries of a part from the list of Linears that stay float."""
 
     def change(block: dict[str, Any]) -> None:
         key = "ignore" if "ignore" in block else "modules_to_not_convert"
@@ -249,7 +252,7 @@ def without_entries(part: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def weights(block: dict[str, Any]) -> dict[str, Any]:
+def group_weights(block: dict[str, Any]) -> dict[str, Any]:
     return dict.__getitem__(block["config_groups"]["group_0"], "weights")
 
 
@@ -257,7 +260,7 @@ def random_integers(tensor: torch.Tensor) -> torch.Tensor:
     return torch.randint(-127, 128, tensor.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
 
 
-def double_odd(tensor: torch.Tensor) -> torch.Tensor:
+def double_odd_rows(tensor: torch.Tensor) -> torch.Tensor:
     tensor[1::2] *= 2
     return tensor
 
@@ -267,7 +270,7 @@ def double_odd(tensor: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Damage:
-    """name: of the case. of: the good output. code, where: a finding that must be there, `where` as a part of its."""
+    """A test case. of: name of the good output. code: of a required finding. where: must be a part of its `where`."""
 
     name: str
     of: str
@@ -279,20 +282,21 @@ class Damage:
 
 DAMAGES = (
     # files and index
-    Damage("lost shard", "sharded", remove(SECOND), "index_names_absent_shard", SECOND),
-    Damage("truncated file", "sharded", cut(SECOND, 1000), "file_truncated", SECOND),
-    Damage("truncated header", "sharded", write(SECOND, b"\x00\x20\0\0\0\0\0\0{"), "file_truncated", SECOND),
-    Damage("empty file", "sharded", write(SECOND, b""), "file_truncated", SECOND),
+    Damage("missing shard", "sharded", remove_file(SECOND), "index_names_absent_shard", SECOND),
+    Damage("truncated file", "sharded", truncate(SECOND, 1000), "file_truncated", SECOND),
+    Damage("truncated header", "sharded", write_file(SECOND, b"\x00\x20\0\0\0\0\0\0{"), "file_truncated", SECOND),
+    Damage("empty file", "sharded", write_file(SECOND, b""), "file_truncated", SECOND),
     Damage("trailing bytes", "ct8", lambda f: weights_file(f).open("ab").write(b"more"), "file_trailing_bytes",
            "model."),
-    Damage("header is noise", "ct8", write("model.safetensors", b"\x10" + 7 * b"\0" + 99 * b"\xff"), "file_broken",
-           "model."),
-    Damage("index names an absent shard", "sharded", change_json(INDEX, point_elsewhere), "index_names_absent_shard",
-           "model-00009-of-00009"),
-    Damage("tensor listed in the wrong shard", "sharded", change_json(INDEX, move_entry), "index_wrong_shard", NORM),
+    Damage("random bytes as header", "ct8", write_file("model.safetensors", b"\x10" + 7 * b"\0" + 99 * b"\xff"),
+           "file_broken", "model."),
+    Damage("index names an absent shard", "sharded", change_json(INDEX, point_to_absent_shard),
+           "index_names_absent_shard", "model-00009-of-00009"),
+    Damage("tensor listed in the wrong shard", "sharded", change_json(INDEX, move_index_entry), "index_wrong_shard",
+           NORM),
     Damage("tensor not listed", "sharded", change_json(INDEX, lambda i: i["weight_map"].pop(NORM) and None),
            "index_lacks_tensor", NORM),
-    Damage("listed tensor is nowhere", "sharded", change_json(INDEX, lambda i: i["weight_map"].update(x=FIRST)),
+    Damage("listed tensor is missing", "sharded", change_json(INDEX, lambda i: i["weight_map"].update(x=FIRST)),
            "index_names_absent_tensor", "x"),
     Damage("total_size wrong", "sharded", change_json(INDEX, lambda i: i["metadata"].update(total_size=1)),
            "total_size_wrong", "total_size"),
@@ -301,12 +305,12 @@ DAMAGES = (
            "model-00003"),
     Damage("tensors of another run", "ct8", lambda f: shutil.copy(f / "model.safetensors", f / "old.safetensors"),
            "tensor_twice", "old.safetensors"),
-    Damage("no index", "sharded", remove(INDEX), "index_missing", "index"),
+    Damage("no index", "sharded", remove_file(INDEX), "index_missing", "index"),
     Damage("flat index", "sharded", change_json(INDEX, lambda i: i["weight_map"]), "index_no_weight_map", INDEX),
-    Damage("index is no JSON", "sharded", write(INDEX, b"{"), "json_broken", INDEX),
-    Damage("no weights", "ct8", remove("model.safetensors"), "no_weights", ""),
-    Damage("leftover .partial", "awq", write("model.safetensors.partial", b"x"), "unfinished_run", ".partial"),
-    Damage("work folder", "ascend", write(".msmodelslim_work/manifest.json", b"{}"), "unfinished_run",
+    Damage("index is not JSON", "sharded", write_file(INDEX, b"{"), "json_broken", INDEX),
+    Damage("no weights", "ct8", remove_file("model.safetensors"), "no_weights", ""),
+    Damage("leftover .partial", "awq", write_file("model.safetensors.partial", b"x"), "unfinished_run", ".partial"),
+    Damage("work folder", "ascend", write_file(".msmodelslim_work/manifest.json", b"{}"), "unfinished_run",
            ".msmodelslim_work"),
     # tensors
     Damage("bias missing", "ct8", drop_tensors(f"{Q}.bias".__eq__), "tensor_missing", f"{Q}.bias"),
@@ -314,7 +318,7 @@ DAMAGES = (
     Damage("zero points missing", "awq", drop_tensors(f"{DOWN}.qzeros".__eq__), "linear_incomplete", f"{DOWN}.qzeros"),
     Damage("offsets missing", "ascend", drop_tensors(f"{UP}.weight_offset".__eq__), "linear_incomplete",
            f"{UP}.weight_offset"),
-    Damage("a Linear missing", "awq", drop_tensors(lambda n: n.startswith(O + ".")), "tensor_missing", f"{O}.weight"),
+    Damage("Linear missing", "awq", drop_tensors(lambda n: n.startswith(O + ".")), "tensor_missing", f"{O}.weight"),
     Damage("lm_head missing", "awq", drop_tensors("thinker.lm_head.weight".__eq__), "tensor_missing",
            "thinker.lm_head"),
     Damage("prefix dropped", "ct8", rename_tensors(lambda n: n.removeprefix("thinker.")), "prefix_dropped",
@@ -325,7 +329,7 @@ DAMAGES = (
     Damage("names of transformers 5", "ct8",
            rename_tensors(lambda n: n.replace("thinker.visual", "thinker.model.visual")), "tensor_unexpected",
            "thinker.model.visual"),
-    Damage("foreign tensor", "ct4", lambda f: change_tensors(f, lambda t: t.update({"thinker.x": torch.ones(2)})),
+    Damage("tensor of no module", "ct4", lambda f: change_tensors(f, lambda t: t.update({"thinker.x": torch.ones(2)})),
            "tensor_unexpected", "thinker.x"),
     Damage("talker half missing", "ct8", drop_tensors(lambda n: n.startswith("talker.model.layers.1")),
            "tensor_missing", "talker.model.layers.1"),
@@ -343,35 +347,37 @@ DAMAGES = (
     Damage("transposed integers", "ct8", change_tensor(f"{UP}.weight", lambda t: t.t()), "tensor_shape",
            f"{UP}.weight"),
     Damage("tower quantized", "ct8", quantize_tower, "tower_quantized", VISUAL),
-    Damage("tower quantized, for the loaders", "ct8", quantize_tower, "loader_expects_float", VISUAL),
-    Damage("q quantized, k float", "ct8", leave_float(K), "fused_split", K),
-    Damage("float Linear that loaders convert", "ct8", leave_float(DOWN), "loader_expects_quantized", DOWN),
-    Damage("NaN in a norm", "awq", change_tensor(NORM, put(float("nan"), 0)), "float_not_finite", NORM),
+    Damage("tower quantized, as loaders see it", "ct8", quantize_tower, "loader_expects_float", VISUAL),
+    Damage("q quantized, k float", "ct8", dequantize(K), "fused_split", K),
+    Damage("float Linear that loaders convert", "ct8", dequantize(DOWN), "loader_expects_quantized", DOWN),
+    Damage("NaN in a norm", "awq", change_tensor(NORM, set_value(float("nan"), 0)), "float_not_finite", NORM),
     # scales and integers
-    Damage("NaN scale", "ct8", change_tensor(f"{Q}.weight_scale", put(float("nan"), 3, 0)), "scale_nan",
+    Damage("NaN scale", "ct8", change_tensor(f"{Q}.weight_scale", set_value(float("nan"), 3, 0)), "scale_nan",
            f"{Q}.weight_scale"),
-    Damage("Inf scale", "awq", change_tensor(f"{Q}.scales", put(float("inf"), 0, 5)), "scale_inf", f"{Q}.scales"),
-    Damage("zero scale", "ascend", change_tensor(f"{O}.weight_scale", put(0, 3, 0)), "scale_zero", f"{O}.weight_scale"),
-    Damage("denormal scale", "ascend", change_tensor(f"{O}.weight_scale", put(1e-40, 3, 0)), "scale_denormal", O),
-    Damage("subnormal scale", "awq", change_tensor(f"{O}.scales", put(2.0**-20, 0, 0)), "scale_subnormal",
+    Damage("Inf scale", "awq", change_tensor(f"{Q}.scales", set_value(float("inf"), 0, 5)), "scale_inf", f"{Q}.scales"),
+    Damage("zero scale", "ascend", change_tensor(f"{O}.weight_scale", set_value(0, 3, 0)), "scale_zero",
+           f"{O}.weight_scale"),
+    Damage("denormal scale", "ascend", change_tensor(f"{O}.weight_scale", set_value(1e-40, 3, 0)), "scale_denormal", O),
+    Damage("subnormal scale", "awq", change_tensor(f"{O}.scales", set_value(2.0**-20, 0, 0)), "scale_subnormal",
            f"{O}.scales"),
-    Damage("negative scale", "ct4", change_tensor(f"{O}.weight_scale", put(-1, 0, 0)), "scale_negative", O),
-    Damage("offset not zero", "ascend", change_tensor(f"{O}.weight_offset", put(1, 0, 0)), "offset_not_zero", O),
-    Damage("all-zero integers", "ct8", change_tensor(f"{V}.weight", put(0)), "integers_all_zero", V),
-    Damage("constant integers", "ct4", change_tensor(f"{V}.weight_packed", put(0x33333333)), "integers_constant", V),
-    Damage("constant row", "ascend", change_tensor(f"{DOWN}.weight", put(7, 4)), "row_constant", DOWN),
-    Damage("zero row", "ct8", change_tensor(f"{DOWN}.weight", put(0, 4)), "row_zero", DOWN),
+    Damage("negative scale", "ct4", change_tensor(f"{O}.weight_scale", set_value(-1, 0, 0)), "scale_negative", O),
+    Damage("offset not zero", "ascend", change_tensor(f"{O}.weight_offset", set_value(1, 0, 0)), "offset_not_zero", O),
+    Damage("all-zero integers", "ct8", change_tensor(f"{V}.weight", set_value(0)), "integers_all_zero", V),
+    Damage("constant integers", "ct4", change_tensor(f"{V}.weight_packed", set_value(0x33333333)), "integers_constant",
+           V),
+    Damage("constant row", "ascend", change_tensor(f"{DOWN}.weight", set_value(7, 4)), "row_constant", DOWN),
+    Damage("zero row", "ct8", change_tensor(f"{DOWN}.weight", set_value(0, 4)), "row_zero", DOWN),
     Damage("saturated", "ct8", change_tensor(f"{UP}.weight", lambda t: (t.int() * 4).clamp(-127, 127).to(torch.int8)),
            "saturated", UP),
-    Damage("zero points off by one", "awq", each_of(ending(".qzeros"), minus_one), "zero_point_shifted",
+    Damage("zero points off by one", "awq", change_matching(ends_with(".qzeros"), subtract_one), "zero_point_shifted",
            "thinker.model.layers.0"),
-    Damage("one zero point tensor off by one", "ct4", change_tensor(f"{Q}.weight_zero_point", minus_one),
+    Damage("one zero point tensor off by one", "ct4", change_tensor(f"{Q}.weight_zero_point", subtract_one),
            "zero_point_shifted", Q),
-    Damage("wrong nibble order", "awq", each_of(ending(".qweight"), reorder), "zero_point_unrelated",
+    Damage("wrong nibble order", "awq", change_matching(ends_with(".qweight"), reorder_nibbles), "zero_point_unrelated",
            "thinker.model.layers.0"),
-    Damage("wrong nibble order of zero points", "ct4", change_tensor(f"{UP}.weight_zero_point", reorder),
+    Damage("wrong nibble order of zero points", "ct4", change_tensor(f"{UP}.weight_zero_point", reorder_nibbles),
            "zero_point_unrelated", UP),
-    Damage("unsigned codes", "ct8", change_tensor(f"{UP}.weight", lambda t: (t.int() // 2 + 64).to(torch.int8)),
+    Damage("unsigned integers", "ct8", change_tensor(f"{UP}.weight", lambda t: (t.int() // 2 + 64).to(torch.int8)),
            "zero_point_shifted", UP),
     Damage("weight_shape transposed", "ct4", change_tensor(f"{UP}.weight_shape", lambda t: t.flip(0)),
            "weight_shape_wrong", UP),
@@ -379,12 +385,12 @@ DAMAGES = (
     Damage("stale quantization_config", "ascend",
            change_json("config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})),
            "quantization_config_stale", "quantization_config"),
-    Damage("two methods", "ct8", write(DESCRIPTION, b'{"version": "1.0.0"}'), "quantization_config_stale",
-           "config.json"),
+    Damage("two quantization methods", "ct8", write_file(DESCRIPTION, b'{"version": "1.0.0"}'),
+           "quantization_config_stale", "config.json"),
     Damage("quantization_config only in thinker_config", "ct8",
            change_json("config.json", lambda c: c.pop("quantization_config") and None),
            "quantization_config_only_in_thinker", "thinker_config"),
-    Damage("quantization_config only at the top", "ct8",
+    Damage("quantization_config only at the top level", "ct8",
            change_json("config.json", lambda c: c["thinker_config"].pop("quantization_config") and None),
            "quantization_config_not_in_thinker", "thinker_config"),
     Damage("two different quantization_configs", "awq",
@@ -393,8 +399,8 @@ DAMAGES = (
     Damage("quantization_config in text_config", "ct8",
            change_json("config.json", lambda c: c["thinker_config"]["text_config"].update(quantization_config={})),
            "quantization_config_stray", "text_config"),
-    Damage("no quantization_config", "awq", change_json("config.json", drop_blocks), "quantization_config_missing",
-           "quantization_config"),
+    Damage("no quantization_config", "awq", change_json("config.json", drop_quantization_configs),
+           "quantization_config_missing", "quantization_config"),
     Damage("no quant_method", "awq", change_block(lambda b: b.pop("quant_method")), "quantization_config_no_method",
            "config"),
     Damage("unknown method", "awq", change_block(lambda b: b.update(quant_method="gptq")),
@@ -405,52 +411,53 @@ DAMAGES = (
     Damage("unknown architecture", "ct8",
            change_json("config.json", lambda c: c.update(architectures=["Qwen2ForCausalLM"])), "config_architecture",
            "architectures"),
-    Damage("vision_config lost", "ct8",
+    Damage("vision_config missing", "ct8",
            change_json("config.json", lambda c: c["thinker_config"].pop("vision_config") and None),
            "config_part_missing", "vision_config"),
-    Damage("no config.json", "ct8", remove("config.json"), "config_missing", "config.json"),
-    Damage("config.json cut", "ct8", cut("config.json", 9), "json_broken", "config.json"),
+    Damage("no config.json", "ct8", remove_file("config.json"), "config_missing", "config.json"),
+    Damage("config.json truncated", "ct8", truncate("config.json", 9), "json_broken", "config.json"),
     Damage("config of a larger model", "awq",
            change_json("config.json", lambda c: c["thinker_config"]["text_config"].update(intermediate_size=1024)),
            "tensor_shape", "mlp.down_proj"),
     Damage("group_size wrong", "awq", change_block(lambda b: b.update(group_size=64)), "group_size_wrong",
            "group_size"),
-    Damage("group_size wrong, ct", "ct4", change_block(lambda b: weights(b).update(group_size=32)), "group_size_wrong",
-           "group_size"),
+    Damage("group_size wrong, ct", "ct4", change_block(lambda b: group_weights(b).update(group_size=32)),
+           "group_size_wrong", "group_size"),
     Damage("bits wrong", "awq", change_block(lambda b: b.update(bits=8)), "bits_wrong", "bits"),
-    Damage("bits wrong, ct", "ct8", change_block(lambda b: weights(b).update(num_bits=4)), "bits_wrong", "num_bits"),
+    Damage("bits wrong, ct", "ct8", change_block(lambda b: group_weights(b).update(num_bits=4)), "bits_wrong",
+           "num_bits"),
     Damage("zero_point false", "awq", change_block(lambda b: b.update(zero_point=False)), "symmetric_wrong",
            "zero_point"),
-    Damage("symmetric true", "ct4", change_block(lambda b: weights(b).update(symmetric=True)), "symmetric_wrong",
+    Damage("symmetric true", "ct4", change_block(lambda b: group_weights(b).update(symmetric=True)), "symmetric_wrong",
            "symmetric"),
-    Damage("asymmetric declared, no zero points", "sym4", change_block(lambda b: weights(b).update(symmetric=False)),
-           "linear_incomplete", "weight_zero_point"),
+    Damage("asymmetric declared without zero points", "sym4",
+           change_block(lambda b: group_weights(b).update(symmetric=False)), "linear_incomplete", "weight_zero_point"),
     # names
-    Damage("modules_to_not_convert lacks visual", "awq", change_block(without_entries("visual")),
+    Damage("modules_to_not_convert lacks visual", "awq", change_block(remove_list_entries("visual")),
            "loader_expects_quantized", "thinker.visual"),
     Damage("modules_to_not_convert null", "awq", change_block(lambda b: b.update(modules_to_not_convert=None)),
            "loader_expects_quantized", "talker."),
-    Damage("exact names only in ignore", "ct8", change_block(exact_ignore), "loader_expects_quantized",
+    Damage("exact names only in ignore", "ct8", change_block(ignore_exact_names), "loader_expects_quantized",
            "thinker.visual.blocks.0"),
-    Damage("lm_head not ignored", "ct8", change_block(without_entries("lm_head")), "loader_expects_quantized",
+    Damage("lm_head not ignored", "ct8", change_block(remove_list_entries("lm_head")), "loader_expects_quantized",
            "thinker.lm_head"),
-    Damage("ignore matches all", "ct8", change_block(lambda b: b["ignore"].append("re:.*")), "loader_expects_float",
-           "thinker.model.layers.0"),
-    Damage("ignore names k alone", "ct4", change_block(lambda b: b["ignore"].append("re:.*layers.1.self_attn.k_proj")),
+    Damage("ignore matches everything", "ct8", change_block(lambda b: b["ignore"].append("re:.*")),
+           "loader_expects_float", "thinker.model.layers.0"),
+    Damage("ignore lists only k", "ct4", change_block(lambda b: b["ignore"].append("re:.*layers.1.self_attn.k_proj")),
            "loader_expects_float", K),
-    Damage("hostile pattern", "ct8", change_block(lambda b: b["ignore"].append("re:(.*a+)+$")), "pattern_refused",
+    Damage("malicious pattern", "ct8", change_block(lambda b: b["ignore"].append("re:(.*a+)+$")), "pattern_refused",
            "config"),
-    Damage("targets of the other group", "both", change_block(swap_targets), "loader_expects_other_bits", DOWN),
-    Damage("a group's format is another's", "both",
+    Damage("targets of two groups swapped", "both", change_block(swap_targets), "loader_expects_other_bits", DOWN),
+    Damage("wrong format of a group", "both",
            change_block(lambda b: b["config_groups"]["group_0"].update(format="int-quantized")), "quantization_field",
            "config_groups.group_0.format"),
     Damage("description lacks visual", "ascend",
-           change_json(DESCRIPTION, without(lambda k: k.startswith("thinker.visual"))), "description_missing_entry",
-           "thinker.visual.blocks.0.attn.k.weight"),
-    Damage("description calls a float quantized", "ascend",
+           change_json(DESCRIPTION, without_keys(lambda k: k.startswith("thinker.visual"))),
+           "description_missing_entry", "thinker.visual.blocks.0.attn.k.weight"),
+    Damage("description says a float Linear is quantized", "ascend",
            change_json(DESCRIPTION, lambda d: d.update({f"{VISUAL}.weight": "W8A8_DYNAMIC"})), "description_wrong_type",
            VISUAL),
-    Damage("description calls a quantized Linear float", "ascend",
+    Damage("description says a quantized Linear is float", "ascend",
            change_json(DESCRIPTION, lambda d: d.update({f"{DOWN}.weight": "FLOAT"})), "description_wrong_type", DOWN),
     Damage("description splits q, k, v", "ascend",
            change_json(DESCRIPTION, lambda d: d.update({f"{K}.weight": "FLOAT"})), "fused_split", K),
@@ -462,58 +469,59 @@ DAMAGES = (
     Damage("description of another run", "ascend",
            change_json(DESCRIPTION, lambda d: d.update({"thinker.model.layers.99.mlp.up_proj.weight": "FLOAT"})),
            "description_stale", "layers.99"),
-    Damage("no description", "ascend", remove(DESCRIPTION), "quantization_config_missing", DESCRIPTION),
-    Damage("description is no JSON", "ascend", cut(DESCRIPTION, 30), "json_broken", DESCRIPTION),
+    Damage("no description", "ascend", remove_file(DESCRIPTION), "quantization_config_missing", DESCRIPTION),
+    Damage("description is not JSON", "ascend", truncate(DESCRIPTION, 30), "json_broken", DESCRIPTION),
     # companions
-    Damage("no spk_dict.pt", "ct8", remove("spk_dict.pt"), "spk_dict_missing", "spk_dict.pt"),
-    Damage("spk_dict.pt cut", "ct8", cut("spk_dict.pt", 5000), "spk_dict_broken", "spk_dict.pt"),
-    Damage("no tokenizer", "ct8", together(remove("tokenizer.json"), remove("vocab.json")), "tokenizer_missing",
-           "tokenizer.json"),
-    Damage("no processor", "awq", remove("preprocessor_config.json"), "processor_missing", "preprocessor_config.json"),
-    Damage("processor is no JSON", "awq", cut("preprocessor_config.json", 3), "json_broken",
+    Damage("no spk_dict.pt", "ct8", remove_file("spk_dict.pt"), "spk_dict_missing", "spk_dict.pt"),
+    Damage("spk_dict.pt truncated", "ct8", truncate("spk_dict.pt", 5000), "spk_dict_broken", "spk_dict.pt"),
+    Damage("no tokenizer", "ct8", apply_all(remove_file("tokenizer.json"), remove_file("vocab.json")),
+           "tokenizer_missing", "tokenizer.json"),
+    Damage("no processor", "awq", remove_file("preprocessor_config.json"), "processor_missing",
+           "preprocessor_config.json"),
+    Damage("processor is not JSON", "awq", truncate("preprocessor_config.json", 3), "json_broken",
            "preprocessor_config.json"),
     Damage("no chat template", "awq",
-           together(remove("chat_template.json"),
-                    change_json("tokenizer_config.json", without(ending("chat_template")))),
+           apply_all(remove_file("chat_template.json"),
+                    change_json("tokenizer_config.json", without_keys(ends_with("chat_template")))),
            "chat_template_missing", "chat_template"),
-    Damage("no generation_config", "awq", remove("generation_config.json"), "generation_config_missing",
+    Damage("no generation_config", "awq", remove_file("generation_config.json"), "generation_config_missing",
            "generation_config"),
-    Damage("empty merges", "awq", write("merges.txt", b""), "file_empty", "merges.txt"),
+    Damage("empty merges", "awq", write_file("merges.txt", b""), "file_empty", "merges.txt"),
     # against the source
-    Damage("two Linears swapped", "ct8", swap_layers, "weight_far", Q, needs_source=True),
+    Damage("two Linears swapped", "ct8", swap_q_of_layers, "weight_far", Q, needs_source=True),
     Damage("garbage weights", "ascend", change_tensor(f"{UP}.weight", random_integers), "weight_far", UP,
            needs_source=True),
-    Damage("zero points and integers in a wrong order", "awq", each_of(ending(".qweight", ".qzeros"), reorder),
-           "weight_far", Q, needs_source=True),
-    Damage("integers in a wrong order along the input", "sym4", each_of(ending(".weight_packed"), reorder),
-           "weight_far", Q, needs_source=True),
-    Damage("zero points off by one, against the source", "ct4", change_tensor(f"{UP}.weight_zero_point", minus_one),
+    Damage("zero points and integers in the wrong order", "awq",
+           change_matching(ends_with(".qweight", ".qzeros"), reorder_nibbles), "weight_far", Q, needs_source=True),
+    Damage("integers in the wrong order along the input", "sym4",
+           change_matching(ends_with(".weight_packed"), reorder_nibbles), "weight_far", Q, needs_source=True),
+    Damage("zero points off by one, against the source", "ct4", change_tensor(f"{UP}.weight_zero_point", subtract_one),
            "weight_shifted", UP, needs_source=True),
-    Damage("a row of another channel", "ascend",
-           change_tensor(f"{Q}.weight", lambda t: put(0)(t[:1]) is None or t.roll(1, 0)), "weight_far", Q,
+    Damage("rows shifted by one channel", "ascend",
+           change_tensor(f"{Q}.weight", lambda t: set_value(0)(t[:1]) is None or t.roll(1, 0)), "weight_far", Q,
            needs_source=True),
-    Damage("a row damaged", "ct8", change_tensor(f"{Q}.weight", lambda t: torch.cat([t[:1].flip(1), t[1:]])),
+    Damage("one row damaged", "ct8", change_tensor(f"{Q}.weight", lambda t: torch.cat([t[:1].flip(1), t[1:]])),
            "rows_far", Q, needs_source=True),
-    Damage("a norm's scaling forgotten", "ct8", change_tensor(NORM, lambda t: double_odd(t)), "scaling_inconsistent", Q,
-           needs_source=True),
-    Damage("v divided, o not multiplied", "ct8", change_tensor(f"{V}.weight_scale", double_odd), "scaling_inconsistent",
-           O, needs_source=True),
-    Damage("v divided, its bias not", "ct8", change_tensor(f"{V}.bias", double_odd), "scaling_inconsistent",
+    Damage("scaling of a norm not folded", "ct8", change_tensor(NORM, lambda t: double_odd_rows(t)),
+           "scaling_inconsistent", Q, needs_source=True),
+    Damage("v divided, o not multiplied", "ct8", change_tensor(f"{V}.weight_scale", double_odd_rows),
+           "scaling_inconsistent", O, needs_source=True),
+    Damage("v divided, its bias not", "ct8", change_tensor(f"{V}.bias", double_odd_rows), "scaling_inconsistent",
            f"{V}.bias", needs_source=True),
     Damage("up divided, down not multiplied", "awq",
-           change_tensor(f"{UP}.scales", lambda t: double_odd(t.t().clone()).t()), "scaling_inconsistent", DOWN,
+           change_tensor(f"{UP}.scales", lambda t: double_odd_rows(t.t().clone()).t()), "scaling_inconsistent", DOWN,
            needs_source=True),
-    Damage("embedding changed", "ct8", change_tensor("thinker.model.embed_tokens.weight", put(1.0, 5, 5)),
+    Damage("embedding changed", "ct8", change_tensor("thinker.model.embed_tokens.weight", set_value(1.0, 5, 5)),
            "float_changed", "thinker.model.embed_tokens.weight", needs_source=True),
-    Damage("talker changed", "awq", change_tensor("talker.model.norm.weight", put(0.5)), "float_changed",
+    Damage("talker changed", "awq", change_tensor("talker.model.norm.weight", set_value(0.5)), "float_changed",
            "talker.model.norm", needs_source=True),
-    Damage("q's bias changed", "ascend", change_tensor(f"{Q}.bias", put(0.5, 3)), "float_changed", f"{Q}.bias",
+    Damage("q's bias changed", "ascend", change_tensor(f"{Q}.bias", set_value(0.5, 3)), "float_changed", f"{Q}.bias",
            needs_source=True),
-    Damage("tower in another dtype", "ct8", change_tensor(f"{VISUAL}.weight", lambda t: t.half()),
+    Damage("tower cast to another dtype", "ct8", change_tensor(f"{VISUAL}.weight", lambda t: t.half()),
            "float_dtype_changed", VISUAL, needs_source=True),
     Damage("config changed", "ct8",
            change_json("config.json", lambda c: c["thinker_config"]["text_config"].update(rope_theta=5.0)),
            "source_config_differs", "config.json", needs_source=True),
-    Damage("chat template changed", "ct8", write("chat_template.json", b'{"chat_template": "x"}'),
+    Damage("chat template changed", "ct8", write_file("chat_template.json", b'{"chat_template": "x"}'),
            "source_file_differs", "chat_template.json", needs_source=True),
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""What reads a file from elsewhere, as functions of that file's bytes: for test_fuzz.py and for tests/fuzz/run.py.
+"""Fuzz targets for test_fuzz.py and tests/fuzz/run.py: the readers of untrusted files, as functions of the bytes.
 
-Each lays the bytes where they belong in a folder of its own and reads them by the package's own function. Whatever they
-are, it returns or raises QuantError whose message names the file; anything else is a bug.
+Each target writes the bytes to a file in its folder and reads the file with the package's function. For any bytes, the
+reader must return, or raise a QuantError that names the file. Anything else is a bug.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ SHARD = "model-00001-of-00001.safetensors"
 FINGERPRINT = {"seed": "0", "device": "cpu"}
 
 
-def _refused(work: Callable[[], Any], name: str) -> None:
-    """Run it; of a fault see that it names the file and can be shown on any terminal."""
+def _read_or_refuse(read: Callable[[], Any], name: str) -> None:
+    """Call `read`. The message of a QuantError must contain `name` and be printable on any terminal."""
     try:
-        work()
+        read()
     except QuantError as error:
         assert name in error.message, error.message[:300]
         assert len(error.message) < 400_000
@@ -46,7 +46,7 @@ def _refused(work: Callable[[], Any], name: str) -> None:
         error.message.encode()
 
 
-# --- the four that the outside world writes ------------------------------------------------------------------
+# --- files written by other programs -------------------------------------------------------------------------
 
 
 def safetensors_file(folder: Path, content: bytes) -> None:
@@ -57,8 +57,8 @@ def safetensors_file(folder: Path, content: bytes) -> None:
         for info in read_header(path).values():
             assert info.nbytes <= len(content) and load_tensor(info).nbytes == info.nbytes
 
-    _refused(read, path.name)
-    examined = read_folder(folder)  # the doctor's reader goes on where the other stops
+    _read_or_refuse(read, path.name)
+    examined = read_folder(folder)  # the doctor's reader continues after errors
     list(check_files(examined))
 
 
@@ -76,7 +76,7 @@ def shard_index(folder: Path, content: bytes) -> None:
             assert info.file.parent == folder
             checkpoint.load(name)
 
-    _refused(read, INDEX_NAME)
+    _read_or_refuse(read, INDEX_NAME)
     examined = read_folder(folder)
     list(check_index(examined))
 
@@ -86,11 +86,11 @@ def recipe(folder: Path, content: bytes) -> None:
     path.write_bytes(content)
 
     def read() -> None:
-        found = load_recipe(path)
-        found.where(("spec", "process"))
-        assert found.quant_type is not None and found.model_dump(mode="json")
+        loaded = load_recipe(path)
+        loaded.where(("spec", "process"))
+        assert loaded.quant_type is not None and loaded.model_dump(mode="json")
 
-    _refused(read, path.name)
+    _read_or_refuse(read, path.name)
 
 
 def sample_index(folder: Path, content: bytes) -> None:
@@ -110,54 +110,54 @@ def sample_index(folder: Path, content: bytes) -> None:
             kinds = {part["type"] for message in sample.messages for part in message["content"]}
             assert kinds <= {"text", *MEDIA_KINDS}
 
-    _refused(read, path.name)
+    _read_or_refuse(read, path.name)
 
 
-# --- what else lies in a folder ------------------------------------------------------------------------------
+# --- files written by this package ---------------------------------------------------------------------------
 
 
 def config(folder: Path, content: bytes) -> None:
-    """config.json, by all that reads it without building a model."""
+    """config.json, read by every function that reads it without building a model."""
     path = folder / "config.json"
     path.write_bytes(content)
     if not (folder / "model.safetensors").exists():
         write_tensors(folder / "model.safetensors", {"thinker.model.norm.weight": torch.ones(2)})
 
     def read() -> None:
-        whole = load_json_object(path)
-        declared_scheme(folder, whole)
+        loaded = load_json_object(path)
+        declared_scheme(folder, loaded)
         refuse_quantized(folder)
-        family = derive_model_type(whole).family
-        family.layer_spec(whole)
-        assert family.num_layers(whole) <= 1024
+        family = derive_model_type(loaded).family
+        family.layer_spec(loaded)
+        assert family.num_layers(loaded) <= 1024
         inspect_checkpoint(folder)
 
-    _refused(read, "")
-    _refused(lambda: read_quantized(folder), "")
+    _read_or_refuse(read, "")
+    _read_or_refuse(lambda: read_quantized(folder), "")
 
 
 def manifest(folder: Path, content: bytes) -> None:
-    """The work folder's, also as one whose digest is right: whatever it says, nothing outside save_path is touched."""
+    """The manifest of the work folder, as given and with a valid digest. Files outside save_path must not change."""
     outside = folder.parent / "precious"
     outside.mkdir(exist_ok=True)
     (outside / "file").write_text("precious")
     try:
-        as_sealed = json.dumps(sealed(json.loads(content))).encode()
+        with_digest = json.dumps(sealed(json.loads(content))).encode()
     except (ValueError, TypeError, RecursionError):
-        as_sealed = content
-    for text in (content, as_sealed):
+        with_digest = content
+    for text in (content, with_digest):
         save = folder / "out"
         shutil.rmtree(save, ignore_errors=True)
         (save / WORK_FOLDER / "output" / "awq").mkdir(parents=True)
         (save / WORK_FOLDER / "manifest.json").write_bytes(text)
 
-        def go_on(save: Path = save) -> None:
+        def resume(save: Path = save) -> None:
             with Workspace(save, FINGERPRINT, overwrite=False) as workspace:
                 workspace.manifest.checksums("layer 0")
                 if workspace.manifest.committing:
                     workspace.commit(workspace.manifest.committing)
 
-        _refused(go_on, WORK_FOLDER)
+        _read_or_refuse(resume, WORK_FOLDER)
         assert (outside / "file").read_text() == "precious"
         assert [entry.name for entry in folder.iterdir()] == ["out"]
 
@@ -172,7 +172,7 @@ TARGETS: dict[str, Callable[[Path, bytes], None]] = {
 }
 
 
-# --- good files to begin with --------------------------------------------------------------------------------
+# --- valid files as seeds ------------------------------------------------------------------------------------
 
 
 def _safetensors_seed() -> bytes:
@@ -191,8 +191,8 @@ def _config_seed() -> bytes:
         "num_key_value_heads": 2, "vocab_size": 100,
     }  # fmt: skip
     quantization = {"quant_method": "compressed-tensors", "bits": 4, "config_groups": {}, "ignore": []}
-    whole = {"model_type": "qwen2_5_omni", "architectures": ["x"], "quantization_config": quantization}
-    return json.dumps({**whole, "thinker_config": {"text_config": text, "model_type": "y"}}).encode()
+    outer = {"model_type": "qwen2_5_omni", "architectures": ["x"], "quantization_config": quantization}
+    return json.dumps({**outer, "thinker_config": {"text_config": text, "model_type": "y"}}).encode()
 
 
 def _manifest_seed() -> bytes:

@@ -1,4 +1,4 @@
-"""H of some tokens in either of its exact forms, made in float64."""
+"""H of given tokens in its two exact forms. The matrix is computed in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How each loader renames the names on disk, and the rule by which compressed-tensors and vLLM ignore modules."""
+"""The module names of each loader, and the rule by which compressed-tensors and vLLM ignore modules."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 
 def to_disk(name: str) -> str:
+    """Return the name on disk of a module of transformers 5."""
     for part in ("language_model", "visual", "audio_tower"):
-        kept = "thinker.model" if part == "language_model" else f"thinker.{part}"
-        name = name.replace(f"thinker.model.{part}", kept)
+        on_disk = "thinker.model" if part == "language_model" else f"thinker.{part}"
+        name = name.replace(f"thinker.model.{part}", on_disk)
     return name
 
 
@@ -31,17 +32,20 @@ def thinker_class_5(disk: str) -> list[str]:
 
 
 def vllm(disk: str) -> list[str]:
-    """vLLM's names. Talker and token2wav are not loaded, the audio tower is never quantized."""
+    """Return vLLM's name. vLLM does not load talker and token2wav, and never quantizes the audio tower."""
     if not disk.startswith("thinker.") or disk.startswith("thinker.audio_tower."):
         return []
-    for theirs, ours in (("thinker.lm_head", "language_model.lm_head"), ("thinker.model.", "language_model.model.")):
-        if disk.startswith(theirs):
-            return [ours + disk.removeprefix(theirs)]
+    for prefix, vllm_prefix in (
+        ("thinker.lm_head", "language_model.lm_head"),
+        ("thinker.model.", "language_model.model."),
+    ):
+        if disk.startswith(prefix):
+            return [vllm_prefix + disk.removeprefix(prefix)]
     return [disk.removeprefix("thinker.")]
 
 
 def is_ignored(name: str, ignore: list[str]) -> bool:
-    """compressed-tensors' and vLLM's rule: `re:` from the start of the name, anything else exactly."""
+    """Whether compressed-tensors and vLLM ignore the name: `re:` matches from its start, other entries exactly."""
     return any(re.match(i[3:], name) if i.startswith("re:") else i == name for i in ignore)
 
 

@@ -1,4 +1,4 @@
-"""Outputs of every format from the tiny model, data-free so that they cost little; and ways to damage a copy."""
+"""Outputs of the tiny model in several formats, data-free to save time, and functions that damage a copy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni.run.pipeline import quantize
 
-# One Linear stays float in one layer, so that what is said of such Linears is tested too.
+# One Linear stays float in one layer, so that the lists of float Linears are tested too.
 FLOAT_LINEAR = "thinker.model.layers.1.mlp.down_proj"
 LINEARS = 4 * 7 - 1
 
@@ -38,9 +38,9 @@ def write_recipe(folder: Path, name: str, qconfig: str, float_linear: str) -> Pa
 
 @functools.cache
 def quantize_all(model: Path, folder: Path, float_linear: str = FLOAT_LINEAR) -> dict[str, Path]:
-    """Made once for all tests, which never change them.
+    """Quantize once for all tests, which must not change the outputs.
 
-    `ascend` and `int8` hold the same integers, `awq` and `packed` (asymmetric) too; `symmetric` is packed int4.
+    `ascend` and `int8` hold the same integers; so do `awq` and `packed` (asymmetric). `symmetric` is packed int4.
     """
     folder.mkdir()
     recipes = {
@@ -72,7 +72,7 @@ def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def edited(folder: Path, target: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> Path:
-    """A copy whose tensors `change` has had in its hands."""
+    """A copy of a checkpoint in `target`, with its tensors modified by `change`."""
     shutil.copytree(folder, target)
     tensors = load_file(weights_file(target))
     change(tensors)

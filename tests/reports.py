@@ -1,4 +1,4 @@
-"""Reports as no run would leave them: of many layers, with names that want to be more than names."""
+"""Synthetic reports with many layers and hostile names."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from msmodelslim_omni.report.report import (
 MODALITIES = ("text", "image", "audio", "video")
 LINEARS = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
 
-# Markup, a template, mathematics, a link, half a letter's worth of control, and quotes.
+# Markup, a template expression, math, a link, control characters, quotes, and a YAML header.
 HOSTILE = "<script>alert(1)</script>{{ 7 * 7 }}$\\frac$[a](http://x.invalid)\x00\x1b\"'>\n---\nlicense: mit"
 
 
 def made_report(layers: int = 3, name: str = "source") -> Report:
-    """A calibrated W4A16 run; `name` in every place that can hold a stranger's text."""
+    """Return the report of a calibrated W4A16 run, with `name` in every field that can hold untrusted text."""
 
     def layer(index: int) -> LayerRecord:
         linears = tuple(
@@ -40,9 +40,9 @@ def made_report(layers: int = 3, name: str = "source") -> Report:
             {"group": "down", "alpha": None, "gain": 1.0, "reason": "the identity is best"},
         )
         errors = {modality: 0.02 * (1 + k) for k, modality in enumerate(MODALITIES)}
-        fell = index == 1
-        notes = (f"fell back to plain rounding: {name}",) if fell else ()
-        return LayerRecord(index, linears, scales, 0.05, errors, 1.0 if fell else 0.6, notes)
+        is_fallback = index == 1
+        notes = (f"fell back to plain rounding: {name}",) if is_fallback else ()
+        return LayerRecord(index, linears, scales, 0.05, errors, 1.0 if is_fallback else 0.6, notes)
 
     return Report(
         model_type="Qwen2.5-Omni-3B",
@@ -75,7 +75,7 @@ def made_report(layers: int = 3, name: str = "source") -> Report:
 
 
 def data_free(report: Report) -> Report:
-    """The same of a run without data."""
+    """Return the same report as of a data-free run."""
     layers = tuple(
         LayerRecord(
             layer.index,
@@ -87,14 +87,16 @@ def data_free(report: Report) -> Report:
 
 
 def made_evaluation(name: str = "data", layers: int = 3) -> EvalReport:
-    def fidelity(worse: float) -> Fidelity:
+    """Return an evaluation report, with `name` in every field that can hold untrusted text."""
+
+    def fidelity(loss: float) -> Fidelity:
         def around(value: float) -> Interval:
             return Interval(value, value * 0.9, value * 1.1)
 
-        change = Interval(-0.02 * worse, -0.05 * worse, 0.01)
-        exact = (around(0.8), around(0.8 - 0.02 * worse), change)
-        close = (around(0.004 * worse), 0.09, around(0.9), around(0.85))
-        return Fidelity(40, 900, *close, around(8.0), around(8.1), 30, *exact, 0.05, 0.998, 0.01, 0.9999)
+        change = Interval(-0.02 * loss, -0.05 * loss, 0.01)
+        exact = (around(0.8), around(0.8 - 0.02 * loss), change)
+        agreement = (around(0.004 * loss), 0.09, around(0.9), around(0.85))
+        return Fidelity(40, 900, *agreement, around(8.0), around(8.1), 30, *exact, 0.05, 0.998, 0.01, 0.9999)
 
     drift = tuple(LayerDrift(i, 0.01 * i, dict.fromkeys(MODALITIES, 0.01 * i)) for i in range(layers))
     return EvalReport(

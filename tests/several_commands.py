@@ -1,6 +1,6 @@
-"""Commands one after the other in one process, to pay once for what each imports: for torchrun, see test_team.py.
+"""Runs several commands in one process under torchrun, so that imports are paid for once; used by test_team.py.
 
-Arguments: a JSON list of commands, each a list of words; then a folder for what each process says, by rank and command.
+Arguments: a JSON list of commands, each a list of words; a folder for the output of each rank and command.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 
-def run(words: list[str], said: Path) -> None:
-    """One command; its messages and, last, its exit code go into a file."""
+def run(words: list[str], output: Path) -> None:
+    """Run one command and write its output, followed by its exit code, to a file."""
     from msmodelslim_omni.cli import app
     from msmodelslim_omni.commands import shell
 
     code: object = 0
-    with said.open("w", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
+    with output.open("w", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
         shell.messages.file = shell.results.file = stream
         try:
             app(words, prog_name="msmodelslim")

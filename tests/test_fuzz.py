@@ -1,7 +1,6 @@
-"""Files from elsewhere, damaged and hostile: only QuantError, in bounded time and memory.
+"""Damaged and hostile files cause only QuantErrors, in bounded time and memory.
 
-The same targets run under atheris with `make fuzz`. What that found is in REGRESSIONS. `pytest -m full` takes many more
-examples.
+`make fuzz` runs the same targets under atheris; its findings are in REGRESSIONS. `pytest -m full` runs more examples.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from fuzz_targets import SEEDS, SHARD, TARGETS
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-CPU_SECONDS = 3.0  # for one file of some kilobytes
+CPU_SECONDS = 3.0  # limit for one file of a few kilobytes
 
-# --- what is put in ------------------------------------------------------------------------------------------
+# --- inputs --------------------------------------------------------------------------------------------------
 
 NUMBERS = (-1, 0, 1, 2**31, 2**48, 2**63, 10**30, -(10**400), 0.5, 1e308, float("nan"), float("inf"), True, None)
 TEXTS = (
@@ -33,12 +32,12 @@ BLOCKS: tuple[Any, ...] = (
     [], {}, [[]], [-1, 5], [0, 2**50], {"a": {}}, [None] * 20, ["../x"], [["a"]], {"type": "image", "image": "../x"},
     {"quant_method": []}, ["x"] * 2000,
 )  # fmt: skip
-DEEP = {f"{levels} levels": "[" * levels + "]" * levels for levels in (40, 70, 400, 900, 50_000)}
-WEIRD = (*NUMBERS, *TEXTS, *BLOCKS, *DEEP)
+NESTED = {f"{levels} levels": "[" * levels + "]" * levels for levels in (40, 70, 400, 900, 50_000)}
+WEIRD = (*NUMBERS, *TEXTS, *BLOCKS, *NESTED)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Every place of a JSON value."""
+    """Yield the path of every value inside a JSON value."""
     if path:
         yield path
     if isinstance(value, dict | list):
@@ -48,20 +47,20 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 @st.composite
 def changed_values(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value with one to three places replaced, removed, or found under another name."""
+    """A JSON value in which one to three inner values are replaced, removed or renamed."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 3))):
-        found = list(places(value))
-        if not found:
+        paths = list(places(value))
+        if not paths:
             return value
-        *way, last = draw(st.sampled_from(found))
+        *parents, last = draw(st.sampled_from(paths))
         block = value
-        for step in way:
-            block = block[step]
-        how = draw(st.sampled_from(("replace", "replace", "remove", "rename")))
-        if how == "replace":
+        for key in parents:
+            block = block[key]
+        change = draw(st.sampled_from(("replace", "replace", "remove", "rename")))
+        if change == "replace":
             block[last] = copy.deepcopy(draw(st.sampled_from(WEIRD)))
-        elif how == "remove" or isinstance(block, list):
+        elif change == "remove" or isinstance(block, list):
             del block[last]
         else:
             block[draw(st.sampled_from(TEXTS))] = block.pop(last)
@@ -69,25 +68,26 @@ def changed_values(draw: st.DrawFn, value: Any) -> Any:
 
 
 def dumped(value: Any) -> str:
+    """The value as JSON, with the keys of NESTED replaced by deeply nested lists."""
     text = json.dumps(value)
-    for word, nested in DEEP.items():
+    for word, nested in NESTED.items():
         text = text.replace(f'"{word}"', nested)
     return text
 
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes flipped, cut out, doubled or put in; a doubled piece may be a key that then stands twice."""
+    """Bytes are changed, removed, repeated or inserted. A repeated piece may be a key, which then appears twice."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 4))):
         first = draw(st.integers(0, max(0, len(data) - 1)))
         end = min(len(data), first + draw(st.integers(1, 30)))
-        how = draw(st.sampled_from(("flip", "cut", "double", "put")))
-        if how == "flip" and data:
+        change = draw(st.sampled_from(("flip", "cut", "double", "put")))
+        if change == "flip" and data:
             data[first] = draw(st.integers(0, 255))
-        elif how == "cut":
+        elif change == "cut":
             del data[first:end]
-        elif how == "double":
+        elif change == "double":
             data[first:first] = data[first:end]
         else:
             data[first:first] = draw(st.binary(max_size=12))
@@ -95,6 +95,7 @@ def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def with_length(header: bytes, draw: st.DrawFn, data: bytes) -> bytes:
+    """A safetensors file, sometimes with a wrong header length."""
     length = draw(st.sampled_from((len(header), len(header), len(header), 0, 2**32, 100 << 30, 2**63)))
     return length.to_bytes(8, "little") + header + data
 
@@ -117,7 +118,7 @@ def changed_json(target: str) -> st.SearchStrategy[bytes]:
     return changed_values(json.loads(SEEDS[target][0])).map(lambda value: dumped(value).encode())
 
 
-# Lines that mean something to YAML; some go beside others to make bombs.
+# Lines with special meaning in YAML. Together, some of them expand exponentially.
 YAML_LINES = (
     "a: &a [x, x, x, x, x, x, x, x, x]", "b: &b [*a, *a, *a, *a, *a, *a, *a, *a]", "c: &c [*b, *b, *b, *b, *b, *b]",
     "d: [*c, *c, *c, *c, *c, *c, *c, *c]", "e: &e [*e]", "f: &f {<<: *f}", "<<: [1, 2]", "? [a, b]", "? {a: b}",
@@ -161,7 +162,7 @@ def safetensors_named(name: str) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
-# --- the fuzz ------------------------------------------------------------------------------------------------
+# --- tests ---------------------------------------------------------------------------------------------------
 
 
 def run(target: str, folder: Path, content: bytes) -> None:
@@ -172,9 +173,9 @@ def run(target: str, folder: Path, content: bytes) -> None:
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """In memory where there is such a place: the manifest is synced each time."""
-    place = "/dev/shm" if Path("/dev/shm").is_dir() else None
-    with tempfile.TemporaryDirectory(dir=place) as parent:
+    """A temporary folder, in memory if possible, because every example syncs the manifest."""
+    parent_folder = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=parent_folder) as parent:
         folder = Path(parent) / "folder"
         folder.mkdir()
         yield folder
@@ -187,7 +188,7 @@ def fuzz(target: str, folder: Path, examples: int) -> None:
         deadline=None,
         derandomize=True,
         database=None,
-        phases=[Phase.generate],  # what fails is small enough to be read as it is
+        phases=[Phase.generate],  # examples are small enough without shrinking
         suppress_health_check=list(HealthCheck),
     )
     def only_quant_errors(content: bytes) -> None:
@@ -212,34 +213,34 @@ def in_metadata(line: str) -> bytes:
     return SEEDS["recipe"][0].replace(b"metadata:", f"metadata:\n  {line}".encode(), 1)
 
 
-# What broke a reader once, by fuzzing or by thought.
+# Inputs that broke a reader, found by fuzzing or by hand.
 REGRESSIONS: dict[str, tuple[str, bytes]] = {
-    "hexadecimal number that Python does not show": ("recipe", in_metadata(f"score: 0x{'f' * 6000}")),
-    "fraction in base 60 that overflows": ("recipe", in_metadata(f"score: {':'.join(['59'] * 300)}.5")),
-    "levels that copying does not reach": ("config", b'{"a":' * 600 + b"1" + b"}" * 600),
-    "block that is a text": ("config", b'{"model_type": "qwen2_5_omni", "thinker_config": {"text_config": "x"}}'),
+    "hexadecimal number too long to print": ("recipe", in_metadata(f"score: 0x{'f' * 6000}")),
+    "base-60 fraction that overflows": ("recipe", in_metadata(f"score: {':'.join(['59'] * 300)}.5")),
+    "nesting too deep to copy": ("config", b'{"a":' * 600 + b"1" + b"}" * 600),
+    "block that is a string": ("config", b'{"model_type": "qwen2_5_omni", "thinker_config": {"text_config": "x"}}'),
     "method that is a list": ("config", b'{"model_type": "qwen2_5_omni", "quantization_config": {"quant_method": []}}'),
-    "shard of a long name": ("index", b'{"weight_map": {"a": "' + b"n" * 5000 + b'.safetensors"}}'),
-    "name that no encoding has": ("safetensors", safetensors_named("\\ud800")),
-    "name that a terminal obeys": ("safetensors", safetensors_named("\\u001b[2J")),
-    "name that stands twice": ("safetensors", safetensors_named('a":1,"a')),
-    "manifest that is a list of names": ("manifest", b'{"fingerprint": [], "units": {}, "committing": ["../x"]}'),
-    "manifest that no encoding has": (
+    "shard with a long name": ("index", b'{"weight_map": {"a": "' + b"n" * 5000 + b'.safetensors"}}'),
+    "name with a lone surrogate": ("safetensors", safetensors_named("\\ud800")),
+    "name with a terminal escape": ("safetensors", safetensors_named("\\u001b[2J")),
+    "duplicate name": ("safetensors", safetensors_named('a":1,"a')),
+    "manifest with a list of paths": ("manifest", b'{"fingerprint": [], "units": {}, "committing": ["../x"]}'),
+    "manifest with a lone surrogate": (
         "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "threads": "\\ud800"}'
     ),
-    "manifest that leads out": (
+    "manifest with a path outside the folder": (
         "manifest", b'{"fingerprint": {"seed": "0", "device": "cpu"}, "units": {}, "committing": ["../../precious"]}'
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", REGRESSIONS)
-def test_what_broke_once(what: str, folder: Path) -> None:
-    target, content = REGRESSIONS[what]
+@pytest.mark.parametrize("name", REGRESSIONS)
+def test_regression(name: str, folder: Path) -> None:
+    target, content = REGRESSIONS[name]
     run(target, folder, content)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_seeds_are_read(target: str, folder: Path) -> None:
+def test_seeds_are_accepted(target: str, folder: Path) -> None:
     for content in SEEDS[target]:
         run(target, folder, content)

@@ -1,4 +1,7 @@
-"""The order of rooms, what each file may import, who names devices, and what stays unloaded until it is needed."""
+"""Layering of the package, forbidden constructs, device names, and lazily imported libraries.
+
+A room is a folder of the package with its files, or a file at the top of the package.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# A room imports only rooms that come after it. Top-level files are rooms of their own, but for the command's.
+# A room imports only rooms that come after it.
 ROOMS = (
-    "commands",  # with cli.py and __main__.py
+    "commands",  # includes cli.py and __main__.py
     "package",  # msmodelslim_omni/__init__.py, the public API
     "analysis",
     "evaluation",
@@ -47,7 +50,7 @@ ROOMS = (
     "version",
 )
 
-# Heavy or optional libraries that may only be imported inside functions.
+# Heavy or optional libraries, which must be imported inside functions.
 LAZY = {
     "transformers", "torchvision", "qwen_omni_utils", "av", "PIL", "soxr", "librosa", "torch_npu", "decord",
     "matplotlib", "jinja2",
@@ -68,7 +71,7 @@ def is_type_checking(node: ast.AST) -> bool:
 
 
 def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes except those under `if TYPE_CHECKING`."""
+    """Yield all nodes except those under `if TYPE_CHECKING`."""
     if is_type_checking(node):
         return
     yield node
@@ -77,8 +80,11 @@ def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def own_imports(module: str, *, for_types: bool = False) -> set[str]:
-    """Modules of this package that a module imports, inside functions too. for_types: also those for type checkers."""
-    found = set()
+    """Modules of this package that a module imports, also inside functions.
+
+    for_types: include imports under `if TYPE_CHECKING`.
+    """
+    imported = set()
     folder = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
     nodes = ast.walk(parsed(module)) if for_types else running_nodes(parsed(module))
     for node in nodes:
@@ -88,12 +94,12 @@ def own_imports(module: str, *, for_types: bool = False) -> set[str]:
         target = ".".join([*base, *(node.module.split(".") if node.module else [])])
         for alias in node.names:
             inner = f"{target}.{alias.name}".lstrip(".")
-            found.add(inner if inner in MODULES and not is_handed_on(target, alias.name) else target)
-    return found
+            imported.add(inner if inner in MODULES and not is_reexported(target, alias.name) else target)
+    return imported
 
 
-def is_handed_on(package: str, name: str) -> bool:
-    """Whether a room's __init__.py hands on something under this name that is not the file of that name."""
+def is_reexported(package: str, name: str) -> bool:
+    """Whether a package's __init__.py re-exports an object of this name, as opposed to a module of this name."""
     nodes = [node for node in parsed(package).body if isinstance(node, ast.ImportFrom) and node.module]
     return any(alias.name == name for node in nodes for alias in node.names)
 
@@ -106,21 +112,21 @@ def test_every_folder_and_file_is_a_room() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_room_imports_only_rooms_under_it(module: str) -> None:
-    mine = ROOMS.index(room_of(module))
-    above = {target for target in own_imports(module) if ROOMS.index(room_of(target)) < mine}
-    assert not above, f"{module} is in {ROOMS[mine]} and must not import {sorted(above)}"
+def test_room_imports_only_lower_rooms(module: str) -> None:
+    own = ROOMS.index(room_of(module))
+    above = {target for target in own_imports(module) if ROOMS.index(room_of(target)) < own}
+    assert not above, f"{module} is in {ROOMS[own]} and must not import {sorted(above)}"
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_rooms_are_entered_by_their_door(module: str) -> None:
-    """Other rooms see what a room's __init__.py hands on, never its files; types included."""
+def test_rooms_are_imported_by_their_package(module: str) -> None:
+    """Other rooms import from a room's __init__.py, not from its files. This includes types."""
     others = {target for target in own_imports(module, for_types=True) if room_of(target) != room_of(module)}
     inner = {target for target in others if "." in target}
     assert not inner, f"{module} must import from the room itself, not from {sorted(inner)}"
 
 
-def handed_on(room: str) -> list[str]:
+def exported(room: str) -> list[str]:
     """`__all__` of a room."""
     for node in parsed(room).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
@@ -128,7 +134,7 @@ def handed_on(room: str) -> list[str]:
     return []
 
 
-def test_a_door_hands_on_what_others_use_and_nothing_else() -> None:
+def test_rooms_export_exactly_what_others_import() -> None:
     used: dict[str, set[str]] = {room: set() for room in ROOMS}
     for module in MODULES:
         for node in ast.walk(parsed(module)):
@@ -136,12 +142,14 @@ def test_a_door_hands_on_what_others_use_and_nothing_else() -> None:
                 names = {alias.name for alias in node.names}
                 for room in imported_rooms(module, node):
                     used[room] |= names
-    doors = [room for room in ROOMS if room in MODULES and MODULES[room].name == "__init__.py" and room != "commands"]
-    assert {room: set(handed_on(room)) for room in doors} == {room: used[room] for room in doors}
+    packages = [
+        room for room in ROOMS if room in MODULES and MODULES[room].name == "__init__.py" and room != "commands"
+    ]
+    assert {room: set(exported(room)) for room in packages} == {room: used[room] for room in packages}
 
 
 def imported_rooms(module: str, node: ast.ImportFrom) -> set[str]:
-    """The room whose door an import names from outside; empty for imports inside a room."""
+    """The room that an import statement names from outside. Empty for imports inside a room."""
     folder = module.split(".") if MODULES[module].name == "__init__.py" else module.split(".")[:-1]
     base = [part for part in folder if part][: len(folder) - node.level + 1]
     target = ".".join([*base, *(node.module.split(".") if node.module else [])])
@@ -149,21 +157,21 @@ def imported_rooms(module: str, node: ast.ImportFrom) -> set[str]:
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_no_circles_inside_a_room(room: str) -> None:
-    """Nor by types alone: two files that know each other's types are one file."""
+def test_no_import_cycles_inside_a_room(room: str) -> None:
+    """Type-only imports count, because two files that need each other's types should be one file."""
     inside = [module for module in MODULES if room_of(module) == room]
     graph = {module: own_imports(module, for_types=True) & set(inside) - {module} for module in inside}
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the cycle
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if room in MODULES and "." not in room])
-def test_a_room_says_what_lives_there(room: str) -> None:
+def test_rooms_have_a_docstring(room: str) -> None:
     if MODULES[room].name == "__init__.py":
         text = ast.get_docstring(parsed(room)) or ""
         assert 3 <= len(text.splitlines()) <= 8, f"{room}/__init__.py: three to eight lines"
 
 
-def test_the_reader_of_imports_sees_them() -> None:
+def test_own_imports() -> None:
     assert own_imports("processors.smooth") >= {"numerics", "statistics", "models", "processors.work"}
     assert own_imports("commands.quant") >= {"commands.shell", "run"}  # inside functions
     assert "storage" not in own_imports("models.spec")  # for type checkers only
@@ -172,7 +180,7 @@ def test_the_reader_of_imports_sees_them() -> None:
     assert own_imports("formats") >= {"formats.registry", "formats.job"}
 
 
-def test_nobody_imports_ours_by_its_full_name() -> None:
+def test_imports_of_the_package_are_relative() -> None:
     for module in MODULES:
         for node in ast.walk(parsed(module)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -181,13 +189,13 @@ def test_nobody_imports_ours_by_its_full_name() -> None:
 
 
 def top_level_imports(module: str) -> set[str]:
-    found = set()
+    imported = set()
     for node in parsed(module).body:
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            imported |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add((node.module or "").split(".")[0])
-    return found
+            imported.add((node.module or "").split(".")[0])
+    return imported
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -207,24 +215,24 @@ def test_heavy_libraries_are_imported_inside_functions(module: str) -> None:
         "runtime.budget",
     ],
 )
-def test_no_torch_at_the_top(module: str) -> None:
+def test_no_torch_at_module_level(module: str) -> None:
     assert "torch" not in top_level_imports(module)
 
 
-# --- the words that name devices -----------------------------------------------------------------------------
+# --- device names --------------------------------------------------------------------------------------------
 
 DEVICE_WORDS = re.compile(r"(?<![a-z])(cuda|npu|torch_npu)(?![a-z])", re.IGNORECASE)
 
 
 def docstrings(tree: ast.Module) -> set[int]:
-    """Ids of the docstrings' nodes: they may explain."""
+    """Ids of the docstrings' nodes. Docstrings may name devices."""
     holders = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
     first = [holder.body[0] for holder in holders if holder.body]
     return {id(node.value) for node in first if isinstance(node, ast.Expr)}
 
 
 def help_texts(tree: ast.Module) -> set[int]:
-    """Ids of strings given as `help=`: there the words are values that a user types."""
+    """Ids of strings given as `help=`. Help texts name the values that a user types."""
     texts = [k.value for k in ast.walk(tree) if isinstance(k, ast.keyword) and k.arg == "help"]
     return {id(node) for text in texts for node in ast.walk(text)}
 
@@ -242,23 +250,23 @@ def words(module: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "runtime.device"])
-def test_only_device_names_devices(module: str) -> None:
+def test_only_the_device_module_names_devices(module: str) -> None:
     assert not [word for word in words(module) if DEVICE_WORDS.search(word)]
 
 
-def test_device_does_name_them() -> None:
-    found = {match[1].lower() for word in words("runtime.device") for match in DEVICE_WORDS.finditer(word)}
-    assert found == {"cuda", "npu", "torch_npu"}
+def test_device_module_names_devices() -> None:
+    names = {match[1].lower() for word in words("runtime.device") for match in DEVICE_WORDS.finditer(word)}
+    assert names == {"cuda", "npu", "torch_npu"}
 
 
-# --- what must never be --------------------------------------------------------------------------------------
+# --- forbidden constructs ------------------------------------------------------------------------------------
 
 
 def test_no_catch_all_modules() -> None:
     assert not {path.stem for path in MODULES.values()} & {"utils", "common", "helpers", "misc"}
 
 
-def test_no_fault_is_swallowed() -> None:
+def test_no_exception_is_swallowed() -> None:
     for module in MODULES:
         for node in ast.walk(parsed(module)):
             if isinstance(node, ast.ExceptHandler):
@@ -276,15 +284,15 @@ def test_no_pickle_is_loaded() -> None:
         assert not calls & {"torch.load", "yaml.load", "yaml.unsafe_load", "eval", "exec"}, module
 
 
-# --- what a process loads ------------------------------------------------------------------------------------
+# --- loaded modules ------------------------------------------------------------------------------------------
 
-SHOW = "import sys; print(*sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
+PRINT_MODULES = "import sys; print(*sorted({m.split('.')[0] for m in sys.modules}), file=sys.stderr)"
 
 
 def loaded_by(code: str, *arguments: str) -> tuple[set[str], str, float]:
-    """Top-level modules in memory after `code`, its stdout, and the CPU seconds it took."""
+    """Top-level modules that are loaded after `code`, its stdout, and its CPU seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    script = f"try:\n    {code}\nexcept SystemExit as stop:\n    assert not stop.code\n{SHOW}"
+    script = f"try:\n    {code}\nexcept SystemExit as stop:\n    assert not stop.code\n{PRINT_MODULES}"
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
@@ -295,7 +303,7 @@ def loaded_by(code: str, *arguments: str) -> tuple[set[str], str, float]:
 
 
 @pytest.mark.parametrize("module", ["cli", "recipe", "errors", "files"])
-def test_importing_without_torch(module: str) -> None:
+def test_import_does_not_load_torch(module: str) -> None:
     modules, _, _ = loaded_by(f"import msmodelslim_omni.{module}")
     assert "msmodelslim_omni" in modules
     assert not modules & {"torch", "transformers", "numpy", *LAZY}
@@ -305,7 +313,7 @@ MAIN = "from msmodelslim_omni.cli import main; main()"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "shows"),
+    ("arguments", "expected"),
     [
         (["--help"], "recipes"),
         (["quant", "--help"], "--model_path"),
@@ -319,14 +327,14 @@ MAIN = "from msmodelslim_omni.cli import main; main()"
         (["recipes", "schema"], "additionalProperties"),
     ],
 )
-def test_commands_that_answer_at_once(arguments: list[str], shows: str) -> None:
+def test_fast_commands(arguments: list[str], expected: str) -> None:
     modules, out, seconds = loaded_by(MAIN, *arguments)
-    assert shows in out
+    assert expected in out
     assert not modules & {"torch", "transformers", "numpy", *LAZY}
-    assert seconds < 3  # of the processor, on a machine that may be busy; alone it takes about half a second
+    assert seconds < 3  # CPU time; about 0.5 s on an idle machine
 
 
-def test_the_pipeline_needs_no_media_libraries() -> None:
+def test_pipeline_does_not_load_media_libraries() -> None:
     modules, _, _ = loaded_by("import msmodelslim_omni.run.pipeline")
     assert "torch" in modules
     assert not modules & LAZY
@@ -334,8 +342,9 @@ def test_the_pipeline_needs_no_media_libraries() -> None:
 
 @pytest.mark.full
 @pytest.mark.skipif(find_spec("sklearn") is None, reason="scikit-learn is not installed")
-def test_the_models_classes_need_no_scikit_learn() -> None:
-    code = "from msmodelslim_omni.models.qwen2_5 import library; library().Qwen2_5OmniForConditionalGeneration"
+def test_model_classes_do_not_load_scikit_learn() -> None:
+    name = "load_transformers"
+    code = f"from msmodelslim_omni.models.qwen2_5 import {name}; {name}().Qwen2_5OmniForConditionalGeneration"
     modules, _, _ = loaded_by(code)
     assert "transformers" in modules
     assert "sklearn" not in modules

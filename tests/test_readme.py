@@ -1,6 +1,6 @@
-"""README.md and its Chinese edition, README.zh.md: the same outline, code and figures, and links that lead somewhere.
+"""README.md and README.zh.md have the same outline, code, numbers and links, and all links resolve.
 
-The prose is not compared. Changing one edition means changing the other.
+The prose is not compared. A change of one edition needs the same change in the other.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-EDITIONS = {"README.md": "README.zh.md", "README.zh.md": "README.md"}  # each with the one that it names at its head
+EDITIONS = {
+    "README.md": "README.zh.md",
+    "README.zh.md": "README.md",
+}  # each with the target of its first link
 
 NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-COMMENT = re.compile(r"(^|\s)#.*")  # what a shell and Python take for one, in these files' code
+COMMENT = re.compile(r"(^|\s)#.*")  # comments of shell and Python
 CELLS = re.compile(r"(?<!\\)\|")
 
 
 @dataclass(frozen=True)
 class Edition:
-    """levels: of the headings, in order. blocks: of code, with their fences. tables: rows of cells. links: targets."""
+    """levels: levels of the headings. blocks: lines of the code blocks. tables: rows of cells. links: link targets."""
 
     levels: list[int]
     blocks: list[list[str]]
@@ -54,7 +57,7 @@ def read(name: str) -> Edition:
             edition.tables[-1].append([cell.strip() for cell in CELLS.split(line.strip().strip("|"))])
         in_table = line.startswith("|")
     assert not inside, f"{name}: a code block is not closed"
-    edition.links.extend(LINK.findall("\n".join(prose)))  # a wrapped line may end within a link's text
+    edition.links.extend(LINK.findall("\n".join(prose)))  # the text of a link may be wrapped
     return edition
 
 
@@ -74,7 +77,7 @@ def test_headings_have_the_same_levels_in_the_same_order(english: Edition, chine
 
 
 def test_code_differs_in_comments_only(english: Edition, chinese: Edition) -> None:
-    """The mark of a comment stays, so that a comment is in both editions or in none."""
+    """The comment mark is kept, so that a comment is in both editions or in neither."""
     code = [
         [[COMMENT.sub(r"\1#", line) for line in block] for block in edition.blocks] for edition in (english, chinese)
     ]
@@ -82,24 +85,24 @@ def test_code_differs_in_comments_only(english: Edition, chinese: Edition) -> No
 
 
 def test_tables_have_the_same_shape_and_numbers(english: Edition, chinese: Edition) -> None:
-    """Cell by cell: no number moves to another row or column in translation."""
+    """Compared cell by cell, so that no number moves to another row or column."""
     assert english.tables and len(chinese.tables) == len(english.tables)
-    for number, (ours, theirs) in enumerate(zip(english.tables, chinese.tables, strict=True), start=1):
-        assert [len(row) for row in theirs] == [len(row) for row in ours], f"table {number}: rows and columns"
-        assert {len(row) for row in ours} == {len(ours[0])}, f"table {number}: a row is longer or shorter"
-        assert theirs[1] == ours[1], f"table {number}: alignment"
-        for row, other in zip(ours, theirs, strict=True):
-            for cell, translated in zip(row, other, strict=True):
-                figures, others = (Counter(NUMBER.findall(text)) for text in (cell, translated))
-                assert others == figures, f"table {number}: {cell!r} became {translated!r}"
+    for number, (table, translation) in enumerate(zip(english.tables, chinese.tables, strict=True), start=1):
+        assert [len(row) for row in translation] == [len(row) for row in table], f"table {number}: rows and columns"
+        assert {len(row) for row in table} == {len(table[0])}, f"table {number}: rows of different length"
+        assert translation[1] == table[1], f"table {number}: alignment"
+        for row, translated_row in zip(table, translation, strict=True):
+            for cell, translated in zip(row, translated_row, strict=True):
+                numbers, translated_numbers = (Counter(NUMBER.findall(text)) for text in (cell, translated))
+                assert translated_numbers == numbers, f"table {number}: {cell!r} became {translated!r}"
 
 
 @pytest.mark.parametrize("name", EDITIONS)
-def test_relative_links_lead_to_files(name: str) -> None:
+def test_relative_links_name_existing_files(name: str) -> None:
     paths = [link.partition("#")[0] for link in read(name).links if not re.match(r"[a-z]+:|#", link)]
     assert paths[0] == EDITIONS[name]
     assert [path for path in paths if not (ROOT / path).is_file()] == []
 
 
-def test_both_link_to_the_same_places(english: Edition, chinese: Edition) -> None:
-    assert chinese.links[1:] == english.links[1:]  # the first is that to the other edition
+def test_links_are_the_same(english: Edition, chinese: Edition) -> None:
+    assert chinese.links[1:] == english.links[1:]  # the first link names the other edition

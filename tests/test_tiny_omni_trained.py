@@ -22,17 +22,18 @@ from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
 
 HERE = Path(train.__file__).parent
 MODEL = HERE / "model"
-needs_model = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the checkpoint is not here")
+needs_model = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the checkpoint is missing")
 
 
 def tones() -> list[render.Utterance]:
-    """Stand-ins for spoken words, since espeak-ng need not be installed: a tone for each."""
+    """One tone per spoken word, because espeak-ng need not be installed."""
     times = np.arange(int(0.3 * render.RATE)) / render.RATE
     waves = [np.sin(2 * np.pi * (200 + 60 * n) * times) for n in range(len(render.SPOKEN))]
     return [render.Utterance(w, "tone", s.astype(np.float16)) for w, s in zip(render.SPOKEN, waves, strict=True)]
 
 
 def samples(seed: int) -> dict[str, tasks.Sample]:
+    """One sample of each kind."""
     rng = random.Random(seed)
     return {
         "text": tasks.text_sample(rng, 1),
@@ -45,14 +46,15 @@ def samples(seed: int) -> dict[str, tasks.Sample]:
 
 def test_media_depend_on_the_seed_only() -> None:
     for name, sample in samples(3).items():
-        again, other = samples(3)[name], samples(4)[name]
-        assert again.turns == sample.turns
-        for one, two, three in zip(*((s.picture, s.frames, s.sound) for s in (sample, again, other)), strict=True):
-            if one is not None:
-                assert np.array_equal(one, two) and not np.array_equal(one, three)
+        same, other = samples(3)[name], samples(4)[name]
+        assert same.turns == sample.turns
+        media = ((s.picture, s.frames, s.sound) for s in (sample, same, other))
+        for medium, same_seed, other_seed in zip(*media, strict=True):
+            if medium is not None:
+                assert np.array_equal(medium, same_seed) and not np.array_equal(medium, other_seed)
 
 
-def test_answers_follow_from_what_is_drawn() -> None:
+def test_answers_match_the_drawings() -> None:
     rng = random.Random(0)
     assert tasks.place_name(5, 50) == "top left" and tasks.place_name(100, 60) == "bottom right"
     things = tasks.random_things(rng, 3)
@@ -67,7 +69,7 @@ def test_answers_follow_from_what_is_drawn() -> None:
     assert not set(render._TRAIN_SPEAKERS) & set(render._HELD_SPEAKERS)
 
 
-def test_the_trigram_is_a_distribution() -> None:
+def test_trigram_is_a_distribution() -> None:
     rng = random.Random(0)
     texts = [[rng.randrange(7) for _ in range(50)] for _ in range(4)]
     model = text.Trigram(texts, 9, (0.7, 0.8))
@@ -77,8 +79,8 @@ def test_the_trigram_is_a_distribution() -> None:
 
 @needs_model
 @pytest.mark.parametrize("name", ["text", "picture", "sound", "clip", "talking clip"])
-def test_batches_are_what_the_tool_makes_of_files(name: str, tmp_path: Path) -> None:
-    """A batch built directly equals, to the last bit, what calibration makes of the same media on disk."""
+def test_batches_equal_the_package_on_files(name: str, tmp_path: Path) -> None:
+    """A batch built directly is bitwise equal to what calibration reads from the same media on disk."""
     sample = samples(1)[name]
     sample = tasks.Sample(sample.turns[:1], sample.picture, sample.frames, sample.sound)
     entry = {"text": sample.turns[0].question, "answer": sample.turns[0].answer}
@@ -95,7 +97,7 @@ def test_batches_are_what_the_tool_makes_of_files(name: str, tmp_path: Path) -> 
     processor = open_media_processor(MODEL, score.LIMITS, False)
     inputs = prepare_sample(parse_sample("a", entry, tmp_path, "", MODEL_TYPES["Qwen2.5-Omni-3B"]), processor)
     batch = omni.sample_batch(omni.Tokens(MODEL), [[sample]])
-    length = batch.ids.shape[1]  # the template ends in a line break
+    length = batch.ids.shape[1]  # the template ends with a line break
     assert inputs.tensors["input_ids"].shape[1] == length + 1
     assert torch.equal(inputs.tensors["input_ids"][:, :length], batch.ids)
     if batch.pixels is not None:
@@ -104,26 +106,26 @@ def test_batches_are_what_the_tool_makes_of_files(name: str, tmp_path: Path) -> 
         assert torch.equal(pixels, batch.pixels)
         assert torch.equal(inputs.tensors[f"{kind}_grid_thw"], batch.grid)
     if batch.mels is not None:
-        heard = inputs.tensors["input_features"][:, :, inputs.tensors["feature_attention_mask"][0].bool()]
-        assert torch.equal(heard, batch.mels)
+        features = inputs.tensors["input_features"][:, :, inputs.tensors["feature_attention_mask"][0].bool()]
+        assert torch.equal(features, batch.mels)
     thinker = omni.build_thinker(MODEL, 0).eval()
     with torch.no_grad():
-        theirs = thinker(**inputs.tensors, use_audio_in_video=inputs.use_audio_in_video).logits
+        expected = thinker(**inputs.tensors, use_audio_in_video=inputs.use_audio_in_video).logits
         omni.speed_up_towers(thinker)
-        ours, _ = omni.answer_logits(thinker, batch)
-    wanted = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
-    torch.testing.assert_close(ours, theirs[0, wanted], atol=2e-5, rtol=0)
+        actual, _ = omni.answer_logits(thinker, batch)
+    answer = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
+    torch.testing.assert_close(actual, expected[0, answer], atol=2e-5, rtol=0)
 
 
 @needs_model
 @pytest.mark.full
-def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_training_gives_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "chapters", lambda: [("a", "In the beginning was the word. " * 40)])
     kinds = {"prose": (1, 2), "text": (1, 2), "sound": (1, 2), "clip": (1, 1)}
     monkeypatch.setattr(train, "KINDS", kinds)
     monkeypatch.setattr(train, "PROSE_TOKENS", 40)
     monkeypatch.setattr(towers, "KINDS", {"sound": (1, 2), "clip": (1, 1)})
-    monkeypatch.setattr(render, "TRAIN_FONTS", ())  # they need not be installed
+    monkeypatch.setattr(render, "TRAIN_FONTS", ())  # the fonts need not be installed
     monkeypatch.setattr(train, "RESTARTS", (1, 2))
     monkeypatch.setattr(train, "MEAN_FROM", 2)
     ends, states = [], []
@@ -142,7 +144,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(tmp_path: Path, monk
         ends.append(thinker.state_dict())
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
     assert [state["mean"]["rounds"] for state in states] == [2, 0, 1, 2]
-    for name, mean in ends[1].items():  # of the ends of the second and the third round
+    for name, mean in ends[1].items():  # mean of the second and third round
         torch.testing.assert_close(mean, (states[2]["model"][name] + states[3]["model"][name]) / 2)
 
 
@@ -165,25 +167,26 @@ def test_harden_keeps_the_logits(tmp_path: Path) -> None:
 
 @needs_model
 @pytest.mark.full
-def test_the_model_scores_what_its_card_says() -> None:
-    """On every 9th held-out question; the limits are three standard errors of so small a sample."""
+def test_scores_match_the_model_card() -> None:
+    """Uses every 9th held-out question. The bounds are three standard errors of this sample."""
     card = (HERE / "README.md").read_text(encoding="utf-8")
     items = score.read_items(HERE / "heldout" / "index.jsonl", MODEL, every=9)
     thinker = omni.load_thinker(MODEL)
     omni.speed_up_towers(thinker)
-    found = score.score(items, score.log_probabilities(thinker, items)).modalities
+    scores = score.score(items, score.log_probabilities(thinker, items)).modalities
     for modality in ("text", "image", "audio", "video"):
         row = re.search(rf"\| \*\*{modality}\*\* \| all \| \d+ \| \*\*([\d.]+) %", card)
         assert row is not None
-        said, tally = float(row[1]) / 100, found[modality]
-        assert abs(tally.accuracy - said) < 3 * (max(said * (1 - said), 0.02) / tally.items) ** 0.5, modality
+        published, tally = float(row[1]) / 100, scores[modality]
+        error = (max(published * (1 - published), 0.02) / tally.items) ** 0.5
+        assert abs(tally.accuracy - published) < 3 * error, modality
     row = re.search(r"\| prose \| next token \|.*perplexity ([\d.]+) \|", card)
-    assert row is not None and found["prose"].perplexity == pytest.approx(float(row[1]), rel=0.25)
+    assert row is not None and scores["prose"].perplexity == pytest.approx(float(row[1]), rel=0.25)
 
 
 @needs_model
 @pytest.mark.full
-def test_generation_gives_the_answers_that_are_counted() -> None:
+def test_generation_agrees_with_the_scored_answers() -> None:
     index = HERE / "heldout" / "image" / "index.jsonl"
     items = score.read_items(index, MODEL, every=60)
     thinker = omni.load_thinker(MODEL)
@@ -192,15 +195,15 @@ def test_generation_gives_the_answers_that_are_counted() -> None:
         answer = len(tokens.encode(item.entry["answer"])) + 1
         logs, labels = score.log_probabilities(thinker, [item])[0]
         ids = item.batch.ids[:, :-answer]
-        made = thinker.generate(
+        generated = thinker.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=item.batch.pixels,
             image_grid_thw=item.batch.grid, max_new_tokens=8, do_sample=False, eos_token_id=tokens.end,
         )  # fmt: skip
-        assert (made[0, ids.shape[1] :].tolist() == labels.tolist()) == bool((logs.argmax(-1) == labels).all())
+        assert (generated[0, ids.shape[1] :].tolist() == labels.tolist()) == bool((logs.argmax(-1) == labels).all())
 
 
-def test_the_sets_are_sound_and_small() -> None:
-    for name, limit in (("heldout", 10.0), ("calib", 1.5)):  # MB; sounds are lossless
+def test_datasets_are_complete_and_small() -> None:
+    for name, limit in (("heldout", 10.0), ("calib", 1.5)):  # MB; audio is lossless
         files = [file for file in (HERE / name).rglob("*") if file.is_file()]
         assert sum(file.stat().st_size for file in files) < limit * 1e6
     assert len(load_calib_set(str(HERE / "calib"), "", MODEL_TYPES["Qwen2.5-Omni-3B"]).samples) == 128
@@ -210,7 +213,7 @@ def test_the_sets_are_sound_and_small() -> None:
 
 
 @needs_model
-def test_the_checkpoint_is_small_and_in_bfloat16() -> None:
+def test_checkpoint_is_small_and_in_bfloat16() -> None:
     assert sum(file.stat().st_size for file in MODEL.iterdir()) < 30e6
     weights = load_file(MODEL / "model.safetensors")
     assert {str(v.dtype) for k, v in weights.items() if not k.startswith("token2wav.")} == {"torch.bfloat16"}

@@ -1,4 +1,4 @@
-"""What the shipped recipes cost a model that reads, sees and hears: the trained tiny Omni on held-out samples."""
+"""Accuracy loss of the shipped recipes on the trained tiny Omni, measured on held-out samples."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MEDIA = ("image", "audio", "video")
 
 
 @pytest.fixture(scope="module", params=[40, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
-def every(request: pytest.FixtureRequest) -> int:
-    """Which of the held-out samples are asked: every 40th, enough to tell the recipes apart by text, or all."""
+def step(request: pytest.FixtureRequest) -> int:
+    """Every how many held-out samples one is used: 40 is enough to compare the recipes on text, 1 uses all."""
     return int(request.param)
 
 
 @pytest.fixture(scope="module")
-def questions(every: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lines = (TINY / "heldout" / "index.jsonl").read_text(encoding="utf-8").splitlines()[::every]
+def questions(step: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = (TINY / "heldout" / "index.jsonl").read_text(encoding="utf-8").splitlines()[::step]
     entries = [json.loads(line) for line in lines]
     for entry in entries:
         for kind in MEDIA:
@@ -34,47 +34,47 @@ def questions(every: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reports(every: int, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """eval_report.json of W8A8, W4A16 and plain rounding to int4, calibrated on 16 samples or on all."""
+def reports(step: int, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Eval reports of W8A8, W4A16 and plain rounding to int4, calibrated on 16 samples or on all samples."""
     folder = tmp_path_factory.mktemp("trained")
     recipes = {
         "w8a8": ("--quant_type", "w8a8", "--save_format", "compressed_tensors"),
         "w4a16": ("--quant_type", "w4a16"),
         "rounded": ("--config_path", ROOT / "benchmarks" / "recipes" / "w4a16_rounded.yaml"),
     }
-    found = {}
-    fewer = ("--max_samples", 16) if every == 40 else ()
+    results = {}
+    limit = ("--max_samples", 16) if step == 40 else ()
     for name, flags in recipes.items():
-        quant(TINY / "model", folder / name, "--dataset", TINY / "calib", *fewer, *flags).done()
+        quant(TINY / "model", folder / name, "--dataset", TINY / "calib", *limit, *flags).done()
         words = ("--float", TINY / "model", "--quant", folder / name, "--dataset", questions, "--device", "cpu")
-        found[name] = command("eval", *words, "--json").done().json
-    return found
+        results[name] = command("eval", *words, "--json").done().json
+    return results
 
 
 def kl(report: Any, modality: str = "") -> float:
     return float((report["by_modality"][modality] if modality else report["overall"])["kl_mean"]["value"])
 
 
-def test_float_answers_are_far_above_chance(reports: dict[str, Any]) -> None:
+def test_float_answers_are_better_than_chance(reports: dict[str, Any]) -> None:
     for modality, chance in (("image", 0.15), ("audio", 0.03), ("video", 0.2)):
         assert reports["w8a8"]["by_modality"][modality]["exact_float"]["value"] > 2 * chance, modality
 
 
-def test_w8a8_is_nearly_the_float_model(reports: dict[str, Any], every: int) -> None:
+def test_w8a8_is_close_to_the_float_model(reports: dict[str, Any], step: int) -> None:
     for modality in ("text", *MEDIA):
-        assert kl(reports["w8a8"], modality) < (0.003 if every == 40 else 0.002), modality
+        assert kl(reports["w8a8"], modality) < (0.003 if step == 40 else 0.002), modality
         change = reports["w8a8"]["by_modality"][modality]["exact_change"]
         assert change["low"] <= 0.0 <= change["high"], modality
 
 
-def test_w4a16_loses_less_than_plain_rounding(reports: dict[str, Any], every: int) -> None:
-    """Of the media a dozen answers each are too few to tell apart what is nearly nothing."""
+def test_w4a16_is_better_than_plain_rounding(reports: dict[str, Any], step: int) -> None:
+    """Media are compared only on all samples, because the differences are too small for a dozen answers."""
     assert kl(reports["w4a16"]) < 0.75 * kl(reports["rounded"])
     assert kl(reports["w4a16"], "text") < 0.75 * kl(reports["rounded"], "text")
-    for modality in MEDIA if every < 40 else ():
+    for modality in MEDIA if step < 40 else ():
         assert kl(reports["w4a16"], modality) < kl(reports["rounded"], modality), modality
 
 
-def test_rounding_shows(reports: dict[str, Any], every: int) -> None:
-    """The measure is not blind: plain rounding costs many times what W8A8 does."""
-    assert kl(reports["rounded"]) > (5 if every == 40 else 10) * kl(reports["w8a8"]) > 0
+def test_plain_rounding_has_a_measurable_loss(reports: dict[str, Any], step: int) -> None:
+    """The KL divergence of plain rounding is several times that of W8A8."""
+    assert kl(reports["rounded"]) > (5 if step == 40 else 10) * kl(reports["w8a8"]) > 0

@@ -1,6 +1,6 @@
-"""One real decoder layer with random weights, and inputs for it: what several tests start from.
+"""A real decoder layer with random weights, and inputs for it, shared by several tests.
 
-The tiny Omni's layer, made smaller still: 4 query heads and 2 key-value heads of 16 channels.
+It is a smaller version of the layer of the tiny Omni: 4 query heads and 2 key-value heads of 16 channels.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SIZES = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "mrope_secti
 CONFIG: dict[str, Any] = omni_config(replace(TINY, text={**TINY.text, **_SIZES}), "bfloat16")
 SPEC: LayerSpec = qwen2_5_omni.layer_spec(CONFIG)
 W8A8 = QuantScheme(8, 8)
-OUTLIERS = (3, 20, 50)  # channels of the hidden states that are far larger than the others
+OUTLIERS = (3, 20, 50)  # channels of the hidden states with far larger values than the others
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Sample:
 
 
 def layer_weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights under relative names: norms near one with outlier channels, the rest small."""
+    """Random weights by relative name: norms near one with outlier channels, the rest small."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in SPEC.shapes.items():
@@ -55,28 +55,28 @@ def layer_weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[st
 
 
 def tensors(work: LayerWork) -> dict[str, torch.Tensor]:
-    """The layer's tensors as they are now, with what is folded into them."""
+    """The current tensors of the layer with their folds."""
     return {name: work.tensor(name) for name in work.weights}
 
 
 def layer_work(dtype: torch.dtype = torch.bfloat16, seed: int = 0, samples: list[Sample] | None = None) -> LayerWork:
-    """A layer whose Linears are all to be quantized, with the statistics of the samples."""
+    """A layer that quantizes all Linears, with the statistics of the samples."""
     return work_of(layer_weights(dtype, seed), samples if samples is not None else [sample()])
 
 
 def work_of(weights: dict[str, torch.Tensor], samples: list[Sample], scheme: QuantScheme = W8A8) -> LayerWork:
-    """A layer with these weights; for a weight-only scheme the statistics hold the second moments too."""
+    """A layer with these weights. For a weight-only scheme, the statistics include the second moments."""
     stats = record(weights, samples, grams=scheme.act_bits is None)
     weight = token_importance("balanced", token_counts(samples))
     return LayerWork(0, SPEC, dict.fromkeys(SPEC.linears, scheme), weights, stats, weight)
 
 
 def token_counts(samples: list[Sample]) -> list[int]:
-    return torch.cat([one.modality for one in samples]).bincount(minlength=len(MODALITIES)).tolist()
+    return torch.cat([sample.modality for sample in samples]).bincount(minlength=len(MODALITIES)).tolist()
 
 
 def sample(tokens: int = 24, seed: int = 0) -> Sample:
-    """Hidden states of text, image, audio and video tokens in turn."""
+    """Hidden states of alternating text, image, audio and video tokens."""
     generator = torch.Generator().manual_seed(1000 + seed)
     hidden = torch.randn((1, tokens, HIDDEN), generator=generator)
     return Sample(
@@ -85,7 +85,7 @@ def sample(tokens: int = 24, seed: int = 0) -> Sample:
 
 
 def arguments(tokens: int, head_dim: int, generator: torch.Generator) -> dict[str, Any]:
-    """What a layer takes beside the hidden states: rotary tables of the three axes, in transformers 5 made one."""
+    """Layer arguments other than the hidden states: rotary tables of three axes; one table in transformers 5."""
     angles = torch.rand((3, 1, tokens, head_dim // 2), generator=generator) * 6
     angles = torch.cat([angles, angles], dim=-1)
     if not transformers.__version__.startswith("4."):
@@ -94,20 +94,20 @@ def arguments(tokens: int, head_dim: int, generator: torch.Generator) -> dict[st
 
 
 def build(weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The library's layer in float32."""
+    """The transformers layer in float32."""
     as_float = {name: tensor.to(torch.float32) for name, tensor in weights.items()}
     return qwen2_5_omni.build_layer(CONFIG, 0, as_float)
 
 
 def record(weights: dict[str, torch.Tensor], samples: list[Sample], grams: bool = False) -> dict[str, InputStats]:
-    """Statistics of each group's input, every token kept."""
+    """Statistics of the input of each group; every token is kept."""
     layer = build(weights)
     recorder = InputRecorder(layer, SPEC, token_counts(samples) if grams else None)
-    for one in samples:
-        recorder.begin(one.modality, torch.arange(len(one.modality)))
-        run_layer(layer, one.inputs)
+    for sample in samples:
+        recorder.begin(sample.modality, torch.arange(len(sample.modality)))
+        run_layer(layer, sample.inputs)
     return recorder.finish()
 
 
-def output(weights: dict[str, torch.Tensor], one: Sample) -> torch.Tensor:
-    return run_layer(build(weights), one.inputs)
+def output(weights: dict[str, torch.Tensor], sample: Sample) -> torch.Tensor:
+    return run_layer(build(weights), sample.inputs)

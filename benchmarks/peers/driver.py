@@ -1,6 +1,6 @@
-"""What the drivers of the peers share: arguments, the tokens all calibrate on, and the record of a run.
+"""Shared parts of the peers' drivers: arguments, calibration tokens, and the record of a run.
 
-A driver runs in the peer's own environment: this file needs torch and safetensors only.
+A driver runs in the peer's own environment, so this file needs torch and safetensors only.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 @dataclass(frozen=True)
 class Job:
-    """What a driver is given: the float checkpoint, the tokens [samples, length], and an empty folder."""
+    """Input of a driver: the float checkpoint, the tokens [samples, length], and an empty output folder."""
 
     model: Path
     tokens: torch.Tensor
@@ -29,7 +29,7 @@ class Job:
 
 
 def read_job(**options: Any) -> Job:
-    """The command line; ``options`` are more flags with their default values."""
+    """Parse the command line; ``options`` are additional flags with their default values."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
@@ -43,14 +43,14 @@ def read_job(**options: Any) -> Job:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of ``work`` and the wall seconds it took."""
+    """Call ``work`` and return its result and its wall seconds."""
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
 
 
 def record(job: Job, package: str, seconds: float, weights: str, note: str) -> None:
-    """Write run.json: ``weights`` is the file or folder under ``out`` that holds the quantized tensors."""
+    """Write run.json. ``weights`` is the file or folder in ``out`` that holds the quantized tensors."""
     versions = {name: version(name) for name in (package, "torch", "transformers")}
     run = {"version": versions[package], "versions": versions, "seconds": seconds, "weights": weights, "note": note}
     (job.out / "run.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")

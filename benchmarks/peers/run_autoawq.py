@@ -1,7 +1,7 @@
-"""AutoAWQ: the whole Omni, of which it quantizes the thinker's decoder layers.
+"""Run AutoAWQ on the complete Omni; it quantizes the thinker's decoder layers.
 
-The library's own loader wants a media processor, so the model is loaded by transformers and wrapped. The Omni class
-has no ``forward``, which the capture of the first layer's inputs calls: it gets that of the thinker.
+The library's loader needs a media processor, so transformers loads the model and it is wrapped here. AutoAWQ captures
+the first layer's inputs through ``forward``, which the Omni class does not have, so the thinker's forward is added.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from driver import read_job, record, timed
 from safetensors.torch import save_file
 
-# transformers first: awq's import replaces parts of it
+# Import transformers first, because importing awq replaces parts of it.
 from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration  # isort: skip
 from awq.models.base import AwqConfig
 from awq.models.qwen2_5_omni import Qwen2_5_OmniAWQForConditionalGeneration
@@ -39,7 +39,7 @@ def main() -> None:
     )
     state = {f"thinker.{name}": value.contiguous() for name, value in model.thinker.state_dict().items()}
     save_file({name: value for name, value in state.items() if ".model." in name}, job.out / "weights.safetensors")
-    record(job, "autoawq", seconds, "weights.safetensors", "whole Omni; duo scaling and clipping on, as by default")
+    record(job, "autoawq", seconds, "weights.safetensors", "complete Omni; duo scaling and clipping on (defaults)")
 
 
 if __name__ == "__main__":

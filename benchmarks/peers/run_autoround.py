@@ -1,8 +1,8 @@
-"""auto-round: tuned rounding (its default, 200 iterations) or plain rounding (``--iters 0``).
+"""Run auto-round with tuned rounding (the default, 200 iterations) or plain rounding (``--iters 0``).
 
-It is given a Qwen2 language model made of the thinker's weights: the tensors and, for text, the outputs are the same.
-In a loaded Omni it finds no blocks without a processor, and its data path then makes the tokens itself. Its mixed
-precision is off, since all tools are compared in float32; torch.compile is on, as by default.
+auto-round gets a Qwen2 language model with the thinker's weights: the tensors and, for text, the outputs are the same.
+In a loaded Omni it finds no blocks unless it has a processor, and with a processor it makes the tokens itself. Mixed
+precision is off, because all tools are compared in float32. torch.compile is on, as by default.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 
 def text_twin(job: Job) -> Qwen2ForCausalLM:
-    """Qwen2ForCausalLM with the weights of the thinker's text model and lm_head."""
+    """A Qwen2ForCausalLM with the weights of the thinker's text model and lm_head."""
     text = json.loads((job.model / "config.json").read_text(encoding="utf-8"))["thinker_config"]["text_config"]
     rope = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
-    unlike = ("model_type", "rope_scaling", "use_sliding_window", "sliding_window", "max_window_layers")
-    config = Qwen2Config(**{key: value for key, value in text.items() if key not in unlike}, rope_parameters=rope)
+    omitted = ("model_type", "rope_scaling", "use_sliding_window", "sliding_window", "max_window_layers")
+    config = Qwen2Config(**{key: value for key, value in text.items() if key not in omitted}, rope_parameters=rope)
     model = Qwen2ForCausalLM(config).to(torch.float32)
     weights = load_file(job.model / "model.safetensors")
     model.load_state_dict({name: weights[f"thinker.{name}"] for name in model.state_dict()})
@@ -47,7 +47,7 @@ def main() -> None:
         amp=False,
     )
     _, seconds = timed(lambda: quantizer.quantize_and_save(str(job.out / "weights"), format="auto_awq"))
-    record(job, "auto-round", seconds, "weights", "text model of the thinker's weights; seconds with saving")
+    record(job, "auto-round", seconds, "weights", "text model with the thinker's weights; seconds with saving")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""llm-compressor: AWQ, then 4-bit asymmetric rounding, of the thinker's text model.
+"""Run llm-compressor's AWQ and asymmetric 4-bit rounding on the thinker's text model.
 
-Only the text model is handed over: on the whole thinker the default mappings also match the audio tower, and with
-mappings of one's own the pipeline traces one graph for all layers and AWQ does nothing but warn.
+Only the text model is passed. On the complete thinker the default mappings also match the audio tower, and with custom
+mappings the pipeline traces one graph for all layers, so that AWQ only warns.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def main() -> None:
     job = read_job()
     thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(job.model, dtype=torch.float32)
     text = getattr(thinker.model, "language_model", thinker.model)
-    text.config._name_or_path = str(job.model)  # its config is read again from there; a part of a model has no path
-    # It pins memory for an accelerator, and there is none.
+    text.config._name_or_path = str(job.model)  # the config is read from there; a submodule has no path
+    # llm-compressor pins memory for an accelerator, which a CPU run does not have.
     IntermediatesCache.pin_memory = lambda *args, **kwargs: None
     samples = Dataset.from_dict(
         {"input_ids": job.tokens.tolist(), "attention_mask": torch.ones_like(job.tokens).tolist()}

@@ -1,10 +1,14 @@
-"""Give a checkpoint outlier channels that change nothing: `python examples/tiny_omni/harden.py MODEL OUT`.
+"""Add outlier channels to a checkpoint without changing its function: `python examples/tiny_omni/harden.py MODEL OUT`.
 
-Real large models have a few activation channels many times larger than the rest; a small one trained for an hour has
-not. Here some channels of every decoder layer are made 16 or 32 times larger and the weights that read them as much
-smaller: of both norms' outputs (norm weights up, columns of q, k, v or of gate, up down), of the attention's values
-(rows and bias of v up, columns of o down) and of the MLP's inside (rows of up up, columns of down down). The factors
-are powers of two, so every weight stays exact in bfloat16 and the logits stay the same to the last bit.
+Large models have a few activation channels that are many times larger than the rest; a small model trained for an hour
+has none. In every decoder layer, this script multiplies some channels by 16 or 32, and divides the weights that read
+them by the same factor:
+
+- outputs of both norms: norm weights are multiplied, columns of q, k, v or of gate, up are divided
+- values of the attention: rows and bias of v are multiplied, columns of o are divided
+- inner activation of the MLP: rows of up are multiplied, columns of down are divided
+
+The factors are powers of two, so every weight stays exact in bfloat16 and the logits stay the same to the last bit.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from torch import Tensor
 
 
 def harden(weights: dict[str, Tensor], heads: int, kv_heads: int, seed: int = 0) -> dict[str, Tensor]:
-    """The tensors of a checkpoint with outlier channels put into every decoder layer of the thinker."""
+    """The tensors of a checkpoint, with outlier channels added to every decoder layer of the thinker."""
     result = dict(weights)
 
     def scale(name: str, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
@@ -51,7 +55,7 @@ def harden(weights: dict[str, Tensor], heads: int, kv_heads: int, seed: int = 0)
         gains = outlier_gains(f"{layer}values", values, seed)
         scale(f"{attn}v_proj.weight", rows=gains)
         scale(f"{attn}v_proj.bias", rows=gains)
-        # Each head of v serves heads / kv_heads heads of o.
+        # heads / kv_heads heads of o read each head of v.
         shared = gains.reshape(kv_heads, 1, -1).expand(-1, heads // kv_heads, -1).reshape(-1)
         scale(f"{attn}o_proj.weight", columns=shared)
         gains = outlier_gains(f"{layer}inner", inner, seed)
@@ -61,7 +65,7 @@ def harden(weights: dict[str, Tensor], heads: int, kv_heads: int, seed: int = 0)
 
 
 def harden_checkpoint(model: Path, out: Path, seed: int = 0) -> None:
-    """Copy a checkpoint folder, with outlier channels."""
+    """Copy a checkpoint folder and add outlier channels."""
     text = json.loads((model / "config.json").read_text(encoding="utf-8"))["thinker_config"]["text_config"]
     out.mkdir(parents=True, exist_ok=True)
     for file in model.iterdir():
@@ -74,7 +78,7 @@ def harden_checkpoint(model: Path, out: Path, seed: int = 0) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Write the checkpoint with outlier channels put in.")
+    parser = argparse.ArgumentParser(description="Copy a checkpoint and add outlier channels.")
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--seed", type=int, default=0)

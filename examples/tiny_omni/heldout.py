@@ -1,7 +1,7 @@
 """Write the held-out sets and the calibration set: `python examples/tiny_omni/heldout.py MODEL [--out FOLDER]`.
 
-Both are folders with an index.jsonl as `msmodelslim quant` reads it. heldout/: seeds, voices, fonts and chapters that
-training never meets. calib/: what training is made of, from another seed.
+Both are folders with an index.jsonl in the format of `msmodelslim quant`. heldout/ uses seeds, voices, fonts and
+chapters that training does not use. calib/ has samples of the kinds that training uses, from another seed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tiny_omni.train import VOICES_PER_WORD, voices
 MODALITIES = ("text", "image", "audio", "video")
 HELD_VOICES_PER_WORD = 12
 HELD_PROSE, CALIB_PROSE = 48, 20
-LONGEST_PROSE = 440  # tokens; training never saw longer
+LONGEST_PROSE = 440  # tokens; training has no longer texts
 
 
 def write_sample(folder: Path, name: str, sample: tasks.Sample, modality: str) -> dict[str, Any]:
-    """Write the sample's medium into the folder and return its line of the index."""
+    """Write the sample's medium into the folder and return the sample's line of the index."""
     turn = sample.turns[0]
     entry: dict[str, Any] = {"text": turn.question, "answer": turn.answer, "task": turn.task, "modality": modality}
     if sample.picture is not None:
@@ -50,7 +50,7 @@ def write_index(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def prose_pieces(tokens: omni.Tokens, chapters: Sequence[str], count: int, rng: random.Random) -> list[str]:
-    """`count` pieces of whole sentences with nearly LONGEST_PROSE tokens each."""
+    """`count` pieces of complete sentences, each 300 to LONGEST_PROSE tokens long."""
     pieces = []
     for chapter in chapters:
         piece = ""
@@ -60,12 +60,12 @@ def prose_pieces(tokens: omni.Tokens, chapters: Sequence[str], count: int, rng: 
                 pieces.append(piece)
                 longer = sentence
             piece = longer
-    whole = [piece for piece in pieces if 300 <= len(tokens.encode(piece)) <= LONGEST_PROSE]
-    return [whole[at] for at in sorted(rng.sample(range(len(whole)), count))]
+    long_pieces = [piece for piece in pieces if 300 <= len(tokens.encode(piece)) <= LONGEST_PROSE]
+    return [long_pieces[at] for at in sorted(rng.sample(range(len(long_pieces)), count))]
 
 
 def write_held_out(out: Path, tokens: omni.Tokens, spoken: Sequence[render.Utterance], seed: int) -> None:
-    """heldout/{text,image,audio,video,prose}/index.jsonl, and heldout/index.jsonl with all of them."""
+    """Write heldout/{text,image,audio,video,prose}/index.jsonl, and heldout/index.jsonl with all samples."""
     everything = []
     for modality in MODALITIES:
         folder = out / modality
@@ -90,7 +90,7 @@ def write_held_out(out: Path, tokens: omni.Tokens, spoken: Sequence[render.Utter
 
 
 def write_calibration(out: Path, tokens: omni.Tokens, spoken: Sequence[render.Utterance], seed: int) -> None:
-    """calib/index.jsonl: 128 samples of what training is made of."""
+    """Write calib/index.jsonl: 128 samples of the kinds that training uses."""
     rng = random.Random(f"{seed} calibration")
     samples = [("text", tasks.Sample((tasks.text_turn(rng.choice(tasks.TEXT_TASKS), rng, False),))) for _ in range(16)]
     samples += [("image", tasks.picture_sample(rng, render.TRAIN_FONTS, True)) for _ in range(36)]
@@ -106,9 +106,9 @@ def write_calibration(out: Path, tokens: omni.Tokens, spoken: Sequence[render.Ut
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Write heldout/ and calib/ of the tiny Omni.")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="folder with its tokenizer.json")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="where heldout/ and calib/ go")
-    parser.add_argument("--work", type=Path, default=Path("tiny_omni.work"), help="folder that keeps the voices")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder with tokenizer.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for heldout/ and calib/")
+    parser.add_argument("--work", type=Path, default=Path("tiny_omni.work"), help="folder for the cached voices")
     args = parser.parse_args()
     tokens = omni.Tokens(args.model)
     held = voices(args.work, True, HELD_VOICES_PER_WORD, seed=1)

@@ -1,7 +1,7 @@
-"""The tiny Omni itself: its shape, its tokenizer, batches of samples as the thinker's inputs, and its checkpoint.
+"""The tiny Omni: shape, tokenizer, batches of samples as inputs of the thinker, and checkpoint.
 
-Batches are built directly, with the right number of placeholder tokens, and run through the thinker's own modules; a
-test holds them against what the real processor makes of the same media.
+Batches are built directly, with the right number of placeholder tokens, and run through the thinker's own modules. A
+test compares them with the real processor's output for the same media.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SYSTEM = (
 PATCH, MERGE = 14, 2
 HOP = 160
 AUDIO_SECONDS = 30
-# At the usual 1e6 and 16, 24, 24 a small model hardly sees the height and width of a position.
+# With the usual 1e6 and 16, 24, 24, a small model hardly distinguishes the height and width of positions.
 ROPE_THETA, MROPE_SECTION = 1000.0, [2, 10, 20]
 IGNORED = -100
 
@@ -47,7 +47,7 @@ SHAPE = replace(
     },
     vision={**tiny.TINY.vision, "depth": 3, "fullatt_block_indexes": [0, 2]},
     audio={**tiny.TINY.audio, "encoder_layers": 3},
-    endoftext_id=896,  # and so many tokens are learnt
+    endoftext_id=896,  # also the number of learnt tokens
 )
 
 
@@ -55,14 +55,14 @@ SHAPE = replace(
 
 
 def write_description(out: Path, corpus: Iterable[str]) -> None:
-    """Everything of the checkpoint but weights: config, tokenizer trained on `corpus`, processor, template, voices."""
+    """Write a checkpoint without weights: config, tokenizer trained on `corpus`, processor, template, voices."""
     out.mkdir(parents=True, exist_ok=True)
     config = tiny.omni_config(SHAPE, "bfloat16")
     config["thinker_config"]["text_config"]["rope_theta"] = ROPE_THETA
     tiny.write_json(out / "config.json", config)
     tiny.write_json(out / "generation_config.json", tiny.generation_config(SHAPE.endoftext_id))
     originals = tiny.corpus, tiny.BPE_SIZE
-    tiny.corpus, tiny.BPE_SIZE = lambda: iter(corpus), SHAPE.endoftext_id  # its own corpus is Python's manual
+    tiny.corpus, tiny.BPE_SIZE = lambda: iter(corpus), SHAPE.endoftext_id  # by default the corpus is Python's manual
     try:
         tiny.write_processor(out, SHAPE)
     finally:
@@ -71,7 +71,7 @@ def write_description(out: Path, corpus: Iterable[str]) -> None:
 
 
 class Tokens:
-    """The tokenizer of a checkpoint folder, with the pieces of a conversation at hand."""
+    """The tokenizer of a checkpoint folder, and the encoded parts of a conversation."""
 
     def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
@@ -88,7 +88,7 @@ class Tokens:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def media(self, sample: Sample) -> tuple[int, ...]:
-        """Placeholders of the sample's medium, as the processor writes them."""
+        """Placeholder tokens of the sample's medium, as the processor writes them."""
         s = self.special
         audio = () if sample.sound is None else (s["<|AUDIO|>"],) * audio_tokens(len(sample.sound))
         if sample.picture is not None:
@@ -97,13 +97,13 @@ class Tokens:
         if sample.frames is not None:
             count = FRAMES // 2 * (CLIP_HEIGHT // PATCH // MERGE) * (CLIP_WIDTH // PATCH // MERGE)
             video = (s["<|VIDEO|>"],) * count
-            if audio:  # both lie in one chunk of two seconds: all frames, then all sound
+            if audio:  # both are in one chunk of two seconds: all frames, then all sound
                 video = (s["<|audio_bos|>"], *video, *audio, s["<|audio_eos|>"])
             return (s["<|vision_bos|>"], *video, s["<|vision_eos|>"])
         return (s["<|audio_bos|>"], *audio, s["<|audio_eos|>"]) if audio else ()
 
     def conversation(self, samples: Sequence[Sample]) -> tuple[list[int], list[int]]:
-        """Ids and labels (IGNORED but at answers and their end) of the samples' questions, one after the other."""
+        """Ids and labels of the samples' questions, one after another; only answers and their end are labels."""
         ids, labels = list(self.opening), [IGNORED] * len(self.opening)
         first = True
         for sample in samples:
@@ -117,7 +117,7 @@ class Tokens:
         return ids, labels
 
     def prose(self, text_ids: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Ids and labels of text in the user's turn; every token of the text is a label."""
+        """Ids and labels of a text in the user's turn; every token of the text is a label."""
         return [*self.opening, *text_ids], [*[IGNORED] * len(self.opening), *text_ids]
 
 
@@ -126,10 +126,9 @@ class Tokens:
 
 @dataclass
 class Batch:
-    """Inputs of several conversations with the same media layout; shorter ones are filled up at their end.
+    """Inputs of several conversations with the same media layout; shorter ones are padded at the end.
 
-    ids, labels: [rows, length]. pixels: [patches, 1176] with grid
-    [media, 3]. mels: [sounds, 128, frames].
+    ids, labels: [rows, length]. pixels: [patches, 1176] with grid [media, 3]. mels: [sounds, 128, frames].
     """
 
     ids: Tensor
@@ -141,7 +140,7 @@ class Batch:
 
 
 def audio_tokens(samples: int) -> int:
-    """Tokens of a sound of so many samples."""
+    """Number of tokens of a sound with this number of samples."""
     frames = samples // HOP
     return ((frames - 1) // 2 + 1 - 2) // 2 + 1
 
@@ -157,7 +156,7 @@ def _extractor() -> Any:
 
 
 def mel_features(sounds: Sequence[np.ndarray]) -> Tensor:
-    """Log-mel features float32 [sounds, 128, frames] of sounds of one length, as if padded to AUDIO_SECONDS."""
+    """Log-mel features float32 [sounds, 128, frames] of sounds of equal length, as if padded to AUDIO_SECONDS."""
     frames = len(sounds[0]) // HOP
     padded = [np.pad(sound, (0, 2 * HOP + 240)) for sound in sounds]
     out = _extractor()(padded, sampling_rate=RATE, padding="longest", return_tensors="pt")
@@ -179,7 +178,7 @@ def patches(pixels: np.ndarray) -> Tensor:
 
 
 def text_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
-    """Rows of ids and labels, filled up at the end: causal attention never looks there."""
+    """Rows of ids and labels, padded at the end, which causal attention never reads."""
     length = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), length), pad)
     labels = torch.full((len(rows), length), IGNORED)
@@ -190,7 +189,7 @@ def text_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
 
 
 def sample_batch(tokens: Tokens, conversations: Sequence[Sequence[Sample]]) -> Batch:
-    """Conversations with the same media layout as one batch."""
+    """One batch of conversations with the same media layout."""
     batch = text_batch([tokens.conversation(samples) for samples in conversations], tokens.special["<|endoftext|>"])
     samples = [sample for samples in conversations for sample in samples]
     if samples[0].picture is not None:
@@ -210,7 +209,7 @@ def sample_batch(tokens: Tokens, conversations: Sequence[Sequence[Sample]]) -> B
 
 
 def build_thinker(config_dir: Path, seed: int) -> Any:
-    """The thinker in float32 with fresh weights: normal with a deviation of 1 / sqrt(inputs) for every matrix."""
+    """The thinker in float32 with new weights: normal, with a deviation of about 1 / sqrt(inputs) for matrices."""
     tiny.shim_torchvision()
     from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
 
@@ -238,7 +237,7 @@ def build_thinker(config_dir: Path, seed: int) -> Any:
 
 
 def _chunked_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
-    """Attention [1, heads, chunks * length, size] within chunks of one length, all at once."""
+    """Attention [1, heads, chunks * length, size] within chunks of equal length, as one batch."""
     chunks = len(options["cu_seq_lens_q"]) - 1
 
     def split(x: Tensor) -> Tensor:
@@ -249,7 +248,7 @@ def _chunked_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *
 
 
 def speed_up_towers(thinker: Any) -> None:
-    """Let the towers' attention treat chunks of equal length as a batch; the library loops over them, or masks."""
+    """Compute the towers' attention over chunks of equal length as one batch; the library loops or masks instead."""
     from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni as library
 
     if not hasattr(thinker.audio_tower, "_prepare_attention_mask"):
@@ -272,7 +271,7 @@ def speed_up_towers(thinker: Any) -> None:
 
 
 def positions(thinker: Any, batch: Batch) -> Tensor:
-    """Position ids [3, rows, length]; the rows have the same layout, so the first one's serve for all."""
+    """Position ids [3, rows, length]; all rows have the layout of the first, so its ids are repeated."""
     first = batch.ids[:1]
     if batch.pixels is None and batch.mels is None:
         return torch.arange(first.shape[1]).expand(3, *batch.ids.shape)
@@ -292,8 +291,8 @@ def positions(thinker: Any, batch: Batch) -> Tensor:
     return index.expand(3, *batch.ids.shape)
 
 
-def heard(thinker: Any, mels: Tensor) -> Tensor:
-    """Audio tokens [tokens, width] of mel features [sounds, 128, frames]."""
+def audio_embeddings(thinker: Any, mels: Tensor) -> Tensor:
+    """Embeddings [tokens, width] of the audio tokens of mel features [sounds, 128, frames]."""
     lengths = torch.full((len(mels),), mels.shape[2])
     after, _ = thinker.audio_tower._get_feat_extract_output_lengths(lengths)
     flat = mels.permute(1, 0, 2).flatten(1)
@@ -305,21 +304,22 @@ def answer_logits(thinker: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     config = thinker.config
     inputs = thinker.get_input_embeddings()(batch.ids)
     if batch.pixels is not None:
-        seen = thinker.visual(batch.pixels, grid_thw=batch.grid)
+        visual = thinker.visual(batch.pixels, grid_thw=batch.grid)
         token = config.video_token_id if batch.video else config.image_token_id
-        inputs = inputs.masked_scatter((batch.ids == token)[..., None], seen)
+        inputs = inputs.masked_scatter((batch.ids == token)[..., None], visual)
     if batch.mels is not None:
-        inputs = inputs.masked_scatter((batch.ids == config.audio_token_id)[..., None], heard(thinker, batch.mels))
+        audio = audio_embeddings(thinker, batch.mels)
+        inputs = inputs.masked_scatter((batch.ids == config.audio_token_id)[..., None], audio)
     hidden = thinker.model(inputs_embeds=inputs, position_ids=positions(thinker, batch), use_cache=False)[0]
-    wanted = batch.labels[:, 1:] != IGNORED
-    return thinker.lm_head(hidden[:, :-1][wanted]), batch.labels[:, 1:][wanted]
+    is_label = batch.labels[:, 1:] != IGNORED
+    return thinker.lm_head(hidden[:, :-1][is_label]), batch.labels[:, 1:][is_label]
 
 
 # ----------------------------------------------------------------------------------------- checkpoint
 
 
 def save_checkpoint(thinker: Any, description: Path, out: Path, seed: int) -> None:
-    """A whole checkpoint in bfloat16: the trained thinker, with random talker and token2wav as in make_tiny_omni."""
+    """Write a complete checkpoint: the trained thinker in bfloat16, with talker and token2wav as in make_tiny_omni."""
     out.mkdir(parents=True, exist_ok=True)
     for file in description.iterdir():
         if (file.is_file() and file.suffix in (".json", ".txt")) or file.name == "spk_dict.pt":
@@ -335,12 +335,12 @@ def save_checkpoint(thinker: Any, description: Path, out: Path, seed: int) -> No
     specs = tiny.tensor_specs(out, torch.bfloat16)
     missing = trained.keys() - {spec.name for spec in specs}
     if missing:
-        raise RuntimeError(f"the checkpoint has no place for {sorted(missing)[:3]}")
+        raise RuntimeError(f"the checkpoint has no tensors for these parameters: {sorted(missing)[:3]}")
     tiny.write_weights(out, specs, 1, blocks)  # type: ignore[arg-type]
 
 
 def load_thinker(folder: Path) -> Any:
-    """The thinker of a checkpoint folder, its bfloat16 weights computed with in float32."""
+    """The thinker of a checkpoint folder in float32, for computing with its bfloat16 weights."""
     from safetensors.torch import load_file
 
     thinker = build_thinker(folder, 0)

@@ -1,4 +1,4 @@
-"""Pictures, clips and speech that the tiny Omni learns from: drawn by Pillow, spoken by espeak-ng.
+"""Make the pictures, clips and speech that the tiny Omni learns from, with Pillow and espeak-ng.
 
 Everything is a function of a `random.Random` or a numpy generator, so the same seed gives the same media.
 """
@@ -21,8 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 PICTURE = 112  # pixels of a picture's side: 4 x 4 tokens
 CLIP_HEIGHT, CLIP_WIDTH = 224, 448  # the smallest clip that the processors do not enlarge: 8 x 16 tokens
-GROUND_RANGE = 64  # how much redder, or greener, one side of a picture's ground is than the other, of 255
-FRAMES = 4  # the fewest that qwen_omni_utils reads
+GROUND_RANGE = 64  # increase of red (or green), of 255, from one side of a picture's ground to the other
+FRAMES = 4  # the minimum that qwen_omni_utils reads
 RATE = 16_000
 
 COLOURS = {
@@ -58,7 +58,7 @@ HELD_FONTS = tuple(
     for name in ("NotoSans-Regular.ttf", "NotoSans-Bold.ttf", "NotoSerif-Regular.ttf", "NotoSerif-Bold.ttf")
 )
 
-# Accents and speakers of espeak-ng. None of the held-out speakers is heard in training; all accents are.
+# Accents and speakers of espeak-ng. Training uses none of the held-out speakers, but all accents.
 _TRAIN_ACCENTS = ("en-us", "en-gb", "en-029", "en-gb-x-rp", "en-gb-scotland", "en-gb-x-gbclan", "en-gb-x-gbcwmd")
 _TRAIN_SPEAKERS = (
     "m1", "m2", "m3", "m4", "m5", "m8", "f1", "f2", "f3", "adam", "Alex", "Alicia", "Andy", "Annie", "antonio",
@@ -87,20 +87,20 @@ class Thing:
 
 
 def background(rng: random.Random) -> tuple[int, int, int]:
-    """A dark colour that no name in COLOURS fits."""
+    """A dark colour that matches no name in COLOURS."""
     grey = rng.randint(5, 70)
     red, green, blue = (max(0, grey + rng.randint(-8, 8)) for _ in range(3))
     return red, green, blue
 
 
 def shade(colour: str, rng: random.Random) -> tuple[int, int, int]:
-    """The named colour, a little off."""
+    """The named colour with a small random change."""
     red, green, blue = (min(255, max(0, value + rng.randint(-18, 18))) for value in COLOURS[colour])
     return red, green, blue
 
 
 def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: tuple[int, int, int]) -> None:
-    """Draw one shape; the areas of the shapes are about the same."""
+    """Draw one shape; all shapes have about the same area."""
     x, y, r = thing.x, thing.y, thing.size / 2
     if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)
@@ -119,8 +119,8 @@ def draw_thing(draw: ImageDraw.ImageDraw, thing: Thing, fill: tuple[int, int, in
 def ground(rng: random.Random) -> Image.Image:
     """The ground of a picture: dark, redder to the right and greener to the bottom.
 
-    So each part of it shows where it lies. On a ground that is the same everywhere, attention without absolute
-    positions must count tokens to know that, and a model this small did not learn to.
+    The gradient shows the position of each part. On a uniform ground, attention without absolute positions would have
+    to count tokens to find the position, and a model this small did not learn that.
     """
     across = np.linspace(0, GROUND_RANGE, PICTURE)
     pixels = np.zeros((PICTURE, PICTURE, 3)) + [value * 0.6 for value in background(rng)]
@@ -144,7 +144,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_text(text: str, colour: str, font: str, rng: random.Random) -> np.ndarray:
-    """A picture of a digit, number or word, about its middle: uint8 [PICTURE, PICTURE, 3]."""
+    """A picture of a digit, number or word near the centre: uint8 [PICTURE, PICTURE, 3]."""
     image = ground(rng)
     size = {1: rng.randint(66, 80), 2: rng.randint(56, 68)}.get(len(text), rng.randint(27, 33))
     while True:
@@ -163,7 +163,7 @@ def draw_text(text: str, colour: str, font: str, rng: random.Random) -> np.ndarr
 
 
 def draw_clip(places: Sequence[Sequence[Thing]], rng: random.Random) -> np.ndarray:
-    """A clip, one list of shapes per frame: uint8 [frames, CLIP_HEIGHT, CLIP_WIDTH, 3]. Colours stay the same."""
+    """A clip, from one list of shapes per frame: uint8 [frames, CLIP_HEIGHT, CLIP_WIDTH, 3]. Colours stay the same."""
     behind = background(rng)
     shades: dict[str, tuple[int, int, int]] = {}
     frames = []
@@ -177,10 +177,10 @@ def draw_clip(places: Sequence[Sequence[Thing]], rng: random.Random) -> np.ndarr
 
 
 def write_clip(path: Path, frames: np.ndarray, sound: np.ndarray | None = None, lossless: bool = False) -> None:
-    """Write frames uint8 [n, height, width, 3] at 2 frames a second as H.264, and the sound (float32, 16 kHz).
+    """Write frames uint8 [n, height, width, 3] at 2 frames per second as H.264, and the sound (float32, 16 kHz).
 
-    The sound is FLAC, in MKV, and comes back as it was. A model that heard nothing but whole sounds loses a fifth of
-    the words to MP3 at 48 kbit/s; AAC, and MP3 in MP4, would besides come back longer.
+    The sound is FLAC in MKV, which is lossless. A model trained only on lossless sounds loses a fifth of the words to
+    MP3 at 48 kbit/s. AAC, and MP3 in MP4, would also make the sound longer.
     """
     import av
 
@@ -227,7 +227,7 @@ def _write_track(container: Any, track: Any, sound: np.ndarray) -> None:
 
 @dataclass(frozen=True)
 class Utterance:
-    """One word as one voice speaks it: float16 samples at 16 kHz, trimmed, loudest sample 1."""
+    """One word spoken by one voice: float16 samples at 16 kHz, trimmed, with peak 1."""
 
     word: str
     voice: str
@@ -249,7 +249,7 @@ def _speak(word: str, voice: str, speed: int, pitch: int) -> np.ndarray:
 
 
 def utterances(held_out: bool, per_word: int, seed: int) -> list[Utterance]:
-    """Every word of SPOKEN, `per_word` times, by random voices, speeds and pitches of the chosen side."""
+    """Every word of SPOKEN, `per_word` times, with random speeds and pitches, by held-out or training voices."""
     rng = random.Random(f"{seed} {held_out}")
     accents, speakers = (_HELD_ACCENTS, _HELD_SPEAKERS) if held_out else (_TRAIN_ACCENTS, _TRAIN_SPEAKERS)
     jobs = []
@@ -263,23 +263,23 @@ def utterances(held_out: bool, per_word: int, seed: int) -> list[Utterance]:
 
 
 def at_speed(word: Utterance, speed: float) -> Utterance:
-    """The word played faster (above 1) or slower, its pitch with it: another voice, as it were."""
+    """The word played faster (speed above 1) or slower. The pitch changes too, as with another voice."""
     times = np.arange(0, len(word.samples) - 1, speed)
     samples = np.interp(times, np.arange(len(word.samples)), word.samples.astype(np.float32))
     return Utterance(word.word, word.voice, samples.astype(np.float16))
 
 
 def say(parts: Sequence[Utterance], seconds: float, noise_db: float, rng: np.random.Generator) -> np.ndarray:
-    """`say_with_spans`, the sound alone."""
+    """The sound of `say_with_spans`, without the spans."""
     return say_with_spans(parts, seconds, noise_db, rng)[0]
 
 
 def say_with_spans(
     parts: Sequence[Utterance], seconds: float, noise_db: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, list[tuple[int, int]]]:
-    """The words one after the other in a sound of the given length: float32 [samples], with noise, and where they lie.
+    """The words one after another, with noise, as a sound float32 [samples] of the given length; and each word's span.
 
-    Words that would not fit are spoken faster. `noise_db`: how far the noise lies below the speech.
+    Words that would not fit are spoken faster. `noise_db`: level of the noise below the speech.
     """
     length = round(seconds * RATE)
     waves = [_tempo(part.samples.astype(np.float32), float(rng.uniform(0.9, 1.12))) for part in parts]
@@ -301,14 +301,14 @@ def say_with_spans(
         spans.append((at, at + len(heard)))
     level = float(np.sqrt(np.mean(sound[sound != 0] ** 2))) * 10 ** (-noise_db / 20)
     hiss = rng.standard_normal(length).astype(np.float32)
-    if rng.random() < 0.5:  # half of the noises are low, as of an engine
+    if rng.random() < 0.5:  # half of the noises are low-pass, like an engine
         hiss = np.convolve(hiss, np.ones(6, np.float32) / 6**0.5, mode="same").astype(np.float32)
     sound = (sound + level * hiss) * float(rng.uniform(0.25, 0.55))
-    # What a 16-bit file can hold, so that training and files agree.
+    # Round to 16-bit values, so that training and files agree.
     return np.clip(np.round(sound * 32768), -32768, 32767).astype(np.float32) / 32768, spans
 
 
 def _tempo(sound: np.ndarray, factor: float) -> np.ndarray:
-    """Play `factor` times as fast (the pitch rises too)."""
+    """The sound played `factor` times as fast (the pitch rises too)."""
     count = max(2, int(len(sound) / factor))
     return np.interp(np.linspace(0, len(sound) - 1, count), np.arange(len(sound)), sound).astype(np.float32)

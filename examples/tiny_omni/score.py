@@ -1,7 +1,7 @@
 """Score a checkpoint of the tiny Omni on held-out sets: `python examples/tiny_omni/score.py MODEL [--rounding]`.
 
-Inputs come from the files by the same code that `msmodelslim quant` calibrates with. An answer counts when every token
-of it and its end are the most probable ones, which is when greedy generation gives exactly that answer.
+The calibration code of `msmodelslim quant` reads the inputs from the files. An answer is right if all its tokens and its
+end are the most probable ones, which is the case if greedy generation gives exactly that answer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models.inputs import MediaLimits
 from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
 
-LIMITS = MediaLimits(max_tokens=4096, max_pixels=200_704, video_fps=2.0)  # those of the recipes
+LIMITS = MediaLimits(max_tokens=4096, max_pixels=200_704, video_fps=2.0)  # the limits of the recipes
 ROWS = 12
 MARKS = ("<!-- scores -->", "<!-- end of scores -->")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,14 +39,14 @@ ROUNDINGS = (("W8 per channel", 8, 0), ("W4 group 128", 4, 128), ("W3 group 128"
 
 @dataclass
 class Item:
-    """One held-out sample: its entry of the index and its inputs as a batch of one row."""
+    """One held-out sample: its entry in the index, and its inputs as a batch of one row."""
 
     entry: dict[str, Any]
     batch: omni.Batch
 
 
 def read_items(index: Path, model: Path, *, every: int = 1) -> list[Item]:
-    """Every `every`-th sample of the index, through the processor of the checkpoint `model`."""
+    """Read every `every`-th sample of the index with the processor of the checkpoint `model`."""
     processor = open_media_processor(model, LIMITS, False)
     tokens = omni.Tokens(model)
     entries = [json.loads(line) for line in index.read_text(encoding="utf-8").splitlines()]
@@ -89,7 +89,7 @@ def _layout(item: Item) -> tuple[Any, ...]:
     )
 
 
-def _joined(items: Sequence[Item]) -> omni.Batch:
+def _join(items: Sequence[Item]) -> omni.Batch:
     rows = [(item.batch.ids[0].tolist(), item.batch.labels[0].tolist()) for item in items]
     joined = omni.text_batch(rows, 0)
 
@@ -108,7 +108,7 @@ def _joined(items: Sequence[Item]) -> omni.Batch:
 
 @torch.no_grad()
 def log_probabilities(thinker: Any, items: Sequence[Item]) -> list[tuple[Tensor, Tensor]]:
-    """Per item: log-probabilities [labels, vocabulary] of the float32 computation, and the labels."""
+    """Per item: log-probabilities [labels, vocabulary], computed in float32, and the labels."""
     by_layout: dict[tuple[Any, ...], list[int]] = defaultdict(list)
     for number, item in enumerate(items):
         by_layout[_layout(item)].append(number)
@@ -116,10 +116,10 @@ def log_probabilities(thinker: Any, items: Sequence[Item]) -> list[tuple[Tensor,
     for numbers in by_layout.values():
         for at in range(0, len(numbers), ROWS):
             part = numbers[at : at + ROWS]
-            logits, labels = omni.answer_logits(thinker, _joined([items[number] for number in part]))
+            logits, labels = omni.answer_logits(thinker, _join([items[number] for number in part]))
             counts = [int((items[number].batch.labels[:, 1:] != omni.IGNORED).sum()) for number in part]
-            for number, row, wanted in zip(part, logits.split(counts), labels.split(counts), strict=True):
-                results[number] = (row.log_softmax(-1), wanted)
+            for number, row, row_labels in zip(part, logits.split(counts), labels.split(counts), strict=True):
+                results[number] = (row.log_softmax(-1), row_labels)
     return results
 
 
@@ -141,12 +141,12 @@ class Tally:
 
     @property
     def perplexity(self) -> float:
-        """Over all labelled tokens."""
+        """Perplexity over all labelled tokens."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def kl(self) -> float:
-        """Mean KL divergence a token from the reference."""
+        """Mean KL divergence from the reference per token."""
         return self.divergence / self.tokens
 
 
@@ -160,13 +160,13 @@ class Scores:
 
 def score(
     items: Sequence[Item],
-    found: Sequence[tuple[Tensor, Tensor]],
+    results: Sequence[tuple[Tensor, Tensor]],
     reference: Sequence[tuple[Tensor, Tensor]] | None = None,
 ) -> Scores:
-    """Accuracy, perplexity and, against the reference's probabilities, KL."""
+    """Sum up accuracy and perplexity of `results`, and the KL from `reference`; both as in `log_probabilities`."""
     scores = Scores()
-    for number, (item, (logs, labels)) in enumerate(zip(items, found, strict=True)):
-        if item.entry["task"] == "prose":  # the first two tokens are left out, as a trigram cannot tell them
+    for number, (item, (logs, labels)) in enumerate(zip(items, results, strict=True)):
+        if item.entry["task"] == "prose":  # skip the first two tokens, which a trigram cannot predict
             logs, labels = logs[2:], labels[2:]
         modality = item.entry["modality"]
         for tally in (
@@ -201,7 +201,7 @@ def round_decoder(thinker: Any, bits: int, group: int) -> None:
 
 
 def site_statistics(thinker: Any, items: Sequence[Item]) -> dict[str, tuple[float, float]]:
-    """Per kind of Linear input, of the layers' largest: (kurtosis of its values, max / median of channel maxima)."""
+    """Per kind of Linear input: (kurtosis of its values, max / median of channel maxima), each the largest of all layers."""
     values: dict[str, list[Tensor]] = defaultdict(list)
     sites = {"q_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "down_proj": "down"}
     hooks = []
@@ -218,7 +218,7 @@ def site_statistics(thinker: Any, items: Sequence[Item]) -> dict[str, tuple[floa
             omni.answer_logits(thinker, item.batch)
     for hook in hooks:
         hook.remove()
-    found: dict[str, tuple[float, float]] = {}
+    statistics: dict[str, tuple[float, float]] = {}
     for key, parts in values.items():
         x = torch.cat(parts)
         centred = x - x.mean()
@@ -226,13 +226,13 @@ def site_statistics(thinker: Any, items: Sequence[Item]) -> dict[str, tuple[floa
         largest = x.abs().amax(0)
         ratio = float(largest.max() / largest.median())
         site = key.split(" ")[1]
-        old = found.get(site, (0.0, 0.0))
-        found[site] = (max(old[0], kurtosis), max(old[1], ratio))
-    return found
+        previous = statistics.get(site, (0.0, 0.0))
+        statistics[site] = (max(previous[0], kurtosis), max(previous[1], ratio))
+    return statistics
 
 
 def report(args: argparse.Namespace) -> Iterator[str]:
-    """The lines of the tables."""
+    """The lines of the score tables."""
     items = read_items(args.index, args.model, every=args.every)
     thinker = load(args.model)
     base = log_probabilities(thinker, items)
@@ -268,7 +268,7 @@ def report(args: argparse.Namespace) -> Iterator[str]:
 
 
 def load(model: Path) -> Any:
-    """The thinker of a checkpoint, with quick towers."""
+    """The thinker of a checkpoint, with faster tower attention."""
     thinker = omni.load_thinker(model)
     omni.speed_up_towers(thinker)
     return thinker
@@ -283,11 +283,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score a checkpoint of the tiny Omni.")
     parser.add_argument("model", type=Path, metavar="MODEL")
     parser.add_argument("--index", type=Path, default=Path(__file__).parent / "heldout" / "index.jsonl")
-    parser.add_argument("--every", type=int, default=1, help="only every n-th sample")
-    parser.add_argument("--rounding", action="store_true", help="score plainly rounded weights too")
-    parser.add_argument("--trigram", action="store_true", help="perplexity of a trigram (needs the `bible` program)")
-    parser.add_argument("--sites", type=Path, metavar="INDEX", help="statistics of activations on this set")
-    parser.add_argument("--card", type=Path, help="put the tables into this file, between its two score marks")
+    parser.add_argument("--every", type=int, default=1, help="use only every n-th sample")
+    parser.add_argument("--rounding", action="store_true", help="also score plainly rounded weights")
+    parser.add_argument("--trigram", action="store_true", help="add the perplexity of a trigram (needs the `bible` program)")
+    parser.add_argument("--sites", type=Path, metavar="INDEX", help="add statistics of activations on this set")
+    parser.add_argument("--card", type=Path, help="write the tables into this file, between its two score marks")
     args = parser.parse_args()
     lines = []
     for line in report(args):

@@ -1,7 +1,8 @@
-"""Questions with short answers about a picture, a sound, a clip or nothing but text.
+"""Questions with short answers about a picture, a sound, a clip or a text.
 
 A `Sample` is one medium and the questions about it, each with the name of its task. Training asks all of them in one
-conversation, the held-out sets ask one. Fonts and voices are given by the caller: the two sides use different ones.
+conversation; the held-out sets ask one. The caller passes fonts and voices, because training and the held-out sets use
+different ones.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Sample:
     """One medium (or none) and the questions about it.
 
     picture: uint8 [PICTURE, PICTURE, 3]. frames: uint8 [FRAMES, CLIP_HEIGHT, CLIP_WIDTH, 3]. sound: float32 [samples],
-    alone or of the clip.
+    the medium itself or the sound track of the clip.
     """
 
     turns: tuple[Turn, ...]
@@ -47,7 +48,7 @@ TEXT_TASKS = ("lookup colour", "lookup owner", "sum of digits", "difference", "s
 
 
 def is_held_out_sum(a: int, b: int) -> bool:
-    """Sums of two-digit numbers that training never asks."""
+    """Whether training never uses this pair of two-digit numbers."""
     return (a * 31 + b * 17) % 10 == 0
 
 
@@ -92,7 +93,7 @@ def text_sample(rng: random.Random, turns: int) -> Sample:
 
 
 def place_name(x: float, y: float) -> str:
-    """Which quarter of the picture a point lies in, such as "top left"."""
+    """Quarter of the picture that contains a point, such as "top left"."""
     return f"{'top' if y < PICTURE / 2 else 'bottom'} {'left' if x < PICTURE / 2 else 'right'}"
 
 
@@ -101,7 +102,7 @@ def _apart(things: Sequence[Thing], x: float, y: float, size: float) -> bool:
 
 
 def random_things(rng: random.Random, count: int) -> list[Thing]:
-    """At most four shapes, each somewhere in a quarter of its own."""
+    """`count` shapes, at most four, each at a random place in its own quarter."""
     things = []
     for quarter in rng.sample(range(4), count):
         size = rng.uniform(32, 44)
@@ -114,7 +115,7 @@ def random_things(rng: random.Random, count: int) -> list[Thing]:
 def scene_sample(rng: random.Random, count: int, most: int, places: float = 0.0) -> Sample:
     """A scene of `count` shapes and at most `most` questions about it, in random order.
 
-    places: the share of scenes of which a place is asked first.
+    places: share of the scenes whose first question asks for a place.
     """
     things = random_things(rng, count)
     turns = [Turn("count", "How many shapes are there?", str(count))]
@@ -165,7 +166,7 @@ def writing_sample(rng: random.Random, kind: str, fonts: Sequence[str]) -> Sampl
 
 
 def picture_sample(rng: random.Random, fonts: Sequence[str], hard: bool, most: int = 1, places: float = 0.0) -> Sample:
-    """A training picture; the easy ones hold one or two shapes, a digit or a word. places: see `scene_sample`."""
+    """A training picture; easy ones have one or two shapes, a digit or a word. places: see `scene_sample`."""
     if rng.random() < 0.55:
         count = rng.choices((1, 2, 3, 4), (6, 5, 4, 3) if hard else (4, 1, 0, 0))[0]
         return scene_sample(rng, count, most, places)
@@ -174,7 +175,7 @@ def picture_sample(rng: random.Random, fonts: Sequence[str], hard: bool, most: i
 
 # ---------------------------------------------------------------------------------------------- sound
 
-SECONDS = {1: 0.8, 2: 1.4, 3: 2.0}  # length of a sound, by its words
+SECONDS = {1: 0.8, 2: 1.4, 3: 2.0}  # length of a sound by its number of words
 CLIP_SECONDS = 2.0
 NUMBER_NAMES = {1: "one word", 2: "two words", 3: "three words"}
 
@@ -187,7 +188,7 @@ def speech_sample(
     task: str = "",
     speeds: tuple[float, float] | None = None,
 ) -> Sample:
-    """`count` words in a row, by different voices, with noise so many dB below them; speeds: see `_word`."""
+    """`count` words in a row by different voices. noise_db: range of the noise's level below them; speeds: `_word`."""
     parts = [_word(rng, voices, speeds) for _ in range(count)]
     sound = render.say(parts, SECONDS[count], rng.uniform(*noise_db), _numpy(rng))
     answer = " ".join(part.word for part in parts)
@@ -195,7 +196,7 @@ def speech_sample(
 
 
 def _word(rng: random.Random, voices: Sequence[Utterance], speeds: tuple[float, float] | None) -> Utterance:
-    """Any of the words, played at a speed between these two."""
+    """A random word, played at a random speed between these two."""
     word = rng.choice(voices)
     return word if speeds is None else render.at_speed(word, rng.uniform(*speeds))
 
@@ -210,7 +211,7 @@ STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 
 
 def move_plan(rng: random.Random) -> tuple[Sample, list[list[Thing]]]:
-    """Questions, and the shapes of each frame with the moving one last: something moves, something may rest."""
+    """Questions and shapes of each frame of a clip in which one shape moves and another may rest; the mover is last."""
     way = rng.choice(list(STEPS))
     dx, dy = STEPS[way]
     size = rng.uniform(50, 84)
@@ -245,7 +246,7 @@ def move_plan(rng: random.Random) -> tuple[Sample, list[list[Thing]]]:
 
 
 def blink_plan(rng: random.Random) -> tuple[Sample, list[list[Thing]]]:
-    """Questions, and the shapes of each frame: something is there in some frames only."""
+    """Questions and shapes of each frame of a clip in which one shape is visible in some frames only."""
     count = rng.randint(1, FRAMES)
     seen = set(rng.sample(range(FRAMES), count))
     size = rng.uniform(50, 100)
@@ -265,7 +266,7 @@ def clip_sample(
     voices: Sequence[Utterance] | None = None,
     speeds: tuple[float, float] | None = None,
 ) -> Sample:
-    """A clip ("move" or "blink"); with voices, a word is said while it runs and asked for first or last.
+    """A clip ("move" or "blink"); with voices, a word is said meanwhile, and the first or last question asks for it.
 
     speeds: see `_word`.
     """
@@ -284,7 +285,7 @@ def clip_sample(
 def held_out_samples(
     modality: str, rng: random.Random, voices: Sequence[Utterance], fonts: Sequence[str]
 ) -> list[Sample]:
-    """The held-out questions of a modality, one per sample, in fixed numbers per task."""
+    """The held-out questions of a modality: one per sample, with a fixed number per task."""
     makers: dict[str, tuple[int, Callable[[], Sample]]]
     if modality == "text":
         makers = {

@@ -1,4 +1,4 @@
-"""Prose to learn (the King James Bible as the Debian package bible-kjv prints it) and the trigram to beat."""
+"""Prose for training (the King James Bible, as printed by the Debian package bible-kjv) and a trigram as baseline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import groupby
 
-_HELD_OUT_SHARE = 40  # one chapter in so many is never trained on
+_HELD_OUT_SHARE = 40  # about one chapter in 40 is held out
 
 
 @cache
@@ -25,22 +25,22 @@ def chapters() -> list[tuple[str, str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Whether the chapter is kept for the held-out set."""
+    """Whether the chapter belongs to the held-out set."""
     return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
 def train_chapters() -> list[str]:
-    """Texts to train on."""
+    """Texts of the training chapters."""
     return [text for name, text in chapters() if not is_held_out(name)]
 
 
 def held_chapters() -> list[str]:
-    """Texts never trained on."""
+    """Texts of the held-out chapters."""
     return [text for name, text in chapters() if is_held_out(name)]
 
 
 class Trigram:
-    """Interpolated Kneser-Ney over token ids, with one absolute discount per order."""
+    """Interpolated Kneser-Ney model over token ids, with one absolute discount per order."""
 
     def __init__(self, texts: Sequence[Sequence[int]], vocabulary: int, discounts: tuple[float, float]) -> None:
         self.vocabulary = vocabulary
@@ -51,7 +51,7 @@ class Trigram:
         self.three = trigrams
         self.three_total: Counter[tuple[int, int]] = Counter()
         self.three_kinds: Counter[tuple[int, int]] = Counter()
-        self.two: Counter[tuple[int, int]] = Counter()  # in how many contexts a pair was seen
+        self.two: Counter[tuple[int, int]] = Counter()  # number of contexts in which a pair appears
         for (a, b, c), count in trigrams.items():
             self.three_total[a, b] += count
             self.three_kinds[a, b] += 1
@@ -66,7 +66,7 @@ class Trigram:
         self.one_total = sum(self.one.values())
 
     def probability(self, a: int, b: int, c: int) -> float:
-        """Of token c after a, b."""
+        """Probability of token c after a, b."""
         low = (self.one[c] + 0.5) / (self.one_total + 0.5 * self.vocabulary)
         total = self.two_total[b]
         if total:
@@ -79,7 +79,7 @@ class Trigram:
         return low
 
     def perplexity(self, texts: Sequence[Sequence[int]]) -> float:
-        """Over every token from the third of each text on."""
+        """Perplexity over every token, from the third of each text on."""
         logs = [
             math.log(self.probability(a, b, c)) for ids in texts for a, b, c in zip(ids, ids[1:], ids[2:], strict=False)
         ]
@@ -87,7 +87,7 @@ class Trigram:
 
 
 def best_trigram(texts: Sequence[Sequence[int]], vocabulary: int, held: Sequence[Sequence[int]]) -> float:
-    """The lowest perplexity over a grid of discounts: chosen on the held-out text itself, in the trigram's favour."""
+    """Lowest perplexity over a grid of discounts, chosen on the held-out text itself, in the trigram's favour."""
     model = Trigram(texts, vocabulary, (0.75, 0.75))
     best = math.inf
     for model.discount2 in (0.6, 0.75, 0.9):

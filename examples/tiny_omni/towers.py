@@ -1,8 +1,8 @@
-"""First stage of the training: the towers alone learn to name what each token shows, by linear heads thrown away after.
+"""First stage of training: only the towers learn, with linear heads that are discarded afterwards.
 
-The whole model would take hours to find out that pictures matter: at first a question's words answer it as well as a
-picture of noise does. Here each visual token is asked for the shape, colour and motion of the thing it covers or for
-what is written, each audio token for the word that is being said.
+The full model would take hours to learn that pictures matter, because at first the words of a question answer it as
+well as a picture of noise does. Here the heads predict, from each visual token, the shape, colour and motion of the
+thing that the token covers, or the written text, and from each audio token the word that is being said.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from torch.utils.data import IterableDataset
 COLOUR_NAMES = list(COLOURS)
 WRITINGS = [str(n) for n in range(10)] + list(render.WRITTEN)
 WAYS = list(tasks.STEPS)
-CELL = 28  # pixels of a token's side
-# Classes of each head; the last one of the first four means "nothing here".
+CELL = 28  # side of a token in pixels
+# Number of classes of each head; the last class of the first four heads means "nothing here".
 HEADS = {
     "colour": len(COLOURS) + 1,
     "shape": len(SHAPES) + 1,
     "way": len(WAYS) + 1,
     "word": len(render.SPOKEN) + 1,
-    "seen": 3,  # in how many of the token's two frames
+    "seen": 3,  # number of the token's two frames that show the thing
     "writing": len(WRITINGS),
     "tens": 10,
     "units": 10,
@@ -41,7 +41,7 @@ KINDS = {"picture": (0.5, 112), "sound": (0.3, 24), "clip": (0.2, 5)}
 
 @dataclass
 class TowerBatch:
-    """Media, and per head a class for each token [tokens] or IGNORED."""
+    """Media, and per head the class of each token [tokens], or IGNORED."""
 
     pixels: Tensor | None
     grid: Tensor | None
@@ -50,7 +50,7 @@ class TowerBatch:
 
 
 def covered(things: Sequence[Thing], width: int, height: int) -> np.ndarray:
-    """Which thing each token covers, by row and column: int [height / CELL, width / CELL], -1 for none."""
+    """Number of the thing that each token covers: int [height / CELL, width / CELL], -1 for none."""
     cells = np.full((height // CELL, width // CELL), -1)
     ys, xs = ((np.arange(n) + 0.5) * CELL for n in cells.shape)
     for number, thing in enumerate(things):
@@ -65,7 +65,7 @@ def _classes(cells: np.ndarray, values: Sequence[int], nothing: int) -> np.ndarr
 
 
 def picture(rng: random.Random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """A picture and its tokens' classes."""
+    """A picture and the classes of its tokens."""
     tokens = (PICTURE // CELL) ** 2
     if rng.random() < 0.4:
         things = tasks.random_things(rng, rng.randint(1, 4))
@@ -87,7 +87,7 @@ def picture(rng: random.Random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 def clip(rng: random.Random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """A clip and its tokens' classes, those of a pair of frames taken from the first of them."""
+    """A clip and the classes of its tokens; a pair of frames has the classes of its first frame that shows things."""
     moves = rng.random() < 0.7
     plan, places = tasks.move_plan(rng) if moves else tasks.blink_plan(rng)
     answers = {turn.task: turn.answer for turn in plan.turns}
@@ -126,14 +126,14 @@ class TowerSteps(IterableDataset):
             words = rng.randint(1, 3)
             noise = (0, 30) if step > 150 else (15, 30)
             return kind, self._sounds(rng, rows, words, noise)
-        made = [picture(rng) if kind == "picture" else clip(rng) for _ in range(rows)]
-        media = np.stack([pixels for pixels, _ in made])
+        samples = [picture(rng) if kind == "picture" else clip(rng) for _ in range(rows)]
+        media = np.stack([pixels for pixels, _ in samples])
         frames, (height, width) = (1, media.shape[1:3]) if kind == "picture" else (FRAMES // 2, media.shape[2:4])
         grid = torch.tensor([[frames, height // omni.PATCH, width // omni.PATCH]] * rows)
         tokens = frames * height * width // CELL**2
         nothing = np.full(tokens, omni.IGNORED)
-        names = {name for _, classes in made for name in classes}
-        classes = {n: torch.tensor(np.concatenate([c.get(n, nothing) for _, c in made])) for n in names}
+        names = {name for _, classes in samples for name in classes}
+        classes = {n: torch.tensor(np.concatenate([c.get(n, nothing) for _, c in samples])) for n in names}
         pixels = omni.patches(media[:, None] if kind == "picture" else media)
         return kind, TowerBatch(pixels, grid, None, classes)
 
@@ -154,7 +154,7 @@ class TowerSteps(IterableDataset):
 
 
 def make_heads(width: int) -> nn.ModuleDict:
-    """A linear head for each question."""
+    """One linear head, with zero weights, per entry of HEADS."""
     heads = nn.ModuleDict({name: nn.Linear(width, count) for name, count in HEADS.items()})
     for head in heads.values():
         nn.init.zeros_(head.weight)
@@ -163,19 +163,19 @@ def make_heads(width: int) -> nn.ModuleDict:
 
 
 def tower_loss(thinker: Any, heads: nn.ModuleDict, batch: TowerBatch) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the heads' losses, and for each the share of right classes where there is something."""
+    """Sum of the heads' losses, and per head the share of right classes among tokens that show something."""
     if batch.pixels is not None:
         tokens = thinker.visual(batch.pixels, grid_thw=batch.grid)
     else:
-        tokens = omni.heard(thinker, batch.mels)
+        tokens = omni.audio_embeddings(thinker, batch.mels)
     total, right = torch.zeros(()), {}
-    for name, wanted in batch.classes.items():
+    for name, labels in batch.classes.items():
         logits = heads[name](tokens)
         weight = torch.ones(HEADS[name])
         nothing = 0 if name == "seen" else HEADS[name] - 1 if name in ("colour", "shape", "way", "word") else -1
         if nothing >= 0:
             weight[nothing] = 0.2
-        total = total + F.cross_entropy(logits, wanted, weight, ignore_index=omni.IGNORED)
-        there = (wanted != omni.IGNORED) & (wanted != nothing)
-        right[name] = float((logits.argmax(-1) == wanted)[there].float().mean())
+        total = total + F.cross_entropy(logits, labels, weight, ignore_index=omni.IGNORED)
+        shows_something = (labels != omni.IGNORED) & (labels != nothing)
+        right[name] = float((logits.argmax(-1) == labels)[shows_something].float().mean())
     return total, right

@@ -1,8 +1,8 @@
 """Train the tiny Omni and write its checkpoint: `python examples/tiny_omni/train.py OUT`.
 
-The state is saved every few minutes; the same command goes on from it. The data of a step depend on the seed and the
-step's number only, so an interrupted training ends with the same weights (on the same machine with the same threads).
-Needs espeak-ng, the `bible` program and the fonts named in render.py; on Debian:
+The state is saved every few minutes; the same command resumes from it. The data of a step depend only on the seed and
+the step's number, so an interrupted training ends with the same weights (on the same machine with the same threads).
+It needs espeak-ng, the `bible` program and the fonts named in render.py; on Debian:
 `apt-get install espeak-ng bible-kjv fonts-dejavu fonts-liberation fonts-noto-core`.
 """
 
@@ -30,25 +30,25 @@ from tiny_omni import render, tasks, text, towers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-TOWER_STEPS = 640  # of the first stage, towers.py
-PLACES_FROM = 8600  # the step from which on pictures are asked above all, and places first
-# The steps at which the rates, fallen to nothing, begin anew.
+TOWER_STEPS = 640  # steps of the first stage, towers.py
+PLACES_FROM = 8600  # from this step on, most steps have pictures, and most scenes ask for a place first
+# The steps at which the rates, after falling to zero, start again.
 RESTARTS = (3100, 6000, PLACES_FROM, 9500, 9900, 10400, 10900)
 STEPS = 11400
-# What is saved from here on is the mean of the weights at the ends of the rounds that end at this step or later
-# (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
+# From this step on, the saved weights are the mean of the weights at the ends of the rounds that end at this step or
+# later (stochastic weight averaging, Izmailov et al. 2018, arXiv:1803.05407).
 MEAN_FROM = 9500
 WARM_UP = 40
-TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall in a line to nothing
+TOWER_FLAT, FLAT = 0.3, 0.35  # share of the steps after which the rates fall linearly to zero
 MUON_RATE, EMBEDDING_RATE, ADAM_RATE = 0.02, 6e-3, 3e-3
 TOWERS = ("visual.", "audio_tower.", "model.visual.", "model.audio_tower.")  # names in transformers 4 and 5
-# Of the rates in the second stage: what a decoder that knows nothing yet asks of the towers is noise. After a restart
-# it knows more.
+# Factors on the towers' rates in the second stage. At first the gradients from an untrained decoder are noise; after a
+# restart they are better.
 TOWER_SHARE, LATER_TOWER_SHARE = 0.1, 0.3
-HARD_FROM = 700  # the step from which on pictures, and sounds, are also hard ones
-VARIED_FROM = 3100  # the step from which on words are also slower and lower, or quicker and higher, than they were said
+HARD_FROM = 700  # from this step on, some pictures and sounds are hard ones
+VARIED_FROM = 3100  # from this step on, words are also played slower and lower, or faster and higher
 SPEEDS = (0.85, 1.18)
-# How often a step is of a kind, and its rows; a row is one conversation.
+# Share of the steps of each kind, and rows of a step; a row is one conversation.
 KINDS = {
     "prose": (0.33, 8),
     "text": (0.14, 8),
@@ -57,16 +57,16 @@ KINDS = {
     "clip": (0.12, 6),
     "talking clip": (0.09, 6),
 }
-# The steps from which on the shares are these: what is behind by then gets most of the time.
+# Shares from these steps on: the kinds that have learnt least get most of the time.
 LATER_SHARES = {
     6000: {"prose": 0.15, "text": 0.15, "picture": 0.36, "sound": 0.22, "clip": 0.06, "talking clip": 0.06},
     PLACES_FROM: {"prose": 0.07, "text": 0.06, "picture": 0.76, "sound": 0.05, "clip": 0.03, "talking clip": 0.03},
     9500: {"prose": 0.10, "text": 0.10, "picture": 0.50, "sound": 0.16, "clip": 0.07, "talking clip": 0.07},
     9900: {"prose": 0.08, "text": 0.12, "picture": 0.60, "sound": 0.08, "clip": 0.06, "talking clip": 0.06},
 }
-LATER_RATE = 0.4  # from PLACES_FROM on: rates that leave as it is what is not practised
-PLACES_ASKED = 0.7  # of the scenes from PLACES_FROM on
-MOST_TURNS = 3  # about one picture or clip: the more there are, the farther away it is
+LATER_RATE = 0.4  # factor from PLACES_FROM on, so that kinds with few steps are not unlearnt
+PLACES_ASKED = 0.7  # share of the scenes that ask for a place first, from PLACES_FROM on
+MOST_TURNS = 3  # questions about one picture or clip; with more of them it would be too far back in the context
 PROSE_TOKENS = 448
 TEXT_TURNS = 10
 SOUNDS_PER_ROW = 3
@@ -77,7 +77,7 @@ VOICES_PER_WORD = 150
 
 
 def corpus(seed: int) -> list[str]:
-    """What the tokenizer is trained on: the prose, and questions and answers often enough to be whole tokens."""
+    """Training text of the tokenizer: the prose, and questions and answers often enough that words become tokens."""
     rng = random.Random(f"{seed} corpus")
     chat = [f"system\n{omni.SYSTEM}", "user\n", "assistant\n"] * 300
     for _ in range(1500):
@@ -97,14 +97,15 @@ def corpus(seed: int) -> list[str]:
 
 
 def voices(cache: Path, held_out: bool, per_word: int, seed: int) -> list[render.Utterance]:
-    """All words by many voices, kept in a file since espeak-ng takes a minute for them."""
+    """All words by many voices, cached in a file because espeak-ng takes a minute."""
     file = cache / f"voices_{'held' if held_out else 'train'}_{per_word}_{seed}.npz"
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         spoken = render.utterances(held_out, per_word, seed)
-        aside = file.with_name("aside.npz")
-        np.savez(aside, names=[(u.word, u.voice) for u in spoken], **{str(n): u.samples for n, u in enumerate(spoken)})
-        aside.rename(file)
+        partial = file.with_name("partial.npz")
+        sounds = {str(n): u.samples for n, u in enumerate(spoken)}
+        np.savez(partial, names=[(u.word, u.voice) for u in spoken], **sounds)
+        partial.rename(file)
     with np.load(file) as stored:
         return [
             render.Utterance(str(word), str(voice), stored[str(n)]) for n, (word, voice) in enumerate(stored["names"])
@@ -112,7 +113,7 @@ def voices(cache: Path, held_out: bool, per_word: int, seed: int) -> list[render
 
 
 class Steps(IterableDataset):
-    """(kind, Batch) of each step in `part`."""
+    """Data set of (kind, Batch), one for each step in `part`."""
 
     def __init__(self, description: Path, spoken: list[render.Utterance], seed: int, part: range) -> None:
         self.tokens = omni.Tokens(description)
@@ -154,9 +155,9 @@ class Steps(IterableDataset):
                 for _ in range(rows)
             ]
         else:
-            talks = self.spoken if kind == "talking clip" else None
-            kinds = ["move" if rng.random() < 0.7 else "blink" for _ in range(rows)]
-            clips = [tasks.clip_sample(rng, kind_of, talks, speeds=speeds) for kind_of in kinds]
+            spoken = self.spoken if kind == "talking clip" else None
+            clip_kinds = ["move" if rng.random() < 0.7 else "blink" for _ in range(rows)]
+            clips = [tasks.clip_sample(rng, clip_kind, spoken, speeds=speeds) for clip_kind in clip_kinds]
             samples = [[replace(clip, turns=clip.turns[:MOST_TURNS])] for clip in clips]
         return kind, omni.sample_batch(self.tokens, samples)
 
@@ -165,7 +166,7 @@ class Steps(IterableDataset):
 
 
 def orthogonal(updates: Tensor) -> Tensor:
-    """Matrices [n, rows, columns] with their singular values brought near 1 (Newton-Schulz, as Muon does it)."""
+    """Matrices [n, rows, columns] with singular values near 1 (Newton-Schulz iteration, as in Muon)."""
     x = updates / (updates.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -176,9 +177,10 @@ def orthogonal(updates: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for matrices and, flattened to such, convolutions.
+    """Muon (orthogonalized momentum) for matrices, and for convolutions flattened to matrices.
 
-    In float32 and by shapes at once: torch's own computes in bfloat16, slow on a CPU without instructions for it.
+    It computes in float32, for all parameters of one shape at once. torch's Muon computes in bfloat16, which is slow on
+    a CPU without instructions for it.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
@@ -186,7 +188,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """One update of the matrices that have a gradient."""
+        """Update the matrices that have a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
@@ -210,22 +212,22 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and convolutions, AdamW for embeddings, heads, norms and biases.
 
-    AdamW would move the patch embedding far too fast: its 1176 inputs are much alike within a patch of one colour.
-    The groups of the towers say so under "tower".
+    AdamW would move the patch embedding far too fast, because its 1176 inputs are similar within a patch of one colour.
+    "tower" in a parameter group says whether the group belongs to the towers.
     """
     matrices: dict[bool, list[Tensor]] = {False: [], True: []}
     others: dict[bool, list[Tensor]] = {False: [], True: []}
     embeddings = []
     for name, parameter in model.named_parameters():
-        of_tower = name.startswith(TOWERS)
+        is_tower = name.startswith(TOWERS)
         if "embed_tokens" in name or "bos_eos" in name:
             embeddings.append(parameter)
         elif parameter.ndim > 1 and "head" not in name:
-            matrices[of_tower].append(parameter)
+            matrices[is_tower].append(parameter)
         else:
-            others[of_tower].append(parameter)
-    muon = [{"params": found, "lr": MUON_RATE, "tower": tower} for tower, found in matrices.items()]
-    adam = [{"params": found, "lr": ADAM_RATE, "tower": tower} for tower, found in others.items()]
+            others[is_tower].append(parameter)
+    muon = [{"params": params, "lr": MUON_RATE, "tower": tower} for tower, params in matrices.items()]
+    adam = [{"params": params, "lr": ADAM_RATE, "tower": tower} for tower, params in others.items()]
     adam += [{"params": embeddings, "lr": EMBEDDING_RATE, "tower": False}]
     return [
         Muon([group for group in muon if group["params"]], lr=MUON_RATE),
@@ -234,28 +236,28 @@ def make_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
 
 
 class Rates:
-    """Sets the rates of optimizers as shares of those they were made with."""
+    """Sets the learning rates of optimizers as shares of their initial rates."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._optimizers = optimizers
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self._full = [(group["lr"], group["tower"]) for group in groups]  # a state that is loaded overwrites both
+        self._full = [(group["lr"], group["tower"]) for group in groups]  # loading a state overwrites both
 
     def set(self, factor: float, tower_share: float = 1.0) -> None:
-        """Apply the share; the towers get `tower_share` of it."""
+        """Set all rates to this factor of the initial ones; the towers get `tower_share` of that."""
         groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
         for group, (rate, is_tower) in zip(groups, self._full, strict=True):
             group["lr"] = rate * factor * (tower_share if is_tower else 1.0)
 
 
 def cycle(step: int, steps: int) -> tuple[int, int]:
-    """The first and the end of the steps between two restarts that `step` is among."""
+    """First step and end of the round (the steps between two restarts) that contains `step`."""
     ends = [*(end for end in RESTARTS if end < steps), steps]
     return max([0, *(end for end in ends if end <= step)]), min(end for end in ends if end > step)
 
 
 def rate_factor(step: int, steps: int, flat: float) -> float:
-    """Share of the full rates: up over WARM_UP, flat, and from the share `flat` of the steps on down in a line."""
+    """Share of the full rates: rises over WARM_UP, is flat, and falls linearly from the share `flat` of the steps on."""
     fallen = max(0.0, (step / steps - flat) / (1 - flat))
     return min(1.0, (step + 1) / WARM_UP, 1 - fallen)
 
@@ -271,14 +273,14 @@ class Mean:
     rounds: int = 0
 
     def add(self, weights: dict[str, Tensor]) -> None:
-        """One more round has ended."""
+        """Add the weights at the end of a round."""
         self.rounds += 1
         for name, weight in weights.items():
             self.weights[name] = torch.lerp(self.weights.get(name, weight), weight, 1 / self.rounds)
 
 
 def write_state(file: Path, step: int, thinker: Any, optimizers: list[torch.optim.Optimizer], mean: Mean) -> None:
-    """Write the state aside, then put it in place."""
+    """Write the state to a temporary file, then rename it."""
     state = {"step": step, "model": thinker.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     state["mean"] = vars(mean)
     torch.save(state, file.with_suffix(".new"))
@@ -286,27 +288,27 @@ def write_state(file: Path, step: int, thinker: Any, optimizers: list[torch.opti
 
 
 class Progress:
-    """Prints means of what was noted, by kind, every so many steps."""
+    """Prints the means of the recorded values every `every` steps."""
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self.begun = self.last = time.monotonic()
-        self.noted: dict[str, list[float]] = defaultdict(list)
+        self.started = self.last = time.monotonic()
+        self.values: dict[str, list[float]] = defaultdict(list)
 
-    def note(self, step: int, values: dict[str, float], kind: str) -> None:
-        """Note the values of a step."""
+    def record(self, step: int, values: dict[str, float], kind: str) -> None:
+        """Record the values and the time of a step, and print if it is due."""
         now = time.monotonic()
         for name, value in {**values, f"{kind} s": now - self.last}.items():
-            self.noted[name].append(value)
+            self.values[name].append(value)
         self.last = now
         if (step + 1) % self.every == 0:
-            means = " | ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in sorted(self.noted.items()))
-            print(f"{step + 1} {now - self.begun:.0f}s {means}", flush=True)
-            self.noted.clear()
+            means = " | ".join(f"{name} {sum(v) / len(v):.3f}" for name, v in sorted(self.values.items()))
+            print(f"{step + 1} {now - self.started:.0f}s {means}", flush=True)
+            self.values.clear()
 
 
 def train_towers(thinker: Any, spoken: Sequence[render.Utterance], seed: int, steps: int, workers: int) -> None:
-    """The first stage: the towers alone, in place."""
+    """Train the towers in place: the first stage."""
     heads = towers.make_heads(thinker.config.text_config.hidden_size)
     parts = nn.ModuleDict({"visual": thinker.visual, "audio_tower": thinker.audio_tower, "heads": heads})
     optimizers = make_optimizers(parts)
@@ -320,15 +322,15 @@ def train_towers(thinker: Any, spoken: Sequence[render.Utterance], seed: int, st
         for optimizer in optimizers:
             optimizer.step()
         parts.zero_grad(set_to_none=True)
-        progress.note(step, {f"{kind} {name}": value for name, value in right.items()}, kind)
+        progress.record(step, {f"{kind} {name}": value for name, value in right.items()}, kind)
 
 
 def train(
     *, seed: int, steps: int, stop: int, work: Path, workers: int, save_seconds: float, tower_steps: int = TOWER_STEPS
 ) -> Any:
-    """Train up to step `stop` of a schedule of `steps` and return the thinker; work/ holds state and data.
+    """Train up to step `stop` of a schedule of `steps` and return the thinker. `work` is the folder of state and data.
 
-    Where rounds have ended since MEAN_FROM it has the mean of their weights, not those of step `stop`.
+    If rounds have ended since MEAN_FROM, the thinker has the mean of their weights, not the weights of step `stop`.
     """
     work.mkdir(parents=True, exist_ok=True)
     description = work / "description"
@@ -348,7 +350,7 @@ def train(
     state = torch.load(state_file, weights_only=True)
     start = state["step"]
     thinker.load_state_dict(state["model"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):  # none after the first stage
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):  # empty after the first stage
         optimizer.load_state_dict(saved)
     mean = Mean(**state["mean"])
     data = Steps(description, spoken, seed, range(start, stop))
@@ -368,9 +370,9 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
         thinker.zero_grad(set_to_none=True)
-        ends = labels == data.tokens.end  # nearly always right, and half of the labels
+        ends = labels == data.tokens.end  # not counted: nearly always right, and half of the labels
         right = (logits.argmax(-1) == labels)[~ends].float().mean().item()
-        progress.note(step, {kind: loss.item(), f"{kind} right": right}, kind)
+        progress.record(step, {kind: loss.item(), f"{kind} right": right}, kind)
         if step + 1 == end >= MEAN_FROM:
             mean.add(thinker.state_dict())
         if time.monotonic() - saved_at > save_seconds:
@@ -385,14 +387,12 @@ def train(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Train the tiny Omni; the same command goes on where it stopped.")
+    parser = argparse.ArgumentParser(description="Train the tiny Omni; the same command resumes a stopped training.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help="length of the schedule")
-    parser.add_argument(
-        "--stop", type=int, default=None, help="stop after so many steps of the schedule; see MEAN_FROM"
-    )
-    parser.add_argument("--work", type=Path, default=None, help="folder of state and data (default: OUT.work)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="number of steps of the schedule")
+    parser.add_argument("--stop", type=int, default=None, help="stop after this step of the schedule; see MEAN_FROM")
+    parser.add_argument("--work", type=Path, default=None, help="folder for state and data (default: OUT.work)")
     args = parser.parse_args()
     work = args.work or args.out.with_name(args.out.name + ".work")
     stop = args.steps if args.stop is None else min(args.stop, args.steps)

@@ -1,8 +1,8 @@
 """Sensitivity of the Linears, and a mixed-precision recipe that meets a target size or KL divergence.
 
-run.py is the entry point: measure sensitivity, allocate bits, write the recipe, verify it by a real run.
-May import: evaluation and every room under it.
-Left out on purpose: quantization itself. The recipe is run by run/ like any other.
+run.py is the entry point: it measures sensitivity, allocates bits, writes the recipe and verifies it with a real run.
+May import: evaluation and every room below it.
+Not here: quantization. run/ runs the recipe like any other recipe.
 """
 
 from __future__ import annotations

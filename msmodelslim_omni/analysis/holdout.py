@@ -1,6 +1,6 @@
-"""Part of a dataset kept out of the calibration, to judge its result: a seeded choice in which no modality is missing.
+"""Split a dataset into calibration and held-out samples: a seeded choice that keeps every modality in calibration.
 
-Both parts are written as an index.jsonl of their own, media by absolute path, so that a run can be repeated with them.
+Each part becomes an index.jsonl with absolute media paths, so that a run can be repeated.
 """
 
 from __future__ import annotations
@@ -15,57 +15,58 @@ from typing import Any
 from ..calibration import CalibSample, CalibSet
 from ..errors import QuantError
 
-SHARE = 5  # one sample of so many is kept out
+_ONE_IN = 5  # one of this many samples is held out
 
 
 @dataclass(frozen=True)
 class Holdout:
-    """Positions of the samples of both parts, and modalities that only one of the parts has."""
+    """Positions of the samples of both parts. not_evaluated: modalities that no held-out sample has."""
 
     calibration: tuple[int, ...]
     held_out: tuple[int, ...]
-    unjudged: tuple[str, ...]
+    not_evaluated: tuple[str, ...]
 
 
 def split_holdout(modalities: Sequence[frozenset[str]], seed: int) -> Holdout:
-    """Keep a fifth out. modalities: of each sample.
+    """Hold out a fifth of the samples. modalities: of each sample.
 
-    First, from the rarest modality on, a sample of each that leaves one with it behind; then any. Raises QuantError
-    where there are fewer than five samples.
+    Takes one sample of each modality first, from the rarest on, unless calibration would lose a modality; then any
+    samples. Raises QuantError if there are fewer than five samples or none can be held out.
     """
-    if len(modalities) < SHARE:
+    if len(modalities) < _ONE_IN:
         raise QuantError(
-            f"the dataset has {len(modalities)} samples, too few to keep one of {SHARE} out for a judgement",
-            "give samples to judge by with --eval_dataset, or more samples",
+            f"the dataset has {len(modalities)} samples, too few to hold out one in {_ONE_IN} for evaluation",
+            "pass evaluation samples with --eval_dataset, or add samples to the dataset",
         )
     order = list(range(len(modalities)))
     random.Random(seed).shuffle(order)
-    every = {name: [i for i in order if name in modalities[i]] for name in sorted(frozenset[str]().union(*modalities))}
+    names = sorted(frozenset[str]().union(*modalities))
+    samples_of = {name: [i for i in order if name in modalities[i]] for name in names}
     chosen: list[int] = []
 
-    def leaves_all(i: int) -> bool:
-        return all(len(set(every[name]) - {*chosen, i}) > 0 for name in modalities[i])
+    def keeps_all_modalities(i: int) -> bool:
+        return all(len(set(samples_of[name]) - {*chosen, i}) > 0 for name in modalities[i])
 
     def covers(name: str) -> bool:
         return any(name in modalities[i] for i in chosen)
 
-    for name in sorted(every, key=lambda name: len(every[name])):
+    for name in sorted(names, key=lambda name: len(samples_of[name])):
         if not covers(name):
-            chosen += [i for i in every[name] if leaves_all(i)][:1]
+            chosen += [i for i in samples_of[name] if keeps_all_modalities(i)][:1]
     for i in order:
-        if len(chosen) * SHARE < len(modalities) and i not in chosen and leaves_all(i):
+        if len(chosen) * _ONE_IN < len(modalities) and i not in chosen and keeps_all_modalities(i):
             chosen.append(i)
     if not chosen:
         raise QuantError(
-            "no sample can be kept out: each is the only one of some modality",
-            "give samples to judge by with --eval_dataset, or more samples",
+            "no sample can be held out: each is the only one of some modality",
+            "pass evaluation samples with --eval_dataset, or add samples to the dataset",
         )
     rest = tuple(i for i in range(len(modalities)) if i not in chosen)
-    return Holdout(rest, tuple(sorted(chosen)), tuple(name for name in every if not covers(name)))
+    return Holdout(rest, tuple(sorted(chosen)), tuple(name for name in names if not covers(name)))
 
 
 def write_index(calib: CalibSet, positions: Sequence[int], path: Path) -> Path:
-    """An index of some samples of a set, as whole conversations."""
+    """Write an index of some samples of a set, as complete conversations. Returns the path."""
     lines = [json.dumps(_entry(calib.samples[i]), ensure_ascii=False) for i in positions]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

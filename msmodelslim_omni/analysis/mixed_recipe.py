@@ -1,6 +1,6 @@
-"""The text of a recipe in which some Linears are int4, some int8 and some float: few and readable patterns. No torch.
+"""The text of a recipe with int4, int8 and float Linears, in few, readable patterns. No torch.
 
-Patterns are exact: over the Linears of the decoder layers they match what they stand for and nothing else.
+Patterns are exact: among the Linears of the decoder layers, they match the chosen Linears and no others.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ W4 = QuantScheme(4, None, "gptq", 128)
 W8 = QuantScheme(8, 8)
 FLOAT = "FLOAT"
 
-# What is asked about media that come without a text, as in the shipped recipes.
+# The question for media without a text, as in the shipped recipes.
 DEFAULT_TEXT = "What are the elements can you see and hear in these medias."
 
 _TEXT = """\
@@ -30,14 +30,14 @@ spec:
   process:
 {process}
   save:
-    - type: compressed_tensors    # the one format that holds int4 and int8 beside each other
+    - type: compressed_tensors    # the only format that stores int4 and int8 in one checkpoint
       part_file_size: 4           # GB
   dataset: {dataset}
   default_text: {default_text}
   calibration:
-    max_pixels: 200704            # 256 visual tokens an image or frame
+    max_pixels: 200704            # 256 visual tokens per image or frame
     modality_weights: tokens
-    propagate_error: False        # each layer sees the float model's hidden states
+    propagate_error: False        # each layer gets the hidden states of the float model
 """
 
 _INT4 = "int4_g128: &int4_g128 {scope: per_group, dtype: int4, symmetric: True, method: gptq, ext: {group_size: 128}}\n"
@@ -46,8 +46,9 @@ _INT8 = "int8: &int8 {act: {scope: per_token, dtype: int8}, weight: {scope: per_
 
 @dataclass(frozen=True)
 class Grid:
-    """The Linears of all decoder layers: the layers' prefix with {index}, how many there are, and the groups of
-    relative names that share a scheme.
+    """The Linears of all decoder layers.
+
+    layer_prefix: contains {index}. layers: the number of layers. groups: relative names of Linears that share a scheme.
     """
 
     layer_prefix: str
@@ -62,40 +63,39 @@ class Grid:
 
 
 def patterns(grid: Grid, chosen: Collection[str]) -> list[str]:
-    """Shell patterns of the chosen Linears: groups that are chosen in all layers first, whole layers, then the rest."""
+    """Shell patterns of the chosen Linears: groups chosen in all layers, then complete layers, then the rest."""
     layers_of = {
         group: [layer for layer in range(grid.layers) if grid.name(layer, group[0]) in chosen] for group in grid.groups
     }
     everywhere = [group for group, layers in layers_of.items() if len(layers) == grid.layers]
     if len(everywhere) == len(grid.groups):
         return [grid.layer_prefix.format(index="*") + "*"]
-    found = [grid.layer_prefix.format(index="*") + _braced(group) for group in everywhere]
+    result = [grid.layer_prefix.format(index="*") + _braced(group) for group in everywhere]
     rest = [group for group in grid.groups if group not in everywhere]
-    whole = [layer for layer in range(grid.layers) if len(rest) > 1 and all(layer in layers_of[g] for g in rest)]
-    if whole:
-        found.append(_of_layers(grid, whole) + "*")
+    complete = [layer for layer in range(grid.layers) if len(rest) > 1 and all(layer in layers_of[g] for g in rest)]
+    if complete:
+        result.append(_layers_prefix(grid, complete) + "*")
     for group in rest:
-        if some := [layer for layer in layers_of[group] if layer not in whole]:
-            found.append(_of_layers(grid, some) + _braced(group))
-    return found
+        if remaining := [layer for layer in layers_of[group] if layer not in complete]:
+            result.append(_layers_prefix(grid, remaining) + _braced(group))
+    return result
 
 
-def _of_layers(grid: Grid, layers: Sequence[int]) -> str:
+def _layers_prefix(grid: Grid, layers: Sequence[int]) -> str:
     return grid.layer_prefix.format(index=_braced([str(layer) for layer in layers], shared=False))
 
 
 def _braced(words: Sequence[str], *, shared: bool = True) -> str:
-    """`self_attn.{q,k,v}_proj` of three names; `{1,12}` where no shared letters are to be taken out."""
+    """A brace pattern for words: `self_attn.{q,k,v}_proj` for three names; `{1,12}` with shared=False."""
     if len(words) == 1:
         return words[0]
-    prefix = _beginning(words) if shared else ""
+    prefix = _common_prefix(words) if shared else ""
     rest = [word.removeprefix(prefix) for word in words]
-    suffix = _beginning([word[::-1] for word in rest])[::-1] if shared else ""
+    suffix = _common_prefix([word[::-1] for word in rest])[::-1] if shared else ""
     return f"{prefix}{{{','.join(word.removesuffix(suffix) for word in rest)}}}{suffix}"
 
 
-def _beginning(words: Sequence[str]) -> str:
-    """The letters that all words begin with."""
+def _common_prefix(words: Sequence[str]) -> str:
     length = 0
     for letters in zip(*words, strict=False):
         if len(set(letters)) > 1:
@@ -107,16 +107,16 @@ def _beginning(words: Sequence[str]) -> str:
 def recipe_text(
     grid: Grid, schemes: Mapping[str, str], dataset: str, comment: Sequence[str] = (), config_id: str = "mixed"
 ) -> str:
-    """A recipe by which every Linear gets the scheme that `schemes` names, W4.name, W8.name or FLOAT.
+    """The text of a recipe that gives every Linear its scheme in `schemes`: W4.name, W8.name or FLOAT.
 
-    int8 Linears are smoothed, int4 ones scaled by AWQ and rounded by GPTQ. Raises ValueError where all stay float.
+    int8 Linears are smoothed; int4 Linears are scaled by AWQ and rounded by GPTQ. Raises ValueError if all are float.
     """
     int4, int8 = (patterns(grid, [n for n, s in schemes.items() if s == scheme.name]) for scheme in (W4, W8))
     floats = patterns(grid, [n for n, s in schemes.items() if s == FLOAT])
     steps = []
     if int8:
         steps.append(["type: iter_smooth", "alpha: auto", *_selection(int8, [])])
-    # int4 is what is left over by the others, which is shorter to say.
+    # int4 Linears are selected by excluding the others, which is usually shorter.
     if int4:
         steps.append(["type: awq", "weight_qconfig: *int4_g128", *_selection(["*"], [*int8, *floats])])
     if int8:

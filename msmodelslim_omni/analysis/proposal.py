@@ -1,4 +1,4 @@
-"""A choice of schemes for the units, as a recipe, with the exact bytes of what that recipe makes."""
+"""Proposal: a scheme for every unit, as a recipe, with the exact bytes of the checkpoint that the recipe makes."""
 
 from __future__ import annotations
 
@@ -29,78 +29,82 @@ from .mixed_recipe import (
 )
 from .sensitivity import UnitSensitivity
 
-FORMAT = "compressed_tensors"  # the one that holds int4 and int8 beside each other
+FORMAT = "compressed_tensors"  # the only format that stores int4 and int8 in one checkpoint
 SCHEMES = {W4.name: W4, W8.name: W8}
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """schemes: of every Linear by name. damage, bound: as in allocation. files: those that a loader reads (all but
-    Markdown and reports), by relative name, with their bytes.
+    """A recipe with its estimated damage and its exact size.
+
+    schemes: by the name of the Linear. damage, bound: see allocation.Allocation. file_sizes: bytes by relative name of
+    the files that a loader reads (all except Markdown and reports).
     """
 
     schemes: dict[str, str]
     recipe: str
     damage: float
     bound: float
-    files: dict[str, int]
+    file_sizes: dict[str, int]
 
     @property
     def size(self) -> int:
-        return sum(self.files.values())
+        return sum(self.file_sizes.values())
 
-    def linears(self) -> dict[str, int]:
-        """How many have each scheme."""
+    def linear_counts(self) -> dict[str, int]:
+        """The number of Linears by scheme."""
         return dict(Counter(self.schemes.values()))
 
 
 class Proposer:
-    """Makes proposals for one model and dataset. aim: what is asked for, in the words of the recipe's comment.
+    """Makes proposals for one model and dataset. target: the user's target, as text for the comment of the recipe.
 
-    Raises QuantError where not every Linear can be int4 and int8.
+    Raises QuantError unless every Linear can be int4 and int8.
     """
 
-    def __init__(self, model: ModelSpec, checkpoint: Checkpoint, dataset: str, aim: str = "") -> None:
+    def __init__(self, model: ModelSpec, checkpoint: Checkpoint, dataset: str, target: str = "") -> None:
         spec = model.family.layer_spec(checkpoint.config)
         groups = tuple(group.linears for group in spec.groups)
         self.grid = Grid(model.layer_prefix, model.family.num_layers(checkpoint.config), groups)
-        self._checkpoint, self._dataset, self._aim = checkpoint, dataset, aim
+        self._checkpoint, self._dataset, self._target = checkpoint, dataset, target
         self.int4, self.int8 = (
             make_plan(parse_recipe(self.recipe(dict.fromkeys(self.grid.names(), scheme))), model, checkpoint)
             for scheme in SCHEMES
         )
 
     def recipe(self, schemes: Mapping[str, str]) -> str:
-        """A Linear that is not in `schemes` is int4. Raises ValueError where all stay float."""
-        every = {name: schemes.get(name, W4.name) for name in self.grid.names()}
-        counts = Counter(every.values())
-        of_each = ", ".join(f"{counts[s]} Linears {s}" for s in (*SCHEMES, FLOAT) if counts[s])
-        comment = [f"{of_each}.", *([f"Chosen by `msmodelslim analyze` for {self._aim}."] if self._aim else [])]
-        return recipe_text(self.grid, every, self._dataset, comment)
+        """The text of a recipe. Linears not in `schemes` are int4. Raises ValueError if all are float."""
+        complete = {name: schemes.get(name, W4.name) for name in self.grid.names()}
+        counts = Counter(complete.values())
+        summary = ", ".join(f"{counts[s]} {s}" for s in (*SCHEMES, FLOAT) if counts[s])
+        comment = [f"Linears: {summary}."]
+        if self._target:
+            comment.append(f"Chosen by `msmodelslim analyze` for {self._target}.")
+        return recipe_text(self.grid, complete, self._dataset, comment)
 
-    def files(self, schemes: Mapping[str, str]) -> dict[str, int]:
-        """Of a recipe's result, see Proposal."""
+    def file_sizes(self, schemes: Mapping[str, str]) -> dict[str, int]:
+        """The file sizes of the checkpoint that a recipe makes, see Proposal. Linears not in `schemes` are int4."""
         linears = (replace(lin, scheme=SCHEMES.get(schemes.get(lin.name, W4.name))) for lin in self.int4.linears)
         plan = replace(self.int4, linears=tuple(linears))
-        made = output_files(FORMATS[FORMAT], make_job(plan), plan.savers[0].part_file_size)
-        return {name: size for name, size in made.items() if not name.endswith(".md")}
+        files = output_files(FORMATS[FORMAT], make_job(plan), plan.savers[0].part_file_size)
+        return {name: size for name, size in files.items() if not name.endswith(".md")}
 
     def weight_size(self, name: str, scheme: str) -> int:
-        """Bytes of a Linear's weight with what belongs to it, headers aside."""
+        """Bytes of the stored tensors of a Linear's weight (with scales and zero points), without headers."""
         info = self._checkpoint.tensors[f"{name}.weight"]
         if scheme == FLOAT:
             return info.nbytes
-        linear = OutLinear(name, SCHEMES[scheme], (info.shape[0], info.shape[1]), info.dtype, _unread, _unread)
+        linear = OutLinear(name, SCHEMES[scheme], (info.shape[0], info.shape[1]), info.dtype, _no_data, _no_data)
         return sum(tensor.spec.nbytes for tensor in FORMATS[FORMAT].linear_tensors(linear))
 
-    def smallest(self) -> int:
+    def smallest_size(self) -> int:
         """Bytes of the checkpoint with every Linear in int4."""
-        return sum(self.files({}).values())
+        return sum(self.file_sizes({}).values())
 
-    def largest(self) -> int:
-        """With every Linear float, as exact as headers allow."""
+    def largest_size(self) -> int:
+        """Bytes of the checkpoint with every Linear float; exact except for headers."""
         names = self.grid.names()
-        return self.smallest() + sum(self.weight_size(n, FLOAT) - self.weight_size(n, W4.name) for n in names)
+        return self.smallest_size() + sum(self.weight_size(n, FLOAT) - self.weight_size(n, W4.name) for n in names)
 
     # --- choices ---
 
@@ -109,25 +113,25 @@ class Proposer:
         return self._proposal(units, minimize_damage(options, sum(unit[0].size for unit in options)))
 
     def for_size(self, units: Sequence[UnitSensitivity], target_size: int) -> Proposal:
-        """The least damage with at most target_size bytes in all files."""
+        """The proposal with the least damage and at most target_size bytes in all files."""
         options = self._options(units)
         proposal = self.all_int4(units)
-        room = sum(unit[0].size for unit in options) + target_size - proposal.size
-        while True:  # what headers and config.json take depends on the choice; at the worst all int4 comes out again
-            proposal = self._proposal(units, minimize_damage(options, room))
+        budget = sum(unit[0].size for unit in options) + target_size - proposal.size
+        while True:  # the size of headers and config.json depends on the choice; in the worst case all are int4 again
+            proposal = self._proposal(units, minimize_damage(options, budget))
             if proposal.size <= target_size:
                 return proposal
-            room -= proposal.size - target_size
+            budget -= proposal.size - target_size
 
     def for_damage(self, units: Sequence[UnitSensitivity], damage: float) -> Proposal | None:
-        """The fewest bytes with at most this damage; None where every Linear would have to stay float."""
-        found = minimize_size(self._options(units), damage)
-        if found is None or set(found.choices) == {len(SCHEMES)}:
+        """The proposal with the fewest bytes and at most this damage; None if every Linear would have to stay float."""
+        allocation = minimize_size(self._options(units), damage)
+        if allocation is None or set(allocation.choices) == {len(SCHEMES)}:
             return None
-        return self._proposal(units, found)
+        return self._proposal(units, allocation)
 
     def _options(self, units: Sequence[UnitSensitivity]) -> list[list[Option]]:
-        """Of each unit in the order of SCHEMES, and float."""
+        """The options of each unit: SCHEMES in their order, then float."""
         return [
             [
                 *(Option(unit.size[scheme], unit.damage[scheme].overall) for scheme in SCHEMES),
@@ -136,11 +140,12 @@ class Proposer:
             for unit in units
         ]
 
-    def _proposal(self, units: Sequence[UnitSensitivity], chosen: Allocation) -> Proposal:
-        words = (*SCHEMES, FLOAT)
-        schemes = {name: words[k] for unit, k in zip(units, chosen.choices, strict=True) for name in unit.names}
-        return Proposal(schemes, self.recipe(schemes), chosen.damage, chosen.bound, self.files(schemes))
+    def _proposal(self, units: Sequence[UnitSensitivity], allocation: Allocation) -> Proposal:
+        options = (*SCHEMES, FLOAT)
+        schemes = {name: options[k] for unit, k in zip(units, allocation.choices, strict=True) for name in unit.names}
+        sizes = self.file_sizes(schemes)
+        return Proposal(schemes, self.recipe(schemes), allocation.damage, allocation.bound, sizes)
 
 
-def _unread() -> torch.Tensor:
-    raise AssertionError("only the size is asked for")
+def _no_data() -> torch.Tensor:
+    raise AssertionError("only the size is needed")

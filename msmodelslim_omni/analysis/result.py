@@ -1,4 +1,4 @@
-"""What an analysis found, as data and as one page; how it is found is in analyze.py and sensitivity.py."""
+"""The result of an analysis, as data and as one Markdown page."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .sensitivity import (
 
 @dataclass(frozen=True)
 class Round:
-    """One recipe that was quantized with and evaluated.
+    """One recipe that was used to quantize the model, with the evaluation of the result.
 
-    linears: how many have each scheme. damage: what the units' damages add up to; bound: no recipe of that size has
-    less (the damages being right). bytes: of all files of the checkpoint but Markdown and reports. kl: mean KL(float ||
-    quant) in nats on the samples kept out; predicted from the rounds before, hence not in the first.
+    linears: number of Linears by scheme. damage: sum over the units; bound: no recipe of this size has less (if the
+    damages are right). *_bytes: all files of the checkpoint except Markdown and reports. *_kl: mean KL(float || quant)
+    in nats on the held-out samples. predicted_kl is estimated from the previous round; the first round has none.
     """
 
     name: str
@@ -39,10 +39,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Choice:
-    """A mixed recipe and how it was come by. One of target_size (bytes) and max_kl (nats) is given.
+    """The chosen mixed recipe and the rounds that led to it. One of target_size (bytes) and max_kl (nats) is given.
 
-    chosen: number of the round whose recipe and model are kept; satisfied: whether it is within max_kl. patterns: the
-    Linears of each scheme. unjudged: modalities that no sample of eval_dataset has.
+    chosen: number of the round whose recipe and model are kept. satisfied: whether its KL is within max_kl. patterns:
+    the Linears of each scheme. unjudged: modalities that no sample of eval_dataset has.
     """
 
     target_size: int | None
@@ -60,8 +60,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything analysis.json holds. units: by falling damage of int4. exclude: patterns of the fewest units that make
-    half of that damage.
+    """The content of analysis.json.
+
+    units: by decreasing int4 damage. exclude: patterns of the fewest units with half of the total int4 damage.
     """
 
     model_type: str
@@ -82,7 +83,7 @@ class Analysis:
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> None:
-    """analysis.json and analysis.md."""
+    """Write analysis.json and analysis.md."""
     write_json(folder / "analysis.json", asdict(analysis))
     (folder / "analysis.md").write_text(as_markdown(analysis), encoding="utf-8")
 
@@ -92,7 +93,7 @@ def total_damage(units: Sequence[UnitSensitivity], scheme: str) -> float:
 
 
 def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSensitivity]:
-    """The fewest units that make half of the damage of int4. units: by falling damage."""
+    """The fewest units with half of the total int4 damage. units: by decreasing damage."""
     left = total_damage(units, W4.name) / 2
     chosen = []
     for unit in units:
@@ -104,7 +105,7 @@ def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSens
 
 
 def exclude_text(patterns: Sequence[str]) -> str:
-    """As it stands in a recipe, below `- type: linear_quant`."""
+    """The `exclude` field of a recipe, for use below `- type: linear_quant`."""
     return "\n".join(["exclude:", *(f'  - "{pattern}"' for pattern in patterns)]) if patterns else "exclude: []"
 
 
@@ -112,7 +113,7 @@ UNIT_COLUMNS = ("unit", "int4 damage", "share", "int8 damage", "int4 error", "in
 
 
 def unit_rows(units: Sequence[UnitSensitivity], count: int | None = None) -> list[list[str]]:
-    """The worst units, as UNIT_COLUMNS names their cells; errors are of the worst Linear."""
+    """Rows of the most sensitive units, with UNIT_COLUMNS as header. Errors are those of the worst Linear of a unit."""
     total = total_damage(units, W4.name) or 1.0
     return [
         [
@@ -134,29 +135,29 @@ def _worst(unit: UnitSensitivity, scheme: str) -> float:
 
 
 ROUND_COLUMNS = (
-    "round", "int4", "int8", "float", "bytes", "KL", "KL foretold", "95 % interval", "bytes foretold", "damage",
+    "round", "int4", "int8", "float", "bytes", "KL", "KL estimated", "95 % interval", "bytes estimated", "damage",
 )  # fmt: skip
 
 
 def round_rows(choice: Choice) -> list[list[str]]:
-    """The rounds, as ROUND_COLUMNS names their cells; the chosen one is marked."""
+    """Rows of the rounds, with ROUND_COLUMNS as header. The chosen round is marked with *."""
     return [
         [
-            f"{number} {one.name}" + ("*" if number == choice.chosen else ""),
-            *(str(one.linears.get(scheme, 0)) for scheme in (W4.name, W8.name, FLOAT)),
-            human_bytes(one.measured_bytes),
-            f"{one.measured_kl.value:.5f}",
-            "" if one.predicted_kl is None else f"{one.predicted_kl:.5f}",
-            f"{one.measured_kl.low:.5f} to {one.measured_kl.high:.5f}",
-            human_bytes(one.predicted_bytes),
-            f"{one.damage:.2e}",
+            f"{number} {trial.name}" + ("*" if number == choice.chosen else ""),
+            *(str(trial.linears.get(scheme, 0)) for scheme in (W4.name, W8.name, FLOAT)),
+            human_bytes(trial.measured_bytes),
+            f"{trial.measured_kl.value:.5f}",
+            "" if trial.predicted_kl is None else f"{trial.predicted_kl:.5f}",
+            f"{trial.measured_kl.low:.5f} to {trial.measured_kl.high:.5f}",
+            human_bytes(trial.predicted_bytes),
+            f"{trial.damage:.2e}",
         ]
-        for number, one in enumerate(choice.rounds, 1)
+        for number, trial in enumerate(choice.rounds, 1)
     ]
 
 
 def as_markdown(analysis: Analysis) -> str:
-    """The analysis as one page."""
+    """The analysis as one Markdown page."""
     tokens = ", ".join(f"{name} {count}" for name, count in analysis.tokens_by_modality.items())
     lines = [
         f"# Sensitivity of {analysis.model_type}",
@@ -170,14 +171,15 @@ def as_markdown(analysis: Analysis) -> str:
         *(_choice_lines(analysis.choice) if analysis.choice else []),
         "## Units",
         "",
-        "Linears that read one input share a scheme. Damage: the noise that quantizing the unit alone, scaled or"
-        " smoothed as a recipe does it, puts into the residual stream, |e|² / |h|², the mean over text tokens (by"
-        " modality in analysis.json). Errors: |Ŷ - Y| / |Y| of the unit's worst Linear, plainly rounded. Kurtosis"
-        f" (0: normal) and outliers (values beyond {OUTLIER_RMS:g} times the root mean square) are of the input.",
+        "A unit is the Linears that read one input; they share a scheme. Damage: the noise in the residual stream,"
+        " |e|² / |h|², if only this unit is quantized, with the scaling or smoothing of the recipe; the mean over text"
+        " tokens (analysis.json has all modalities). Errors: |Ŷ - Y| / |Y| of the worst Linear of the unit with plain"
+        " rounding. Kurtosis (0: normal distribution) and outliers (values beyond"
+        f" {OUTLIER_RMS:g} times the root mean square) describe the input.",
         "",
         *markdown_table(UNIT_COLUMNS, unit_rows(analysis.units)),
         "",
-        "The fewest units that make half of the damage of int4, for a recipe:",
+        "The fewest units with half of the total int4 damage, as the `exclude` field of a recipe:",
         "",
         "```yaml",
         exclude_text(analysis.exclude),
@@ -191,38 +193,41 @@ def as_markdown(analysis: Analysis) -> str:
 
 
 def _choice_lines(choice: Choice) -> list[str]:
-    asked = f"at most {human_bytes(choice.target_size)}" if choice.target_size else f"a mean KL within {choice.max_kl}"
-    met = "" if choice.satisfied else " **No recipe that was tried is within it; kept is the best of them.**"
+    if choice.target_size:
+        target = f"at most {human_bytes(choice.target_size)}"
+    else:
+        target = f"a mean KL of at most {choice.max_kl}"
+    missed = "" if choice.satisfied else " **No recipe that was tried reaches the target; the best one is kept.**"
     return [
         "## Recipe",
         "",
-        f"Asked for: {asked}.{met} The recipe is `{choice.recipe}`, the model it makes `{choice.model}`; calibrated on"
-        f" `{choice.calibration}`, judged on `{choice.eval_dataset}`.",
+        f"Target: {target}.{missed} Recipe: `{choice.recipe}`. Quantized model: `{choice.model}`, calibrated on"
+        f" `{choice.calibration}` and evaluated on `{choice.eval_dataset}`.",
         "",
         *markdown_table(ROUND_COLUMNS, round_rows(choice)),
         "",
-        "\\*: chosen. int4, int8, float: Linears.",
+        "\\*: chosen. int4, int8, float: number of Linears.",
         "",
-        *(f"- {scheme}: {', '.join(f'`{p}`' for p in found)}" for scheme, found in choice.patterns.items() if found),
+        *(f"- {scheme}: {', '.join(f'`{p}`' for p in globs)}" for scheme, globs in choice.patterns.items() if globs),
         "",
     ]
 
 
 def _linear_lines(units: Sequence[UnitSensitivity]) -> list[str]:
     linears = [linear for unit in units for linear in unit.linears]
-    seen = [
+    modalities = [
         m for m in MODALITIES if any(m in e.by_modality for linear in linears for e in linear.output_error.values())
     ]
-    columns = ["Linear", "int4 weight", "int4", *seen, "int8 weight", "int8", *seen]
+    columns = ["Linear", "int4 weight", "int4", *modalities, "int8 weight", "int8", *modalities]
     rows = [
-        [f"`{linear.name}`", *_cells(linear, W4.name, seen), *_cells(linear, W8.name, seen)]
+        [f"`{linear.name}`", *_cells(linear, W4.name, modalities), *_cells(linear, W8.name, modalities)]
         for linear in sorted(linears, key=lambda linear: -linear.output_error[W4.name].overall)
     ]
-    note = "Relative errors of weight and output, by modality, as int4 and as int8 with int8 activations; worst first."
+    note = "Relative errors of weight and output, by modality, for int4 and int8 (with int8 activations); worst first."
     return ["## Linears", "", note, "", *markdown_table(columns, rows)]
 
 
 def _cells(linear: LinearSensitivity, scheme: str, modalities: Sequence[str]) -> list[str]:
     error: Error = linear.output_error[scheme]
-    of_modality = [f"{error.by_modality[m]:.4f}" if m in error.by_modality else "" for m in modalities]
-    return [f"{linear.weight_error[scheme]:.4f}", f"{error.overall:.4f}", *of_modality]
+    by_modality = [f"{error.by_modality[m]:.4f}" if m in error.by_modality else "" for m in modalities]
+    return [f"{linear.weight_error[scheme]:.4f}", f"{error.overall:.4f}", *by_modality]

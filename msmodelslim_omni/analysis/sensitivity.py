@@ -1,23 +1,24 @@
-"""How much each Linear of a decoder layer loses by quantization, and what that does to the model: one layer at a time.
+"""Quantization error of each Linear, and its effect on the model. Processes one decoder layer at a time.
 
-Of each Linear alone, on the float model's inputs: the relative error of its weight and of its output, by modality, as
-int4 and as int8 with int8 activations, both plainly rounded: a property of the Linear, the same from run to run. Of a
-unit (the Linears that read one input, which runtimes fuse and which therefore share a scheme) also its damage, a share
-of noise in the residual stream, after the recipe's own steps (AWQ and GPTQ, or smoothing) were applied to it alone:
+For each Linear, on the inputs of the float model: the relative error of its weight and of its output, by modality, as
+int4 and as int8 with int8 activations, both with plain rounding. These errors are a property of the Linear and
+reproducible. A unit is the Linears that read one input; runtimes fuse them, so they share a scheme. For each unit also
+its damage, the noise-to-signal ratio in the residual stream after the steps of the recipe (AWQ and GPTQ, or smoothing)
+were applied to this unit only:
 
     damage(u, k) = mean over tokens of |e|² / |h|²
 
-with e [hidden] the true error of the block's output (attention or MLP) for one token when u alone has the scheme k, and
-h [hidden] what leaves the layer. The mean is of text tokens, since at these the next token is foretold and KL measured;
-it is known of the other modalities too.
+with e [hidden] the true error of the output of the block (attention or MLP) for one token if only u has the scheme k,
+and h [hidden] the output of the layer. The mean is over text tokens, where the model predicts the next token and KL is
+measured; the means of the other modalities are also recorded.
 
-Damages are added up: logits depend on the last h relative to its length, KL(float || quant) grows with the square of a
-small noise, and in the square of a sum of noises, Σ_u |e_u|² + Σ_{u≠v} e_u·e_v, the products vanish on average where
-errors have no common direction. That takes all noise to reach the logits alike. Left out are: errors that are aligned;
-later layers, which amplify some directions and forget others, so that a unit's depth matters too; what noise in media
-tokens does to the text behind them; a few tokens that have most of the noise and matter least, as int8 makes them;
-noise so large that its effect is no longer a square. Hence a recipe made from damages is measured before it is handed
-out.
+The damage of several units is the sum of their damages. Logits depend on the last h relative to its length,
+KL(float || quant) grows with the square of a small noise, and in the square of a sum of noises,
+Σ_u |e_u|² + Σ_{u≠v} e_u·e_v, the products vanish on average if the errors have no common direction. This assumes that
+all noise has the same effect on the logits. Not modeled: aligned errors; later layers, which amplify some directions
+and suppress others, so that the depth of a unit matters; the effect of noise in media tokens on the text after them;
+noise concentrated in a few unimportant tokens, as with int8; noise so large that its effect is no longer quadratic.
+Therefore every recipe is evaluated before it is returned.
 """
 
 from __future__ import annotations
@@ -45,13 +46,13 @@ from ..run import EmulatedLinear, output_error
 from ..runtime import Progress, free_memory
 from ..statistics import InputStats
 
-# A value counts as an outlier beyond so many times the root mean square of all values of the input.
+# A value is an outlier beyond this many times the root mean square of all values of the input.
 OUTLIER_RMS = 6.0
 
 
 @dataclass(frozen=True)
 class Error:
-    """A relative error over all tokens, and by modality."""
+    """A relative error: over all tokens, and by modality."""
 
     overall: float
     by_modality: dict[str, float]
@@ -59,11 +60,11 @@ class Error:
 
 @dataclass(frozen=True)
 class LinearSensitivity:
-    """One Linear; errors are of plain rounding, by the scheme's name.
+    """Errors of one Linear with plain rounding, by name of the scheme, and statistics of its input.
 
-    weight_error: |Ŵ - W| / |W|. output_error: |Ŷ - Y| / |Y|, for int4 over all tokens that H holds, for int8 over the
-    kept rows (a fixed number of each modality, evenly spread). kurtosis: E[x⁴] / E[x²]² - 3 of the kept rows' values, 0
-    for a normal distribution. outlier_share: share of them beyond OUTLIER_RMS times their root mean square.
+    weight_error: |Ŵ - W| / |W|. output_error: |Ŷ - Y| / |Y|, for int4 over all tokens in H, for int8 over the kept rows
+    (a fixed number of evenly spaced tokens per modality). kurtosis: E[x⁴] / E[x²]² - 3 of the values in the kept rows;
+    0 for a normal distribution. outlier_share: share of these values beyond OUTLIER_RMS times their root mean square.
     """
 
     name: str
@@ -76,10 +77,10 @@ class LinearSensitivity:
 
 @dataclass(frozen=True)
 class UnitSensitivity:
-    """Linears that share one scheme, by full name.
+    """The Linears that share one scheme, with their full names.
 
-    damage: see the top of this file; by the scheme's name. size: bytes as they are stored, by the scheme's name and of
-    FLOAT, where that was asked for.
+    damage: by name of the scheme, see the top of this file. size: stored bytes by name of the scheme, including FLOAT;
+    empty until run.py sets it.
     """
 
     layer: int
@@ -104,10 +105,10 @@ def measure_units(
     device: torch.device,
     progress: Progress,
 ) -> tuple[list[UnitSensitivity], Stems]:
-    """One pass of the samples through the float model. folder: for hidden states, which are deleted as they are used.
+    """Measure all units in one pass of the samples through the float model. Returns them with the stems of the samples.
 
-    plans: by the scheme that all Linears have in it; the first is that of the stream, without propagate_error and with
-    H. The returned stems say how many samples and tokens were used.
+    plans: by the name of the scheme that all Linears have in the plan. The stream uses the first plan, which collects H
+    and does not set propagate_error. folder: for hidden states, which are deleted after use.
     """
     plan = next(iter(plans.values()))
     stems = prepare_stems(plan, calib, folder, device, progress)
@@ -132,11 +133,11 @@ def _measure_layer(
         relative: checkpoint.load_finite(model.layer_name(index, relative)).to(device, torch.float32)
         for relative in spec.shapes
     }
-    seen = stream.capture(index, model.family.build_layer(checkpoint.config, index, weights), spec)
+    captured = stream.capture(index, model.family.build_layer(checkpoint.config, index, weights), spec)
     for group in spec.groups:
         names = {linear: model.layer_name(index, linear) for linear in group.linears}
         try:
-            yield measure_unit(group, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, seen)
+            yield measure_unit(group, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, captured)
         except QuantError as error:
             raise QuantError(f"layer {index}, {error.message}", error.hint) from error
 
@@ -147,29 +148,31 @@ def measure_unit(
     weights: Mapping[str, torch.Tensor],
     plans: Mapping[str, LayerPlan],
     spec: LayerSpec,
-    seen: Captured,
+    captured: Captured,
 ) -> UnitSensitivity:
-    """One unit in every scheme. weights: of the layer by relative name, float32; names: relative -> full."""
-    stats = seen.stats[group.name]
-    of_weight: dict[str, dict[str, float]] = {linear: {} for linear in group.linears}
-    of_output: dict[str, dict[str, Error]] = {linear: {} for linear in group.linears}
+    """Measure one unit in every scheme. weights: of the layer, by relative name, float32. names: relative -> full."""
+    stats = captured.stats[group.name]
+    weight_errors: dict[str, dict[str, float]] = {linear: {} for linear in group.linears}
+    output_errors: dict[str, dict[str, Error]] = {linear: {} for linear in group.linears}
     damage: dict[str, Error] = {}
     for scheme, plan in plans.items():
         for linear in group.linears:
             weight = weights[f"{linear}.weight"]
-            quantized = _plainly_rounded(linear, weight, plan.schemes[linear])
-            of_weight[linear][scheme] = weight_error(weight, quantized)
-            of_output[linear][scheme] = _output_error(stats, weight, quantized)
-        work = LayerWork(plan.index, spec, plan.schemes, dict(weights), seen.stats, seen.importance, probe=seen.probe)
-        noise = seen.probe.noise(group.block, quantized_modules(work, plan, group))
+            quantized = _round_plainly(linear, weight, plan.schemes[linear])
+            weight_errors[linear][scheme] = weight_error(weight, quantized)
+            output_errors[linear][scheme] = _output_error(stats, weight, quantized)
+        work = LayerWork(
+            plan.index, spec, plan.schemes, dict(weights), captured.stats, captured.importance, probe=captured.probe
+        )
+        noise = captured.probe.noise(group.block, quantized_modules(work, plan, group))
         damage[scheme] = Error(noise.get("text", sum(noise.values()) / len(noise)), noise)
     kurtosis, outlier_share = tail_statistics(stats.rows)
     linears = tuple(
         LinearSensitivity(
             names[linear],
             (weights[f"{linear}.weight"].shape[0], weights[f"{linear}.weight"].shape[1]),
-            of_weight[linear],
-            of_output[linear],
+            weight_errors[linear],
+            output_errors[linear],
             kurtosis,
             outlier_share,
         )
@@ -179,8 +182,9 @@ def measure_unit(
 
 
 def quantized_modules(work: LayerWork, plan: LayerPlan, group: LinearGroup) -> dict[str, torch.nn.Module]:
-    """What the plan's steps make of one group alone, as modules for the float layer: they take what that layer hands
-    them, and divide it by the factors that the steps have multiplied the columns by.
+    """Apply the steps of the plan to one group only. Returns its Linears as modules for use in the float layer.
+
+    The modules take unscaled inputs and divide these by the factors that the steps folded into the columns.
     """
     for step in plan.steps:
         work = PROCESSORS[step.processor].apply(work, step.config, frozenset(group.linears))
@@ -197,7 +201,7 @@ class _Rescaled(EmulatedLinear):
         return super().forward(x if self._columns is None else x / self._columns)
 
 
-def _plainly_rounded(linear: str, weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+def _round_plainly(linear: str, weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
     try:
         return quantize_weight(weight, replace(scheme, weight_method="minmax"))
     except QuantError as error:
@@ -205,7 +209,7 @@ def _plainly_rounded(linear: str, weight: torch.Tensor, scheme: QuantScheme) -> 
 
 
 def _output_error(stats: InputStats, weight: torch.Tensor, quantized: QuantizedLinear) -> Error:
-    """From H where activations stay float, exactly Σ ΔW H ΔWᵀ over Σ W H Wᵀ; else from the kept rows."""
+    """Relative output error: Σ ΔW H ΔWᵀ / Σ W H Wᵀ, exact, if activations stay float; else from the kept rows."""
     if quantized.scheme.act_bits is not None:
         return Error(*output_error(stats, weight, quantized))
     change = dequantize(quantized) - weight
@@ -216,10 +220,10 @@ def _output_error(stats: InputStats, weight: torch.Tensor, quantized: QuantizedL
 
 
 def tail_statistics(rows: torch.Tensor) -> tuple[float, float]:
-    """Excess kurtosis about zero of all values of rows [n, in], and the share beyond OUTLIER_RMS; see above."""
+    """Excess kurtosis about zero of all values of rows [n, in], and outlier share; see LinearSensitivity."""
     square = rows.square()
     mean = float(square.mean())
     if mean == 0:
         return 0.0, 0.0
-    scaled = square / mean  # before it is squared again, so that float32 holds it
+    scaled = square / mean  # normalized before squaring again, to avoid overflow in float32
     return float(scaled.square().mean()) - 3.0, float((scaled > OUTLIER_RMS**2).to(torch.float32).mean())

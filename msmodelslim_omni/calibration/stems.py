@@ -72,7 +72,7 @@ def prepare_stems(
     store = StemStore(folder / "stem", plan.budget.arguments)
     missing = team.broadcast([number for number in range(len(calib.samples)) if not store.is_whole(number)])
     split = team.split([1.0] * len(missing))  # the lengths are not known yet
-    skipped = _run_stem(plan, calib.samples, [missing[item] for item in split.mine], store, device, progress)
+    skipped = _run_stem(plan, calib.samples, [missing[item] for item in split.local_items], store, device, progress)
     warnings = tuple(warning for warning in split.gather(skipped) if warning)
     numbers = [number for number in range(len(calib.samples)) if store.has(number)]
     if not numbers:

@@ -69,7 +69,7 @@ class CalibrationStream:
     def _boundary(self, layer: int, name: str = "hidden") -> HiddenStates:
         """The hidden states of this process' samples before a layer."""
         width = self._plan.layer_spec.shapes["input_layernorm.weight"][0]
-        lengths = [self.stems.lengths[position] for position in self._split.mine]
+        lengths = [self.stems.lengths[position] for position in self._split.local_items]
         suffix = f"-{self._team.rank}" if self._team.size > 1 else ""
         cache_bytes = self.budget.hidden // _BOUNDARIES
         return HiddenStates(self._folder / f"{name}-{layer:04d}{suffix}.safetensors", lengths, width, cache_bytes)
@@ -82,7 +82,7 @@ class CalibrationStream:
         """Load the stored hidden states before a layer; before the first layer, those of the stems."""
         self._hidden = self._boundary(layer)
         if layer == 0 and not self._hidden.is_whole():
-            numbers = [self.stems.numbers[position] for position in self._split.mine]
+            numbers = [self.stems.numbers[position] for position in self._split.local_items]
             self._hidden.write(self._store.hidden(number) for number in numbers)
 
     def forget(self, layer: int) -> None:
@@ -92,7 +92,7 @@ class CalibrationStream:
 
     def _inputs(self) -> Iterator[tuple[int, LayerInput]]:
         """Position and layer input of each of this process' samples."""
-        for own, position in enumerate(self._split.mine):
+        for own, position in enumerate(self._split.local_items):
             hidden = self._hidden.read(own).to(self._device)
             yield position, LayerInput(hidden, self._store.arguments(self.stems.numbers[position], self._device))
 
@@ -105,7 +105,7 @@ class CalibrationStream:
         recorder = InputRecorder(module, spec, tokens, self.budget, self._split)
         # Only a search on H tries its candidates in the blocks themselves.
         blocks = {group.block for group in spec.groups} if uses_gram else set()
-        probe = LayerProbe(module, blocks, roles.importance, self._split.of(sorted(roles.probe_samples)))
+        probe = LayerProbe(module, blocks, roles.importance, self._split.subset(sorted(roles.probe_samples)))
         propagate = self._plan.calibration.propagate_error
         self._exact = self._boundary(layer, "exact") if propagate else self._boundary(layer + 1)
         outputs = self._float_outputs(layer, module, recorder, probe)

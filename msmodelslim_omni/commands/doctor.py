@@ -1,4 +1,4 @@
-"""`doctor`: whether a quantized checkpoint loads."""
+"""`doctor`: check a quantized checkpoint."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.text import Text
 from .shell import (
     Debug,
     Json,
-    guarded,
     messages,
     print_json,
     quiet_libraries,
     results,
+    run_verb,
 )
 
 if TYPE_CHECKING:
@@ -25,14 +25,16 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint, of ours or another tool's.")],
+    path: Annotated[
+        Path, typer.Argument(help="Folder of a quantized checkpoint, made by msmodelslim or another tool.")
+    ],
     source: Annotated[
-        Path | None, typer.Option(help="Folder of the float checkpoint it was made from, to compare the weights too.")
+        Path | None, typer.Option(help="Folder of the float checkpoint it was made from; also compares the weights.")
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Whether a quantized checkpoint loads and where, or what is wrong with it. Exit 1 if anything is."""
+    """Check a quantized checkpoint and show which runtimes can load it. Exit code 1 if there is an error."""
 
     def work() -> None:
         from ..doctor import examine
@@ -47,30 +49,32 @@ def doctor(
             raise typer.Exit(1)
 
     quiet_libraries()
-    guarded(work, debug)
+    run_verb(work, debug)
 
 
 _LEVEL_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def _print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
-    """doctor's findings as a table; below it, once for each kind, why it matters and what to do."""
+    """Print the findings as a table; below it, once per finding code, why it matters and what to do."""
     built = Table(title=f"{diagnosis.path}: {diagnosis.format or 'no format'}", title_justify="left")
-    for column in ("", "check", "where", "what"):
+    for column in ("", "check", "where", "finding"):
         built.add_column(column, overflow="fold", no_wrap=column in ("", "check"))
     kinds = {}
     for finding in diagnosis.findings:
         style = _LEVEL_STYLES[finding.level]
-        what = f"{finding.code}: {finding.what}" if finding.code else finding.what
-        built.add_row(Text(finding.level, style), Text(finding.check), Text(finding.where), Text(what))
+        description = f"{finding.code}: {finding.what}" if finding.code else finding.what
+        built.add_row(Text(finding.level, style), Text(finding.check), Text(finding.where), Text(description))
         if finding.code:
             kinds[finding.code] = finding
     console.print(built)
     for code, finding in kinds.items():
-        more = f" ({diagnosis.unlisted[code]} more of this kind)" if code in diagnosis.unlisted else ""
-        whom = f" [{', '.join(finding.runtimes)}]" if finding.runtimes else ""
+        unlisted = f" ({diagnosis.unlisted[code]} more of this kind)" if code in diagnosis.unlisted else ""
+        runtimes = f" [{', '.join(finding.runtimes)}]" if finding.runtimes else ""
         console.print(
-            Text.assemble((code, _LEVEL_STYLES[finding.level]), f"{more}: {finding.why}{whom}. To do: {finding.todo}."),
+            Text.assemble(
+                (code, _LEVEL_STYLES[finding.level]), f"{unlisted}: {finding.why}{runtimes}. To do: {finding.todo}."
+            ),
             soft_wrap=True,
         )
     errors, warnings = f"{diagnosis.errors} errors", f"{diagnosis.warnings} warnings"

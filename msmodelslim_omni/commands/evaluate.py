@@ -1,4 +1,4 @@
-"""`eval`: how close a quantized model is to its float model."""
+"""`eval`: compare a quantized model with its float model."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .shell import (
     TrueFalse,
     TrustRemoteCode,
     flag,
-    guarded,
     messages,
     print_json,
     quiet_libraries,
     results,
+    run_verb,
 )
 
 if TYPE_CHECKING:
     from ..report import EvalReport
 
-# A narrower terminal has no room for the intervals of every modality.
-_ROOM_FOR_INTERVALS = 120
+# Minimum width of the terminal for the intervals of every modality.
+_MIN_WIDTH_FOR_INTERVALS = 120
 
 
 class PositionsFlag(str, Enum):
@@ -42,36 +42,49 @@ class OnBadSample(str, Enum):
 
 def eval_(
     float_: Annotated[Path, flag("float", "Folder of the float checkpoint.")],
-    quant: Annotated[Path, flag("quant", "Folder of the checkpoint to compare: any format that is read, or float.")],
+    quant: Annotated[Path, flag("quant", "Folder of the checkpoint to compare: any supported format, or float.")],
     dataset: Annotated[
-        str, flag("dataset", f"index.json(l), its folder, or a name under lab_calib/. {INDEX_LIMITS} {MEDIA_LIMITS}")
+        str,
+        flag(
+            "dataset", f"Path of index.json(l) or its folder, or a name under lab_calib/. {INDEX_LIMITS} {MEDIA_LIMITS}"
+        ),
     ],
     device: Device = "auto",
-    max_samples: Annotated[int | None, flag("max_samples", "At most so many samples, a seeded choice.", min=1)] = None,
-    max_tokens: Annotated[int, flag("max_tokens", "The longest sample, in tokens.", min=1)] = 8192,
-    max_pixels: Annotated[int, flag("max_pixels", "Pictures and frames are made this small.", min=784)] = 200704,
-    video_fps: Annotated[float, flag("video_fps", "Frames a second.", min=0.01, max=100.0)] = 2.0,
+    max_samples: Annotated[
+        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", min=1)
+    ] = None,
+    max_tokens: Annotated[int, flag("max_tokens", "Maximum length of a sample in tokens.", min=1)] = 8192,
+    max_pixels: Annotated[
+        int, flag("max_pixels", "Downscale images and video frames to at most N pixels.", min=784)
+    ] = 200704,
+    video_fps: Annotated[
+        float, flag("video_fps", "Frames per second that are read from a video.", min=0.01, max=100.0)
+    ] = 2.0,
     positions: Annotated[
-        PositionsFlag, flag("positions", "Which tokens count: of the answer, all text, or what a sample has.")
+        PositionsFlag,
+        flag(
+            "positions", "Tokens to score: the answer, all text, or (auto) the answer if there is one, else all text."
+        ),
     ] = PositionsFlag.auto,
     exact_match: Annotated[
-        TrueFalse, flag("exact_match", "Refuse a dataset without answers.", case_sensitive=False)
+        TrueFalse, flag("exact_match", "Fail if the dataset has no answers.", case_sensitive=False)
     ] = TrueFalse.false,
-    seed: Annotated[int, flag("seed", "Of the intervals and of --max_samples.", min=0)] = 0,
+    seed: Annotated[int, flag("seed", "Seed for the intervals and for --max_samples.", min=0)] = 0,
     save_path: Annotated[
-        Path | None, flag("save_path", "Folder of eval_report.json and .md. Default: eval/ in a quantized checkpoint.")
+        Path | None, flag("save_path", "Folder for eval_report.json and .md. Default: eval/ in a quantized checkpoint.")
     ] = None,
     on_bad_sample: Annotated[
-        OnBadSample, flag("on_bad_sample", "What to do about a sample that cannot be used.")
+        OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.")
     ] = OnBadSample.fail,
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """How close a quantized checkpoint is to its float model, overall and by modality, on samples of yours.
+    """Compare a quantized checkpoint with its float model on your samples, overall and by modality.
 
-    KL of next-token distributions, top-1 and top-5 agreement, perplexity, exact match of answers, drift of what the
-    talker reads; with bootstrap intervals. Both models pass layer by layer, in the memory of one layer.
+    Reports KL of next-token distributions, top-1 and top-5 agreement, perplexity, exact match of answers, and drift of
+    the states that the talker reads, with bootstrap intervals. Both models run layer by layer, in the memory of one
+    layer.
     """
     from .live_progress import TerminalProgress
 
@@ -93,7 +106,7 @@ def eval_(
         for warning in report.warnings:
             progress.say(f"warning: {warning}")
         if folder is not None:
-            progress.say(f"the report is in {folder}")
+            progress.say(f"report: {folder}")
         if as_json:
             from dataclasses import asdict
 
@@ -102,16 +115,16 @@ def eval_(
             _print_report(report)
 
     try:
-        guarded(work, debug)
+        run_verb(work, debug)
     finally:
         progress.close()
 
 
 def _print_report(report: EvalReport) -> None:
-    from ..report import NOTE, figure_rows
+    from ..report import FIGURES_NOTE, figure_rows
     from .tables import table
 
-    columns, rows = figure_rows(report, all_intervals=results.width >= _ROOM_FOR_INTERVALS, between="\n")
-    title = f"{report.quant_path} ({report.quant_format}) against {report.float_path}; scored: {report.scored}"
+    columns, rows = figure_rows(report, all_intervals=results.width >= _MIN_WIDTH_FOR_INTERVALS, separator="\n")
+    title = f"{report.quant_path} ({report.quant_format}) compared with {report.float_path}; scored: {report.scored}"
     results.print(table(title, columns, rows, numeric=1))
-    results.print(NOTE)
+    results.print(FIGURES_NOTE)

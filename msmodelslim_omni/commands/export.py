@@ -1,4 +1,4 @@
-"""`export`: another format from the same integers."""
+"""`export`: convert a quantized checkpoint to another format."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from .shell import (
     Debug,
     Json,
     flag,
-    guarded,
     messages,
     print_json,
     quiet_libraries,
     results,
+    run_verb,
 )
 
 
 def export(
-    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint: an output of `quant`.")],
-    save_path: Annotated[Path, flag("save_path", "Folder to write; empty, new, or that of a stopped export.")],
-    save_format: Annotated[str, flag("save_format", "awq, compressed_tensors or ascendv1_saver.")],
+    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint, as written by `quant`.")],
+    save_path: Annotated[Path, flag("save_path", "Output folder: empty, new, or of an interrupted export.")],
+    save_format: Annotated[str, flag("save_format", "Format to write: awq, compressed_tensors or ascendv1_saver.")],
     thinker_only: Annotated[
-        bool, flag("thinker_only", "Leave out talker and token2wav; the output answers in text only.", is_flag=True)
+        bool, flag("thinker_only", "Omit talker and token2wav; the output answers in text only.", is_flag=True)
     ] = False,
-    part_file_size: Annotated[int, flag("part_file_size", "GB of a shard; 0: one file.", min=0)] = 4,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in SAVE_PATH.")] = False,
+    part_file_size: Annotated[int, flag("part_file_size", "Shard size in GB; 0: a single file.", min=0)] = 4,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output in SAVE_PATH.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a quantized checkpoint in another format, without quantizing again."""
+    """Convert a quantized checkpoint to another format, without quantizing again."""
     from .live_progress import TerminalProgress
     from .tables import table
 
@@ -43,22 +43,22 @@ def export(
         from ..quantized import export as run_export
         from ..report import human_bytes
 
-        done = run_export(
+        result = run_export(
             path, save_path, save_format, thinker_only=thinker_only, part_file_size=part_file_size, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
         progress.close()
         if as_json:
-            print_json(asdict(done))
+            print_json(asdict(result))
             return
         rows = [
-            [done.source_format, done.source, human_bytes(done.source_bytes)],
-            [done.save_format, done.path, human_bytes(done.output_bytes)],
-            *([["left out", "talker, token2wav", human_bytes(done.left_out_bytes)]] if thinker_only else []),
+            [result.source_format, result.source, human_bytes(result.source_bytes)],
+            [result.save_format, result.path, human_bytes(result.output_bytes)],
+            *([["omitted", "talker, token2wav", human_bytes(result.left_out_bytes)]] if thinker_only else []),
         ]
-        results.print(table(f"{done.linears} quantized Linears", ["format", "folder", "bytes"], rows, numeric=2))
+        results.print(table(f"{result.linears} quantized Linears", ["format", "folder", "bytes"], rows, numeric=2))
 
     try:
-        guarded(work, debug, stopped="run the same command again to go on")
+        run_verb(work, debug, stopped="run the same command again to continue")
     finally:
         progress.close()

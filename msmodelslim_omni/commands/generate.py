@@ -1,4 +1,4 @@
-"""`generate`: let a checkpoint answer."""
+"""`generate`: generate an answer with a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,32 +13,33 @@ from .shell import (
     TrueFalse,
     TrustRemoteCode,
     flag,
-    guarded,
     messages,
     quiet_libraries,
+    run_verb,
 )
 
 
 def generate(
     path: Annotated[Path, typer.Argument(help="Folder of a float or quantized checkpoint.")],
-    text: Annotated[str, typer.Option(help="What to say or ask.")] = "",
-    image: Annotated[list[str] | None, typer.Option(help="A picture: jpg png webp; repeat for more.")] = None,
-    audio: Annotated[list[str] | None, typer.Option(help="A recording: wav mp3 flac m4a; repeat for more.")] = None,
+    text: Annotated[str, typer.Option(help="Text of the prompt.")] = "",
+    image: Annotated[list[str] | None, typer.Option(help="Image file: jpg png webp. Repeat for several.")] = None,
+    audio: Annotated[list[str] | None, typer.Option(help="Audio file: wav mp3 flac m4a. Repeat for several.")] = None,
     video: Annotated[
-        list[str] | None, typer.Option(help="A clip: mp4 mkv mov webm, heard too if it has sound; repeat for more.")
+        list[str] | None,
+        typer.Option(help="Video file: mp4 mkv mov webm; its audio track is used too. Repeat for several."),
     ] = None,
-    speech: Annotated[Path | None, typer.Option(help="Answer aloud too, into this wav file (24 kHz).")] = None,
-    speaker: Annotated[str, typer.Option(help="The voice; one of spk_dict.pt.")] = "Chelsie",
-    max_new_tokens: Annotated[int, flag("max_new_tokens", "The longest answer, in tokens.", min=1)] = 128,
+    speech: Annotated[Path | None, typer.Option(help="Also write spoken output to this WAV file (24 kHz).")] = None,
+    speaker: Annotated[str, typer.Option(help="Voice: a name in spk_dict.pt.")] = "Chelsie",
+    max_new_tokens: Annotated[int, flag("max_new_tokens", "Maximum length of the answer in tokens.", min=1)] = 128,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
     debug: Debug = False,
 ) -> None:
-    """Let a checkpoint answer, in plain transformers: text on stdout as it comes, and speech.
+    """Generate a text (and speech) answer with plain transformers; the text streams to stdout.
 
-    No quantized kernel is used: weights are dequantized and take their float size in memory (float32 on a CPU where
-    that fits, else bfloat16); int8 activations are emulated. Media are local files, read as calibration reads them:
-    each at most 1 GiB, 64 megapixels, 600 s.
+    No quantized kernels are used: weights are dequantized and take their float size in memory (float32 on a CPU if it
+    fits, else bfloat16), and int8 activations are emulated. Media are local files, decoded as in calibration: each at
+    most 1 GiB, 64 megapixels, 600 s.
     """
     from .live_progress import TerminalProgress
 
@@ -64,6 +65,6 @@ def generate(
             progress.say(f"{answer.speech_seconds:.1f} s of speech in {answer.speech}")
 
     try:
-        guarded(work, debug)
+        run_verb(work, debug)
     finally:
         progress.close()

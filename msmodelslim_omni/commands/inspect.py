@@ -1,4 +1,4 @@
-"""`inspect`: what is in a checkpoint."""
+"""`inspect`: show the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from .shell import (
     Debug,
     Json,
-    guarded,
     print_json,
     quiet_libraries,
     results,
+    run_verb,
 )
 
 
@@ -23,16 +23,16 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """What is in a checkpoint: parts, dtypes, bytes, scheme."""
+    """Show the contents of a checkpoint: parts, schemes, dtypes, sizes, and estimated memory at run time."""
 
     def work() -> None:
         from ..quantized import inspect_checkpoint
         from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
         from .tables import table
 
-        found = inspect_checkpoint(path)
+        inspection = inspect_checkpoint(path)
         if as_json:
-            print_json({**asdict(found), "bytes": found.nbytes})
+            print_json({**asdict(inspection), "bytes": inspection.nbytes})
             return
         rows = [
             [
@@ -43,16 +43,24 @@ def inspect(
                 f"{part.parameters / 1e6:,.1f} M",
                 human_bytes(part.nbytes),
             ]
-            for part in found.parts
+            for part in inspection.parts
         ]
-        rows.append(["total", found.scheme, f"{found.files} files", *_totals(found.parts), human_bytes(found.nbytes)])
+        rows.append(
+            [
+                "total",
+                inspection.scheme,
+                f"{inspection.files} files",
+                *_totals(inspection.parts),
+                human_bytes(inspection.nbytes),
+            ]
+        )
         columns = ["part", "scheme", "dtypes", "tensors", "parameters", "bytes"]
-        results.print(table(f"{found.path}: {found.model_type}", columns, rows, numeric=3))
-        rows = run_memory_rows(found.run_memory)
-        results.print(table("At run time, foretold", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
+        results.print(table(f"{inspection.path}: {inspection.model_type}", columns, rows, numeric=3))
+        rows = run_memory_rows(inspection.run_memory)
+        results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
 
     quiet_libraries()
-    guarded(work, debug)
+    run_verb(work, debug)
 
 
 def _totals(parts: Any) -> list[str]:

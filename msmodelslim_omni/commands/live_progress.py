@@ -1,4 +1,4 @@
-"""The progress of a run: one live line in a terminal, plain lines elsewhere."""
+"""Progress of a run: one live line in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich.text import Text
 
 from ..runtime import Progress
 
-# Without a terminal a phase says something at most this often.
-_PLAIN_SECONDS = 5.0
+# Minimum time between two plain lines of a phase.
+_PLAIN_LINE_SECONDS = 5.0
 
 
 class TerminalProgress(Progress):
-    """Progress on a rich console: phase, unit i/N, ETA and memory in one line that is drawn over."""
+    """Progress on a rich console: phase, unit i/N, ETA and memory, redrawn in one line."""
 
     def __init__(self, console: Console, level: str = "info") -> None:
         self._console = console
@@ -23,8 +23,8 @@ class TerminalProgress(Progress):
         self._only_warnings = level == "warning"
         self._live: Live | None = None
         self._phase = ""
-        self._began = self._said = 0.0
-        self._first = 0
+        self._started = self._printed = 0.0
+        self._first_done = 0
 
     def say(self, text: str) -> None:
         is_warning = text.startswith("warning")
@@ -37,24 +37,24 @@ class TerminalProgress(Progress):
             return
         now = time.monotonic()
         if phase != self._phase:
-            self._phase, self._began, self._first, self._said = phase, now, done, 0.0
+            self._phase, self._started, self._first_done, self._printed = phase, now, done, 0.0
         line = self._line(now, done, total, detail)
         if self._console.is_terminal:
             if self._live is None:
                 self._live = Live(console=self._console, refresh_per_second=4, transient=True)
                 self._live.start()
             self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
-        elif done == total or now - self._said >= _PLAIN_SECONDS:
-            self._said = now
+        elif done == total or now - self._printed >= _PLAIN_LINE_SECONDS:
+            self._printed = now
             self._console.print(Text(line), soft_wrap=True)
 
     def _line(self, now: float, done: int, total: int, detail: str) -> str:
         from ..runtime import peak_rss
 
-        measured = done - self._first
+        measured = done - self._first_done
         eta = ""
         if measured > 0 and done < total:
-            eta = f" · ETA {_clock((now - self._began) / measured * (total - done))}"
+            eta = f" · ETA {_clock((now - self._started) / measured * (total - done))}"
         more = f" · {detail}" if detail else ""
         return f"{self._phase} {done}/{total}{more}{eta} · memory {peak_rss() / 2**30:.2f} GiB"
 

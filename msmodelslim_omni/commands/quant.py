@@ -18,11 +18,11 @@ from .shell import (
     TrueFalse,
     TrustRemoteCode,
     flag,
-    guarded,
     messages,
     print_json,
     quiet_libraries,
     results,
+    run_verb,
 )
 
 if TYPE_CHECKING:
@@ -32,56 +32,59 @@ if TYPE_CHECKING:
 
 def quant(
     model_path: Annotated[Path, flag("model_path", "Folder of the float checkpoint (config.json, safetensors).")],
-    save_path: Annotated[Path, flag("save_path", "Folder to write; empty, new, or that of a stopped run.")],
+    save_path: Annotated[Path, flag("save_path", "Output folder: empty, new, or of an interrupted run.")],
     model_type: Annotated[
-        str | None, flag("model_type", "e.g. Qwen2.5-Omni-7B; left out: derived from config.json.")
+        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.")
     ] = None,
     device: Device = "auto",
     quant_type: Annotated[
-        str | None, flag("quant_type", "w8a8 or w4a16 (awq): the best shipped recipe of that type. Default w8a8.")
+        str | None, flag("quant_type", "w8a8 or w4a16 (awq): use the best shipped recipe of this type. Default: w8a8.")
     ] = None,
     config_path: Annotated[
         str | None,
-        flag("config_path", "A recipe: a YAML file or the name of a shipped one. Excludes --quant_type."),
+        flag("config_path", "Recipe: a YAML file or the name of a shipped recipe. Excludes --quant_type."),
     ] = None,
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="index.jsonl, its folder, or a name under lab_calib/; overrides the recipe."
+            help="Path of index.jsonl or its folder, or a name under lab_calib/. Overrides the recipe."
             f" {INDEX_LIMITS} {MEDIA_LIMITS}"
         ),
     ] = None,
     max_samples: Annotated[
-        int | None, flag("max_samples", "Use at most this many samples, a seeded choice.", min=1)
+        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", min=1)
     ] = None,
     save_format: Annotated[
         list[str] | None,
         flag(
             "save_format",
-            "ascendv1_saver, compressed_tensors or awq; repeat for several, each in SAVE_PATH/FORMAT. Overrides the"
-            " recipe.",
+            "Output format: ascendv1_saver, compressed_tensors or awq. Repeat for several, each in SAVE_PATH/FORMAT."
+            " Overrides the recipe.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="For the choice of samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for selecting samples.")] = 0,
     max_memory: Annotated[
         str | None,
-        flag("max_memory", "Keep the process within this much memory: 6GiB, 900MB, or bytes."),
+        flag("max_memory", "Limit the memory of the process: 6GiB, 900MB, or bytes."),
     ] = None,
     dry_run: Annotated[bool, flag("dry_run", "Print the plan and stop.", is_flag=True)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in SAVE_PATH.")] = False,
-    log_level: Annotated[LogLevel, flag("log_level", "How much to say while working.")] = LogLevel.info,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output in SAVE_PATH.")] = False,
+    log_level: Annotated[LogLevel, flag("log_level", "Lowest level of messages to print.")] = LogLevel.info,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Quantize a checkpoint. Stopped at any moment, the same command goes on where it was. Several processes share the
-    work: torchrun --nproc_per_node N -m msmodelslim_omni quant ..."""
+    """Quantize a checkpoint.
+
+    An interrupted run resumes when you run the same command again. Several processes can share the work:
+    torchrun --nproc_per_node N -m msmodelslim_omni quant ...
+    """
     if quant_type and config_path:
-        raise typer.BadParameter("--quant_type and --config_path exclude each other; give one of them")
+        raise typer.BadParameter("--quant_type and --config_path exclude each other; give only one")
     from ..files import read_ahead
 
     if not dry_run:
-        read_ahead(model_path)  # while torch is imported
+        read_ahead(model_path)  # in the background, during the import of torch
     from .live_progress import TerminalProgress
 
     progress = TerminalProgress(messages, log_level.value)
@@ -118,8 +121,8 @@ def quant(
                 _show_report(report, as_json)
 
     try:
-        stopped = f"run the same command again to go on; the work so far is in {save_path}"
-        guarded(work, debug, stopped=stopped, shared=True)
+        stopped = f"run the same command again to continue; finished layers are in {save_path}"
+        run_verb(work, debug, stopped=stopped, can_share=True)
     finally:
         progress.close()
 
@@ -152,19 +155,19 @@ def _show_plan(prepared: Prepared, as_json: bool) -> None:
         print_json(plan_json)
         return
     rows = [[name, f"{shape[0]} x {shape[1]}", scheme, reason] for name, shape, scheme, reason in linears]
-    results.print(table("Linears of the decoder layers", ["Linear", "out x in", "scheme", "why float"], rows, 9))
+    results.print(table("Linears of the decoder layers", ["Linear", "out x in", "scheme", "reason for float"], rows, 9))
     rows = [[name, why, human_bytes(size)] for name, why, size in kept]
-    results.print(table("Kept float, written unchanged", ["part", "why", "bytes"], rows, numeric=2))
+    results.print(table("Kept float, written unchanged", ["part", "reason", "bytes"], rows, numeric=2))
     rows = [
         ["source", human_bytes(plan.checkpoint.total_bytes)],
         *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
-        ["disk needed, work folder included", human_bytes(expected.disk_bytes)],
-        ["peak memory, about", human_bytes(expected.peak_memory_bytes)],
+        ["disk space, work folder included", human_bytes(expected.disk_bytes)],
+        ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
         ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
     ]
-    results.print(table("Forecast", ["what", "how much"], rows, numeric=1))
+    results.print(table("Estimates", ["item", "value"], rows, numeric=1))
     rows = run_memory_rows(expected.run_memory)
-    results.print(table("At run time, foretold", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
+    results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
 
 
 def _show_report(report: Report, as_json: bool) -> None:
@@ -185,17 +188,17 @@ def _show_report(report: Report, as_json: bool) -> None:
     results.print(table("Sizes", ["part", "scheme", "before", "after"], rows, numeric=2))
     if report.run_memory is not None:
         rows = run_memory_rows(report.run_memory)
-        results.print(table("At run time, foretold", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
+        results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
     kind = "weight" if report.data_free else "output"
     rows = [[name, f"{error:.4f}"] for name, error in part_errors(report).items()]
     results.print(table(f"Relative {kind} error, RMS over the layers", ["Linear", "error"], rows, numeric=1))
-    page = Path(next(iter(report.savers.values()))) / "quant_report.html"  # with the extra `report` alone
+    page = Path(next(iter(report.savers.values()))) / "quant_report.html"  # written only with the extra `report`
     rows = [
-        ["bits per weight, scales included", f"{report.bits_per_weight:.3f}"],
+        ["bits per quantized weight, scales included", f"{report.bits_per_weight:.3f}"],
         ["time", f"{report.seconds:.1f} s"],
         ["peak memory", human_bytes(report.peak_rss_bytes)],
         *([["peak device memory", human_bytes(report.peak_device_bytes)]] if report.peak_device_bytes else []),
-        *([saver, place] for saver, place in report.savers.items()),
+        *([saver, folder] for saver, folder in report.savers.items()),
         ["report", str(page if page.is_file() else page.with_suffix(".md"))],
     ]
-    results.print(table("Result", ["what", "value"], rows, numeric=9))
+    results.print(table("Result", ["item", "value"], rows, numeric=9))

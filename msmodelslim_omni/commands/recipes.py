@@ -10,20 +10,20 @@ import typer
 from .shell import (
     Debug,
     Json,
-    guarded,
     print_json,
     results,
+    run_verb,
 )
 
 
 def recipes_list(as_json: Json = False, debug: Debug = False) -> None:
-    """The shipped recipes, best first."""
+    """List the shipped recipes, best first."""
 
     def work() -> None:
         from ..recipe import shipped_recipes
         from .tables import table
 
-        found = [
+        entries = [
             {
                 "name": recipe.metadata.config_id,
                 "quant_type": recipe.quant_type,
@@ -35,30 +35,30 @@ def recipes_list(as_json: Json = False, debug: Debug = False) -> None:
             for recipe in shipped_recipes()
         ]
         if as_json:
-            print_json(found)
+            print_json(entries)
             return
         keys = ["name", "quant_type", "model_types", "processors", "savers"]
-        rows = [["\n".join(v) if isinstance(v := entry[k], list) else str(v) for k in keys] for entry in found]
+        rows = [["\n".join(v) if isinstance(v := entry[k], list) else str(v) for k in keys] for entry in entries]
         results.print(table("Shipped recipes", keys, rows, numeric=9))
 
-    guarded(work, debug)
+    run_verb(work, debug)
 
 
-def recipes_show(name: Annotated[str, typer.Argument(help="A recipe's name or path.")], debug: Debug = False) -> None:
-    """Print a recipe's YAML."""
+def recipes_show(name: Annotated[str, typer.Argument(help="Name or path of a recipe.")], debug: Debug = False) -> None:
+    """Print the YAML of a recipe."""
 
     def work() -> None:
         from ..recipe import resolve_recipe
 
         typer.echo(resolve_recipe(name).text, nl=False)
 
-    guarded(work, debug)
+    run_verb(work, debug)
 
 
 def recipes_validate(
-    names: Annotated[list[str], typer.Argument(help="Recipes by path or name.")], debug: Debug = False
+    names: Annotated[list[str], typer.Argument(help="Names or paths of recipes.")], debug: Debug = False
 ) -> None:
-    """Check recipes; every fault with file:line."""
+    """Check recipes and report every error with file and line."""
 
     def work() -> None:
         from ..recipe import resolve_recipe
@@ -67,18 +67,18 @@ def recipes_validate(
             recipe = resolve_recipe(name)
             typer.echo(f"{recipe.path}: valid ({recipe.quant_type or 'no label'})")
 
-    guarded(work, debug)
+    run_verb(work, debug)
 
 
 def recipes_schema(debug: Debug = False) -> None:
-    """Print the JSON Schema of recipes, for editors."""
+    """Print the JSON Schema of recipes, for use in editors."""
 
     def work() -> None:
         from ..recipe import recipe_schema
 
         print_json(recipe_schema())
 
-    guarded(work, debug)
+    run_verb(work, debug)
 
 
 VERBS: dict[str, Callable[..., None]] = {

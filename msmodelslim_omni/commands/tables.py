@@ -1,4 +1,4 @@
-"""Tables of results on stdout."""
+"""Result tables in the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 def table(title: str, columns: list[str], rows: list[list[str]], numeric: int) -> Table:
-    """A table whose columns from index `numeric` on are aligned right."""
+    """Build a table whose columns from index `numeric` on are aligned right."""
     built = Table(title=title, title_justify="left", header_style="bold")
     for number, column in enumerate(columns):
         alignment: Literal["left", "right"] = "right" if number >= numeric else "left"

@@ -66,18 +66,28 @@ def check_config(
     if has_description:
         for place, block in ((KEY, top), *inner.items()):
             if block is not None:
-                yield make_finding("quantization_config_stale", f"config.json: {place}", f"exists together with {DESCRIPTION_FILE}")
+                yield make_finding(
+                    "quantization_config_stale", f"config.json: {place}", f"exists together with {DESCRIPTION_FILE}"
+                )
         return
     first_inner = next((block for block in inner.values() if block is not None), None)
     if top is None and first_inner is None:
         if declared.format == "ascend":
-            yield make_finding("quantization_config_missing", DESCRIPTION_FILE, "is missing; the tensors have the ascend format")
+            yield make_finding(
+                "quantization_config_missing", DESCRIPTION_FILE, "is missing; the tensors have the ascend format"
+            )
         elif declared.format:
-            yield make_finding("quantization_config_missing", f"config.json: {KEY}", f"is missing; the tensors look like {declared.format}")
+            yield make_finding(
+                "quantization_config_missing",
+                f"config.json: {KEY}",
+                f"is missing; the tensors look like {declared.format}",
+            )
         return
     for place, block in inner.items():
         if top is None:
-            yield make_finding("quantization_config_only_in_thinker", f"config.json: {place}", "is missing at the top level")
+            yield make_finding(
+                "quantization_config_only_in_thinker", f"config.json: {place}", "is missing at the top level"
+            )
         elif block is None:
             yield make_finding("quantization_config_not_in_thinker", f"config.json: {place}", "is missing")
         elif top != block:
@@ -129,7 +139,9 @@ def _check_block(block: Any, declared: Declared) -> Iterator[Finding]:
     if method is None:
         yield make_finding("quantization_config_no_method", f"config.json: {KEY}", "has no quant_method")
     elif method not in _METHODS:
-        yield make_finding("quantization_method_unknown", f"config.json: {KEY}.quant_method", f"is {str(method)[:80]!r}")
+        yield make_finding(
+            "quantization_method_unknown", f"config.json: {KEY}.quant_method", f"is {str(method)[:80]!r}"
+        )
     elif method == "awq":
         yield from _check_awq(block, declared)
     elif method == "bitsandbytes":

@@ -1,4 +1,7 @@
-"""What the integers, scales and zero points hold. One Linear is in memory at a time, as int8 and its packed form."""
+"""Checks of integers, scales, zero points and floats.
+
+One Linear is in memory at a time, packed and unpacked to int8.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +21,39 @@ from ..storage import (
     load_tensor,
     read_bytes,
 )
-from .findings import Finding, found
+from .findings import Finding, make_finding
 from .linears import StoredLinear
 
-# Float tensors are looked through in pieces of this many elements.
+# Float tensors are read in pieces of this many elements.
 PIECE = 4 << 20
 
-# Of 4-bit integers clipped for the least error about a seventh lie at the ends, of 8-bit ones less than a hundredth.
-_SATURATED = {4: 0.35, 8: 0.05}
-# Integers less zero points average near zero, in steps: real weights by less than a tenth, a zero point off by one
-# makes it one. Per channel, without zero points, what counts is the share of their spread.
-_SHIFTED_STEPS, _SHIFTED_SHARE = 0.5, 0.5
-# How well a group's mean integer and its zero point go together: 0.9 and more in order, near 0 out of order.
-_RELATED, _LEAST_GROUPS, _LEAST_VARIANCE = 0.3, 64, 0.05
+# Maximum share of integers at the ends of the range. Clipping for the least error puts about 1/7 of 4-bit integers and
+# less than 1/100 of 8-bit integers there.
+_MAX_SATURATED = {4: 0.35, 8: 0.05}
+# Maximum mean of integers minus zero points, in steps. Real weights have less than 0.1; zero points that are off by one
+# give 1. Without zero points, the limit is a share of the spread of the integers.
+_MAX_SHIFT_STEPS, _MAX_SHIFT_SHARE = 0.5, 0.5
+# Minimum correlation of a group's mean integer and its zero point: 0.9 and more in the right order, near 0 in a wrong
+# one. Fewer groups or a smaller variance of the zero points do not give a reliable correlation.
+_MIN_CORRELATION, _MIN_GROUPS, _MIN_VARIANCE = 0.3, 64, 0.05
 _LISTED_ROWS = 5
 
 
 def is_readable(linear: StoredLinear) -> bool:
-    """Whether `load_integers` can: whole, of known shape, per channel or in consecutive groups, not static."""
-    return linear.sound and linear.quantized and "weight_g_idx" not in linear.tensors and _not_empty(linear)
+    """Whether `load_integers` supports the Linear: complete, of known shape, per channel or in consecutive groups."""
+    return linear.sound and linear.quantized and "weight_g_idx" not in linear.tensors and _has_elements(linear)
 
 
-def _not_empty(linear: StoredLinear) -> bool:
+def _has_elements(linear: StoredLinear) -> bool:
     return linear.shape is not None and min(linear.shape) > 0
 
 
 def load_integers(linear: StoredLinear) -> QuantizedLinear:
-    """qweight [out, in], scales [out, groups] and zeros of a Linear that is readable, whatever wrote it."""
+    """Load qweight [out, in], scales [out, groups] and zeros of a readable Linear."""
     if linear.form == "nf4":
         stored = nf4_linear(linear.name, linear.tensors, "F32")
         return QuantizedLinear(stored.qweight(), stored.scales(), stored.scheme)
-    tensors = {suffix: load_tensor(info) for suffix, info in linear.tensors.items() if suffix in _LOADED}
+    tensors = {suffix: load_tensor(info) for suffix, info in linear.tensors.items() if suffix in _LOADED_SUFFIXES}
     assert linear.shape is not None
     rows, columns = linear.shape
     if linear.form == "gemm":
@@ -66,7 +71,7 @@ def load_integers(linear: StoredLinear) -> QuantizedLinear:
     return QuantizedLinear(tensors["weight"], scale, QuantScheme(8, 8), tensors.get("weight_zero_point"))
 
 
-_LOADED = {
+_LOADED_SUFFIXES = {
     "qweight", "qzeros", "scales", "weight", "weight_packed", "weight_scale", "weight_zero_point",
 }  # fmt: skip
 
@@ -75,25 +80,27 @@ _LOADED = {
 
 
 def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
-    """NaN, Inf, zero, negative and denormal scales; offsets that are not zero; weight_shape's content."""
+    """Report NaN, Inf, zero, negative and denormal scales, nonzero offsets, and wrong values in weight_shape."""
     for linear in linears:
         if not linear.quantized:
             continue
         for suffix in ("scales", "weight_scale", "deq_scale", "input_scale", "weight.absmax", "weight.nested_absmax"):
             info = linear.tensors.get(suffix)
             if info is not None and info.dtype in FLOAT_DTYPES:
-                yield from _scale_faults(info, of_zeros=suffix.endswith("absmax"))
+                yield from _scale_faults(info, allow_zero=suffix.endswith("absmax"))
         offset, shape = linear.tensors.get("weight_offset"), linear.tensors.get("weight_shape")
         if offset is not None and (nonzero := int(load_tensor(offset).ne(0).sum())):
-            yield found("offset_not_zero", offset.name, f"{nonzero} of {offset.numel} are not zero")
+            yield make_finding("offset_not_zero", offset.name, f"{nonzero} of {offset.numel} are not zero")
         if shape is not None and shape.shape == (2,) and linear.shape is not None:
-            said = [int(n) for n in load_tensor(shape)]
-            if said != list(linear.shape):
-                yield found("weight_shape_wrong", shape.name, f"holds {said}; the weight is {list(linear.shape)}")
+            declared = [int(n) for n in load_tensor(shape)]
+            if declared != list(linear.shape):
+                yield make_finding(
+                    "weight_shape_wrong", shape.name, f"is {declared}; the weight has shape {list(linear.shape)}"
+                )
 
 
-def _scale_faults(info: TensorInfo, of_zeros: bool) -> Iterator[Finding]:
-    """of_zeros: whether a scale may be zero, as the absmax of a block of zeros is."""
+def _scale_faults(info: TensorInfo, allow_zero: bool) -> Iterator[Finding]:
+    """allow_zero: whether a scale may be zero, like the absmax of a block of zeros."""
     scales = load_tensor(info)
     magnitude = scales.to(torch.float32).abs()
     tiny = torch.finfo(scales.dtype).tiny
@@ -101,7 +108,7 @@ def _scale_faults(info: TensorInfo, of_zeros: bool) -> Iterator[Finding]:
     kinds = {
         "scale_nan": torch.isnan(magnitude),
         "scale_inf": torch.isinf(magnitude),
-        "scale_zero": (scales == 0) & (not of_zeros),
+        "scale_zero": (scales == 0) & (not allow_zero),
         "scale_negative": scales < 0,
         denormal: (scales != 0) & (magnitude < tiny),
     }
@@ -109,7 +116,7 @@ def _scale_faults(info: TensorInfo, of_zeros: bool) -> Iterator[Finding]:
         if count := int(mask.sum()):
             place = [int(i) for i in mask.nonzero()[0]]
             value = float(scales[tuple(place)])
-            yield found(code, info.name, f"{count} of {info.numel} scales, the first at {place}: {value:g}")
+            yield make_finding(code, info.name, f"{count} of {info.numel} scales; the first is {value:g} at {place}")
 
 
 # --- integers ------------------------------------------------------------------------------------------------
@@ -117,7 +124,7 @@ def _scale_faults(info: TensorInfo, of_zeros: bool) -> Iterator[Finding]:
 
 @dataclass
 class _Tally:
-    """Sums over the row blocks of one Linear. zero: the code that stands for zero, from which all are counted."""
+    """Sums over the row blocks of one Linear. zero: the code of the value zero, subtracted from all integers."""
 
     zero: int
     count: int = 0
@@ -129,11 +136,11 @@ class _Tally:
     zero_rows: tuple[int, ...] = ()
     constant_rows: tuple[int, ...] = ()
     groups: int = 0
-    moments: torch.Tensor | None = None  # sums of m, z, mm, zz, mz over the groups; m: mean integer of a group
+    moments: torch.Tensor | None = None  # sums of m, z, mm, zz, mz over groups; m: mean integer
 
 
 def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
-    """Constant and zero weights and rows, saturation, and zero points that do not belong to their integers."""
+    """Report constant and zero weights and rows, saturation, and zero points that do not match their integers."""
     for linear in linears:
         if is_readable(linear):
             yield from _integer_faults(linear.name, load_integers(linear))
@@ -142,7 +149,7 @@ def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
 def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
     zero = 0 if linear.scheme.codebook is None else NF4_LEVELS.index(0.0)
     tally, bits, blocks = _Tally(zero), linear.scheme.weight_bits, row_blocks(linear.qweight)
-    # The same memory for every block: allocating it anew takes longer than all the arithmetic.
+    # All blocks share these buffers: a new allocation for each block takes longer than the arithmetic.
     floats = torch.empty(linear.qweight[blocks[0]].shape)
     marks = torch.empty_like(floats)
     for rows in blocks:
@@ -150,27 +157,31 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
         _add_rows(tally, linear, rows, floats[:count], marks[:count])
     if tally.low == tally.high:
         code = "integers_all_zero" if abs(tally.squares) < 0.5 else "integers_constant"
-        yield found(code, name, f"every integer is {tally.low}")
+        yield make_finding(code, name, f"every integer is {tally.low}")
         return
     for code, numbers in (("row_constant", tally.constant_rows), ("row_zero", tally.zero_rows)):
         if numbers:
             listed = ", ".join(str(n) for n in numbers[:_LISTED_ROWS])
-            yield found(code, name, f"{len(numbers)} of {linear.qweight.shape[0]} rows, the first {listed}")
-    # Of few inputs one or two at the ends are a large share.
-    allowed = max(_SATURATED[bits], 4 / (linear.scheme.group_size or linear.qweight.shape[1]))
+            yield make_finding(code, name, f"{len(numbers)} of {linear.qweight.shape[0]} rows; first rows: {listed}")
+    # With few inputs, one or two integers at the ends are already a large share.
+    allowed = max(_MAX_SATURATED[bits], 4 / (linear.scheme.group_size or linear.qweight.shape[1]))
     if (share := tally.at_ends / tally.count) > allowed:
-        yield found("saturated", name, f"{share:.0%} of the integers; more than {allowed:.0%} is unusual")
+        yield make_finding(
+            "saturated", name, f"{share:.0%} of the integers are at the ends; more than {allowed:.0%} is unusual"
+        )
     mean, spread = tally.total / tally.count, math.sqrt(max(0.0, tally.squares) / tally.count)
-    limit = _SHIFTED_SHARE * spread if linear.zeros is None else _SHIFTED_STEPS
+    limit = _MAX_SHIFT_SHARE * spread if linear.zeros is None else _MAX_SHIFT_STEPS
     if abs(mean) > limit:
-        yield found("zero_point_shifted", name, f"by {mean:+.2f} steps on average, over {tally.count} integers")
-    elif (relation := _relation(tally)) is not None and relation < _RELATED:
-        told = f"correlation {relation:.2f} over {tally.groups} groups; near 1 is right"
-        yield found("zero_point_unrelated", name, told)
+        yield make_finding(
+            "zero_point_shifted", name, f"is shifted by {mean:+.2f} steps on average over {tally.count} integers"
+        )
+    elif (correlation := _zero_point_correlation(tally)) is not None and correlation < _MIN_CORRELATION:
+        what = f"correlation with the integers is {correlation:.2f} over {tally.groups} groups; it should be near 1"
+        yield make_finding("zero_point_unrelated", name, what)
 
 
 def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor, marks: torch.Tensor) -> None:
-    """q, marks: float32 of the block's shape, to be overwritten."""
+    """Add a block of rows. q, marks: float32 buffers with the shape of the block; their content is overwritten."""
     integers = linear.qweight[rows] - tally.zero if tally.zero else linear.qweight[rows]
     q.copy_(integers)
     low, high = integers.amin(dim=1), integers.amax(dim=1)
@@ -178,11 +189,11 @@ def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tens
     bottom, top = (end - tally.zero for end in linear.scheme.weight_range)
     tally.count += q.numel()
     tally.at_ends += int(torch.ge(q, top, out=marks).sum()) + int(torch.le(q, bottom, out=marks).sum())
-    sums = q.view(q.shape[0], linear.scales.shape[1], -1).sum(dim=2)  # [rows, groups], of whole numbers: exact
+    sums = q.view(q.shape[0], linear.scales.shape[1], -1).sum(dim=2)  # [rows, groups]; sums of integers are exact
     size = q.shape[1] // linear.scales.shape[1]
     total = float(sums.sum(dtype=torch.float64))
     squares = float(torch.linalg.vector_norm(q, dim=1).to(torch.float64).square().sum())
-    dead = low == high
+    zero_rows = low == high
     if linear.zeros is not None:
         z = linear.zeros[rows].to(torch.float64)
         m = sums.to(torch.float64) / size
@@ -191,22 +202,22 @@ def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tens
         tally.groups += m.numel()
         total -= size * float(moments[1])  # of q - z
         squares += size * float(moments[3] - 2 * moments[4])
-        dead = dead & (z == low[:, None]).all(dim=1)
+        zero_rows = zero_rows & (z == low[:, None]).all(dim=1)
     else:
-        dead = dead & (low == 0)
+        zero_rows = zero_rows & (low == 0)
     tally.total += total
     tally.squares += squares
-    tally.constant_rows += tuple(rows.start + int(i) for i in ((low == high) & ~dead).nonzero().flatten())
-    tally.zero_rows += tuple(rows.start + int(i) for i in dead.nonzero().flatten())
+    tally.constant_rows += tuple(rows.start + int(i) for i in ((low == high) & ~zero_rows).nonzero().flatten())
+    tally.zero_rows += tuple(rows.start + int(i) for i in zero_rows.nonzero().flatten())
 
 
-def _relation(tally: _Tally) -> float | None:
-    """Correlation of mean integers and zero points; None where the zero points hardly vary or are few."""
-    if tally.moments is None or tally.groups < _LEAST_GROUPS:
+def _zero_point_correlation(tally: _Tally) -> float | None:
+    """Return the correlation of mean integers and zero points, or None if the zero points are few or hardly vary."""
+    if tally.moments is None or tally.groups < _MIN_GROUPS:
         return None
     m, z, mm, zz, mz = (float(value) / tally.groups for value in tally.moments)
     variance_m, variance_z = mm - m * m, zz - z * z
-    if variance_z < _LEAST_VARIANCE:
+    if variance_z < _MIN_VARIANCE:
         return None
     return (mz - m * z) / math.sqrt(max(variance_m, 1e-9) * variance_z)
 
@@ -215,10 +226,10 @@ def _relation(tally: _Tally) -> float | None:
 
 
 def check_floats(tensors: Iterable[TensorInfo]) -> Iterator[Finding]:
-    """NaN and Inf in float tensors, piece by piece."""
+    """Report float tensors that contain NaN or Inf. Tensors are read in pieces."""
     for info in tensors:
-        if info.dtype in FLOAT_DTYPES and not all(_is_finite(piece) for piece in pieces(info)):
-            yield found("float_not_finite", info.name, "holds NaN or Inf")
+        if info.dtype in FLOAT_DTYPES and not all(_is_finite(piece) for piece in read_pieces(info)):
+            yield make_finding("float_not_finite", info.name, "contains NaN or Inf")
 
 
 def _is_finite(piece: torch.Tensor) -> bool:
@@ -226,8 +237,8 @@ def _is_finite(piece: torch.Tensor) -> bool:
     return math.isfinite(smallest.item()) and math.isfinite(largest.item())
 
 
-def pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
-    """A tensor as flat pieces of PIECE elements (the last has fewer), in one buffer that is used again."""
+def read_pieces(info: TensorInfo) -> Iterator[torch.Tensor]:
+    """Yield a tensor as flat pieces of at most PIECE elements. Each piece overwrites the buffer of the previous one."""
     if not info.nbytes:
         return
     size = TORCH_DTYPES[info.dtype].itemsize

@@ -65,7 +65,9 @@ class Diagnosis:
 def make_finding(code: str, where: object, what: str) -> Finding:
     """Return a finding of a known kind; the Collector sets its `check`."""
     kind = CODES[code]
-    return Finding(kind.level, "", code, shorten_text(str(where)), shorten_text(what), kind.why, kind.runtimes, kind.todo)
+    return Finding(
+        kind.level, "", code, shorten_text(str(where)), shorten_text(what), kind.why, kind.runtimes, kind.todo
+    )
 
 
 def shorten_text(text: str, length: int = 300) -> str:

@@ -74,7 +74,9 @@ def read_folder(path: Path) -> Folder:
         duplicates.update({name: file.name for name in header if name in tensors})
         tensors = {**header, **tensors}
     index_name, weight_map, faults = _read_index(path, {file.name for file in files}, tensors)
-    return Folder(path, tensors, tuple(f.name for f in files), duplicates, broken, index_name, weight_map, tuple(faults))
+    return Folder(
+        path, tensors, tuple(f.name for f in files), duplicates, broken, index_name, weight_map, tuple(faults)
+    )
 
 
 def _header_or_fault(file: Path) -> tuple[dict[str, TensorInfo], str]:
@@ -130,7 +132,9 @@ def _read_index(
             faults.append(make_finding("index_stale", name, f"exists together with {chosen}"))
     if not chosen:
         if len(files) > 1:
-            faults.append(make_finding("index_missing", f"*{INDEX_SUFFIX}", f"{len(files)} safetensors files and no index"))
+            faults.append(
+                make_finding("index_missing", f"*{INDEX_SUFFIX}", f"{len(files)} safetensors files and no index")
+            )
         return "", {}, faults
     try:
         index = read_json(indexes[chosen])
@@ -138,7 +142,11 @@ def _read_index(
         return chosen, {}, [*faults, make_finding("json_broken", chosen, error.message)]
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        return chosen, {}, [*faults, make_finding("index_no_weight_map", chosen, f"has the keys {shorten_list(map(str, index))}")]
+        return (
+            chosen,
+            {},
+            [*faults, make_finding("index_no_weight_map", chosen, f"has the keys {shorten_list(map(str, index))}")],
+        )
     faults += _check_total_size(chosen, index.get("metadata"), files, weight_map, tensors)
     return chosen, weight_map, faults
 
@@ -152,7 +160,9 @@ def _check_total_size(
         return
     actual = sum(tensors[tensor].nbytes for tensor in weight_map)
     if declared != actual:
-        yield make_finding("total_size_wrong", f"{name}: metadata.total_size", f"is {declared!r}; the tensors have {actual} bytes")
+        yield make_finding(
+            "total_size_wrong", f"{name}: metadata.total_size", f"is {declared!r}; the tensors have {actual} bytes"
+        )
 
 
 # --- checks --------------------------------------------------------------------------------------------------
@@ -165,7 +175,9 @@ def check_files(folder: Folder) -> Iterator[Finding]:
     yield from folder.broken.values()
     for file in sorted(set(folder.duplicates.values())):
         names = [name for name, second in folder.duplicates.items() if second == file]
-        yield make_finding("tensor_twice", file, f"{len(names)} of its tensors are also in other files: {shorten_list(names)}")
+        yield make_finding(
+            "tensor_twice", file, f"{len(names)} of its tensors are also in other files: {shorten_list(names)}"
+        )
     work = folder.path / WORK_FOLDER
     if work.exists() and any(work.iterdir() if work.is_dir() else [work]):
         yield make_finding("unfinished_run", WORK_FOLDER, "is the work folder of an unfinished run")
@@ -185,7 +197,9 @@ def check_index(folder: Folder) -> Iterator[Finding]:
     index, listed = folder.index_name, set(folder.weight_map.values())
     for file in sorted(listed - set(folder.files)):
         names = [name for name, place in folder.weight_map.items() if place == file]
-        yield make_finding("index_names_absent_shard", file, f"{index} places {len(names)} tensors there: {shorten_list(names)}")
+        yield make_finding(
+            "index_names_absent_shard", file, f"{index} places {len(names)} tensors there: {shorten_list(names)}"
+        )
     for file in sorted(set(folder.files) - listed):
         yield make_finding("shard_unlisted", file, f"is not in {index}")
     for name, file in folder.weight_map.items():
@@ -193,7 +207,9 @@ def check_index(folder: Folder) -> Iterator[Finding]:
             continue
         info = folder.tensors.get(name)
         if info is None:
-            yield make_finding("index_names_absent_tensor", name, f"{index} places it in {file}, which does not contain it")
+            yield make_finding(
+                "index_names_absent_tensor", name, f"{index} places it in {file}, which does not contain it"
+            )
         elif info.file.name != file and name not in folder.duplicates:
             yield make_finding("index_wrong_shard", name, f"{index} places it in {file}, but it is in {info.file.name}")
     for name, info in folder.tensors.items():

@@ -45,7 +45,7 @@ _EMBEDDINGS = ("embed_tokens", "codec_embed", "bos_eos_token")
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A Linear as it is stored. shape: (out, in) if known. sound: all tensors are present with the right dtype and shape."""
+    """A Linear as stored. shape: (out, in) if known. sound: all tensors exist and have the right dtypes and shapes."""
 
     name: str
     form: str
@@ -151,7 +151,9 @@ def _missing(form: str, tensors: dict[str, TensorInfo], declared: Declared) -> l
     return [suffix for suffix in required if suffix not in tensors]
 
 
-def _expected_tensors(form: str, shape: tuple[int, int], groups: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def _expected_tensors(
+    form: str, shape: tuple[int, int], groups: int
+) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Return the allowed dtypes and the shape of each tensor, by suffix. shape: (out, in) of the Linear."""
     rows, columns = shape
     floats = tuple(sorted(FLOAT_DTYPES - {"F64"}))
@@ -208,7 +210,11 @@ def _misfits(name: str, form: str, tensors: dict[str, TensorInfo], shape: tuple[
         if info.dtype not in dtypes:
             yield make_finding("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")
         if info.shape != size:
-            yield make_finding("tensor_shape", info.name, f"is {list(info.shape)}, not {list(size)}, for a Linear of shape {list(shape)}")
+            yield make_finding(
+                "tensor_shape",
+                info.name,
+                f"is {list(info.shape)}, not {list(size)}, for a Linear of shape {list(shape)}",
+            )
 
 
 def _nf4_misfits(name: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> Iterator[Finding]:
@@ -225,7 +231,7 @@ def _nf4_misfits(name: str, tensors: dict[str, TensorInfo], shape: tuple[int, in
 
 
 def _group_count(form: str, tensors: dict[str, TensorInfo], shape: tuple[int, int]) -> int:
-    """Return the number of groups of the scales, or 1 if it does not divide the inputs; 1 then fails the shape check."""
+    """Return the number of groups of the scales, or 1 if it is impossible; 1 then fails the shape check."""
     info = tensors.get("scales" if form == "gemm" else "weight_scale")
     if form not in ("gemm", "packed") or info is None or len(info.shape) != 2:
         return 1
@@ -242,10 +248,18 @@ def check_linears(linears: dict[str, StoredLinear], declared: Declared) -> Itera
     if not quantized:
         yield make_finding("not_quantized", "all Linears", "no Linear is quantized")
     for linear in linears.values():
-        if linear.quantized and declared.format and linear.form not in FORMS_OF_FORMAT.get(declared.format, (linear.form,)):
-            yield make_finding("form_foreign", linear.name, f"has {shorten_list(linear.tensors)}, which is not {declared.format}")
+        if (
+            linear.quantized
+            and declared.format
+            and linear.form not in FORMS_OF_FORMAT.get(declared.format, (linear.form,))
+        ):
+            yield make_finding(
+                "form_foreign", linear.name, f"has {shorten_list(linear.tensors)}, which is not {declared.format}"
+            )
         for suffix in _missing(linear.form, linear.tensors, declared):
-            yield make_finding("linear_incomplete", f"{linear.name}.{suffix}", f"is missing; stored are {shorten_list(linear.tensors)}")
+            yield make_finding(
+                "linear_incomplete", f"{linear.name}.{suffix}", f"is missing; stored are {shorten_list(linear.tensors)}"
+            )
         if linear.shape is None:
             yield make_finding("tensor_shape", linear.name, "its tensors do not determine the shape of the weight")
         else:
@@ -260,7 +274,11 @@ def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterat
     forms = Counter(linear.form for linear in quantized)
     if declared.bits is not None and forms and declared.bits != bits_of_form[forms.most_common(1)[0][0]]:
         form = forms.most_common(1)[0][0]
-        yield make_finding("bits_wrong", f"{key}.{declared.bits_key}", f"is {declared.bits}; the integers have {bits_of_form[form]} bits")
+        yield make_finding(
+            "bits_wrong",
+            f"{key}.{declared.bits_key}",
+            f"is {declared.bits}; the integers have {bits_of_form[form]} bits",
+        )
     nested = {linear.name for linear in quantized if NF4_NESTED[0] in linear.tensors}
     if declared.nested is not None and (declared.nested != bool(nested) or len(nested) not in (0, len(quantized))):
         what = f"is {declared.nested}; {len(nested)} of {len(quantized)} Linears have nested scales"
@@ -271,10 +289,18 @@ def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterat
     sizes = {linear.name: linear.shape[1] // linear.groups for linear in grouped if linear.shape and linear.groups}
     usual_size = Counter(sizes.values()).most_common(1)[0][0] if sizes else None
     if declared.grouped and usual_size is not None and declared.group_size != usual_size:
-        yield make_finding("group_size_wrong", f"{key}.group_size", f"is {declared.group_size}; {usual_size} inputs share a scale")
+        yield make_finding(
+            "group_size_wrong", f"{key}.group_size", f"is {declared.group_size}; {usual_size} inputs share a scale"
+        )
     for name, size in sizes.items():
         if size != usual_size:
-            yield make_finding("tensor_shape", f"{name}.scales", f"has groups of {size} inputs; most Linears have {usual_size}")
+            yield make_finding(
+                "tensor_shape", f"{name}.scales", f"has groups of {size} inputs; most Linears have {usual_size}"
+            )
     with_zeros = {linear.name for linear in grouped if linear.form == "gemm" or "weight_zero_point" in linear.tensors}
     if declared.symmetric is True and with_zeros:
-        yield make_finding("symmetric_wrong", f"{key}.{declared.symmetric_key}", f"contradicts the stored zero points: {shorten_list(with_zeros)}")
+        yield make_finding(
+            "symmetric_wrong",
+            f"{key}.{declared.symmetric_key}",
+            f"contradicts the stored zero points: {shorten_list(with_zeros)}",
+        )

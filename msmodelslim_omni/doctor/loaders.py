@@ -37,7 +37,7 @@ _FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A8": "ascend_static"}
 
 
 def check_groups(model: ModelSpec, linears: dict[str, StoredLinear]) -> Iterator[Finding]:
-    """Check that parts of fused modules have the same form, group size and kind of zero points, and that towers are float."""
+    """Check that all parts of a fused module have one form and group size, and that towers are float."""
     modules: dict[str, list[StoredLinear]] = {}
     for linear in linears.values():
         if (vllm_linear := vllm_name(model, linear.name)) is not None:
@@ -112,7 +112,9 @@ def _compare_view(view: LoaderView, stored: set[str]) -> Iterator[Finding]:
         inexpressible = {name for name in converted_floats if _name_in_layer(name) in quantized}
         converted_floats -= inexpressible
         if inexpressible:
-            yield make_finding("autoawq_cannot_say", shorten_list(inexpressible), "is float in this layer but quantized in others")
+            yield make_finding(
+                "autoawq_cannot_say", shorten_list(inexpressible), "is float in this layer but quantized in others"
+            )
     if converted_floats:
         what = f"{view.loader}: {len(converted_floats)} float Linears are not excluded"
         yield make_finding("loader_expects_quantized", shorten_list(converted_floats), what)
@@ -137,7 +139,7 @@ def check_description(
     optional: Collection[str],
     all_linears: Sequence[str],
 ) -> Iterator[Finding]:
-    """Check that quant_model_description.json has an entry of the stored type for every tensor, one type per fused module.
+    """Check quant_model_description.json: an entry of the stored type for every tensor, one type per fused module.
 
     optional: tensors that may be missing; a tied lm_head still has an entry.
     """
@@ -147,22 +149,30 @@ def check_description(
     for name in sorted(missing):
         yield make_finding("description_missing_entry", name, "has no entry in quant_model_description.json")
     if undescribed := {name for name in tensors if name not in entries and name not in missing}:
-        yield make_finding("description_incomplete", shorten_list(undescribed), f"{len(undescribed)} tensors have no entry")
+        yield make_finding(
+            "description_incomplete", shorten_list(undescribed), f"{len(undescribed)} tensors have no entry"
+        )
     stored = set(tensors)
     tensor_entries = {name for name in entries if name.endswith((".weight", ".bias", "_scale", "_offset"))}
     stale = tensor_entries - stored - set(optional)
     if stale:
-        yield make_finding("description_stale", shorten_list(stale), f"{len(stale)} entries are for tensors that do not exist")
+        yield make_finding(
+            "description_stale", shorten_list(stale), f"{len(stale)} entries are for tensors that do not exist"
+        )
     for name in sorted(entries.keys() & stored):
         if split_tensor_name(name)[0] not in linears and entries[name] != FLOAT:
-            yield make_finding("description_wrong_type", name, f"is described as {entries[name]}, but the tensor is float")
+            yield make_finding(
+                "description_wrong_type", name, f"is described as {entries[name]}, but the tensor is float"
+            )
     for name in all_linears:
         if f"{name}.weight" in entries:
             yield from _check_type(name, entries[f"{name}.weight"], linears.get(name))
     for module, parts in modules.items():
         types = {entries[f"{part}.weight"] for part in parts if f"{part}.weight" in entries}
         if len(types) > 1:
-            yield make_finding("fused_split", ", ".join(parts), f"{module} is described as {' and '.join(sorted(types))}")
+            yield make_finding(
+                "fused_split", ", ".join(parts), f"{module} is described as {' and '.join(sorted(types))}"
+            )
 
 
 def _check_type(name: str, described: str, linear: StoredLinear | None) -> Iterator[Finding]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
-from ..models import ModelSpec, Renaming, renamed
+from ..models import ModelSpec, Renaming, apply_renaming
 
 Rename = Callable[[str], str | None]
 Skips = Callable[[str], bool]
@@ -40,16 +40,16 @@ FUSED_VISUAL = {"qkv": ("q", "k", "v")}
 
 
 def renamer(renaming: Renaming) -> Rename:
-    return lambda name: renamed(name, renaming)
+    return lambda name: apply_renaming(name, renaming)
 
 
 def map_entry_for_vllm(model: ModelSpec, entry: str) -> str:
     """Rename a list entry as vLLM's mapper does. Entries of modules that vLLM does not load match nothing anyway."""
-    return renamed(entry, model.loaders.vllm) or entry
+    return apply_renaming(entry, model.loaders.vllm) or entry
 
 
 def vllm_name(model: ModelSpec, name: str) -> str | None:
-    return renamed(name, model.loaders.vllm)
+    return apply_renaming(name, model.loaders.vllm)
 
 
 def fused_name(name: str) -> str:
@@ -78,7 +78,7 @@ def refused_patterns(entries: Iterable[str]) -> list[str]:
 
 
 def _has_nested_repetition(pattern: str) -> bool:
-    """Whether a repeated group contains a repetition or a choice, as in (a+)+ or (a|a)*, which can match in 2^n ways."""
+    """Whether a repeated group contains a repetition or a choice, as in (a+)+ or (a|a)*: it can match in 2^n ways."""
     groups: list[bool] = []  # for each open group, whether it contains a repetition or a choice
     escaped = False
     for character, following in zip(pattern, pattern[1:] + " ", strict=True):
@@ -163,8 +163,8 @@ class Loader:
 class LoaderView:
     """The Linears as one loader sees them, by name on disk.
 
-    known: Linears that the loader loads. converted: those for which it builds quantized modules. split: fused modules
-    of which only some parts are converted, with their parts.
+    known: Linears that the loader can quantize. converted: Linears for which it builds quantized modules. split: fused
+    modules of which only some parts are converted, with their parts.
     """
 
     loader: str

@@ -44,7 +44,7 @@ class Declared:
 def declared_quantization(block: Any, has_description: bool, stored: set[str]) -> Declared:
     """Parse the declared quantization.
 
-    block: quantization_config of config.json. stored: suffixes of the tensors, from which the format is guessed if block
+    block: quantization_config of config.json. stored: suffixes of the tensors; the format is guessed from them if block
     is not an object.
     """
     if has_description:

@@ -1,9 +1,10 @@
-"""A quantized checkpoint against the float one it was made from: byte for byte, and weight for weight.
+"""Comparison of a quantized checkpoint with its float source: float tensors by bytes, quantized weights by value.
 
-Smoothing folds a factor s per input channel: what precedes a group of Linears is divided by it, their columns are
-multiplied. So a norm's weight n may change to n', and the Linears behind it are compared with W[:, c] * n[c] / n'[c].
-Between v and o, up and down the factors are not stored; they are estimated by least squares, per row of the first (a)
-and per column of the second (g). Each g must be what undoes the division: n / n', or 1 / a of the row that is read.
+Smoothing folds a factor s per input channel: the module before a group of Linears is divided by s, and the columns of
+the Linears are multiplied by s. If this changes a norm's weight n to n', the Linears after the norm are compared with
+W[:, c] * n[c] / n'[c]. Between v and o, and between up and down, the factors are not stored. They are estimated by
+least squares, per row of the first Linear (a) and per column of the second (g). Each g must cancel the division: it
+must equal n / n', or 1 / a of the row that the column reads.
 """
 
 from __future__ import annotations
@@ -32,32 +33,35 @@ from ..storage import (
     open_checkpoint,
     read_bytes,
 )
-from .config import KEY, blocks
-from .content import is_readable, load_integers, pieces
-from .findings import Finding, found, some
+from .config import KEY, quantization_configs
+from .content import is_readable, load_integers, read_pieces
+from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
 from .linears import StoredLinear
 
-# Relative error |W' - W| / |W| of a weight that is still that weight: plain rounding of 4 bits in groups of 128 gives
-# 0.1, with clipping and GPTQ up to 0.3; of 8 bits 0.01, and 0.1 where outliers stretch the scale. Another weight
-# altogether has 1.4. A row may be worse than the whole.
+# Maximum relative error |W' - W| / |W| by bits. Plain rounding to 4 bits in groups of 128 gives 0.1, clipping and GPTQ
+# up to 0.3; 8 bits give 0.01, or 0.1 if outliers stretch the scale. An unrelated weight gives 1.4. A single row may
+# have a larger error than the entire weight.
 BOUND = {4: 0.5, 8: 0.25, 16: 0.02}
 ROW_BOUND = {4: 0.9, 8: 0.5, 16: 0.05}
-# Rounding errors average to nothing; a zero point off by one shows as 1 (in steps).
-_SHIFTED = 0.3
-# How far factors may be from what undoes them, as RMS weighted by the columns' energy: rounding averages out over the
-# rows, but small columns of a group that has large ones shrink at 4 bits.
+# Maximum mean difference in steps. Rounding errors average to 0; a zero point that is off by one gives 1.
+_MAX_SHIFT = 0.3
+# Maximum relative RMS deviation of the factors, weighted by the energy of the columns. Rounding averages out over the
+# rows, but at 4 bits small columns shrink if they share a group with large ones.
 _FACTOR_BOUND = {4: 0.2, 8: 0.05, 16: 0.05}
 _BLOCK_ELEMENTS = 1 << 17
-_EXEMPT = {"enable_audio_output", "enable_talker"}
-# Files that a run writes, or that differ between float and quantized for good reason.
-_OWN_FILES = {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md", "README.md"}
+_EXEMPT_KEYS = {"enable_audio_output", "enable_talker"}
+# Files that a run writes, so they differ from the source.
+_WRITTEN_FILES = {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md", "README.md"}
 _COMPARED_SUFFIXES = (".json", ".txt", ".jinja", ".pt", ".py", ".model")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """relative: |y - x| / |x| of the whole; rows: of each row; shift: mean of (y - x) / step; factors: a, per row."""
+    """Stored weight y compared with source weight x.
+
+    relative: |y - x| / |x|. rows: the same for each row. shift: mean of (y - x) / step. factors: a, per row.
+    """
 
     relative: float
     rows: torch.Tensor
@@ -73,14 +77,14 @@ def check_source(
     folder: Folder,
     linears: dict[str, StoredLinear],
 ) -> Iterator[Finding]:
-    """Config, other files, float tensors, quantized weights."""
+    """Compare config.json, other files, float tensors and quantized weights with the source."""
     try:
         original = open_checkpoint(source)
     except QuantError as error:
-        yield found("source_unreadable", source, error.message)
+        yield make_finding("source_unreadable", source, error.message)
         return
-    if why := _other_model(config, original, linears):
-        yield found("source_other_model", source, why)
+    if mismatch := _describe_mismatch(config, original, linears):
+        yield make_finding("source_other_model", source, mismatch)
         return
     yield from _check_settings(path, config, original)
     spec = model.family.layer_spec(config)
@@ -94,51 +98,53 @@ def check_source(
         yield from _check_layer(model, index, spec.groups, folder, original, linears)
 
 
-def _other_model(config: dict[str, Any], original: Checkpoint, linears: dict[str, StoredLinear]) -> str:
-    if blocks(original.config):
-        return "its config.json holds a quantization_config: it is quantized itself"
+def _describe_mismatch(config: dict[str, Any], original: Checkpoint, linears: dict[str, StoredLinear]) -> str:
+    """Return why `original` is not the source of this checkpoint, or an empty string."""
+    if quantization_configs(original.config):
+        return "its config.json has a quantization_config: it is quantized itself"
     if config.get("model_type") != original.config.get("model_type"):
         return f"its model_type is {str(original.config.get('model_type'))[:60]!r}"
     for linear in linears.values():
         info = original.tensors.get(f"{linear.name}.weight")
         if linear.quantized and linear.shape is not None and (info is None or info.shape != linear.shape):
-            return f"{linear.name}.weight is {'missing' if info is None else list(info.shape)} there"
+            fault = "is missing" if info is None else f"has shape {list(info.shape)}"
+            return f"{linear.name}.weight {fault} in the source"
     return ""
 
 
 def _check_settings(path: Path, config: dict[str, Any], original: Checkpoint) -> Iterator[Finding]:
-    differing = sorted(_differing(_plain(config), _plain(original.config)))
+    differing = sorted(_differing_keys(_comparable_settings(config), _comparable_settings(original.config)))
     if differing:
-        yield found("source_config_differs", "config.json", some(differing))
-    for relative in original.path.iterdir():
-        mine = path / relative.name
-        compared = relative.suffix in _COMPARED_SUFFIXES and not relative.name.endswith(".index.json")
-        if not compared or relative.name in _OWN_FILES or not relative.is_file() or not mine.is_file():
+        yield make_finding("source_config_differs", "config.json", f"differs in {shorten_list(differing)}")
+    for source_file in original.path.iterdir():
+        output_file = path / source_file.name
+        is_compared = source_file.suffix in _COMPARED_SUFFIXES and not source_file.name.endswith(".index.json")
+        if not is_compared or source_file.name in _WRITTEN_FILES or not source_file.is_file():
             continue
-        if not _same_bytes(mine, relative):
-            yield found("source_file_differs", relative.name, "differs from the source's")
+        if output_file.is_file() and not _has_same_bytes(output_file, source_file):
+            yield make_finding("source_file_differs", source_file.name, "differs from the source's file")
 
 
-def _plain(block: Any) -> Any:
-    """Without quantization_config and what says whether the model speaks."""
+def _comparable_settings(block: Any) -> Any:
+    """Return the settings without quantization_config and the switches of speech output."""
     if not isinstance(block, dict):
         return block
-    return {key: _plain(value) for key, value in block.items() if key != KEY and key not in _EXEMPT}
+    return {key: _comparable_settings(value) for key, value in block.items() if key != KEY and key not in _EXEMPT_KEYS}
 
 
-def _differing(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in one.keys() | other.keys():
-        a, b = one.get(key), other.get(key)
+def _differing_keys(settings: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in settings.keys() | other.keys():
+        a, b = settings.get(key), other.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            yield from _differing(a, b, f"{prefix}{key}.")
+            yield from _differing_keys(a, b, f"{prefix}{key}.")
         elif a != b:
             yield f"{prefix}{key}"
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
-    if one.stat().st_size != other.stat().st_size:
+def _has_same_bytes(file: Path, other: Path) -> bool:
+    if file.stat().st_size != other.stat().st_size:
         return False
-    with one.open("rb") as a, other.open("rb") as b:
+    with file.open("rb") as a, other.open("rb") as b:
         while block := a.read(1 << 20):
             if block != b.read(1 << 20):
                 return False
@@ -149,7 +155,7 @@ def _same_bytes(one: Path, other: Path) -> bool:
 
 
 def _changeable(model: ModelSpec, index: int, group: LinearGroup, linears: dict[str, StoredLinear]) -> set[str]:
-    """Float tensors that folding into this group may change; nothing is folded unless all its Linears are quantized."""
+    """Return the float tensors that folding may change: none unless all Linears of the group are quantized."""
     names = [model.layer_name(index, linear) for linear in group.linears]
     if not all(name in linears and linears[name].quantized for name in names):
         return set()
@@ -163,22 +169,22 @@ def _check_floats(
     biases = {f"{name}.bias" for name, linear in linears.items() if linear.quantized}
     replaced = {f"{name}.weight" for name, linear in linears.items() if linear.quantized}
     for name, info in folder.tensors.items():
-        theirs = original.tensors.get(name)
-        if theirs is None or name in replaced or info.shape != theirs.shape or name in changeable:
+        source_info = original.tensors.get(name)
+        if source_info is None or name in replaced or info.shape != source_info.shape or name in changeable:
             continue
-        if info.dtype != theirs.dtype and name not in biases:
-            yield found("float_dtype_changed", name, f"is {info.dtype}, was {theirs.dtype}")
-        if not _same_numbers(info, theirs):
-            yield found("float_changed", name, "differs from the source")
+        if info.dtype != source_info.dtype and name not in biases:
+            yield make_finding("float_dtype_changed", name, f"is {info.dtype}; the source has {source_info.dtype}")
+        if not _has_same_values(info, source_info):
+            yield make_finding("float_changed", name, "differs from the source")
 
 
-def _same_numbers(info: TensorInfo, theirs: TensorInfo) -> bool:
-    """The same bytes; of another dtype, the same numbers once the source's are cast."""
+def _has_same_values(info: TensorInfo, source_info: TensorInfo) -> bool:
+    """Whether the bytes are equal, after a cast of the source if the dtypes differ."""
     dtype = TORCH_DTYPES[info.dtype]
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize, torch.uint8)
-    for mine, original in zip(pieces(info), pieces(theirs), strict=True):
-        cast = original if info.dtype == theirs.dtype else original.to(dtype)
-        if not torch.equal(mine.view(bits), cast.view(bits)):  # NaN and -0 too
+    for piece, source_piece in zip(read_pieces(info), read_pieces(source_info), strict=True):
+        cast = source_piece if info.dtype == source_info.dtype else source_piece.to(dtype)
+        if not torch.equal(piece.view(bits), cast.view(bits)):  # compares bits, so NaN and -0 count too
             return False
     return True
 
@@ -194,17 +200,17 @@ def _check_layer(
     original: Checkpoint,
     linears: dict[str, StoredLinear],
 ) -> Iterator[Finding]:
-    """Every quantized Linear of a layer, and a float one whose rows may have been divided."""
+    """Compare every quantized Linear of a layer, and float Linears whose rows may have been divided."""
     divided = {group.previous for group in groups if group.subgraph != "norm-linear"}
     factors: dict[str, torch.Tensor] = {}
     for group in groups:
-        wanted = _wanted_columns(model.layer_name(index, group.previous), group, folder, original, factors)
+        expected = _expected_columns(model.layer_name(index, group.previous), group, folder, original, factors)
         for relative in group.linears:
             name = model.layer_name(index, relative)
             weight, linear = original.tensors.get(f"{name}.weight"), linears.get(name)
             if linear is None or weight is None or weight.shape != linear.shape:
                 continue
-            stored = _stored(linear)
+            stored = _stored_weight(linear)
             if stored is None or (not linear.quantized and relative not in divided):
                 continue
             ones = torch.ones(weight.shape[0])
@@ -212,23 +218,23 @@ def _check_layer(
             columns, energy = torch.ones(weight.shape[1]), ones
             if linear.quantized and not from_norm:
                 columns, energy = _estimated_columns(stored, weight, ones)
-            elif linear.quantized and wanted is not None and wanted.shape == columns.shape:
-                columns = wanted
+            elif linear.quantized and expected is not None and expected.shape == columns.shape:
+                columns = expected
             result = _compare(stored, weight, columns, rows_unknown)
             if linear.quantized and from_norm:
                 columns, energy = _estimated_columns(stored, weight, result.factors)
-            if linear.quantized and wanted is not None and wanted.shape == columns.shape:
-                yield from _factor_faults(f"{name} and {group.previous}", columns, wanted, energy, stored.bits)
+            if linear.quantized and expected is not None and expected.shape == columns.shape:
+                yield from _factor_faults(f"{name} and {group.previous}", columns, expected, energy, stored.bits)
             factors[relative] = result.factors
             yield from _weight_faults(name, result, stored.bits)
             if rows_unknown:
                 yield from _check_bias(name, result.factors, folder, original, stored.bits)
 
 
-def _wanted_columns(
+def _expected_columns(
     previous: str, group: LinearGroup, folder: Folder, original: Checkpoint, factors: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
-    """What the columns of a group must be multiplied by to undo what was done before it; None if that is unknown."""
+    """Return the column factors that cancel the scaling before the group, or None if they are unknown."""
     if group.subgraph != "norm-linear":
         if group.previous not in factors:
             return None
@@ -242,22 +248,23 @@ def _wanted_columns(
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """A weight as it is stored: its rows as float32, and the step of each number where it has one."""
+class _StoredWeight:
+    """Access to a stored weight: its rows as float32, and the quantization step of each element, None for floats."""
 
     bits: int
     rows: Callable[[slice], torch.Tensor]
     steps: Callable[[slice], torch.Tensor] | None
 
 
-def _stored(linear: StoredLinear) -> _Stored | None:
+def _stored_weight(linear: StoredLinear) -> _StoredWeight | None:
+    """Return None if the weight cannot be read."""
     if not linear.quantized:
         info = linear.tensors["weight"]
-        return _Stored(16, lambda rows: _rows(info, rows), None) if linear.sound else None
+        return _StoredWeight(16, lambda rows: _rows(info, rows), None) if linear.sound else None
     if not is_readable(linear) or (linear.form == "ascend_static" and "weight_scale" not in linear.tensors):
         return None
     integers = load_integers(linear)
-    return _Stored(
+    return _StoredWeight(
         integers.scheme.weight_bits,
         lambda rows: dequantize(linear_rows(integers, rows)),
         lambda rows: _steps(integers, rows),
@@ -265,13 +272,13 @@ def _stored(linear: StoredLinear) -> _Stored | None:
 
 
 def _steps(linear: QuantizedLinear, rows: slice) -> torch.Tensor:
-    """Scales repeated for every input: [rows, in]."""
+    """Return the scales of each element: [rows, in]."""
     scales = linear.scales[rows]
     return scales.repeat_interleave(linear.qweight.shape[1] // scales.shape[1], dim=1)
 
 
 def _rows(info: TensorInfo, rows: slice) -> torch.Tensor:
-    """Consecutive rows of a two-dimensional tensor as float32."""
+    """Read consecutive rows of a two-dimensional tensor as float32."""
     first, last, _ = rows.indices(info.shape[0])
     block = torch.empty((last - first, info.shape[1]), dtype=TORCH_DTYPES[info.dtype])
     row_bytes = info.nbytes // info.shape[0]
@@ -280,15 +287,17 @@ def _rows(info: TensorInfo, rows: slice) -> torch.Tensor:
 
 
 def _blocks(shape: tuple[int, ...]) -> list[slice]:
-    """Slices over the rows, small enough that the several float32 copies of a block stay in the cache."""
+    """Return row slices so small that several float32 copies of a block fit in the cache."""
     step = max(1, _BLOCK_ELEMENTS // shape[1])
     return [slice(first, first + step) for first in range(0, shape[0], step)]
 
 
-def _estimated_columns(stored: _Stored, weight: TensorInfo, factors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """g[c] = sum over r of y x / sum of x x, the factor that brings the source's column nearest, and sum of x x.
+def _estimated_columns(
+    stored: _StoredWeight, weight: TensorInfo, factors: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the least-squares factor of each column, g[c] = sum over r of y x / sum of x x, and sum of x x.
 
-    factors: a, by which the source's rows are multiplied first.
+    factors: a, by which the rows of the source are multiplied first.
     """
     xy = torch.zeros(weight.shape[1], dtype=torch.float64)
     xx = torch.zeros_like(xy)
@@ -299,8 +308,11 @@ def _estimated_columns(stored: _Stored, weight: TensorInfo, factors: torch.Tenso
     return torch.where(xx > 0, xy / xx, torch.ones_like(xx)).to(torch.float32), xx.to(torch.float32)
 
 
-def _compare(stored: _Stored, weight: TensorInfo, columns: torch.Tensor, rows_unknown: bool) -> Comparison:
-    """y stored, x = a W[:, c] g[c] with a = 1, or per row sum of y x / sum of x x."""
+def _compare(stored: _StoredWeight, weight: TensorInfo, columns: torch.Tensor, rows_unknown: bool) -> Comparison:
+    """Compare the stored weight y with x = a W[:, c] g[c].
+
+    a is 1, or with rows_unknown the least-squares factor of each row, sum of y x / sum of x x.
+    """
     errors, factors, shift, count = [], [], 0.0, 0
     total_error = total_signal = 0.0
     for rows in _blocks(weight.shape):
@@ -318,25 +330,31 @@ def _compare(stored: _Stored, weight: TensorInfo, columns: torch.Tensor, rows_un
         if stored.steps is not None:
             shift += float((d / stored.steps(rows)).sum(dtype=torch.float64))
         count += d.numel()
-    whole = total_error if total_error != total_error else relative_error(total_error, total_signal)
-    return Comparison(whole, torch.cat(errors), shift / max(1, count), torch.cat(factors))
+    relative = total_error if total_error != total_error else relative_error(total_error, total_signal)
+    return Comparison(relative, torch.cat(errors), shift / max(1, count), torch.cat(factors))
 
 
 def _weight_faults(name: str, result: Comparison, bits: int) -> Iterator[Finding]:
-    if not result.relative <= BOUND[bits]:  # NaN is far too
-        yield found("weight_far", name, f"relative error {result.relative:.3g}; {bits} bits stay below {BOUND[bits]}")
+    if not result.relative <= BOUND[bits]:  # also true for NaN
+        yield make_finding(
+            "weight_far",
+            name,
+            f"relative error {result.relative:.3g}; with {bits} bits it should be below {BOUND[bits]}",
+        )
         return
     if bits < 16 and result.relative == 0:
-        yield found("weight_unchanged", name, "relative error 0")
+        yield make_finding("weight_unchanged", name, "relative error 0")
     far = (result.rows > ROW_BOUND[bits]).nonzero().flatten().tolist()
     if far:
-        yield found("rows_far", name, f"{len(far)} rows, the first {far[0]}: relative error {result.rows[far[0]]:.3g}")
-    if abs(result.shift) > _SHIFTED:
-        yield found("weight_shifted", name, f"by {result.shift:+.2f} steps on average")
+        yield make_finding(
+            "rows_far", name, f"{len(far)} rows; row {far[0]} has a relative error of {result.rows[far[0]]:.3g}"
+        )
+    if abs(result.shift) > _MAX_SHIFT:
+        yield make_finding("weight_shifted", name, f"is shifted by {result.shift:+.2f} steps on average")
 
 
 def _check_bias(name: str, factors: torch.Tensor, folder: Folder, original: Checkpoint, bits: int) -> Iterator[Finding]:
-    """The bias must be divided by what the rows are divided by."""
+    """Check that the bias is divided by the same factors as the rows."""
     before, after = original.tensors.get(f"{name}.bias"), folder.tensors.get(f"{name}.bias")
     if before is None or after is None or before.shape != factors.shape or after.shape != factors.shape:
         return
@@ -345,12 +363,14 @@ def _check_bias(name: str, factors: torch.Tensor, folder: Folder, original: Chec
 
 
 def _factor_faults(
-    where: str, actual: torch.Tensor, wanted: torch.Tensor, energy: torch.Tensor, bits: int
+    where: str, actual: torch.Tensor, expected: torch.Tensor, energy: torch.Tensor, bits: int
 ) -> Iterator[Finding]:
-    """Factors by channel, as they are and as they must be, weighted by the energy of what they multiply."""
-    off = (actual - wanted).square() * energy
-    deviation = relative_error(float(off.sum()), float((wanted.square() * energy).sum()))
+    """Compare the factors of each channel with the expected ones, weighted by the energy of the channels."""
+    error = (actual - expected).square() * energy
+    deviation = relative_error(float(error.sum()), float((expected.square() * energy).sum()))
     if not deviation <= _FACTOR_BOUND[bits]:
-        worst = int(off.argmax())
-        told = f"channel {worst} has {float(actual[worst]):.3g}, not {float(wanted[worst]):.3g}"
-        yield found("scaling_inconsistent", where, f"factors differ by {deviation:.2g} on average, e.g. {told}")
+        worst = int(error.argmax())
+        example = f"channel {worst} has {float(actual[worst]):.3g}, not {float(expected[worst]):.3g}"
+        yield make_finding(
+            "scaling_inconsistent", where, f"factors differ by {deviation:.2g} on average, e.g. {example}"
+        )

@@ -28,15 +28,15 @@ def check_tensors(
     """Check names, then shapes and dtypes of all tensors that are not part of a quantized Linear."""
     owned = {info.name for linear in linears.values() if linear.quantized for info in linear.tensors.values()}
     missing = _missing(folder, expected, optional, linears)
-    surplus = folder.tensors.keys() - expected.keys() - owned - optional
+    unexpected = folder.tensors.keys() - expected.keys() - owned - optional
     foreign = {name for name in folder.tensors if not model.part_of(name).prefix}
     prefix = f"{model.layer_prefix.partition('.')[0]}."
-    dropped, prefixed = surplus & foreign, {prefix + name for name in foreign}
+    dropped, prefixed = unexpected & foreign, {prefix + name for name in foreign}
     if dropped and prefixed & (missing | {f"{name}.weight" for name in linears} | set(expected)):
         yield make_finding("prefix_dropped", shorten_list(dropped), f"{len(dropped)} names lack the prefix {prefix}")
-        surplus -= dropped
+        unexpected -= dropped
         missing -= prefixed
-    for name in sorted(surplus):
+    for name in sorted(unexpected):
         yield make_finding("tensor_unexpected", name, "does not belong to the model in config.json")
     for part in model.speech_prefixes:
         of_part = {name for name in expected if name.startswith(part)} - optional
@@ -70,6 +70,8 @@ def _allowed_dtypes(name: str, linears: dict[str, StoredLinear], declared: Decla
 
 def _check_float(info: TensorInfo, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Iterator[Finding]:
     if info.shape != shape:
-        yield make_finding("tensor_shape", info.name, f"has shape {list(info.shape)}; config.json implies {list(shape)}")
+        yield make_finding(
+            "tensor_shape", info.name, f"has shape {list(info.shape)}; config.json implies {list(shape)}"
+        )
     if info.dtype not in dtypes:
         yield make_finding("tensor_dtype", info.name, f"is {info.dtype}, not {' or '.join(dtypes)}")

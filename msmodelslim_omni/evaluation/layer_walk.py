@@ -17,7 +17,7 @@ from ..numerics import QuantizedLinear
 from ..quantized import Source, load_linear
 from ..report import LayerDrift
 from ..run import quantized_layer
-from ..runtime import Clock, Progress, free_memory, one_ahead
+from ..runtime import Clock, Progress, free_memory, prefetch
 from ..statistics import run_layer
 from ..storage import load_finite
 from .scoring import drift_figures, drift_sums
@@ -51,7 +51,7 @@ class LayerWalk:
         steps = [(index, side) for index in range(self._layers) for side in (FLOAT, QUANT)]
         following: dict[str, HiddenStates] = {}
         sums = torch.zeros((len(MODALITIES), 4), dtype=torch.float64)
-        with one_ahead(lambda step: load_layer(self._sources[step[1]], step[0]), steps) as loaded:
+        with prefetch(lambda step: load_layer(self._sources[step[1]], step[0]), steps) as loaded:
             for done, (index, side) in enumerate(steps, 1):
                 with clock("read"):
                     weights = next(loaded)

@@ -77,7 +77,7 @@ def score(
     """
     samples = stems.samples
     norms = [_build_norm(source, device) for source in (float_source, quant_source)]
-    heads = [source.floats[source.model.head_of(source.config)] for source in (float_source, quant_source)]
+    heads = [source.floats[source.model.lm_head_tensor(source.config)] for source in (float_source, quant_source)]
     shared = same_bytes(*heads)
     template = common_prefix_and_suffix([sample.tokens for sample in samples if sample.answer is None])
     chosen = [scored_positions(s.modality, s.answer, positions, template) for s in samples]

@@ -76,8 +76,8 @@ def _check_tensor_shapes(source: Source, expected: Shapes) -> None:
 
 def _expected_shapes(source: Source) -> Shapes:
     """Shapes of all tensors that affect the next token. Speech parts are excluded."""
-    speaking = source.model.speaking
-    config = speaking.without_speech(source.config) if speaking else source.config
+    speech_support = source.model.speech_support
+    config = speech_support.without_speech(source.config) if speech_support else source.config
     shapes, optional = source.model.family.expected_tensors(config)
     return {name: shape for name, shape in shapes.items() if name not in optional}
 

@@ -138,7 +138,7 @@ class StemPair:
 
     def _check_inputs(self, sample: CalibSample, inputs: ModelInputs, needs_answer: bool) -> None:
         source = self._sources[FLOAT]
-        vocabulary = (source.shape_of(source.model.head_of(source.config)) or (0,))[0]
+        vocabulary = (source.shape_of(source.model.lm_head_tensor(source.config)) or (0,))[0]
         if (largest := int(inputs.tensors["input_ids"].max())) >= vocabulary:
             raise QuantError(
                 f"token id {largest} is outside the vocabulary of {vocabulary}",

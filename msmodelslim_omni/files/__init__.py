@@ -1,18 +1,19 @@
-"""Plain files: open untrusted input, replace a file atomically, digests, the files shipped with the package.
+"""Plain files: safe reading of untrusted input, atomic writes, digests, files shipped with the package.
 
 May import: errors. No torch, so that the command starts fast.
-Left out on purpose: tensors; see storage.
+Not here: tensors; see storage.
 """
 
 from __future__ import annotations
 
-from .atomic_write import write_aside
+from .atomic_write import write_atomically
 from .digests import file_digest, value_digest
 from .read_ahead import read_ahead
 from .resources import shipped_folder
-from .untrusted import open_regular, parse_json, read_regular, within_seconds
+from .untrusted import call_with_timeout, open_regular, parse_json, read_regular
 
 __all__ = [
+    "call_with_timeout",
     "file_digest",
     "open_regular",
     "parse_json",
@@ -20,6 +21,5 @@ __all__ = [
     "read_regular",
     "shipped_folder",
     "value_digest",
-    "within_seconds",
-    "write_aside",
+    "write_atomically",
 ]

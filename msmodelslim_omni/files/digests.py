@@ -9,7 +9,7 @@ from typing import Any
 
 
 def file_digest(path: Path) -> str:
-    """A digest of a file's bytes, read in pieces."""
+    """BLAKE2b digest (16 bytes, hex) of a file, which is read in chunks of 4 MiB."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as stream:
         while chunk := stream.read(1 << 22):
@@ -18,5 +18,5 @@ def file_digest(path: Path) -> str:
 
 
 def value_digest(value: Any) -> str:
-    """A short digest of JSON data, whatever the order of its keys."""
+    """Digest of JSON data: the first 16 hex digits of SHA-256. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

@@ -1,6 +1,6 @@
-"""Reads a checkpoint's first gigabytes into the page cache while the libraries are still being imported.
+"""Reads the first gigabytes of a checkpoint into the page cache while torch is being imported.
 
-No torch here: it would take most of the time that this is to make use of.
+This module must not import torch: the import takes most of the time that the read-ahead uses.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from pathlib import Path
 
 from .untrusted import open_regular
 
-# What a disk yields in the seconds of the imports; the layers that are read first lie in it.
-_MOST = 3 << 30
-_BUFFER = 4 << 20
+# About as much as a disk reads during the imports. It covers the layers that are needed first.
+_MAX_BYTES = 3 << 30
+_BUFFER_BYTES = 4 << 20
 
 
-def read_ahead(folder: Path, most: int = _MOST) -> threading.Thread:
-    """Begin, and return at once. Faults are left to whoever opens the files in earnest; the memory is one buffer."""
-    thread = threading.Thread(target=_read, args=(folder, most), daemon=True)
+def read_ahead(folder: Path, max_bytes: int = _MAX_BYTES) -> threading.Thread:
+    """Start reading in a daemon thread and return the thread. I/O errors are ignored: the actual read reports them."""
+    thread = threading.Thread(target=_read, args=(folder, max_bytes), daemon=True)
     thread.start()
     return thread
 
 
-def _read(folder: Path, most: int) -> None:
-    buffer = memoryview(bytearray(_BUFFER))
+def _read(folder: Path, max_bytes: int) -> None:
+    buffer = memoryview(bytearray(_BUFFER_BYTES))
     with suppress(OSError):
         for path in sorted(folder.glob("*.safetensors")):
             with open_regular(path) as stream:
-                while most > 0 and (count := stream.readinto(buffer)):
-                    most -= count
+                while max_bytes > 0 and (count := stream.readinto(buffer)):
+                    max_bytes -= count

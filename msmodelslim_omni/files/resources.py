@@ -1,4 +1,4 @@
-"""Where the shipped recipes and calibration data lie: beside the package in a checkout, inside it when installed."""
+"""Location of the shipped recipes and calibration data: next to the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder `configs` or `lab_calib`. A checkout keeps it at its top level, a wheel inside the package."""
+    """Path of the shipped folder `configs` or `lab_calib`."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name

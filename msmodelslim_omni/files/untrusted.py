@@ -1,7 +1,7 @@
-"""Files that nobody vouches for: opened only if they are regular, read up to a limit, parsed up to a depth.
+"""Reading of untrusted files: only regular files are opened, and size, JSON depth and run time are limited.
 
-A pipe, a device, a JSON of a thousand levels or a template of endless loops in a folder from elsewhere must neither
-hang the command nor break it. What is wrong is raised as OSError or ValueError; the callers say which file it was.
+A downloaded folder may contain a pipe, a device, JSON with thousands of levels or a template that never ends. These
+must not hang or crash the command. The functions raise OSError, ValueError or TimeoutError; the callers add the path.
 """
 
 from __future__ import annotations
@@ -21,77 +21,83 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Far above any real file, far below where Python's own recursion ends.
-MAX_DEPTH = 64
+# Real files need far fewer levels; Python's recursion limit is far higher.
+MAX_JSON_DEPTH = 64
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A regular file or a link to one, for reading. Others are refused before a read could block on them."""
+    """Open a regular file, or a link to one, for reading.
+
+    Raises OSError for pipes, devices and folders, without blocking on them.
+    """
     stream = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: PTH123, SIM115
     if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         return stream
     stream.close()
-    raise OSError(errno.EINVAL, "it is no regular file")
+    raise OSError(errno.EINVAL, "not a regular file")
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """All of a regular file. Raises ValueError where it is larger than `limit` bytes, which no size it claims hides."""
+    """Read a complete regular file. Raises ValueError if it has more than `limit` bytes, whatever size stat reports."""
     with open_regular(path) as stream:
         size = os.fstat(stream.fileno()).st_size
         content = stream.read(limit + 1) if size <= limit else b""
-    if content is None:  # of the kernel's, under /proc
-        raise OSError(errno.EAGAIN, "it gives nothing to read")
+    if content is None:  # a non-blocking file under /proc without data
+        raise OSError(errno.EAGAIN, "no data to read")
     if size > limit or len(content) > limit:
-        raise ValueError(f"it has {max(size, len(content))} bytes; at most {limit} are read")
+        raise ValueError(f"file has {max(size, len(content))} bytes; the limit is {limit}")
     return content
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
-    """JSON of at most MAX_DEPTH levels. unique: no key may stand twice in an object, where the last would win.
+    """Parse JSON of at most MAX_JSON_DEPTH levels. Raises ValueError if the text is invalid or nested deeper.
 
-    Raises ValueError for whatever else it is.
+    unique: also raise ValueError if a key appears twice in an object. Otherwise the last one wins.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates if unique else None)
+        value = json.loads(text, object_pairs_hook=_dict_of_unique_keys if unique else None)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("nested too deeply") from error
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (dict, list))]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for outer in level for inner in _children(outer) if isinstance(inner, (dict, list))]
     if level:
-        raise ValueError(f"it is nested too deeply, more than {MAX_DEPTH} levels")
+        raise ValueError(f"nested too deeply (more than {MAX_JSON_DEPTH} levels)")
     return value
 
 
-def within_seconds(call: Callable[[], T], seconds: float) -> T:
-    """What the call gives. Raises TimeoutError if it takes longer; it is then stopped at its next step in Python."""
+def call_with_timeout(call: Callable[[], T], seconds: float) -> T:
+    """Return the result of `call`, which runs in a thread. Raises TimeoutError if it takes longer than `seconds`.
+
+    After a timeout, SystemExit is raised in the thread at its next Python instruction.
+    """
     task: Future[T] = Future()
 
-    def work() -> None:
+    def run() -> None:
         try:
             task.set_result(call())
-        except BaseException as error:  # handed to the caller
+        except BaseException as error:  # re-raised in the caller's thread
             task.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
         return task.result(seconds)
     except FutureTimeoutError as error:
-        raise TimeoutError(f"not done in {seconds} s") from error  # in Python 3.10 they are not the same
+        raise TimeoutError(f"not finished after {seconds} s") from error  # two distinct classes in Python 3.10
     finally:
         if not task.done():
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
 
 
-def _inside(container: Any) -> Iterable[Any]:
+def _children(container: Any) -> Iterable[Any]:
     return container.values() if isinstance(container, dict) else container
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"the key {name[:80]!r} stands twice")
-        found[name] = value
-    return found
+def _dict_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {key[:80]!r} appears twice")
+        result[key] = value
+    return result

@@ -1,9 +1,9 @@
-"""Output formats: the bytes of a quantized checkpoint, written and read back.
+"""Output formats: write the files of a quantized checkpoint, and read them back.
 
-A format is one module that implements format.py's `Format`, and one line in registry.py's table. shards.py writes
-the files, whatever the format.
+A format is one module that implements `Format` (format.py), plus one line in the table of registry.py. shards.py writes
+the files of every format.
 May import: numerics, runtime, storage, files, errors.
-Left out on purpose: models and processors. A format sees names, schemes and tensors.
+Not here: models and processors. A format sees only names, schemes and tensors.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""ascendv1_saver: msModelSlim's output, as vLLM-Ascend's `ascend` quantization reads it.
+"""ascendv1_saver: the format of msModelSlim, which vLLM-Ascend loads with its `ascend` quantization.
 
 W8A8_DYNAMIC per Linear [out, in]: `.weight` int8 [out, in], `.weight_scale` float32 [out, 1], `.weight_offset`
-float32 zeros [out, 1] (loaded but not used in the product, hence zero), `.bias` float32. All names are the
-checkpoint's, which vLLM's mapper expects; config.json holds no quantization_config, since the file
-quant_model_description.json is what selects the method. It has an entry for every tensor, and for an lm_head that is
-tied to the embedding: a Linear that the runtime asks for and does not find there ends its loading.
+float32 zeros [out, 1] (loaded but not used in the product, hence zero), `.bias` float32. Tensors keep the names of the
+source checkpoint, as vLLM's mapper expects. config.json has no quantization_config, because the presence of
+quant_model_description.json selects the method. That file has an entry for every tensor, and for an lm_head that is
+tied to the embedding: loading fails if the runtime looks up a Linear that has no entry.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .stored import (
     Parts,
     StoredLinear,
     StoredLinears,
-    group_parts,
     describe_missing_parts,
     describe_wrong_part,
+    group_parts,
 )
 
 weights_stem = "quant_model_weights"
@@ -46,7 +46,7 @@ _DESCRIPTION_VERSION = "1.0.0"
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     others = sorted({scheme.name for scheme in schemes} - {"W8A8_DYNAMIC"})
     # vLLM-Ascend registers W4A16 and W4A8_DYNAMIC for mixture-of-experts layers only.
-    return f"no Ascend runtime serves {' or '.join(others)} for dense Linears" if others else ""
+    return f"no Ascend runtime supports {' or '.join(others)} for dense Linears" if others else ""
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
@@ -65,7 +65,7 @@ def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
 
     def load() -> Data:
         data = tensor.load()
-        assert isinstance(data, torch.Tensor)  # biases are small and handed over whole
+        assert isinstance(data, torch.Tensor)  # biases are small and never chunked
         return data.to(torch.float32)
 
     return replace(tensor, spec=replace(tensor.spec, dtype="F32"), load=load)
@@ -93,17 +93,17 @@ _PARTS = ("weight", "weight_scale", "weight_offset")
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
-    """See stored.Reader. `settings` is the description; of its kinds only W8A8_DYNAMIC is read."""
+    """See Format.read_linears. settings: the description. W8A8_DYNAMIC is the only supported quantization."""
     grouped = group_parts(tensors, _PARTS)
     if other := sorted({str(settings.get(f"{name}.weight", FLOAT)) for name in grouped} - {FLOAT, _W8A8}):
-        raise QuantError(f"the description says {', '.join(other)[:200]}; read is {_W8A8} only")
+        raise QuantError(f"the description lists {', '.join(other)[:200]}; only {_W8A8} is supported")
     linears: dict[str, StoredLinear] = {}
     faults = []
     for name, parts in grouped.items():
-        said = settings.get(f"{name}.weight")
-        if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and said != _W8A8:
+        kind = settings.get(f"{name}.weight")
+        if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and kind != _W8A8:
             continue  # a float Linear, a norm, an embedding
-        if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts) or _mislabelled(said):
+        if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts) or _kind_fault(kind):
             faults.append(PartFault(name, why))
         else:
             linears[name] = StoredLinear(_stored_linear(name, parts, float_dtype(name)), parts)
@@ -120,8 +120,8 @@ def _layout_fault(parts: Parts) -> str:
     )
 
 
-def _mislabelled(said: object) -> str:
-    return "" if said == _W8A8 else f"the description says {said or 'nothing'} of it, not {_W8A8}"
+def _kind_fault(kind: object) -> str:
+    return "" if kind == _W8A8 else f"the description lists {kind or 'no kind'} for its weight, not {_W8A8}"
 
 
 def _stored_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:

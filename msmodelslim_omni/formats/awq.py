@@ -1,16 +1,16 @@
-"""awq: AutoAWQ's GEMM layout of W4A16, as vLLM (awq, awq_marlin), transformers and AutoAWQ read it.
+"""awq: W4A16 in the GEMM layout of AutoAWQ, for vLLM (awq, awq_marlin), transformers and AutoAWQ.
 
 Per Linear [out, in] with groups of g inputs: `.qweight` int32 [in, out / 8] and `.qzeros` int32 [in / g, out / 8], both
-packed along the output in GEMM order (see nibbles.py), zeros stored as they are; `.scales` float16 [in / g, out];
-`.bias` float16. W = (q - z) * s. Every other tensor keeps the source's bytes.
+packed along the output in GEMM order (see nibbles.py), zeros stored unchanged; `.scales` float16 [in / g, out];
+`.bias` float16. W = (q - z) * s. All other tensors keep the bytes of the source.
 
-A float Linear is one that modules_to_not_convert names, and no two loaders read that list alike:
+modules_to_not_convert lists the float Linears. Each loader interprets its entries differently:
 
 - vLLM and transformers 4: an entry is a substring of the module's name (`visual`);
-- transformers 5: an entry is a regular expression from the start of the name, or the name's end (`.*visual`);
-- AutoAWQ: a substring of the name within a decoder layer, other modules are not converted at all. So a Linear that is
-  float in some layers only (`layers.3.mlp.down_proj`) cannot be said to it; one that is float in all (`mlp.down_proj`)
-  can.
+- transformers 5: an entry is a regular expression from the start of the name, or the end of the name (`.*visual`);
+- AutoAWQ: an entry is a substring of the name within a decoder layer; modules outside the decoder layers are never
+  converted. An entry can exclude a Linear in all layers (`mlp.down_proj`) but not in some layers
+  (`layers.3.mlp.down_proj`).
 """
 
 from __future__ import annotations
@@ -38,28 +38,28 @@ from .stored import (
     Parts,
     StoredLinear,
     StoredLinears,
-    group_parts,
     describe_missing_parts,
     describe_wrong_part,
+    group_parts,
 )
 
 weights_stem = "model"
 quant_method: str | None = "awq"
 
-_LARGEST_HALF = 65504.0
+_MAX_FLOAT16 = 65504.0
 
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     names = sorted({scheme.name for scheme in schemes})
     for scheme in schemes:
         if not scheme.is_int4 or scheme.act_bits is not None or scheme.group_size is None:
-            return f"it holds int4 weights per group with float activations, not {scheme.name}"
+            return f"awq supports int4 weights per group with float activations, not {scheme.name}"
         if scheme.symmetric:
             return (
-                f"it stores a zero point with every group and its runtimes take no other form, {scheme.name} has none;"
+                f"awq and its runtimes require a zero point for every group, but {scheme.name} has none;"
                 " set symmetric: false, or save as compressed_tensors"
             )
-    return f"it has one group size for all Linears, not {' and '.join(names)}" if len(names) > 1 else ""
+    return f"awq supports one group size for all Linears, not {' and '.join(names)}" if len(names) > 1 else ""
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
@@ -68,7 +68,7 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
     assert linear.scheme.group_size is not None and zeros is not None  # refused otherwise
     if out_features % PER_WORD:
         raise QuantError(
-            f"{linear.name}: awq packs {PER_WORD} output channels into a word, which does not divide {out_features}",
+            f"{linear.name}: awq packs {PER_WORD} output channels into a word, and {out_features} is not a multiple",
             "exclude this Linear, or save as compressed_tensors",
         )
     groups, kind = in_features // linear.scheme.group_size, linear.scheme.name
@@ -89,11 +89,11 @@ def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
 
     def load() -> Data:
         data = tensor.load()
-        assert isinstance(data, torch.Tensor)  # biases are small and handed over whole
-        if data.numel() and float(data.abs().max()) > _LARGEST_HALF:
+        assert isinstance(data, torch.Tensor)  # biases are small and never chunked
+        if data.numel() and float(data.abs().max()) > _MAX_FLOAT16:
             raise QuantError(
-                f"{tensor.spec.name}: {float(data.abs().max()):g} is beyond float16, in which awq stores the biases of"
-                f" quantized Linears (it ends at {_LARGEST_HALF:g})",
+                f"{tensor.spec.name}: {float(data.abs().max()):g} exceeds the range of float16 (up to"
+                f" {_MAX_FLOAT16:g}), in which awq stores the biases of quantized Linears",
                 "exclude this Linear, or save as compressed_tensors",
             )
         return data.to(torch.float16)
@@ -117,15 +117,15 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
 
 
 def modules_to_not_convert(job: OutputJob) -> list[str]:
-    """What every loader leaves float; see the top of this file."""
-    floats = [_split(name) for name in job.float_linears]
-    quantized = {_split(linear.name)[1] for linear in job.linears}
-    # Only the end of a decoder Linear's name is the same for all. With `layers.` before it, 1 is not a part of 11.
+    """The entries that make every loader keep the same modules float; see the module docstring."""
+    floats = [_split_name(name) for name in job.float_linears]
+    quantized = {_split_name(linear.name)[1] for linear in job.linears}
+    # Only the end of a decoder Linear's name is the same in all loaders. `layers.` keeps 1 from matching 11.
     endings = [inner if inner not in quantized else f"{layer}.{inner}" for layer, inner in floats]
     return list(dict.fromkeys([*skip_list_entries(job), *endings]))
 
 
-def _split(name: str) -> tuple[str, str]:
+def _split_name(name: str) -> tuple[str, str]:
     """`thinker.model.layers.3.mlp.down_proj` -> (`layers.3`, `mlp.down_proj`)."""
     index, _, inner = name.rpartition(".layers.")[2].partition(".")
     return f"layers.{index}", inner
@@ -139,18 +139,20 @@ _PARTS = ("qweight", "qzeros", "scales")
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
-    """See stored.Reader. Read are 4 bits in GEMM order with zero points; a group_size of -1 is the whole row."""
+    """See Format.read_linears. Supports 4 bits in GEMM order with zero points. group_size -1: one group per row."""
     form = {
         "bits": settings.get("bits", settings.get("w_bit")),
         "version": str(settings.get("version", "gemm")).lower(),
         "zero_point": settings.get("zero_point", True),
     }
     if form != {"bits": 4, "version": "gemm", "zero_point": True}:
-        said = ", ".join(f"{key} {value!r}" for key, value in form.items())
-        raise QuantError(f"an awq checkpoint with {said} is not read", "read are 4 bits, version gemm, zero_point true")
+        listed = ", ".join(f"{key} {value!r}" for key, value in form.items())
+        raise QuantError(
+            f"an awq checkpoint with {listed} is not supported", "supported are bits 4, version gemm, zero_point true"
+        )
     group_size = settings.get("group_size", settings.get("q_group_size"))
     if type(group_size) is not int or group_size == 0 or group_size < -1:
-        raise QuantError(f"quantization_config: group_size is {group_size!r}, not a size")
+        raise QuantError(f"quantization_config: group_size is {group_size!r}, expected a positive integer or -1")
     linears: dict[str, StoredLinear] = {}
     faults = []
     for name, parts in group_parts(tensors, _PARTS).items():
@@ -167,7 +169,7 @@ def _layout_fault(parts: Parts, group_size: int) -> str:
     in_features, words = parts["qweight"].shape
     size = in_features if group_size == -1 else group_size
     if in_features % size:
-        return f"group_size {size} does not divide its {in_features} inputs"
+        return f"group_size {size} does not divide the {in_features} inputs"
     groups = in_features // size
     return describe_wrong_part(
         parts,

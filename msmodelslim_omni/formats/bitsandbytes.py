@@ -1,13 +1,14 @@
-"""bitsandbytes: NF4 as transformers reads it, with bitsandbytes installed.
+"""bitsandbytes: NF4 for transformers with bitsandbytes installed.
 
-Per Linear [out, in] with blocks of g inputs: `.weight` uint8 [out * in / 2, 1], two codes a byte, the first in the
+Per Linear [out, in] with blocks of g inputs: `.weight` uint8 [out * in / 2, 1], two codes per byte, the first in the
 upper half; `.weight.absmax` float32 [out * in / g]; `.weight.quant_map` float32 [16], the levels;
-`.weight.quant_state.bitsandbytes__nf4` uint8, a JSON object in bytes. With double quantization `.weight.absmax` is
+`.weight.quant_state.bitsandbytes__nf4` uint8, the bytes of a JSON object. With double quantization `.weight.absmax` is
 uint8, and there are `.weight.nested_absmax` float32 [ceil(blocks / 256)] and `.weight.nested_quant_map` float32 [256].
-Every other tensor, biases too, keeps the source's bytes.
+All other tensors, including biases, keep the bytes of the source.
 
-llm_int8_skip_modules says what stays float. transformers 4 takes an entry for a module's own name, for its whole path,
-or for a part of the path that ends at a dot; transformers 5 for a pattern from the path's start, or for its end.
+llm_int8_skip_modules lists the modules that stay float. transformers 4 matches an entry against a module's own name,
+its full path, or a part of the path that ends at a dot; transformers 5 matches a regular expression from the start of
+the path, or the end of the path.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from .stored import (
     Parts,
     StoredLinear,
     StoredLinears,
-    group_parts,
     describe_missing_parts,
     describe_wrong_part,
+    group_parts,
 )
 
 weights_stem = "model"
@@ -51,19 +52,19 @@ quant_method: str | None = "bitsandbytes"
 
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 
-# The longest text of a float64, with room for its sign and exponent.
+# The longest JSON text of a float64, including sign and exponent.
 _OFFSET_LENGTH = 24
 _MAX_STATE_BYTES = 1 << 12
 
-_BLOCK_SIZES = tuple(2**n for n in range(5, 13))  # those that bitsandbytes has kernels for
+_BLOCK_SIZES = tuple(2**n for n in range(5, 13))  # bitsandbytes has kernels for these
 
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     others = sorted(scheme.name for scheme in schemes if scheme.codebook != "nf4")
     if others:
-        return f"it holds nf4, not {' and '.join(others)}"
+        return f"bitsandbytes supports nf4, not {' and '.join(others)}"
     names = sorted(scheme.name for scheme in schemes)
-    return f"it has one form for all Linears, not {' and '.join(names)}" if len(names) > 1 else ""
+    return f"bitsandbytes supports one scheme for all Linears, not {' and '.join(names)}" if len(names) > 1 else ""
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
@@ -95,7 +96,7 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
 
 
 def _state(linear: OutLinear, offset: float) -> bytes:
-    """What bitsandbytes keeps of a weight beside its tensors. Blanks make it as long for every offset."""
+    """The JSON that bitsandbytes stores with a weight. Blanks pad it to a length that is independent of `offset`."""
     state: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": linear.scheme.group_size,
@@ -105,8 +106,8 @@ def _state(linear: OutLinear, offset: float) -> bytes:
     if linear.nested is None:
         return json.dumps(state).encode()
     state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": offset}
-    room = len(json.dumps({**state, "nested_offset": 0.0})) + _OFFSET_LENGTH
-    return json.dumps(state).ljust(room).encode()
+    length = len(json.dumps({**state, "nested_offset": 0.0})) + _OFFSET_LENGTH
+    return json.dumps(state).ljust(length).encode()
 
 
 def _dtype_name(dtype: str) -> str:
@@ -147,15 +148,17 @@ NF4_NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
-    """See stored.Reader. Read is nf4 with codes stored in bytes, its scales nested or not."""
+    """See Format.read_linears. Supports nf4 with codes stored in uint8, with or without nested scales."""
     form = {
         "load_in_4bit": settings.get("load_in_4bit", False),
         "bnb_4bit_quant_type": settings.get("bnb_4bit_quant_type"),
         "bnb_4bit_quant_storage": settings.get("bnb_4bit_quant_storage", "uint8"),
     }
     if form != {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "uint8"}:
-        said = ", ".join(f"{key} {str(value)[:60]!r}" for key, value in form.items())
-        raise QuantError(f"a bitsandbytes checkpoint with {said} is not read", "read is nf4, stored as uint8")
+        listed = ", ".join(f"{key} {str(value)[:60]!r}" for key, value in form.items())
+        raise QuantError(
+            f"a bitsandbytes checkpoint with {listed} is not supported", "the supported form is nf4, stored as uint8"
+        )
     linears: dict[str, StoredLinear] = {}
     faults = []
     for name, parts in group_parts(tensors, (*NF4_PARTS, *NF4_NESTED)).items():
@@ -169,15 +172,15 @@ def read_linears(
 
 
 def nf4_layout(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
-    """Shape (out, in), scheme and offset of the nested scales of a whole Linear. Raises QuantError for any other."""
+    """Shape (out, in), scheme and offset of the nested scales of one Linear. Raises QuantError for a faulty Linear."""
     if why := describe_missing_parts(parts, NF4_PARTS):
         raise QuantError(why)
     state = _load_state(parts[NF4_STATE])
     shape, block_size, offset = state.get("shape"), state.get("blocksize"), state.get("nested_offset")
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or not 0 < n < 2**24 for n in shape):
-        raise QuantError(f"quant_state says shape {str(shape)[:60]}")
+        raise QuantError(f"quant_state has shape {str(shape)[:60]}, expected [out, in]")
     if block_size not in _BLOCK_SIZES or shape[1] % block_size:
-        raise QuantError(f"quant_state says blocksize {str(block_size)[:60]} for {shape[1]} inputs")
+        raise QuantError(f"quant_state has blocksize {str(block_size)[:60]} for {shape[1]} inputs")
     blocks = shape[0] * shape[1] // block_size
     is_nested = offset is not None
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -187,8 +190,8 @@ def nf4_layout(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
     }
     if is_nested:
         if type(offset) is not float or state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-            said = str(state.get("nested_blocksize"))[:60]
-            raise QuantError(f"quant_state says nested_offset {str(offset)[:60]}, nested_blocksize {said}")
+            nested_size = str(state.get("nested_blocksize"))[:60]
+            raise QuantError(f"quant_state has nested_offset {str(offset)[:60]}, nested_blocksize {nested_size}")
         if why := describe_missing_parts(parts, NF4_NESTED):
             raise QuantError(why)
         expected |= {
@@ -198,25 +201,27 @@ def nf4_layout(parts: Parts) -> tuple[tuple[int, int], QuantScheme, float]:
     if why := describe_wrong_part(parts, expected):
         raise QuantError(why)
     if not torch.allclose(load_tensor(parts["weight.quant_map"]), torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6):
-        raise QuantError("weight.quant_map holds other levels than nf4's")
+        raise QuantError("weight.quant_map does not hold the levels of nf4")
     scheme = QuantScheme(4, None, group_size=block_size, codebook="nf4", double_quant=is_nested)
     return (shape[0], shape[1]), scheme, float(offset or 0.0)
 
 
 def _load_state(info: TensorInfo) -> dict[str, Any]:
     if info.dtype != "U8" or len(info.shape) != 1 or info.nbytes > _MAX_STATE_BYTES:
-        raise QuantError(f"quant_state is {info.dtype} {list(info.shape)}, not a short text")
+        raise QuantError(
+            f"quant_state is {info.dtype} {list(info.shape)}, not U8 with at most {_MAX_STATE_BYTES} bytes"
+        )
     try:
         state = parse_json(bytes(load_tensor(info).tolist()).decode("utf-8"))
     except ValueError as error:
-        raise QuantError(f"quant_state is no JSON: {error}") from error
+        raise QuantError(f"quant_state is not valid JSON: {error}") from error
     if not isinstance(state, dict) or state.get("quant_type") != "nf4":
-        raise QuantError("quant_state is not of nf4")
+        raise QuantError("quant_state is not a JSON object with quant_type nf4")
     return state
 
 
 def nf4_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
-    """A Linear by its tensors. Raises QuantError where they are not whole."""
+    """The Linear that is stored in these tensors. Raises QuantError if a tensor is missing or faulty."""
     shape, scheme, offset = nf4_layout(parts)
 
     def nested() -> NestedScales:

@@ -1,14 +1,15 @@
-"""compressed_tensors: int-quantized W8A8, pack-quantized W4A16, and both in one checkpoint (mixed-precision), as vLLM,
-vLLM-Ascend and transformers read them.
+"""compressed_tensors: int-quantized W8A8, pack-quantized W4A16, and both in one checkpoint (mixed-precision).
+
+vLLM, vLLM-Ascend and transformers load these checkpoints.
 
 W8A8, per Linear [out, in]: `.weight` int8 [out, in] and `.weight_scale` [out, 1] in the checkpoint's float dtype.
 W4A16 with groups of g inputs: `.weight_packed` int32 [out, in / 8], packed along the input in plain order (see
 nibbles.py); `.weight_scale` [out, in / g] in the checkpoint's float dtype; `.weight_shape` int64 [2]; if asymmetric
 also `.weight_zero_point` int32 [ceil(out / 8), in / g], packed along the output. Biases are untouched.
 
-quantization_config stands wherever a loader looks for it (top level, and in thinker_config for the thinker class).
+quantization_config is written wherever a loader looks for it (top level, and in thinker_config for the thinker class).
 Its ignore list uses `re:` patterns: exact names silently miss vLLM's fused visual qkv, and transformers 5 renamed
-the modules. So do the targets where there are two groups; where there is one, it is of every Linear.
+the modules. With two config groups the targets are `re:` patterns too; a single group targets every Linear.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ from .stored import (
     Parts,
     StoredLinear,
     StoredLinears,
-    group_parts,
     describe_missing_parts,
     describe_wrong_part,
+    group_parts,
 )
 
 weights_stem = "model"
@@ -47,10 +48,13 @@ quant_method: str | None = "compressed-tensors"
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     for scheme in schemes:
         if scheme.name != "W8A8_DYNAMIC" and not _is_packed(scheme):
-            return f"it holds W8A8_DYNAMIC, and int4 weights per group with float activations; not {scheme.name}"
-    # One int8 and one int4 form can be told apart by their tensors, two of int4 by the config's patterns alone.
+            return (
+                "compressed_tensors supports W8A8_DYNAMIC and int4 weights per group with float activations,"
+                f" not {scheme.name}"
+            )
+    # The tensors distinguish one int8 scheme from one int4 scheme. Only config patterns distinguish two int4 schemes.
     packed = sorted({scheme.name for scheme in schemes if _is_packed(scheme)})
-    return f"it is written with one form of int4, not {' and '.join(packed)}" if len(packed) > 1 else ""
+    return f"compressed_tensors supports one int4 scheme, not {' and '.join(packed)}" if len(packed) > 1 else ""
 
 
 def _is_packed(scheme: QuantScheme) -> bool:
@@ -64,7 +68,7 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
 def _int8_tensors(linear: OutLinear) -> list[OutTensor]:
     def scales() -> torch.Tensor:
         dtype = TORCH_DTYPES[linear.float_dtype]
-        return linear.scales().to(dtype).clamp_min(torch.finfo(dtype).tiny)  # float16 ends where float32 does not
+        return linear.scales().to(dtype).clamp_min(torch.finfo(dtype).tiny)  # float16 would underflow to zero
 
     kind, column = linear.scheme.name, (linear.shape[0], 1)
     return [
@@ -101,8 +105,8 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
 
 
 def quantization_config(job: OutputJob) -> dict[str, Any]:
-    """One group for all Linears, or one for each scheme; minus those that stay float."""
-    # Only the end of a float Linear's name is the same for transformers 4, 5 and vLLM.
+    """One config group for all Linears, or one per scheme. Linears that stay float are in the ignore list."""
+    # Only the end of a float Linear's name is the same in transformers 4, transformers 5 and vLLM.
     floats = [f"re:.*{re.escape(_ending(name))}$" for name in job.float_linears]
     schemes = {linear.scheme.name: linear.scheme for linear in job.linears} or {"": QuantScheme(8, 8)}
     if len(schemes) == 1:
@@ -125,10 +129,11 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
 
 
 def _targets(linears: list[OutLinear], scheme: str) -> list[str]:
-    """Patterns of all Linears of one scheme, one for each kind: `re:.*\\.layers\\.(0|3)\\.mlp\\.down_proj$`.
+    """The patterns of all Linears of one scheme, one per inner name: `re:.*\\.layers\\.(0|3)\\.mlp\\.down_proj$`.
 
-    No class name beside them: older vLLM asks for the class of a fused Linear before the names of its parts. Where no
-    Linear of the kind has another scheme, the pattern is of every layer: those that stay float are in `ignore`.
+    The list has no class name, because older vLLM matches the class of a fused Linear before the names of its parts. If
+    all quantized Linears of an inner name have this scheme, the pattern covers every layer; `ignore` lists the float
+    ones.
     """
     layers: dict[str, list[str]] = {}
     others: set[str] = set()
@@ -138,7 +143,7 @@ def _targets(linears: list[OutLinear], scheme: str) -> list[str]:
             layers.setdefault(inner, []).append(layer)
         else:
             others.add(inner)
-    choices = {inner: f"({'|'.join(mine)})" if inner in others else r"\d+" for inner, mine in layers.items()}
+    choices = {inner: f"({'|'.join(indices)})" if inner in others else r"\d+" for inner, indices in layers.items()}
     return [rf"re:.*\.layers\.{choice}\.{re.escape(inner)}$" for inner, choice in choices.items()]
 
 
@@ -171,7 +176,7 @@ def _packed_arguments(scheme: QuantScheme) -> dict[str, Any]:
 
 
 def _ending(name: str) -> str:
-    """`.layers.3.mlp.down_proj` of a decoder Linear's name."""
+    """The end of a decoder Linear's name, for example `.layers.3.mlp.down_proj`."""
     return name[name.rindex(".layers.") :]
 
 
@@ -179,22 +184,23 @@ def _ending(name: str) -> str:
 
 _INT8_PARTS = ("weight", "weight_scale")
 _PACKED_PARTS = ("weight_packed", "weight_scale", "weight_shape")
-# Zeros beside a symmetric scheme; the group of each input, of a rounding in another order.
-_MORE_PARTS = ("weight_zero_point", "weight_g_idx")
+# Other tools may store zeros for a symmetric scheme, and the group of each input if they reordered the inputs.
+_OPTIONAL_PARTS = ("weight_zero_point", "weight_g_idx")
 
 
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
-    """See stored.Reader. Read is what is written here, and int8 or int4 per channel with float activations.
+    """See Format.read_linears. Supports the schemes written here, and int8 or int4 per channel with float activations.
 
-    Where both int8 and int4 are there, a Linear's tensors tell which it is; no pattern of the settings is tried.
+    In a mixed checkpoint, the tensors of a Linear show whether it is int8 or int4. The patterns of the settings are not
+    used.
     """
     schemes = _stored_schemes(settings)
     endings = {ending for scheme in schemes.values() for ending in _required(scheme)}
     linears: dict[str, StoredLinear] = {}
     faults = []
-    for name, parts in group_parts(tensors, (*sorted(endings), *_MORE_PARTS)).items():
+    for name, parts in group_parts(tensors, (*sorted(endings), *_OPTIONAL_PARTS)).items():
         if set(parts) == {"weight"} and parts["weight"].dtype != "I8":
             continue  # a float Linear, a norm, an embedding
         packed = "weight_packed" in parts or "weight_shape" in parts
@@ -212,42 +218,45 @@ def _required(scheme: QuantScheme) -> tuple[str, ...]:
 
 
 def _stored_schemes(settings: dict[str, Any]) -> dict[int, QuantScheme]:
-    """The schemes of a quantization_config by bits: one of int8, of int4, or of each."""
+    """The schemes of a quantization_config by weight bits: int8, int4, or both."""
     groups = settings.get("config_groups")
     if not isinstance(groups, dict) or not groups or not all(isinstance(group, dict) for group in groups.values()):
-        raise QuantError("quantization_config: config_groups holds no group")
-    found = [_stored_scheme(group, group.get("format") or settings.get("format")) for group in groups.values()]
-    by_bits = {scheme.weight_bits: scheme for scheme in found}
-    if len(by_bits) < len(found):
-        raise QuantError("quantization_config: config_groups holds two groups of the same bits; one of each is read")
+        raise QuantError("quantization_config: config_groups contains no group")
+    schemes = [_stored_scheme(group, group.get("format") or settings.get("format")) for group in groups.values()]
+    by_bits = {scheme.weight_bits: scheme for scheme in schemes}
+    if len(by_bits) < len(schemes):
+        raise QuantError(
+            "quantization_config: config_groups contains two groups with the same bits",
+            "supported are one int8 group and one int4 group",
+        )
     return by_bits
 
 
 def _stored_scheme(group: dict[str, Any], form: object) -> QuantScheme:
-    """The scheme of one group. Raises QuantError for any that is not read."""
+    """The scheme of one config group. Raises QuantError if it is not supported."""
     weights, act = group.get("weights"), group.get("input_activations")
     weights = weights if isinstance(weights, dict) else {}
-    said = [form, *(weights.get(key) for key in ("num_bits", "type", "strategy"))]
+    settings = [form, *(weights.get(key) for key in ("num_bits", "type", "strategy"))]
     if isinstance(act, dict):
-        said += [act.get(key) for key in ("num_bits", "type", "strategy", "dynamic", "symmetric")]
+        settings += [act.get(key) for key in ("num_bits", "type", "strategy", "dynamic", "symmetric")]
     symmetric, group_size = bool(weights.get("symmetric", True)), weights.get("group_size")
-    if said[:4] == ["int-quantized", 8, "int", "channel"] and symmetric:
-        if act is None or said[4:] == [8, "int", "token", True, True]:
+    if settings[:4] == ["int-quantized", 8, "int", "channel"] and symmetric:
+        if act is None or settings[4:] == [8, "int", "token", True, True]:
             return QuantScheme(8, 8 if act else None)
-    elif said == ["pack-quantized", 4, "int", "channel"]:
+    elif settings == ["pack-quantized", 4, "int", "channel"]:
         return QuantScheme(4, None, symmetric=symmetric)
-    elif said == ["pack-quantized", 4, "int", "group"] and type(group_size) is int and group_size > 0:
+    elif settings == ["pack-quantized", 4, "int", "group"] and type(group_size) is int and group_size > 0:
         return QuantScheme(4, None, group_size=group_size, symmetric=symmetric)
     raise QuantError(
-        f"quantization_config: {' '.join(map(str, said))}{'' if symmetric else ' asymmetric'} is not read",
-        "read are int-quantized int8 per channel, alone or with dynamic int8 activations per token, and pack-quantized"
-        " int4 per group or channel",
+        f"quantization_config: {' '.join(map(str, settings))}{'' if symmetric else ' asymmetric'} is not supported",
+        "supported are int-quantized int8 per channel with float activations or dynamic int8 activations per token, and"
+        " pack-quantized int4 per group or channel with float activations",
     )
 
 
 def _layout_fault(parts: Parts, scheme: QuantScheme) -> str:
     if "weight_g_idx" in parts:
-        return "weight_g_idx is there; weights with an order of their own are not read"
+        return "weight_g_idx is present; weights with reordered inputs are not supported"
     main = "weight" if scheme.weight_bits == 8 else "weight_packed"
     if len(parts[main].shape) != 2 or len(parts["weight_scale"].shape) != 2 or not parts[main].numel:
         return f"{main} and weight_scale have shapes {list(parts[main].shape)} and {list(parts['weight_scale'].shape)}"
@@ -256,7 +265,7 @@ def _layout_fault(parts: Parts, scheme: QuantScheme) -> str:
         return describe_wrong_part(
             parts, {"weight": (("I8",), (out_features, columns)), "weight_scale": (FLOATS, (out_features, 1))}
         )
-    in_features = _inputs(parts, scheme)
+    in_features = _in_features(parts, scheme)
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         "weight_packed": (("I32",), (out_features, -(-in_features // PER_WORD))),
         "weight_scale": (FLOATS, (out_features, groups if scheme.group_size else 1)),
@@ -267,8 +276,11 @@ def _layout_fault(parts: Parts, scheme: QuantScheme) -> str:
     return describe_wrong_part(parts, expected)
 
 
-def _inputs(parts: Parts, scheme: QuantScheme) -> int:
-    """From the headers alone. Per channel they say it to the word only, which is enough: inputs come by eights."""
+def _in_features(parts: Parts, scheme: QuantScheme) -> int:
+    """The number of inputs, from the headers.
+
+    Without groups the headers give it rounded up to a multiple of 8, which is exact because inputs are multiples of 8.
+    """
     if scheme.group_size is None:
         return parts["weight_packed"].shape[1] * PER_WORD
     return parts["weight_scale"].shape[1] * scheme.group_size
@@ -281,7 +293,7 @@ def _stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: st
     if scheme.weight_bits == 8:
         rows, columns = parts["weight"].shape
         return OutLinear(name, scheme, (rows, columns), float_dtype, lambda: load_tensor(parts["weight"]), scales)
-    out_features, in_features = parts["weight_packed"].shape[0], _inputs(parts, scheme)
+    out_features, in_features = parts["weight_packed"].shape[0], _in_features(parts, scheme)
     return OutLinear(
         name,
         scheme,

@@ -1,4 +1,4 @@
-"""What every output format implements: a module with these names is a Format."""
+"""The interface of an output format. A module that defines these names is a Format."""
 
 from __future__ import annotations
 
@@ -12,37 +12,40 @@ from .stored import StoredLinears
 
 
 class Format(Protocol):
-    """One output format; see FORMATS.
+    """One output format. FORMATS lists all of them.
 
-    weights_stem: `model` gives model-00001-of-00003.safetensors, model.safetensors and the index's name.
-    quant_method: the value in quantization_config of config.json; None for a format that writes none.
+    weights_stem: start of the names of weight files: `model` gives model.safetensors, model-00001-of-00003.safetensors
+        and model.safetensors.index.json.
+    quant_method: the quant_method in quantization_config of config.json; None if the format writes no such config.
     """
 
     weights_stem: str
     quant_method: str | None
 
     def refusal(self, schemes: frozenset[QuantScheme]) -> str:
-        """Why this format cannot hold these schemes in one checkpoint, or an empty string."""
+        """The reason why this format cannot store these schemes in one checkpoint, or an empty string."""
         ...
 
     def linear_tensors(self, linear: OutLinear) -> list[OutTensor]:
-        """The tensors of one quantized Linear."""
+        """The tensors that store one quantized Linear."""
         ...
 
     def float_tensor(self, tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
-        """A float tensor as this format keeps it."""
+        """The tensor to write for a float tensor of the source, for example in another dtype."""
         ...
 
     def json_files(self, job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, Any]]:
-        """config.json and the format's own files, by name."""
+        """The contents of config.json and of the format's own JSON files, by file name."""
         ...
 
     def read_linears(
         self, settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
     ) -> StoredLinears:
-        """The quantized Linears of a checkpoint in this format, from its headers.
+        """Find the quantized Linears of a checkpoint in this format, from its headers.
 
-        settings: the quantization_config, or the description. float_dtype: of a Linear's other tensors, by its name.
-        Raises QuantError for settings that this format's writer never produces and that mean something else.
+        settings: the quantization_config, or the content of quant_model_description.json. float_dtype: gives
+        the dtype of the float tensors in a Linear's layer, by the Linear's name. Faults of single Linears are collected
+        in the result.
+        Raises QuantError for settings that are not supported.
         """
         ...

@@ -1,4 +1,4 @@
-"""What a format is handed: the finished quantization as lazily loaded tensors, in the checkpoint's order."""
+"""The input of a format: the quantized model as lazily loaded tensors, in the order of the source checkpoint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Data = torch.Tensor | Iterable[memoryview]
 
 @dataclass(frozen=True)
 class OutTensor:
-    """A tensor to be written: its header, its content on demand, and what it is (FLOAT or a scheme's name)."""
+    """A tensor to write: its header entry, a function that loads its data, and its kind (FLOAT or a scheme's name)."""
 
     spec: TensorSpec
     load: Callable[[], Data]
@@ -29,12 +29,12 @@ class OutTensor:
 
 @dataclass(frozen=True)
 class OutLinear:
-    """A quantized Linear. Nothing is read before `qweight`, `scales` or `zeros` is called.
+    """A quantized Linear. Nothing is read before `qweight`, `scales`, `zeros` or `nested` is called.
 
-    name: checkpoint name without `.weight`. shape: (out, in). float_dtype: of the checkpoint's weight, e.g. BF16.
-    qweight: int8 [out, in], signed. scales: float32 [out, groups]; those of a grouped scheme are exact in float16 and
-    in float_dtype. zeros: int8 [out, groups], signed, for an asymmetric scheme: W is near (qweight - zeros) * scales.
-    Those of a codebook are codes; nested: what its scales are stored as, where they are quantized too.
+    name: checkpoint name without `.weight`. shape: (out, in). float_dtype: dtype of the float weight, for example BF16.
+    qweight: int8 [out, in], signed; for a codebook scheme, codes. scales: float32 [out, groups]; for a grouped scheme,
+    exactly representable in float16 and in float_dtype. zeros: int8 [out, groups], signed, for an asymmetric scheme:
+    W is approximately (qweight - zeros) * scales. nested: the quantized scales, for a scheme with double quantization.
     """
 
     name: str
@@ -49,12 +49,13 @@ class OutLinear:
 
 @dataclass(frozen=True)
 class OutputJob:
-    """Everything one format writes.
+    """All data that a format needs to write one checkpoint.
 
-    items: float tensors and quantized Linears in the checkpoint's order; a Linear's bias is among the floats.
-    float_linears: decoder Linears that stay float, by name; float_modules: the same as the library's classes call them.
-    ignore_patterns and config_paths: see ModelSpec.
-    tied: tensors that are another one and may not be in the files, though loaders have a module for them.
+    items: float tensors and quantized Linears in the order of the source; biases of Linears are float tensors.
+    float_linears: checkpoint names of the decoder Linears that stay float; float_modules: their module names in the
+    transformers classes. ignore_patterns and config_paths: see ModelSpec.
+    tied: names of tensors that share the data of another tensor and may be absent from the files, although the loaders
+    have a module for them.
     """
 
     items: tuple[OutTensor | OutLinear, ...]
@@ -72,7 +73,7 @@ class OutputJob:
         return [item for item in self.items if isinstance(item, OutLinear)]
 
     def config_with(self, quantization: dict[str, Any]) -> dict[str, Any]:
-        """config.json with this quantization_config wherever a loader looks for it."""
+        """A copy of config.json with this quantization_config at every place where a loader looks for it."""
         config = copy.deepcopy(self.config)
         for path in self.config_paths:
             block = config
@@ -83,4 +84,5 @@ class OutputJob:
 
     @property
     def quantized_biases(self) -> frozenset[str]:
+        """Names of the biases of quantized Linears, whether or not they exist."""
         return frozenset(f"{linear.name}.bias" for linear in self.linears)

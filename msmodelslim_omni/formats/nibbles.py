@@ -1,12 +1,13 @@
-"""Packing of 4-bit integers into int32 words, the two ways that runtimes unpack them; and the way back.
+"""Pack 4-bit integers into int32 words in the two orders that runtimes use, and unpack them.
 
-A word has eight nibbles; nibble i is bits 4i to 4i+3. Signed integers -8..7 are stored as 0..15, plus 8. With the
-integers of eight consecutive channels -8 -7 -6 -5 -4 -3 -2 -1, stored 0 1 2 3 4 5 6 7, highest nibble first:
+A word has eight nibbles; nibble i is bits 4i to 4i+3. Signed integers -8..7 are stored as 0..15, by adding 8. For
+example, the integers -8 -7 -6 -5 -4 -3 -2 -1 of eight consecutive channels are stored as 0 1 2 3 4 5 6 7. The resulting
+words, highest nibble first:
 
     plain order: nibble i holds channel i,                       0x76543210 = 1985229328
     GEMM order:  nibble i holds channel (0,2,4,6,1,3,5,7)[i],    0x75316420 = 1966171168
 
-A highest nibble of 8 or more makes the word negative as int32: eight times 7, stored 15, are 0xFFFFFFFF = -1.
+If the highest nibble is 8 or more, the int32 word is negative: eight integers 7, stored as 15, give 0xFFFFFFFF = -1.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import torch
 PER_WORD = 8
 
 _PLAIN_ORDER = range(PER_WORD)
-# AutoAWQ's: its kernel takes two half-precision numbers out of a word at a time.
+# The order of AutoAWQ, whose kernel extracts two half-precision numbers from a word at a time.
 _GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
-# Columns are worked on in blocks of about this many integers, so that their int32 copies stay small.
+# Columns are processed in blocks of about this many integers, to keep their int32 copies small.
 _BLOCK_ELEMENTS = 1 << 20
 
 
 def pack_gemm(q: torch.Tensor) -> torch.Tensor:
-    """AutoAWQ's layout: word [k, c] holds output channels 8c to 8c+7, in GEMM order, of input (or group) k.
+    """Pack in AutoAWQ's layout: word [k, c] holds output channels 8c to 8c+7, in GEMM order, of input (or group) k.
 
     q: int8 [out, k] in [-8, 7], out a multiple of 8 -> int32 [k, out / 8].
     """
@@ -34,7 +35,9 @@ def pack_gemm(q: torch.Tensor) -> torch.Tensor:
 
 
 def pack_plain(q: torch.Tensor, axis: int) -> torch.Tensor:
-    """compressed-tensors' layout: eight consecutive integers along `axis` in plain order; a part word ends in zeros.
+    """Pack in the layout of compressed-tensors: eight consecutive integers along `axis` in plain order.
+
+    Unused nibbles of an incomplete last word are zero.
 
     q: int8 [rows, columns] in [-8, 7] -> int32 [rows, ceil(columns / 8)] for axis 1, [ceil(rows / 8), columns] for 0.
     """
@@ -44,7 +47,7 @@ def pack_plain(q: torch.Tensor, axis: int) -> torch.Tensor:
 
 
 def _packed_rows(q: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """Eight rows to a word: int8 [rows, k] -> int32 [ceil(rows / 8), k], laid out in memory as `q` is."""
+    """Pack eight rows into each word: int8 [rows, k] -> int32 [ceil(rows / 8), k], in the memory order of `q`."""
     words = -(-q.shape[0] // PER_WORD)
     transposed = q.stride(0) < q.stride(1)
     packed = torch.zeros((q.shape[1], words) if transposed else (words, q.shape[1]), dtype=torch.int32, device=q.device)
@@ -53,7 +56,7 @@ def _packed_rows(q: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     for first in range(0, q.shape[1], step):
         columns = slice(first, first + step)
         for nibble, channel in enumerate(order):
-            rows = q[channel::PER_WORD, columns]  # [words or one less, step]
+            rows = q[channel::PER_WORD, columns]  # [words or words - 1, step]
             packed[: rows.shape[0], columns] |= (rows.to(torch.int32) + 8) << (4 * nibble)
     return packed
 
@@ -64,7 +67,7 @@ def unpack_gemm(words: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_plain(words: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    """The inverse of pack_plain; `size` integers along `axis` are there, what fills the last word is dropped.
+    """The inverse of pack_plain. size: number of integers along `axis`; nibbles beyond them are dropped.
 
     words: int32 [rows, ceil(size / 8)] -> int8 [rows, size] for axis 1, [ceil(size / 8), columns] -> [size, columns]
     for 0; in [-8, 7].
@@ -75,7 +78,7 @@ def unpack_plain(words: torch.Tensor, axis: int, size: int) -> torch.Tensor:
 
 
 def _unpacked_rows(words: torch.Tensor, order: Sequence[int], size: int) -> torch.Tensor:
-    """Eight rows from a word: int32 [ceil(size / 8), k] -> int8 [size, k], laid out in memory as `words` is."""
+    """Unpack eight rows from each word: int32 [ceil(size / 8), k] -> int8 [size, k], in the memory order of `words`."""
     columns = words.shape[1]
     transposed = words.stride(0) < words.stride(1)
     q = torch.empty((columns, size) if transposed else (size, columns), dtype=torch.int8, device=words.device)
@@ -84,6 +87,6 @@ def _unpacked_rows(words: torch.Tensor, order: Sequence[int], size: int) -> torc
     for first in range(0, columns, step):
         block = words[:, first : first + step]  # [words, step]
         for nibble, channel in enumerate(order):
-            rows = q[channel::PER_WORD, first : first + step]  # [words or one less, step]
+            rows = q[channel::PER_WORD, first : first + step]  # [words or words - 1, step]
             rows.copy_(((block[: rows.shape[0]] >> (4 * nibble)) & 15).sub_(8))
     return q

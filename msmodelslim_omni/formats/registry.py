@@ -1,4 +1,4 @@
-"""The output formats: a new one is one file here and a line in this table (and its saver in recipe.py)."""
+"""The table of output formats. To add a format, add its module here and its saver in recipe/schema.py."""
 
 from __future__ import annotations
 

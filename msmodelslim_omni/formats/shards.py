@@ -1,6 +1,6 @@
-"""Writes an output in one format: shards, index, config and the untouched files of the source.
+"""Write a checkpoint in one format: shards, index, config and the unchanged files of the source.
 
-Every byte is written once, at its place in the shard it belongs to, as soon as it is known.
+Each tensor is written once, at its final offset in its shard, as soon as it is available.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..files import write_aside
+from ..files import write_atomically
 from ..storage import (
     RandomAccessShard,
     TensorSpec,
@@ -30,10 +30,10 @@ from .job import (
 
 GB = 10**9
 
-# "format: pt" is what transformers asks a checkpoint for.
+# transformers requires "format: pt".
 _METADATA = {"format": "pt"}
 
-# Files that would contradict the new weights.
+# Files of the source that do not apply to the new weights.
 _STALE_FILES = frozenset(
     {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md", "quant_report.html"}
     | {"eval/eval_report.json", "eval/eval_report.md", "eval/quant_report.html"}
@@ -41,7 +41,7 @@ _STALE_FILES = frozenset(
 
 
 def format_tensors(fmt: Format, job: OutputJob) -> list[OutTensor]:
-    """Every tensor of the output, in the checkpoint's order."""
+    """List all tensors of the output in the order of the source checkpoint."""
     biases = job.quantized_biases
     return [tensor for item in job.items for tensor in _item_tensors(fmt, item, biases)]
 
@@ -53,10 +53,10 @@ def _item_tensors(fmt: Format, item: OutTensor | OutLinear, biases: frozenset[st
 
 
 class Output:
-    """One format's folder while it is written: shards take each tensor as soon as it is known, in any order.
+    """The output folder of one format while it is written. Tensors may arrive in any order.
 
-    `job` tells the sizes only, of every tensor from the start; the contents come with `put`. Nothing but `finish` makes
-    the folder a checkpoint. A stopped run goes on with the same folder, if it goes on with the same plan.
+    `job` gives the size of every tensor at the start; `put` writes the data. The folder becomes a checkpoint only by
+    `finish`. A stopped run can be resumed with the same folder and the same plan.
     """
 
     def __init__(self, fmt: Format, job: OutputJob, folder: Path, part_file_size: int) -> None:
@@ -67,7 +67,7 @@ class Output:
         self._names = _shard_names(fmt.weights_stem, len(shards))
         self._contents = [[tensor.spec for tensor in shard] for shard in shards]
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.iterdir():  # of a stopped run, perhaps with other settings
+        for leftover in folder.iterdir():  # from a stopped run, perhaps with other settings
             if leftover.name.removesuffix(".partial") not in self._names:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         self._shards = [
@@ -83,7 +83,7 @@ class Output:
         return sum(tensor.spec.nbytes for tensor in self.tensors)
 
     def put(self, items: Iterable[OutTensor | OutLinear]) -> int:
-        """Write these in this format. Returns a checksum of all their bytes."""
+        """Load the items and write their tensors. Returns a checksum of the written bytes."""
         crc = 0
         for tensor in self._tensors_of(items):
             data = tensor.load()
@@ -92,7 +92,7 @@ class Output:
         return crc
 
     def crc(self, items: Iterable[OutTensor | OutLinear]) -> int:
-        """The checksum of what the files hold of these; the items are not loaded."""
+        """The checksum of the items' tensors as stored in the files. The items are not loaded."""
         crc = 0
         for tensor in self._tensors_of(items):
             crc = self._shard_of[tensor.spec.name].crc(tensor.spec.name, crc)
@@ -103,12 +103,15 @@ class Output:
             yield from _item_tensors(self._fmt, item, self._biases)
 
     def sync(self, items: Iterable[OutTensor | OutLinear]) -> None:
-        """Return when the files of these are on the disk."""
+        """Wait until the files that contain the items' tensors are on the disk."""
         for shard in {self._shard_of[tensor.spec.name] for tensor in self._tensors_of(items)}:
             shard.sync()
 
     def finish(self) -> None:
-        """Every tensor was put: name the shards, and add index, config and the other files of the source."""
+        """Give the shards their final names and add the index, the config and the other files of the source.
+
+        All tensors must have been written.
+        """
         for shard in self._shards:
             shard.close()
         if len(self._names) > 1:
@@ -118,13 +121,13 @@ class Output:
             write_json(self.folder / name, content)
 
     def abandon(self) -> None:
-        """Close what is open; a later run goes on with it."""
+        """Close the shards without finishing them. A later run can resume them."""
         for shard in self._shards:
             shard.abandon()
 
 
 def output_files(fmt: Format, job: OutputJob, part_file_size: int) -> dict[str, int]:
-    """Every file that an Output makes, by its relative name, with its exact bytes; from sizes alone."""
+    """The exact size in bytes of every file that an Output writes, by relative path. No tensor is loaded."""
     tensors = format_tensors(fmt, job)
     shards = split_shards(tensors, part_file_size)
     names = _shard_names(fmt.weights_stem, len(shards))
@@ -151,7 +154,7 @@ def _index(names: list[str], contents: list[list[TensorSpec]], total: int) -> di
 
 
 def split_shards(tensors: list[OutTensor], part_file_size: int) -> list[list[OutTensor]]:
-    """Consecutive tensors in files of at most part_file_size GB (0: one file); a larger tensor gets its own."""
+    """Split consecutive tensors into files of at most part_file_size GB (0: one file). Larger tensors get their own."""
     limit = part_file_size * GB or float("inf")
     shards: list[list[OutTensor]] = [[]]
     size = 0
@@ -171,7 +174,7 @@ def _shard_names(stem: str, count: int) -> list[str]:
 
 
 def _copy_other_files(job: OutputJob, folder: Path) -> None:
-    """Tokenizer, templates, spk_dict.pt and all else: as bytes, under the same relative names."""
+    """Copy the tokenizer, templates, spk_dict.pt and all other files unchanged, under the same relative paths."""
     for relative in job.other_files:
         if str(relative) in _STALE_FILES:
             continue
@@ -187,11 +190,11 @@ def _json_text(content: dict[str, Any]) -> str:
     text = json.dumps(content, indent=2, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half a pair, as in a path of another encoding: only escapes hold it
+    except UnicodeEncodeError:  # a lone surrogate, as in a path of another encoding, can only be written as an escape
         text = json.dumps(content, indent=2)
     return text + "\n"
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file, written aside, synced and renamed."""
-    write_aside(path, _json_text(content), sync=True)
+    """Write a JSON file: sync it under a temporary name, then rename it."""
+    write_atomically(path, _json_text(content), sync=True)

@@ -1,6 +1,6 @@
-"""What a format finds again in a checkpoint: the way back from `linear_tensors`, from headers alone.
+"""The quantized Linears of a checkpoint on disk: the results of `Format.read_linears`, and helpers for it.
 
-A reader names every fault it finds and goes on, since one caller stops at the first and another lists them all.
+`read_linears` collects the faults of all Linears, because some callers stop at the first fault and others list all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Parts = dict[str, TensorInfo]
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """A quantized Linear as it lies on disk: its content on demand, and its tensors by the end of their names."""
+    """A quantized Linear on disk. parts: its tensors by the part of their names after the Linear's name."""
 
     linear: OutLinear
     parts: Parts
@@ -30,7 +30,7 @@ class StoredLinear:
 
 @dataclass(frozen=True)
 class PartFault:
-    """What is wrong with the tensors of one Linear, by its checkpoint name."""
+    """A fault in the tensors of one Linear. linear: its checkpoint name."""
 
     linear: str
     message: str
@@ -38,16 +38,16 @@ class PartFault:
 
 @dataclass(frozen=True)
 class StoredLinears:
-    """Every whole quantized Linear by name, and what is wrong with the others."""
+    """The complete quantized Linears by name, and the faults of the other quantized Linears."""
 
     linears: dict[str, StoredLinear]
     faults: tuple[PartFault, ...]
 
 
 def group_parts(tensors: Mapping[str, TensorInfo], endings: tuple[str, ...]) -> dict[str, Parts]:
-    """Tensors called `<linear>.<ending>`, by Linear and ending, in the order of the Linears' first tensors.
+    """Group the tensors named `<linear>.<ending>` by Linear and ending, in the order of each Linear's first tensor.
 
-    An ending may have a dot in it (`weight.absmax`).
+    An ending may contain a dot (`weight.absmax`).
     """
     grouped: dict[str, Parts] = {}
     for name, info in tensors.items():
@@ -58,13 +58,16 @@ def group_parts(tensors: Mapping[str, TensorInfo], endings: tuple[str, ...]) -> 
 
 
 def describe_missing_parts(parts: Parts, required: tuple[str, ...]) -> str:
-    """`weight_scale is missing`, or an empty string."""
+    """For example `weight_scale is missing`; an empty string if no part is missing."""
     missing = [ending for ending in required if ending not in parts]
     return f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing" if missing else ""
 
 
 def describe_wrong_part(parts: Parts, expected: Mapping[str, tuple[tuple[str, ...], tuple[int, ...]]]) -> str:
-    """The first part whose dtype or shape is not an expected one; an empty string if all are."""
+    """Describe the first part with an unexpected dtype or shape; an empty string if there is none.
+
+    expected: the allowed dtypes and the shape of each part, by ending.
+    """
     for ending, (dtypes, shape) in expected.items():
         info = parts[ending]
         if info.dtype not in dtypes:

@@ -1,17 +1,17 @@
-"""Model types: the names, shapes and library classes of each supported model.
+"""Model types: tensor names, shapes and transformers classes of each supported model.
 
-A model type is one ModelSpec (data) with a module of functions, and one line in registry.py's table. spec.py and
-inputs.py define the interfaces. transformers is imported here only, inside functions.
+A model type is one ModelSpec (data), a module of functions, and one line in the table of registry.py. spec.py,
+inputs.py and running.py define the interfaces. Only this package imports transformers, inside functions.
 May import: storage, files, errors.
-Left out on purpose: quantization. A ModelSpec names the Linears; recipes decide what happens to them.
+Not here: quantization. A ModelSpec names the Linears; the recipe decides how to quantize them.
 """
 
 from __future__ import annotations
 
 from .inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
-from .registry import MODEL_TYPES, derive_model_type, named_model_type
-from .running import RunnableModel, Running, Speaking, SpeakingModel
-from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, renamed
+from .registry import MODEL_TYPES, derive_model_type, find_model_type
+from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport
+from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, apply_renaming
 
 __all__ = [
     "MODALITIES",
@@ -22,14 +22,14 @@ __all__ = [
     "MediaLimits",
     "MediaProcessor",
     "ModelInputs",
+    "ModelRunner",
     "ModelSpec",
     "Part",
     "Renaming",
     "RunnableModel",
-    "Running",
-    "Speaking",
     "SpeakingModel",
+    "SpeechSupport",
+    "apply_renaming",
     "derive_model_type",
-    "named_model_type",
-    "renamed",
+    "find_model_type",
 ]

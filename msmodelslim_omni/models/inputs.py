@@ -1,4 +1,4 @@
-"""One sample on its way to the first decoder layer: its modalities, its tensors, and what makes them."""
+"""Interfaces for one sample: media limits, model inputs, and inputs of the first decoder layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODALITIES = ("text", "image", "audio", "video")
 
 @dataclass(frozen=True)
 class MediaLimits:
-    """Bounds on what one sample may bring."""
+    """Limits for one sample: tokens, pixels per picture or frame (None: no limit), frames per second of video."""
 
     max_tokens: int
     max_pixels: int | None
@@ -22,10 +22,10 @@ class MediaLimits:
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One sample as the model's forward takes it. `modality`: int8 [tokens], an index into MODALITIES.
+    """Arguments of the model's forward for one sample. modality: int8 [tokens], indices into MODALITIES.
 
-    answer: the positions [first, end) of the last assistant turn's tokens, the token that ends it included; None for a
-    sample without one, or with media in it.
+    answer: token positions [first, end) of the last assistant turn, including the token that ends the turn. None if
+    the sample has no such turn, or if the turn contains media.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -36,17 +36,19 @@ class ModelInputs:
 
 @dataclass(frozen=True)
 class LayerInput:
-    """What reaches a decoder layer for one sample: hidden float32 [1, tokens, hidden] and the other arguments."""
+    """Input of a decoder layer for one sample: hidden states, float32 [1, tokens, hidden], and the other arguments."""
 
     hidden: torch.Tensor
     arguments: dict[str, Any]
 
 
 class Stem(Protocol):
-    """Everything before the first decoder layer: embedding, towers, merging, positions and masks."""
+    """The part of the model before the first decoder layer: embedding, towers, merging, positions and masks."""
 
     def layer_input(self, inputs: ModelInputs) -> LayerInput: ...
 
 
 class MediaProcessor(Protocol):
+    """Converts the messages of a sample to model inputs."""
+
     def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs: ...

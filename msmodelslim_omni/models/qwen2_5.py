@@ -1,7 +1,7 @@
-"""What Qwen2.5-Omni and Qwen2.5-VL have in common: the decoder layer, and the way from media to the first of them.
+"""Code shared by Qwen2.5-Omni and Qwen2.5-VL: the decoder layer, and the model up to the first decoder layer.
 
-The library has a decoder layer and a tower class of its own for each; their names and shapes are the same. What differs
-(where config.json holds the decoder's block, names on disk, the classes) is handed in by the model's own file.
+transformers has separate decoder layer and tower classes for each model, with equal names and shapes. The differences
+(position of the decoder's block in config.json, checkpoint names, classes) are passed in by the model's own module.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from .torchvision_shim import ensure_torchvision_imports
 if TYPE_CHECKING:
     from ..storage import Checkpoint
 
-# Recipe processors that know the groups of this decoder layer.
+# Recipe processors that support the groups of this decoder layer.
 PROCESSORS = frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq"})
 
-# More than any model has: what a hostile config.json may make us build.
+# Above any real model; limits what a malicious config.json can make this process build.
 _MAX_LAYERS = 1024
+_MAX_SIZE = 2**24 - 1
 
-# What the library's classes gave for the content of a config.json, by the names of the modules.
-_MOST_BUILT = 8
-_built_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+# Cache: content of config.json -> tensor shapes by module name, as built by transformers.
+_MAX_CACHED_CONFIGS = 8
+_cached_shapes: dict[str, dict[str, tuple[int, ...]]] = {}
 
-DiskName = Callable[[str], str]  # a module's tensor -> its name on disk
+DiskName = Callable[[str], str]  # name in the module's state dict -> name in the checkpoint
 
 
 # --- shapes --------------------------------------------------------------------------------------------------
@@ -42,37 +43,39 @@ DiskName = Callable[[str], str]  # a module's tensor -> its name on disk
 
 @dataclass(frozen=True)
 class TextBlock:
-    """The decoder's block of a config.json. place: what stands before its keys in messages, with the dot."""
+    """The decoder's block of config.json. prefix: path of the block with a trailing dot, for error messages."""
 
     values: dict[str, Any]
-    place: str
+    prefix: str
 
     def size(self, key: str) -> int:
         value = self.values.get(key)
-        if type(value) is not int or not 0 < value < 2**24:
-            raise QuantError(f"config.json: {self.place}{key} is {value!r}, not a size")
+        if type(value) is not int or not 0 < value <= _MAX_SIZE:
+            raise QuantError(f"config.json: {self.prefix}{key} is {value!r}; expected an integer from 1 to {_MAX_SIZE}")
         return value
 
 
 def num_layers(text: TextBlock) -> int:
     count = text.size("num_hidden_layers")
     if count > _MAX_LAYERS:
-        raise QuantError(f"config.json: num_hidden_layers is {count}; at most {_MAX_LAYERS} are read")
+        raise QuantError(f"config.json: num_hidden_layers is {count}; the limit is {_MAX_LAYERS}")
     return count
 
 
-def published_name(text: TextBlock, shapes: Mapping[tuple[int, int], str]) -> str:
-    """The model of this (hidden size, number of layers), or an empty string."""
+def published_model_type(text: TextBlock, shapes: Mapping[tuple[int, int], str]) -> str:
+    """The published model with this (hidden size, number of layers), or an empty string."""
     return shapes.get((text.size("hidden_size"), text.size("num_hidden_layers")), "")
 
 
 def layer_spec(text: TextBlock) -> LayerSpec:
-    """Groups and shapes of a decoder layer: pre-norm attention with GQA and biases on q, k, v; SwiGLU MLP."""
+    """Groups and shapes of a decoder layer: pre-norm attention with GQA and q, k, v biases; SwiGLU MLP."""
     hidden, inter = text.size("hidden_size"), text.size("intermediate_size")
     heads, kv_heads = text.size("num_attention_heads"), text.size("num_key_value_heads")
     head_dim = text.size("head_dim") if text.values.get("head_dim") is not None else hidden // heads
     if heads % kv_heads:
-        raise QuantError(f"config.json: {heads} attention heads do not share {kv_heads} key-value heads evenly")
+        raise QuantError(
+            f"config.json: num_attention_heads is {heads}, not a multiple of num_key_value_heads, which is {kv_heads}"
+        )
     q, kv = heads * head_dim, kv_heads * head_dim
     groups = (
         LinearGroup(
@@ -109,20 +112,20 @@ def expected_shapes(
     disk_name: DiskName,
     build: Callable[[], Any],
 ) -> dict[str, tuple[int, ...]]:
-    """Every tensor that config.json implies: decoder layers from our table, the rest from the library's class.
+    """Shapes of all tensors that config.json implies: decoder layers from layer_spec, the rest from transformers.
 
-    build: gives the library's whole model with one decoder layer. It takes a second, so one config.json after another
-    of the same content is not built again.
+    build: returns the complete transformers model with one decoder layer. This takes a second, so the shapes are cached
+    by the content of config.json.
     """
     layers, layer_shapes = num_layers(text), layer_spec(text).shapes
     key = json.dumps([layer_prefix, config], sort_keys=True)
-    if key not in _built_shapes:
-        refuse_depth(config)
-        if len(_built_shapes) == _MOST_BUILT:
-            _built_shapes.clear()
-        _built_shapes[key] = _shapes_of(build)
+    if key not in _cached_shapes:
+        check_depth(config)
+        if len(_cached_shapes) == _MAX_CACHED_CONFIGS:
+            _cached_shapes.clear()
+        _cached_shapes[key] = _build_shapes(build)
     first = layer_prefix.format(index=0)
-    shapes = {disk_name(name): shape for name, shape in _built_shapes[key].items()}
+    shapes = {disk_name(name): shape for name, shape in _cached_shapes[key].items()}
     shapes = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
     for index in range(layers):
         prefix = layer_prefix.format(index=index)
@@ -130,40 +133,40 @@ def expected_shapes(
     return shapes
 
 
-def _shapes_of(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
-    """Of a module that is built on the meta device, so that it takes no memory."""
+def _build_shapes(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor shapes of a module, which is built on the meta device and so takes no memory."""
     import torch
 
-    library()
+    load_transformers()
     try:
         with torch.device("meta"):
             module = build()
-    except Exception as error:  # whatever a config.json of another shape makes the library raise
+    except Exception as error:  # an unexpected config.json makes transformers raise exceptions of any type
         raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def refuse_depth(config: Any, key: str = "config") -> None:
-    """Refuse counts of layers, and lists with an entry for each, that would keep the library building for hours."""
+def check_depth(config: Any, key: str = "config") -> None:
+    """Raise QuantError for layer counts or lists above the limit. transformers would build them for hours."""
     if isinstance(config, dict):
         for name, value in config.items():
-            refuse_depth(value, str(name))
+            check_depth(value, str(name))
     elif isinstance(config, list) and len(config) > _MAX_LAYERS:
-        raise QuantError(f"config.json: {key} has {len(config)} entries; at most {_MAX_LAYERS} are read")
+        raise QuantError(f"config.json: {key} has {len(config)} entries; the limit is {_MAX_LAYERS}")
     elif isinstance(config, int) and (key == "depth" or "layers" in key) and config > _MAX_LAYERS:
-        raise QuantError(f"config.json: {key} is {config}; at most {_MAX_LAYERS} are read")
+        raise QuantError(f"config.json: {key} is {config}; the limit is {_MAX_LAYERS}")
 
 
-def changed(block: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A block of config.json with changed keys; None removes a key."""
+def with_changes(block: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a config.json block with changed keys. None removes a key."""
     return {k: v for k, v in {**block, **changes}.items() if v is not None or k not in changes}
 
 
-# --- the library's classes -----------------------------------------------------------------------------------
+# --- transformers classes ------------------------------------------------------------------------------------
 
 
-def library() -> Any:
-    """transformers, imported on first need."""
+def load_transformers() -> Any:
+    """Import transformers on first use and return it."""
     ensure_torchvision_imports()
     import transformers
 
@@ -172,22 +175,22 @@ def library() -> Any:
 
 
 def _import_generation() -> None:
-    """Import transformers' generation without scikit-learn, which costs each run seconds.
+    """Import the generation code of transformers without scikit-learn, whose import takes seconds.
 
-    transformers 4 takes one function of it, wherever it is installed, for a kind of generation that is not used here;
-    transformers 5 takes it when it is called. So does what we put in its place.
+    If scikit-learn is installed, transformers 4 imports roc_curve from it for a kind of generation that is not used
+    here. Like transformers 5, the replacement imports roc_curve only when it is called.
     """
     name = "transformers.generation.candidate_generator"
     utils: Any = importlib.import_module("transformers.utils")
     if name in sys.modules or version("transformers").split(".")[0] != "4":
         return
-    asked = utils.is_sklearn_available
+    original = utils.is_sklearn_available
     utils.is_sklearn_available = lambda: False
     try:
         module: Any = importlib.import_module(name)
     finally:
-        utils.is_sklearn_available = asked
-    module.is_sklearn_available, module.roc_curve = asked, _roc_curve
+        utils.is_sklearn_available = original
+    module.is_sklearn_available, module.roc_curve = original, _roc_curve
 
 
 def _roc_curve(*arguments: Any, **named: Any) -> Any:
@@ -196,7 +199,7 @@ def _roc_curve(*arguments: Any, **named: Any) -> Any:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules built inside have parameters without memory, but real buffers (rotary frequencies and the like)."""
+    """Modules built in this context have meta parameters but real buffers, e.g. rotary frequencies."""
     import torch
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -210,19 +213,19 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def with_weights(build: Callable[[], Any], weights: dict[str, Any]) -> Any:
-    """The module that `build` gives, holding these weights (all of its own, by name), in evaluation mode."""
+def build_with_weights(build: Callable[[], Any], weights: dict[str, Any]) -> Any:
+    """Build a module, load its weights (all of them, by name) and return it in evaluation mode."""
     with parameters_on_meta():
         module = build()
     module.load_state_dict(weights, strict=True, assign=True)
     return module.eval()
 
 
-# --- up to the first decoder layer ---------------------------------------------------------------------------
+# --- stem ----------------------------------------------------------------------------------------------------
 
 
 class _ReachedLayers(Exception):
-    """Carries what the first decoder layer was called with out of the library's forward."""
+    """Leaves the model's forward at the first decoder layer, carrying the arguments of that layer."""
 
     def __init__(self, hidden: Any, arguments: dict[str, Any]) -> None:
         super().__init__()
@@ -230,15 +233,15 @@ class _ReachedLayers(Exception):
 
 
 class DecoderStem:
-    """The model up to its first decoder layer, run by the library's own forward.
+    """The model up to its first decoder layer, run by the forward of transformers.
 
-    Towers compute in float32, their Linears held as they are stored, up to `held_bytes` of them: the others, and
-    embedding rows, are read from disk whenever they are needed. Instead of decoder layers there is one module that
-    raises what reaches it, so embedding, merging, 3-D positions and masks are the library's for every mix of
-    modalities.
+    Towers compute in float32. Their Linears are kept in memory in the stored dtype, up to `held_bytes`; the remaining
+    Linears and the embedding rows are re-read from disk on each use. One module that captures its arguments and stops
+    the forward replaces the decoder layers. Embedding, merging, 3-D positions and masks are therefore those of
+    transformers for every mix of modalities.
 
-    build: gives the library's class, in float32, with one decoder layer. towers: what the names on disk of the towers'
-    tensors begin with. embedding: its weight on disk.
+    build: returns the transformers model in float32 with one decoder layer. towers: prefixes of the towers' checkpoint
+    names. embedding: checkpoint name of the embedding weight.
     """
 
     def __init__(
@@ -253,13 +256,16 @@ class DecoderStem:
         held_bytes: int,
     ) -> None:
         if text.values.get("use_sliding_window"):
-            raise QuantError("config.json: use_sliding_window is true", "sliding-window attention is not calibrated")
+            raise QuantError(
+                "config.json: use_sliding_window is true",
+                "calibration does not support sliding-window attention",
+            )
         with parameters_on_meta():
             self._module = build()
         self._device = device
         text_model = getattr(self._module.model, "language_model", self._module.model)
-        text_model.layers[0] = _catching_module()
-        text_model.embed_tokens = _rows_from_disk(checkpoint, embedding, device)
+        text_model.layers[0] = _capture_layer()
+        text_model.embed_tokens = _disk_embedding(checkpoint, embedding, device)
         self._load_towers(checkpoint, disk_name, towers, held_bytes)
         for module in self._module.modules():
             for name, buffer in module.named_buffers(recurse=False):
@@ -269,27 +275,27 @@ class DecoderStem:
     def _load_towers(
         self, checkpoint: Checkpoint, disk_name: DiskName, towers: tuple[str, ...], held_bytes: int
     ) -> None:
-        """Parameters in float32, but for the Linears, which are nearly all of them: these stay as stored."""
+        """Load the towers: Linear weights, nearly all bytes, in the stored dtype, other parameters in float32."""
         import torch
 
-        rest = {}
+        other_parameters = {}
         for name in self._module.state_dict():
             disk = disk_name(name)
             if not disk.startswith(towers):
                 continue
-            read = partial(_to_device, checkpoint, disk, self._device)
+            read = partial(_load_to_device, checkpoint, disk, self._device)
             owner, _, attribute = name.rpartition(".")
             module = self._module.get_submodule(owner)
             if not isinstance(module, torch.nn.Linear) or attribute != "weight":
-                rest[name] = read().to(torch.float32)
+                other_parameters[name] = read().to(torch.float32)
                 continue
             parent, _, child = owner.rpartition(".")
             held_bytes -= checkpoint.tensors[disk].nbytes
-            linear = _stored_linear()(read() if held_bytes >= 0 else read, module.bias)
+            linear = _stored_linear_class()(read() if held_bytes >= 0 else read, module.bias)
             setattr(self._module.get_submodule(parent), child, linear)
-        unknown = self._module.load_state_dict(rest, strict=False, assign=True).unexpected_keys
+        unknown = self._module.load_state_dict(other_parameters, strict=False, assign=True).unexpected_keys
         if unknown:
-            raise RuntimeError(f"the towers did not take {unknown[:5]}")
+            raise RuntimeError(f"the towers have no parameters named {unknown[:5]}")
 
     def layer_input(self, inputs: ModelInputs) -> LayerInput:
         import torch
@@ -300,48 +306,48 @@ class DecoderStem:
                 self._module(**tensors, **self.options(inputs), use_cache=False)
         except _ReachedLayers as reached:
             return LayerInput(reached.hidden, reached.arguments)
-        except (ValueError, IndexError) as error:  # tokens and features that do not match
-            raise QuantError(f"the model refused the sample: {error}") from error
-        raise RuntimeError("the model's forward never reached its decoder layers")
+        except (ValueError, IndexError) as error:  # e.g. the numbers of placeholder tokens and features differ
+            raise QuantError(f"the model rejected the sample: {error}") from error
+        raise RuntimeError("the model's forward did not call its decoder layers")
 
     def options(self, inputs: ModelInputs) -> dict[str, Any]:
-        """Arguments of the forward besides the sample's tensors."""
+        """Extra arguments of the forward, in addition to the sample's tensors."""
         return {}
 
 
-def _catching_module() -> Any:
+def _capture_layer() -> Any:
     import torch
 
-    class CatchingLayer(torch.nn.Module):
+    class CaptureLayer(torch.nn.Module):
         attention_type = "full_attention"
 
         def forward(self, hidden_states: Any, **arguments: Any) -> None:
-            kept = {
+            tensor_arguments = {
                 name: value
                 for name, value in arguments.items()
                 if isinstance(value, torch.Tensor)
                 or (isinstance(value, tuple) and all(isinstance(v, torch.Tensor) for v in value))
             }
-            raise _ReachedLayers(hidden_states, kept)
+            raise _ReachedLayers(hidden_states, tensor_arguments)
 
-    return CatchingLayer()
+    return CaptureLayer()
 
 
-def _to_device(checkpoint: Checkpoint, name: str, device: Any) -> Any:
+def _load_to_device(checkpoint: Checkpoint, name: str, device: Any) -> Any:
     return checkpoint.load_finite(name).to(device)
 
 
 @cache
-def _stored_linear() -> Any:
+def _stored_linear_class() -> Any:
     import torch
 
     class StoredLinear(torch.nn.Module):
-        """A Linear whose weight keeps its stored dtype, or is read from disk, and is widened for each product."""
+        """A Linear whose weight stays in the stored dtype or on disk, and is cast to float32 for each product."""
 
         def __init__(self, weight: torch.Tensor | Callable[[], torch.Tensor], bias: torch.nn.Parameter | None) -> None:
             super().__init__()
             self._weight = weight
-            self.bias = bias  # None, or still on meta: it is loaded with the rest
+            self.bias = bias  # None, or on meta until _load_towers loads it
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             weight = self._weight() if callable(self._weight) else self._weight
@@ -350,13 +356,13 @@ def _stored_linear() -> Any:
     return StoredLinear
 
 
-def _rows_from_disk(checkpoint: Checkpoint, name: str, device: Any) -> Any:
+def _disk_embedding(checkpoint: Checkpoint, name: str, device: Any) -> Any:
     import torch
 
-    class RowsFromDisk(torch.nn.Module):
+    class DiskEmbedding(torch.nn.Module):
         def forward(self, ids: Any) -> Any:
             unique, inverse = torch.unique(ids.cpu(), return_inverse=True)
             rows = checkpoint.load_rows(name, unique.tolist()).to(device=device, dtype=torch.float32)
             return rows[inverse.to(device)]
 
-    return RowsFromDisk()
+    return DiskEmbedding()

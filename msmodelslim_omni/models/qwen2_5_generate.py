@@ -1,4 +1,4 @@
-"""What answers in text have in common: a greedy generate, its tokens and its text as it comes."""
+"""Greedy text generation shared by all models: options, streaming, tokens of the answer."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from typing import Any
 from ..errors import QuantError
 from ..storage import load_json_object
 from .inputs import ModelInputs
-from .qwen2_5 import library, parameters_on_meta, refuse_depth
+from .qwen2_5 import check_depth, load_transformers, parameters_on_meta
 
 
 def build_model(config: dict[str, Any], build: Callable[[], Any]) -> Any:
-    """The library's whole model in evaluation mode, its parameters without memory."""
-    refuse_depth(config)
-    library()
+    """Build the complete transformers model in evaluation mode, with its parameters on meta."""
+    check_depth(config)
+    load_transformers()
     try:
         with parameters_on_meta():
             return build().eval()
-    except Exception as error:  # whatever a config.json of another shape makes the library raise
+    except Exception as error:  # an unexpected config.json makes transformers raise exceptions of any type
         raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
 
 
 def open_tokenizer(path: Path) -> Any:
     try:
-        return library().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except Exception as error:  # what the libraries raise over damaged files has no common class
+        return load_transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as error:  # damaged files make the libraries raise exceptions of any type
         raise QuantError(f"{path}: the tokenizer cannot be loaded: {error}") from error
 
 
-def greedy(tokenizer: Any, path: Path) -> dict[str, Any]:
-    """Arguments of generate: no sampling, and what ends an answer."""
+def greedy_options(tokenizer: Any, path: Path) -> dict[str, Any]:
+    """Arguments of generate for greedy decoding: no sampling, and the tokens that end an answer."""
     file = path / "generation_config.json"
-    said = load_json_object(file).get("eos_token_id") if file.is_file() else None
-    ends = tokenizer.eos_token_id if said is None else said
-    return {"do_sample": False, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    configured = load_json_object(file).get("eos_token_id") if file.is_file() else None
+    eos = tokenizer.eos_token_id if configured is None else configured
+    return {"do_sample": False, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
 
 
 def text_streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
@@ -56,19 +56,20 @@ def answer_tokens(
     on_text: Callable[[str], None],
     options: dict[str, Any],
 ) -> list[int]:
-    """Greedy tokens of the answer of a model of the library. options: more arguments of its generate."""
+    """Generate greedily with a transformers model and return the answer's tokens. options: extra generate arguments."""
     tokenizer = open_tokenizer(path)
     sequences = model.generate(
         **inputs.tensors,
         **options,
         max_new_tokens=max_new_tokens,
-        **greedy(tokenizer, path),
+        **greedy_options(tokenizer, path),
         streamer=text_streamer(tokenizer, on_text),
     )
     return new_tokens(sequences, inputs)
 
 
 def new_tokens(sequences: Any, inputs: ModelInputs) -> list[int]:
+    """The tokens that generate added to the prompt."""
     ids = getattr(sequences, "sequences", sequences)[0]
-    new: list[int] = ids[inputs.tensors["input_ids"].shape[1] :].tolist()
-    return new
+    added: list[int] = ids[inputs.tensors["input_ids"].shape[1] :].tolist()
+    return added

@@ -1,7 +1,7 @@
-"""Media of Qwen2.5: messages with decoded pictures and clips -> the model's inputs, answers told apart from prompts.
+"""Media of Qwen2.5: converts messages with decoded pictures and clips to model inputs, and locates the answer.
 
-By the library's own processor and qwen_omni_utils; the one place that knows how size limits must be handed to each
-version of them. What a processor takes besides pictures and frames is its model's own.
+Uses the processor of transformers and qwen_omni_utils. Only this module knows how each of their versions takes size
+limits. Processor arguments other than pictures and frames are defined in the model's own module.
 """
 
 from __future__ import annotations
@@ -11,59 +11,59 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..files import within_seconds
+from ..files import call_with_timeout
 from .inputs import MODALITIES, MediaLimits, ModelInputs
-from .qwen2_5 import library
+from .qwen2_5 import load_transformers
 
 Messages = list[dict[str, Any]]
 
-_TEMPLATE_SECONDS = 30  # a program of the checkpoint's, in a sandbox that bounds each loop but not loops in loops
+_TEMPLATE_SECONDS = 30  # the template is code of the checkpoint; its sandbox limits each loop, but not nested loops
 
-# Pixels below which the library enlarges a video frame.
+# qwen_omni_utils enlarges video frames that have fewer pixels.
 _SMALLEST_FRAME = 128 * 28 * 28
 
 
 def open_processor(class_name: str, path: Path, trust_remote_code: bool) -> Any:
-    """The library's processor. Raises QuantError where a checkpoint lacks its files, or they are damaged."""
+    """Load the transformers processor. Raises QuantError if its files are missing or damaged."""
     try:
-        return getattr(library(), class_name).from_pretrained(
+        return getattr(load_transformers(), class_name).from_pretrained(
             str(path), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # what the libraries raise over damaged files has no common class
+    except Exception as error:  # damaged files make the libraries raise exceptions of any type
         raise QuantError(
             f"{path}: the processor (tokenizer, preprocessor_config.json, chat template) cannot be loaded: {error}",
-            "fetch the checkpoint's other files too; a data-free recipe (`_minmax`) does without them",
+            "download the checkpoint's other files too, or use a data-free recipe (`_minmax`)",
         ) from error
 
 
 class VisionProcessor:
-    """Messages with pictures and clips -> the model's inputs, by the real processor and qwen_omni_utils."""
+    """Converts messages with pictures and clips to model inputs, with transformers' processor and qwen_omni_utils."""
 
     def __init__(self, processor: Any, limits: MediaLimits) -> None:
         self._processor = processor
         self._limits = limits
 
-    # --- what a model has of its own ---
+    # --- specific to the model ---
 
     def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
-        """Keyword arguments of the processor besides text, pictures and frames. fps: of each clip, as it was sampled.
+        """Keyword arguments of the processor, except text, pictures and frames. fps: sampling rate of each clip.
 
-        A fresh dict each time: the processor empties what it is given.
+        Must return a new dict on each call, because the processor removes its entries.
         """
         raise NotImplementedError
 
     def placeholders(self) -> dict[str, str]:
-        """The token that stands for one feature of each medium."""
+        """The placeholder token of one feature, by modality."""
         return {"image": self._processor.image_token, "video": self._processor.video_token}
 
-    # --- what all have in common ---
+    # --- shared by all models ---
 
     def prepare(self, messages: Messages, use_audio_in_video: bool) -> ModelInputs:
-        """One sample. Video parts hold a path, audio parts float32 arrays at 16 kHz."""
+        """Convert one sample. Video parts hold a path, audio parts a float32 array at 16 kHz."""
         import torch
         from qwen_omni_utils import process_vision_info
 
-        prompt, answer, closing = self._rendered(messages)
+        prompt, answer, closing = self._render(messages)
         visual_messages = [self._with_visual_limits(message) for message in messages]
         images, videos, video_options = process_vision_info(visual_messages, return_video_kwargs=True)
         encoded = self._processor(
@@ -83,57 +83,57 @@ class VisionProcessor:
         if len(ids) > self._limits.max_tokens:
             raise QuantError(
                 f"the sample has {len(ids)} tokens, more than max_tokens {self._limits.max_tokens}",
-                "shorten it, lower max_pixels or video_fps, or raise max_tokens",
+                "shorten the sample, lower max_pixels or video_fps, or raise max_tokens",
             )
         return ModelInputs(tensors, use_audio_in_video, self._modality(ids), span)
 
-    def _rendered(self, messages: list[dict[str, Any]]) -> tuple[str, str, str]:
-        """The prompt as text, the answer that the last turn may hold, and what closes that turn.
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, str, str]:
+        """Render the chat template. Returns the prompt, the answer in the last turn, and the text that ends that turn.
 
-        The two are told apart where the whole conversation is the prompt to generate from, the answer's text and an
-        end; else all is prompt.
+        The answer is separated only if the rendered conversation equals generation prompt + answer + closing text.
+        Otherwise all text is returned as the prompt.
         """
 
-        def rendered(turns: list[dict[str, Any]], to_answer: bool) -> str:
-            call = partial(self._processor.apply_chat_template, turns, add_generation_prompt=to_answer, tokenize=False)
+        def render(turns: list[dict[str, Any]], add_prompt: bool) -> str:
+            call = partial(self._processor.apply_chat_template, turns, add_generation_prompt=add_prompt, tokenize=False)
             try:
-                text: str = within_seconds(call, _TEMPLATE_SECONDS)
+                text: str = call_with_timeout(call, _TEMPLATE_SECONDS)
             except TimeoutError as error:
                 raise QuantError(
                     f"the checkpoint's chat template takes more than {_TEMPLATE_SECONDS} s",
-                    "fetch chat_template.json again",
+                    "download chat_template.json again",
                 ) from error
             return text
 
         if messages[-1]["role"] != "assistant":
-            return rendered(messages, True), "", ""
-        whole, prompt = rendered(messages, False), rendered(messages[:-1], True)
-        answer = _text_alone(messages[-1]["content"])
-        closing = whole.removeprefix(prompt + answer)
-        if not answer or closing in ("", whole):
-            return whole, "", ""
+            return render(messages, True), "", ""
+        conversation, prompt = render(messages, False), render(messages[:-1], True)
+        answer = _text_only(messages[-1]["content"])
+        closing = conversation.removeprefix(prompt + answer)
+        if not answer or closing in ("", conversation):
+            return conversation, "", ""
         return prompt, answer, closing
 
     def _append_answer(self, tensors: dict[str, Any], answer: str, closing: str) -> tuple[int, int] | None:
-        """Add the answer's tokens to those of its prompt; returns where they stand, with the one that ends the turn.
+        """Append the answer's tokens to the prompt. Returns their positions, including the token that ends the turn.
 
-        Apart, as generation makes them: tokens of the whole text may span the border where an answer begins with a
-        line break.
+        The answer is tokenized separately, as in generation: in the complete text, a token may span the end of the
+        prompt and an answer that starts with a line break.
         """
         import torch
 
         if not answer:
             return None
-        said, closed = (
+        answer_ids, closing_ids = (
             self._processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (answer, closing)
         )
         first = tensors["input_ids"].shape[1]
-        more = torch.tensor([[*said, *closed]], dtype=tensors["input_ids"].dtype)
-        tensors["input_ids"] = torch.cat([tensors["input_ids"], more], dim=1)
-        tensors["attention_mask"] = torch.cat([tensors["attention_mask"], torch.ones_like(more)], dim=1)
+        added = torch.tensor([[*answer_ids, *closing_ids]], dtype=tensors["input_ids"].dtype)
+        tensors["input_ids"] = torch.cat([tensors["input_ids"], added], dim=1)
+        tensors["attention_mask"] = torch.cat([tensors["attention_mask"], torch.ones_like(added)], dim=1)
         if (types := tensors.get("mm_token_type_ids")) is not None:  # transformers 5: 0 is text
-            tensors["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(more, dtype=types.dtype)], dim=1)
-        return first, first + len(said) + 1
+            tensors["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(added, dtype=types.dtype)], dim=1)
+        return first, first + len(answer_ids) + 1
 
     def _with_visual_limits(self, message: dict[str, Any]) -> dict[str, Any]:
         if isinstance(message["content"], str):
@@ -148,11 +148,11 @@ class VisionProcessor:
         return {**message, "content": parts}
 
     def pixel_limits(self, *names: str) -> dict[str, int]:
-        """The asked for bounds under the names the caller's library uses: (smallest,) largest; {} without a limit."""
+        """Pixel limits under the given names, (smallest,) largest; {} if there is no limit."""
         largest = self._limits.max_pixels
         if largest is None:
             return {}
-        # Half at most: equal bounds leave no multiple of the patch size between them, and the library exceeds both.
+        # At most half: between equal bounds there may be no multiple of the patch size, and the result exceeds both.
         bounds = (min(_SMALLEST_FRAME, largest // 2), largest)
         return dict(zip(names, bounds[-len(names) :], strict=True))
 
@@ -165,7 +165,7 @@ class VisionProcessor:
         return modality
 
 
-def _text_alone(content: Any) -> str:
-    """The text of a turn; empty where the turn has media."""
+def _text_only(content: Any) -> str:
+    """The text of a turn; empty if the turn contains media."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else ""

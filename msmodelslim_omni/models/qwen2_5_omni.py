@@ -1,7 +1,7 @@
-"""Qwen2.5-Omni 3B and 7B: names, shapes, and the library's own classes for layers, towers and media.
+"""Qwen2.5-Omni 3B and 7B: names, shapes, and the transformers classes for layers, towers and media.
 
-The one place that meets the module tree of the installed transformers (4.57 and 5.x differ; the names on disk do
-not). Quantized are the Linears of the thinker's decoder layers; towers, talker and token2wav stay as they are.
+The module trees of transformers 4.57 and 5.x differ; checkpoint names do not. Only the Linears of the thinker's decoder
+layers are quantized. Towers, talker and token2wav stay unchanged.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .inputs import ModelInputs
 from .qwen2_5 import (
     DecoderStem,
     TextBlock,
-    changed,
-    library,
-    with_weights,
+    build_with_weights,
+    load_transformers,
+    with_changes,
 )
 from .qwen2_5_omni_media import open_media_processor
 from .qwen2_5_omni_names import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["model_spec", "open_media_processor"]
 
-# The wording the models were trained with; any other makes the talker's voice unreliable.
+# The system prompt used in training. With another one the talker's voice is unreliable.
 SYSTEM = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
     "visual inputs, as well as generating text and speech."
@@ -47,7 +47,7 @@ SYSTEM = (
 # (hidden, layers) of the published models.
 _PUBLISHED_SHAPES = {(3584, 28): "Qwen2.5-Omni-7B", (2048, 36): "Qwen2.5-Omni-3B"}
 
-# A buffer that transformers 4 saves and transformers 5 does not.
+# This buffer is saved by transformers 4 only.
 _OPTIONAL_TENSORS = frozenset({"token2wav.code2wav_dit_model.rotary_embed.inv_freq"})
 
 
@@ -68,8 +68,8 @@ def model_spec(model_type: str) -> ModelSpec:
         norm="thinker.model.norm.weight",
         head="thinker.lm_head.weight",
         family=cast(ModelFamily, sys.modules[__name__]),
-        running=qwen2_5_omni_generate,
-        speaking=qwen2_5_omni_generate,
+        runner=qwen2_5_omni_generate,
+        speech_support=qwen2_5_omni_generate,
     )
 
 
@@ -82,7 +82,7 @@ def _text(config: dict[str, Any]) -> TextBlock:
     except (KeyError, TypeError, ValueError) as error:
         raise QuantError(
             "config.json has no thinker_config.text_config",
-            "give the whole Qwen2.5-Omni, not its thinker alone",
+            "give the complete Qwen2.5-Omni checkpoint, not only its thinker",
         ) from error
 
 
@@ -94,8 +94,8 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return qwen2_5.layer_spec(_text(config))
 
 
-def shape_name(config: dict[str, Any]) -> str:
-    return qwen2_5.published_name(_text(config), _PUBLISHED_SHAPES)
+def published_model_type(config: dict[str, Any]) -> str:
+    return qwen2_5.published_model_type(_text(config), _PUBLISHED_SHAPES)
 
 
 def tied_tensors(config: dict[str, Any]) -> dict[str, str]:
@@ -104,45 +104,45 @@ def tied_tensors(config: dict[str, Any]) -> dict[str, str]:
 
 def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     def build() -> Any:
-        one_layer = library().Qwen2_5OmniConfig.from_dict(_one_layer(config))
-        return library().Qwen2_5OmniForConditionalGeneration(one_layer)
+        one_layer = load_transformers().Qwen2_5OmniConfig.from_dict(_one_layer(config))
+        return load_transformers().Qwen2_5OmniForConditionalGeneration(one_layer)
 
     return qwen2_5.expected_shapes(config, _text(config), LAYER_PREFIX, disk_name, build), _OPTIONAL_TENSORS
 
 
 def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy of config.json with one decoder layer; a deep one, since transformers 5 writes into what it is given."""
+    """A deep copy of config.json with one decoder layer. transformers 5 modifies the dict that it gets."""
     copied = copy.deepcopy(config)
     changes = {"num_hidden_layers": 1, "layer_types": None}
-    copied["thinker_config"]["text_config"] = changed(_text(copied).values, changes)
+    copied["thinker_config"]["text_config"] = with_changes(_text(copied).values, changes)
     return copied
 
 
-# --- the library's classes -----------------------------------------------------------------------------------
+# --- transformers classes ------------------------------------------------------------------------------------
 
 
 def _thinker_config(config: dict[str, Any]) -> Any:
-    built = library().Qwen2_5OmniThinkerConfig.from_dict(copy.deepcopy(config["thinker_config"]))
+    built = load_transformers().Qwen2_5OmniThinkerConfig.from_dict(copy.deepcopy(config["thinker_config"]))
     for part in (built, built.text_config, built.vision_config, built.audio_config):
         part._attn_implementation = "sdpa"
     return built
 
 
 def _layer(config: dict[str, Any], index: int) -> Any:
-    library()
+    load_transformers()
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniDecoderLayer
 
     return Qwen2_5OmniDecoderLayer(_thinker_config(config).text_config, index)
 
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:
-    """The library's decoder layer `index` holding these weights (relative names, float32), in evaluation mode."""
-    return with_weights(lambda: _layer(config, index), weights)
+    """The transformers decoder layer `index` with these weights (relative names, float32), in evaluation mode."""
+    return build_with_weights(lambda: _layer(config, index), weights)
 
 
 def build_norm(config: dict[str, Any], weight: Any) -> Any:
-    """The library's RMSNorm behind the last decoder layer, which is the one within them."""
-    return with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
+    """The transformers RMSNorm after the last decoder layer. Its class is that of the norms inside the layers."""
+    return build_with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
 
 
 def open_stem(checkpoint: Checkpoint, device: Any, held_bytes: int) -> OmniStem:
@@ -156,15 +156,15 @@ class OmniStem(DecoderStem):
         import torch
 
         def build() -> Any:
-            return library().Qwen2_5OmniThinkerForConditionalGeneration._from_config(
+            return load_transformers().Qwen2_5OmniThinkerForConditionalGeneration._from_config(
                 _thinker_config(_one_layer(checkpoint.config)), dtype=torch.float32
             )
 
-        def named(module_name: str) -> str:
+        def thinker_disk_name(module_name: str) -> str:
             return disk_name("thinker." + module_name)
 
         text = _text(checkpoint.config)
-        super().__init__(checkpoint, device, text, build, named, TOWERS, EMBEDDING, held_bytes)
+        super().__init__(checkpoint, device, text, build, thinker_disk_name, TOWERS, EMBEDDING, held_bytes)
 
     def options(self, inputs: ModelInputs) -> dict[str, Any]:
         return {"use_audio_in_video": inputs.use_audio_in_video}

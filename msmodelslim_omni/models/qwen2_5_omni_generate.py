@@ -1,6 +1,6 @@
-"""Qwen2.5-Omni as a whole: the library's model without memory for its weights, and its answers in text and speech.
+"""The complete Qwen2.5-Omni: builds the transformers model on meta, and generates answers in text and speech.
 
-The text is greedy. The talker samples, as the library has it, from a fixed seed.
+Text is decoded greedily. The talker samples with the defaults of transformers and a fixed seed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 from ..errors import QuantError
 from .inputs import ModelInputs
-from .qwen2_5 import library
+from .qwen2_5 import load_transformers
 from .qwen2_5_generate import (
     answer_tokens,
     build_model,
-    greedy,
+    greedy_options,
     new_tokens,
     open_tokenizer,
     text_streamer,
@@ -26,13 +26,13 @@ from .qwen2_5_omni_names import disk_name
 FLOAT32_PREFIXES: tuple[str, ...] = ("token2wav.",)
 SPEECH_RATE = 24_000
 
-# The talker makes 50 codes a second; a token of text is seldom spoken for longer than half of one.
+# The talker generates 50 codes per second. A text token rarely takes more than half a second of speech.
 _CODES_PER_TOKEN = 24
-_MOST_CODES = 4096
+_MAX_CODES = 4096
 _SEED = 0
 
 
-def speaks(config: dict[str, Any]) -> bool:
+def has_speech(config: dict[str, Any]) -> bool:
     return config.get("enable_audio_output", True) is True
 
 
@@ -47,27 +47,27 @@ def speakers(path: Path) -> list[str]:
 
 
 class _SpeakerHolder:
-    """What the library's load_speakers wants of a model."""
+    """Stands in for the model in transformers' load_speakers, which only fills speaker_map."""
 
     def __init__(self) -> None:
         self.speaker_map: dict[str, Any] = {}
 
 
 def _load_speakers(model: Any, path: Path) -> None:
-    """By the library's own reader, which loads tensors and plain values only."""
+    """Load spk_dict.pt with the reader of transformers, which accepts tensors and plain values only."""
     file = path / "spk_dict.pt"
     if not file.is_file():
-        raise QuantError(f"{path} holds no spk_dict.pt, the voices", "copy it from the float checkpoint")
+        raise QuantError(f"{path} has no spk_dict.pt, the file with the voices", "copy it from the float checkpoint")
     try:
-        library().Qwen2_5OmniForConditionalGeneration.load_speakers(model, str(file))
-        known = model.speaker_map.values()
-        whole = bool(known) and all(
-            isinstance(voice, dict) and {"bos_token", "cond", "ref_mel"} <= set(voice) for voice in known
+        load_transformers().Qwen2_5OmniForConditionalGeneration.load_speakers(model, str(file))
+        voices = model.speaker_map.values()
+        is_valid = bool(voices) and all(
+            isinstance(voice, dict) and {"bos_token", "cond", "ref_mel"} <= set(voice) for voice in voices
         )
-    except Exception as error:  # a pickle of whatever content, read by torch's safe loader
+    except Exception as error:  # an arbitrary pickle makes torch's safe loader raise exceptions of any type
         raise QuantError(f"{file}: cannot be read: {error}", "copy it from the float checkpoint") from error
-    if not whole:
-        raise QuantError(f"{file}: does not hold voices of bos_token, cond and ref_mel")
+    if not is_valid:
+        raise QuantError(f"{file}: has no voices with bos_token, cond and ref_mel", "copy it from the float checkpoint")
 
 
 def open_model(config: dict[str, Any], speech: bool) -> OmniModel:
@@ -78,16 +78,16 @@ class OmniModel:
     """See running.SpeakingModel."""
 
     def __init__(self, config: dict[str, Any], speech: bool) -> None:
-        wanted = copy.deepcopy(config)  # transformers 5 writes into what it is given
-        wanted["enable_audio_output"] = speech
+        model_config = copy.deepcopy(config)  # transformers 5 modifies the dict that it gets
+        model_config["enable_audio_output"] = speech
 
         def build() -> Any:
-            self._config = library().Qwen2_5OmniConfig.from_dict(wanted)
-            return library().Qwen2_5OmniForConditionalGeneration(self._config)
+            self._config = load_transformers().Qwen2_5OmniConfig.from_dict(model_config)
+            return load_transformers().Qwen2_5OmniForConditionalGeneration(self._config)
 
         self.module: Any = build_model(config, build)
 
-    def slots(self) -> dict[str, str]:
+    def checkpoint_names(self) -> dict[str, str]:
         return {name: disk_name(name) for name in self.module.state_dict()}
 
     def answer(self, inputs: ModelInputs, path: Path, max_new_tokens: int, on_text: Callable[[str], None]) -> list[int]:
@@ -108,10 +108,10 @@ class OmniModel:
             use_audio_in_video=inputs.use_audio_in_video,
             speaker=speaker,
             thinker_max_new_tokens=max_new_tokens,
-            thinker_min_new_tokens=2,  # of a single one the library has no hidden states to speak from
-            **{f"thinker_{name}": value for name, value in greedy(tokenizer, path).items()},
+            thinker_min_new_tokens=2,  # with one token transformers has no hidden states for the talker
+            **{f"thinker_{name}": value for name, value in greedy_options(tokenizer, path).items()},
             thinker_streamer=text_streamer(tokenizer, on_text),
-            talker_max_new_tokens=min(_MOST_CODES, _CODES_PER_TOKEN * (max_new_tokens + 1)),
+            talker_max_new_tokens=min(_MAX_CODES, _CODES_PER_TOKEN * (max_new_tokens + 1)),
             talker_eos_token_id=[talker.tts_codec_pad_token_id, talker.tts_codec_end_token_id],
         )
         return new_tokens(sequences, inputs), wave.reshape(-1).float().cpu()

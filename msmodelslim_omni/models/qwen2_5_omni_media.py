@@ -1,6 +1,6 @@
-"""Qwen2.5-Omni's media: messages with decoded pictures, sounds and clips -> the thinker's inputs.
+"""Media of Qwen2.5-Omni: converts messages with decoded pictures, sounds and clips to inputs of the thinker.
 
-The one place that knows how sounds and `use_audio_in_video` must be handed to each version of the processor.
+Only this module knows how each version of the processor takes sounds and `use_audio_in_video`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: boo
 
 
 class OmniMediaProcessor(VisionProcessor):
-    """With their sound used, video parts hold it as an array under `sound`. All three places that must know
-    `use_audio_in_video` (loading, processor, model) are served from here; forgetting one raises nothing and gives wrong
-    positions.
+    """Media processor with audio. With `use_audio_in_video`, video parts hold their audio track under `sound`.
+
+    Loading, processor and model must agree on `use_audio_in_video`, or positions are silently wrong. This class passes
+    the flag to all three.
     """
 
     def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
-        """fps is one value a call; the size must be given here too, since the processor's own default would enlarge
-        what was fetched smaller.
+        """Audio and video arguments. The processor takes one fps per call.
+
+        Without an explicit size, the processor's default would enlarge the downscaled frames.
         """
         sounds = list(_sounds(messages, use_audio_in_video))
         videos: dict[str, Any] = {"do_sample_frames": False}
@@ -36,7 +38,7 @@ class OmniMediaProcessor(VisionProcessor):
         if size := self.pixel_limits("shortest_edge", "longest_edge"):
             videos["size"] = size
         options: dict[str, Any] = {"audio": [sound for sound, _ in sounds] or None, "videos_kwargs": videos}
-        if not _names_video_sounds(type(self._processor)):
+        if not _takes_video_sound_indices(type(self._processor)):
             videos["use_audio_in_video"] = use_audio_in_video
         elif use_audio_in_video:
             options |= {"load_audio_from_video": True, "audio_from_video_indices": [video for _, video in sounds]}
@@ -46,20 +48,14 @@ class OmniMediaProcessor(VisionProcessor):
         return {**super().placeholders(), "audio": self._processor.audio_token}
 
 
-def _text_alone(content: Any) -> str:
-    """The text of a turn; empty where the turn has media."""
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return "".join(part["text"] for part in parts) if all(part["type"] == "text" for part in parts) else ""
-
-
-def _names_video_sounds(processor_class: type) -> bool:
-    """Whether the processor is told which sound belongs to which video (transformers 5), by its typed arguments."""
+def _takes_video_sound_indices(processor_class: type) -> bool:
+    """Whether the processor takes the video index of each sound (transformers 5), according to its typed arguments."""
     arguments = getattr(processor_class, "valid_processor_kwargs", None)
     return "load_audio_from_video" in getattr(arguments, "__annotations__", {})
 
 
 def _sounds(messages: list[dict[str, Any]], use_audio_in_video: bool) -> Iterator[tuple[np.ndarray, int | None]]:
-    """Sounds in the order of their tokens, each with the index of the video it belongs to, or None."""
+    """Sounds in the order of their tokens, each with the index of its video, or None for a separate sound."""
     video = -1
     for message in messages:
         for part in message["content"] if isinstance(message["content"], list) else ():

@@ -1,7 +1,7 @@
-"""Qwen2.5-Omni's names: parts of the checkpoint, and what loaders call its modules. Data only.
+"""Names of Qwen2.5-Omni: parts of the checkpoint, and module names in the loaders. Data only.
 
-Written from transformers 4.57 and 5.23 (modeling_qwen2_5_omni.py) and vLLM 0.32 (models/qwen2_5_omni_thinker.py,
-hf_to_vllm_mapper): talker and token2wav are not loaded there, the audio tower is transformers' own, never quantized.
+Sources: transformers 4.57 and 5.23 (modeling_qwen2_5_omni.py) and vLLM 0.32 (models/qwen2_5_omni_thinker.py,
+hf_to_vllm_mapper). vLLM does not load talker and token2wav; its audio tower is that of transformers, never quantized.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ SPEECH = ("talker.", "token2wav.")
 
 PARTS = (
     Part("decoder layers", "thinker.model.layers.", "not a Linear of a decoder layer"),
-    Part("embedding", "thinker.model.embed_tokens.", "looked up, not multiplied"),
+    Part("embedding", "thinker.model.embed_tokens.", "read by row, not used in a matrix product"),
     Part("final norm", "thinker.model.norm.", "a norm"),
-    Part("lm_head", "thinker.lm_head.", "decides the token; kept for quality"),
-    Part("visual tower", "thinker.visual.", "towers are kept for quality"),
-    Part("audio tower", "thinker.audio_tower.", "towers are kept for quality"),
+    Part("lm_head", "thinker.lm_head.", "selects the output token; kept for accuracy"),
+    Part("visual tower", "thinker.visual.", "towers are kept for accuracy"),
+    Part("audio tower", "thinker.audio_tower.", "towers are kept for accuracy"),
     Part("talker", "talker.", "speech quality depends on it"),
     Part("token2wav", "token2wav.", "speech quality depends on it"),
     Part("other", "", "not part of a decoder layer"),
 )
 
-# Modules that a runtime must leave float, as `re:` patterns: exact names miss vLLM's fused visual qkv, and prefixes
-# differ between transformers 4, 5 and vLLM.
+# `re:` patterns of modules that a runtime must not quantize. Exact names would miss vLLM's fused visual qkv, and
+# prefixes differ between transformers 4, 5 and vLLM.
 IGNORE_PATTERNS = (
     "re:.*visual.*",
     "re:.*audio_tower.*",
@@ -35,7 +35,7 @@ IGNORE_PATTERNS = (
     "re:token2wav.*",
 )
 
-_THINKER_IN_5 = (
+_THINKER_MODULES_5 = (
     ("thinker.visual.", "model.visual."),
     ("thinker.audio_tower.", "model.audio_tower."),
     ("thinker.model.", "model.language_model."),
@@ -48,13 +48,13 @@ LOADERS = LoaderNames(
             "full class",
             "Qwen2_5OmniForConditionalGeneration",
             modules=(("", ""),),
-            modules_5=(*((disk, f"thinker.{module}") for disk, module in _THINKER_IN_5), ("", "")),
+            modules_5=(*((disk, f"thinker.{module}") for disk, module in _THINKER_MODULES_5), ("", "")),
         ),
         LibraryClass(
             "thinker class",
             "Qwen2_5OmniThinkerForConditionalGeneration",
             modules=(("thinker.", ""),),
-            modules_5=_THINKER_IN_5,
+            modules_5=_THINKER_MODULES_5,
             config_path=("thinker_config",),
         ),
     ),
@@ -75,7 +75,7 @@ LOADERS = LoaderNames(
 
 
 def disk_name(module_name: str) -> str:
-    """transformers 5 nests the thinker's parts one level deeper than they are saved."""
+    """Checkpoint name of a module name. transformers 5 nests the thinker's modules one level deeper than on disk."""
     return (
         module_name.replace("thinker.model.language_model.", "thinker.model.")
         .replace("thinker.model.visual.", "thinker.visual.")

@@ -1,8 +1,9 @@
-"""Qwen2.5-VL 3B and 7B: names, shapes, the library's own classes, media, and answers.
+"""Qwen2.5-VL 3B and 7B: names, shapes, transformers classes, media and answers.
 
-Pictures and clips in, text out. transformers 4.57 and 5 alike nest the modules one level deeper than they are saved;
-the published config.json is flat, one that transformers saves has a text_config. The 3B's lm_head is its embedding, and
-not in its files. The vision tower has one Linear for q, k and v. Quantized are the Linears of the decoder layers.
+Input is text, pictures and clips; output is text. transformers 4.57 and 5 nest the modules one level deeper than on
+disk. The published config.json is flat; one saved by transformers has a text_config. The 3B model's lm_head is tied to
+its embedding and is not on disk. The vision tower has one Linear for q, k and v. Only the Linears of the decoder layers
+are quantized.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from .inputs import MediaLimits, ModelInputs
 from .qwen2_5 import (
     DecoderStem,
     TextBlock,
-    changed,
-    library,
-    with_weights,
+    build_with_weights,
+    load_transformers,
+    with_changes,
 )
 from .qwen2_5_generate import answer_tokens, build_model
 from .qwen2_5_media import Messages, VisionProcessor, open_processor
-from .running import Running
+from .running import ModelRunner
 from .spec import LayerSpec, LibraryClass, LoaderNames, ModelFamily, ModelSpec, Part
 
 if TYPE_CHECKING:
@@ -40,19 +41,19 @@ _TOWERS = ("visual.",)
 
 _PARTS = (
     Part("decoder layers", "model.layers.", "not a Linear of a decoder layer"),
-    Part("embedding", "model.embed_tokens.", "looked up, not multiplied"),
+    Part("embedding", "model.embed_tokens.", "read by row, not used in a matrix product"),
     Part("final norm", "model.norm.", "a norm"),
-    Part("lm_head", "lm_head.", "decides the token; kept for quality"),
-    Part("visual tower", "visual.", "towers are kept for quality"),
+    Part("lm_head", "lm_head.", "selects the output token; kept for accuracy"),
+    Part("visual tower", "visual.", "towers are kept for accuracy"),
     Part("other", "", "not part of a decoder layer"),
 )
 
-# Of transformers 4.57 and 5.23, modeling_qwen2_5_vl.py.
+# Source: transformers 4.57 and 5.23, modeling_qwen2_5_vl.py.
 _MODULES = (("visual.", "model.visual."), ("model.", "model.language_model."), ("", ""))
 
 _LOADERS = LoaderNames(
     classes=(LibraryClass("full class", "Qwen2_5_VLForConditionalGeneration", _MODULES, _MODULES),),
-    # vLLM 0.32, models/qwen2_5_vl.py, hf_to_vllm_mapper
+    # Source: vLLM 0.32, models/qwen2_5_vl.py, hf_to_vllm_mapper.
     vllm=(("lm_head", "language_model.lm_head"), ("model.", "language_model.model."), ("visual.", "visual.")),
     architectures=("Qwen2_5_VLForConditionalGeneration",),
     config_parts=(("vision_config",),),
@@ -68,7 +69,7 @@ def model_spec(model_type: str) -> ModelSpec:
         model_type=model_type,
         hf_model_type="qwen2_5_vl",
         publisher="Qwen",
-        system="You are a helpful assistant.",  # as the chat template has it
+        system="You are a helpful assistant.",  # default of the chat template
         modalities=("text", "image", "video"),
         layer_prefix=_LAYER_PREFIX,
         parts=_PARTS,
@@ -80,8 +81,8 @@ def model_spec(model_type: str) -> ModelSpec:
         norm="model.norm.weight",
         head=_HEAD,
         family=cast(ModelFamily, module),
-        running=cast(Running, module),
-        speaking=None,
+        runner=cast(ModelRunner, module),
+        speech_support=None,
     )
 
 
@@ -101,8 +102,8 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return qwen2_5.layer_spec(_text(config))
 
 
-def shape_name(config: dict[str, Any]) -> str:
-    return qwen2_5.published_name(_text(config), _PUBLISHED_SHAPES)
+def published_model_type(config: dict[str, Any]) -> str:
+    return qwen2_5.published_model_type(_text(config), _PUBLISHED_SHAPES)
 
 
 def tied_tensors(config: dict[str, Any]) -> dict[str, str]:
@@ -112,7 +113,7 @@ def tied_tensors(config: dict[str, Any]) -> dict[str, str]:
 
 def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
     def build() -> Any:
-        return library().Qwen2_5_VLForConditionalGeneration(_library_config(_one_layer(config)))
+        return load_transformers().Qwen2_5_VLForConditionalGeneration(_transformers_config(_one_layer(config)))
 
     shapes = qwen2_5.expected_shapes(config, _text(config), _LAYER_PREFIX, _disk_name, build)
     return shapes, frozenset(tied_tensors(config))
@@ -127,35 +128,35 @@ def _disk_name(module_name: str) -> str:
 
 def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
     """config.json with one decoder layer."""
-    one = changed(_text(config).values, {"num_hidden_layers": 1, "layer_types": None})
-    return {**config, "text_config": one} if isinstance(config.get("text_config"), dict) else one
+    text = with_changes(_text(config).values, {"num_hidden_layers": 1, "layer_types": None})
+    return {**config, "text_config": text} if isinstance(config.get("text_config"), dict) else text
 
 
-# --- the library's classes -----------------------------------------------------------------------------------
+# --- transformers classes ------------------------------------------------------------------------------------
 
 
-def _library_config(config: dict[str, Any]) -> Any:
-    built = library().Qwen2_5_VLConfig.from_dict(copy.deepcopy(config))  # the library writes into what it is given
+def _transformers_config(config: dict[str, Any]) -> Any:
+    built = load_transformers().Qwen2_5_VLConfig.from_dict(copy.deepcopy(config))  # from_dict modifies its argument
     for part in (built, built.text_config, built.vision_config):
         part._attn_implementation = "sdpa"
     return built
 
 
 def _layer(config: dict[str, Any], index: int) -> Any:
-    library()
+    load_transformers()
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
-    return Qwen2_5_VLDecoderLayer(_library_config(config).text_config, index)
+    return Qwen2_5_VLDecoderLayer(_transformers_config(config).text_config, index)
 
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:
-    """The library's decoder layer `index` holding these weights (relative names, float32), in evaluation mode."""
-    return with_weights(lambda: _layer(config, index), weights)
+    """The transformers decoder layer `index` with these weights (relative names, float32), in evaluation mode."""
+    return build_with_weights(lambda: _layer(config, index), weights)
 
 
 def build_norm(config: dict[str, Any], weight: Any) -> Any:
-    """The library's RMSNorm behind the last decoder layer, which is the one within them."""
-    return with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
+    """The transformers RMSNorm after the last decoder layer. Its class is that of the norms inside the layers."""
+    return build_with_weights(lambda: _layer(config, 0).input_layernorm, {"weight": weight})
 
 
 def open_stem(checkpoint: Checkpoint, device: Any, held_bytes: int) -> DecoderStem:
@@ -164,8 +165,8 @@ def open_stem(checkpoint: Checkpoint, device: Any, held_bytes: int) -> DecoderSt
     config = checkpoint.config
 
     def build() -> Any:
-        one_layer = _library_config(_one_layer(config))
-        return library().Qwen2_5_VLForConditionalGeneration._from_config(one_layer, dtype=torch.float32)
+        one_layer = _transformers_config(_one_layer(config))
+        return load_transformers().Qwen2_5_VLForConditionalGeneration._from_config(one_layer, dtype=torch.float32)
 
     return DecoderStem(checkpoint, device, _text(config), build, _disk_name, _TOWERS, _EMBEDDING, held_bytes)
 
@@ -180,11 +181,11 @@ def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: boo
 class VlMediaProcessor(VisionProcessor):
     def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
         if any(part["type"] == "audio" for m in messages if isinstance(m["content"], list) for part in m["content"]):
-            raise QuantError("the sample has audio, which Qwen2.5-VL does not hear", "leave it out")
+            raise QuantError("the sample has audio, which Qwen2.5-VL does not support", "remove the audio")
         videos: dict[str, Any] = {"do_sample_frames": False}
         if size := self.pixel_limits("shortest_edge", "longest_edge"):
-            videos["size"] = size  # else the processor's own would enlarge what was fetched smaller
-        if fps and hasattr(self._processor, "replace_video_token"):  # transformers 5 asks the clips' metadata
+            videos["size"] = size  # the processor's default would enlarge the downscaled frames
+        if fps and hasattr(self._processor, "replace_video_token"):  # transformers 5 needs the clips' metadata
             videos["video_metadata"] = [{"fps": rate, "total_num_frames": 1, "frames_indices": [0]} for rate in fps]
         elif fps:
             videos["fps"] = fps
@@ -205,11 +206,11 @@ class VlModel:
         self._tied = tied_tensors(config)
 
         def build() -> Any:
-            return library().Qwen2_5_VLForConditionalGeneration(_library_config(config))
+            return load_transformers().Qwen2_5_VLForConditionalGeneration(_transformers_config(config))
 
         self.module: Any = build_model(config, build)
 
-    def slots(self) -> dict[str, str]:
+    def checkpoint_names(self) -> dict[str, str]:
         names = {name: _disk_name(name) for name in self.module.state_dict()}
         return {name: self._tied.get(disk, disk) for name, disk in names.items()}
 

@@ -1,4 +1,4 @@
-"""The model types: a new one is one file here and its lines in these tables."""
+"""Table of the supported model types. A new model type needs one module in this package and a line here."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ MODEL_TYPES: dict[str, ModelSpec] = {
     "Qwen2.5-VL-3B-Instruct": qwen2_5_vl.model_spec("Qwen2.5-VL-3B-Instruct"),
 }
 
-# Other names under which users know a model type.
+# Alternative names that users may give.
 MODEL_TYPE_ALIASES = {
     "Qwen2.5-VL-7B": "Qwen2.5-VL-7B-Instruct",
     "Qwen2.5-VL-3B": "Qwen2.5-VL-3B-Instruct",
 }
 
 
-def named_model_type(name: str) -> ModelSpec:
-    """The model type a user names. Raises QuantError listing what exists."""
+def find_model_type(name: str) -> ModelSpec:
+    """Look up a model type by name or alias. Raises QuantError with the list of known names."""
     full_name = MODEL_TYPE_ALIASES.get(name, name)
     if full_name not in MODEL_TYPES:
         raise QuantError(
             f"unknown model_type {name!r}. Known: {', '.join(MODEL_TYPES)}.{nearest(name, MODEL_TYPES)}",
-            "leave --model_type out to derive it from config.json",
+            "omit --model_type to derive it from config.json",
         )
     return MODEL_TYPES[full_name]
 
 
 def derive_model_type(config: dict[str, Any]) -> ModelSpec:
-    """The model type of a config.json: the one of its published shape, else the first of its architecture.
+    """Derive the model type from config.json: by its published shape, else the first type of its architecture.
 
-    A config.json without a readable shape has the first too: what needs the shape says what is wrong with it.
+    The first type is also returned if the shape cannot be read; the code that needs the shape reports that error.
     """
     hf_model_type = config.get("model_type")
     candidates = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type == hf_model_type]
@@ -44,10 +44,10 @@ def derive_model_type(config: dict[str, Any]) -> ModelSpec:
         known = sorted({spec.hf_model_type for spec in MODEL_TYPES.values()})
         raise QuantError(
             f"config.json has model_type {hf_model_type!r}; supported: {', '.join(known)}",
-            "thinker-only checkpoints are not read either: give the folder of the whole model",
+            "give the folder of the complete model; thinker-only checkpoints are not supported",
         )
     try:
-        shape = candidates[0].family.shape_name(config)
+        shape = candidates[0].family.published_model_type(config)
     except QuantError:
         shape = ""
     return next((spec for spec in candidates if spec.model_type == shape), candidates[0])

@@ -1,4 +1,4 @@
-"""What `generate` and `export` must know of a model type beyond data: protocols of what its models/ modules offer."""
+"""Protocols for running a complete model: what the models/ modules provide to `generate` and `export`."""
 
 from __future__ import annotations
 
@@ -13,56 +13,61 @@ if TYPE_CHECKING:
 
 
 class RunnableModel(Protocol):
-    """The library's whole model. `module` has parameters without memory until somebody fills them."""
+    """The complete transformers model. The parameters of `module` are on meta until the caller loads them."""
 
     module: torch.nn.Module
 
-    def slots(self) -> dict[str, str]:
-        """Every name of the module's state dict -> the checkpoint's name of that tensor; tied ones share theirs."""
+    def checkpoint_names(self) -> dict[str, str]:
+        """Map each name of the module's state dict to its checkpoint name. Tied tensors share one checkpoint name."""
         ...
 
     def answer(self, inputs: ModelInputs, path: Path, max_new_tokens: int, on_text: Callable[[str], None]) -> list[int]:
-        """Greedy tokens of the answer, its text handed to `on_text` as it comes. `path`: of tokenizer and settings."""
+        """Generate greedily and return the answer's tokens.
+
+        path: folder of the tokenizer and generation_config.json. on_text: called with each new piece of text.
+        """
         ...
 
 
 class SpeakingModel(RunnableModel, Protocol):
+    """A RunnableModel that can also answer in speech."""
+
     def speak(
         self, inputs: ModelInputs, path: Path, speaker: str, max_new_tokens: int, on_text: Callable[[str], None]
     ) -> tuple[list[int], torch.Tensor]:
-        """`answer`, and the answer's speech: float32 [samples] in [-1, 1] on the CPU."""
+        """Like `answer`, and also return the speech: float32 [samples] in [-1, 1] on the CPU."""
         ...
 
 
-class Running(Protocol):
-    """The functions of a models/ module that runs a whole model.
+class ModelRunner(Protocol):
+    """Functions of a models/ module for running the complete model.
 
-    FLOAT32_PREFIXES: of the tensors that compute in float32 whatever is asked.
+    FLOAT32_PREFIXES: prefixes of the tensors that stay float32, whatever dtype is requested.
     """
 
     FLOAT32_PREFIXES: tuple[str, ...]
 
     def open_model(self, config: dict[str, Any], speech: bool) -> RunnableModel:
-        """The library's model in evaluation mode, its parameters still without memory.
+        """Build the transformers model in evaluation mode, with its parameters on meta.
 
-        speech: with the parts that speak, as a SpeakingModel; asked for only where ModelSpec.speaking is there.
+        speech: include the speech parts and return a SpeakingModel. Requires ModelSpec.speech_support.
         """
         ...
 
 
-class Speaking(Protocol):
-    """The functions of a models/ module whose model speaks. SPEECH_RATE: samples a second."""
+class SpeechSupport(Protocol):
+    """Functions of a models/ module whose model generates speech. SPEECH_RATE: samples per second."""
 
     SPEECH_RATE: int
 
-    def speaks(self, config: dict[str, Any]) -> bool:
-        """Whether config.json announces the parts that speak."""
+    def has_speech(self, config: dict[str, Any]) -> bool:
+        """Whether config.json enables the speech parts."""
         ...
 
     def without_speech(self, config: dict[str, Any]) -> dict[str, Any]:
-        """A config.json for a checkpoint without the parts that speak, which loaders of the whole model still take."""
+        """A config.json for a checkpoint without the speech parts; loaders of the complete model still accept it."""
         ...
 
     def speakers(self, path: Path) -> list[str]:
-        """The voices that a checkpoint brings. Raises QuantError where there are none."""
+        """Names of the voices in a checkpoint. Raises QuantError if there are none."""
         ...

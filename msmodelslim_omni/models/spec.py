@@ -1,7 +1,7 @@
-"""What the pipeline must know of a model type, as data and a few functions; no torch and no transformers here.
+"""Description of a model type: data and a few functions. This module imports neither torch nor transformers.
 
-All tensor names are checkpoint names (`thinker.model.layers.0.self_attn.q_proj.weight`), the same for every
-transformers version. Inside one layer, names are relative to the layer (`self_attn.q_proj`).
+All tensor names are checkpoint names (`thinker.model.layers.0.self_attn.q_proj.weight`), which do not depend on the
+version of transformers. Names inside a layer are relative to the layer (`self_attn.q_proj`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
     from ..storage import Checkpoint
     from .inputs import MediaLimits, MediaProcessor, Stem
-    from .running import Running, Speaking
+    from .running import ModelRunner, SpeechSupport
 
 Subgraph = Literal["norm-linear", "ov", "up-down"]
 
 
 @dataclass(frozen=True)
 class LinearGroup:
-    """Linears of a layer that read the same input, and what produces that input.
+    """Linears of a layer that read the same input, and the module that produces this input.
 
-    A factor per input channel can be folded exactly: `previous` is divided by it, the Linears' columns multiplied.
-    previous: a norm (`norm-linear`), or the Linear whose output channels these are (`ov`, `up-down`).
-    repeat: how many consecutive query heads read one head of `previous` (GQA; 1 elsewhere).
-    head_dim: channels of one head, where `repeat` matters.
+    A scale factor per input channel can be folded exactly: divide `previous` by it, multiply the Linears' columns.
+    previous: a norm (`norm-linear`), or the Linear that outputs these channels (`ov`, `up-down`).
+    repeat: number of consecutive query heads that read one head of `previous` (GQA; otherwise 1).
+    head_dim: channels of one head; used only with `repeat`.
     """
 
     name: str
@@ -40,13 +40,13 @@ class LinearGroup:
 
     @property
     def block(self) -> str:
-        """The module whose output the group's Linears serve: `self_attn`, `mlp`."""
+        """The submodule of the layer that contains the group's Linears: `self_attn` or `mlp`."""
         return self.linears[0].split(".", 1)[0]
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """A decoder layer: its groups in the order of the forward, and every tensor's shape by relative name."""
+    """A decoder layer: its groups in forward order, and the shape of every tensor by relative name."""
 
     groups: tuple[LinearGroup, ...]
     shapes: dict[str, tuple[int, ...]]
@@ -55,32 +55,35 @@ class LayerSpec:
     def linears(self) -> tuple[str, ...]:
         return tuple(linear for group in self.groups for linear in group.linears)
 
-    def of(self, linear: str) -> LayerSpec:
-        """One Linear's weight, without its bias, and what it is of the layer."""
+    def for_linear(self, linear: str) -> LayerSpec:
+        """A LayerSpec with one Linear only: its group and its weight, without the bias."""
         groups = tuple(replace(group, linears=(linear,)) for group in self.groups if linear in group.linears)
         return LayerSpec(groups, {f"{linear}.weight": self.shapes[f"{linear}.weight"]})
 
     @property
     def cache_width(self) -> int:
-        """Keys and values of one token."""
+        """Number of KV-cache elements per token: output channels of k_proj and v_proj."""
         return sum(self.shapes[f"self_attn.{name}_proj.weight"][0] for name in ("k", "v"))
 
 
 @dataclass(frozen=True)
 class Part:
-    """A named part of the checkpoint, for sizes and reasons: every tensor whose name begins with `prefix`."""
+    """A named part of the checkpoint: all tensors whose names start with `prefix`.
+
+    why_float: the reason that the plan and the report show for tensors of this part that stay float.
+    """
 
     name: str
     prefix: str
     why_float: str
 
 
-# Beginnings of names, and what they become; the first that fits counts. None: not loaded.
+# (prefix, replacement) pairs; the first prefix that matches applies. None: the tensor is not loaded.
 Renaming = tuple[tuple[str, str | None], ...]
 
 
-def renamed(name: str, renaming: Renaming) -> str | None:
-    """The name with its beginning replaced; None where no beginning fits, or where it is not loaded."""
+def apply_renaming(name: str, renaming: Renaming) -> str | None:
+    """Replace the prefix of a name. None if no prefix matches or the tensor is not loaded."""
     for old, new in renaming:
         if name.startswith(old):
             return None if new is None else new + name.removeprefix(old)
@@ -89,10 +92,10 @@ def renamed(name: str, renaming: Renaming) -> str | None:
 
 @dataclass(frozen=True)
 class LibraryClass:
-    """A class of transformers that loads the checkpoint.
+    """A transformers class that loads the checkpoint.
 
-    name: as doctor tells it. modules, modules_5: names on disk -> of its modules, in transformers 4.57 and 5.
-    config_path: the block of config.json whose quantization_config it reads; () is the top level.
+    name: the name that doctor prints. modules, modules_5: checkpoint names -> module names in transformers 4.57 and 5.
+    config_path: path of the config.json block whose quantization_config the class reads; () is the top level.
     """
 
     name: str
@@ -104,11 +107,11 @@ class LibraryClass:
 
 @dataclass(frozen=True)
 class LoaderNames:
-    """What the loaders of a checkpoint ask of its names and config.json.
+    """Names and config.json blocks that the loaders of a checkpoint expect.
 
-    classes: the first loads the whole model. vllm: names on disk -> of the modules that vLLM can quantize, lm_head
-    included. architectures: those by which vLLM knows the whole model. config_parts: the blocks that config.json must
-    have.
+    classes: the first one loads the complete model. vllm: checkpoint names -> names of the modules that vLLM can
+    quantize, including lm_head. architectures: names under which vLLM registers the complete model. config_parts:
+    paths of the blocks that config.json must have.
     """
 
     classes: tuple[LibraryClass, ...]
@@ -118,41 +121,41 @@ class LoaderNames:
 
     @property
     def config_paths(self) -> tuple[tuple[str, ...], ...]:
-        """Where in config.json loaders look for quantization_config, the top level first."""
+        """Paths in config.json where loaders look for quantization_config, the top level first."""
         return tuple(dict.fromkeys([(), *(loaded.config_path for loaded in self.classes)]))
 
     def modules_of(self, names: Iterable[str]) -> tuple[str, ...]:
-        """Names on disk of Linears -> what any class in any version of the library calls them."""
+        """Module names of Linears, given by checkpoint name, in all classes and transformers versions."""
         renamings = [renaming for loaded in self.classes for renaming in (loaded.modules, loaded.modules_5)]
-        called = [renamed(name, renaming) for name in names for renaming in renamings]
-        return tuple(dict.fromkeys(name for name in called if name is not None))
+        modules = [apply_renaming(name, renaming) for name in names for renaming in renamings]
+        return tuple(dict.fromkeys(name for name in modules if name is not None))
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model type: data for the plan, and the module that knows the library's classes.
+    """One model type: data for the plan, and the modules that use the transformers classes.
 
-    system: the system turn of a conversation that has none. modalities: what a sample may hold, of MODALITIES.
-    speech_prefixes: of the tensors that speak; speaking: None for a model that answers in text alone.
+    system: system prompt for conversations without one. modalities: the MODALITIES that a sample may contain.
+    speech_prefixes: prefixes of the talker and vocoder tensors. speech_support: None for text-only models.
     """
 
     model_type: str
     hf_model_type: str
-    publisher: str  # who has the published shapes on the Hugging Face hub
+    publisher: str  # organization of the published models on the Hugging Face hub
     system: str
     modalities: tuple[str, ...]
-    layer_prefix: str  # with {index}
-    parts: tuple[Part, ...]  # the first prefix that fits names a tensor's part
-    processors: frozenset[str]  # recipe processors that this model type admits
-    ignore_patterns: tuple[str, ...]  # `re:` patterns of the modules a runtime must leave float
+    layer_prefix: str  # contains {index}
+    parts: tuple[Part, ...]  # a tensor belongs to the first part whose prefix matches
+    processors: frozenset[str]  # recipe processors that support this model type
+    ignore_patterns: tuple[str, ...]  # `re:` patterns of the modules that a runtime must not quantize
     loaders: LoaderNames
     speech_prefixes: tuple[str, ...]
-    stem_prefixes: tuple[str, ...]  # of the tensors in front of the decoder layers: towers and embedding
-    norm: str  # the tensors behind them: the final norm's weight, and lm_head [vocabulary, hidden]
-    head: str
+    stem_prefixes: tuple[str, ...]  # tensors before the decoder layers: towers and embedding
+    norm: str  # weight of the final norm, after the decoder layers
+    head: str  # weight of lm_head, [vocabulary, hidden]
     family: ModelFamily
-    running: Running
-    speaking: Speaking | None
+    runner: ModelRunner
+    speech_support: SpeechSupport | None
 
     @property
     def config_paths(self) -> tuple[tuple[str, ...], ...]:
@@ -160,11 +163,11 @@ class ModelSpec:
 
     @property
     def layers_prefix(self) -> str:
-        """What the names of all decoder layers begin with."""
+        """Common prefix of the names of all decoder layers."""
         return self.layer_prefix.split("{index}")[0]
 
-    def head_of(self, config: dict[str, Any]) -> str:
-        """The tensor on disk that is lm_head's weight: its own, or the embedding it is tied to."""
+    def lm_head_tensor(self, config: dict[str, Any]) -> str:
+        """Checkpoint name of the lm_head weight: its own, or that of the tied embedding."""
         return self.family.tied_tensors(config).get(self.head, self.head)
 
     def layer_name(self, index: int, relative: str) -> str:
@@ -175,34 +178,34 @@ class ModelSpec:
 
 
 class ModelFamily(Protocol):
-    """The functions of a models/ module; transformers is imported inside them only."""
+    """Functions of a models/ module. They import transformers only when called."""
 
     def num_layers(self, config: dict[str, Any]) -> int: ...
 
     def layer_spec(self, config: dict[str, Any]) -> LayerSpec: ...
 
-    def shape_name(self, config: dict[str, Any]) -> str:
-        """The model type whose published shape config.json has, or an empty string."""
+    def published_model_type(self, config: dict[str, Any]) -> str:
+        """The model type whose published shape matches config.json, or an empty string."""
         ...
 
     def expected_tensors(self, config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], frozenset[str]]:
-        """Shapes by checkpoint name as config.json implies them, and the names that may be absent."""
+        """Tensor shapes by checkpoint name, derived from config.json, and the names that may be absent."""
         ...
 
     def tied_tensors(self, config: dict[str, Any]) -> dict[str, str]:
-        """Tensors that are another one, with the names on disk of those. A checkpoint may leave them out."""
+        """Tied tensors -> checkpoint name of the tensor that they share. A checkpoint may omit tied tensors."""
         ...
 
     def build_layer(self, config: dict[str, Any], index: int, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-        """The library's decoder layer with these weights (relative names)."""
+        """The transformers decoder layer with these weights (relative names)."""
         ...
 
     def build_norm(self, config: dict[str, Any], weight: torch.Tensor) -> torch.nn.Module:
-        """The library's norm between the last decoder layer and lm_head."""
+        """The transformers norm between the last decoder layer and lm_head."""
         ...
 
     def open_stem(self, checkpoint: Checkpoint, device: torch.device, held_bytes: int) -> Stem:
-        """held_bytes: of the towers' Linears that are kept in memory; the others are read each time."""
+        """held_bytes: memory budget for the Linears of the towers; the rest is re-read from disk on each use."""
         ...
 
     def open_media_processor(self, path: Path, limits: MediaLimits, trust_remote_code: bool) -> MediaProcessor: ...

@@ -1,8 +1,8 @@
-"""Makes a torchvision built for CUDA importable beside a CPU build of torch.
+"""Makes a CUDA build of torchvision importable with a CPU build of torch.
 
-The wheel's compiled operators do not load there, and its import then fails on the undeclared operator
-`torchvision::nms`; transformers' own imports fail with it. Declaring the two operators is all that the resizing
-we need asks for. Nothing is done where torchvision imports, or is not installed.
+With a CPU build the wheel's compiled operators do not load, so `import torchvision` fails on the undeclared operator
+`torchvision::nms`, and transformers fails with it. Image resizing, the only use here, works once the two operators are
+declared. Nothing is done if torchvision can be imported or is not installed.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import importlib.util
 import logging
 from typing import Any
 
-_DECLARED: list[object] = []  # keeps the library handle, and with it the declarations, alive
+_DECLARED: list[object] = []  # keeps the library handle alive, and with it the declarations
 
 logger = logging.getLogger(__name__)
 
 
 def ensure_torchvision_imports() -> None:
-    """Import torchvision; where only the missing `nms` operator stops it, declare the operators and try again."""
+    """Import torchvision. If only the missing `nms` operator prevents this, declare the operators and try again."""
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
@@ -33,4 +33,4 @@ def ensure_torchvision_imports() -> None:
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _DECLARED.append(library)
         importlib.import_module("torchvision")
-        logger.info("torchvision's compiled operators do not fit this torch; it is used for resizing only")
+        logger.info("torchvision was built for another torch; only its resizing is used")

@@ -1,8 +1,8 @@
 """Quantize and dequantize: pure functions on tensors.
 
-scheme.py names a scheme, arithmetic.py computes with it, nf4.py is the codebook of bitsandbytes.
+scheme.py defines schemes, arithmetic.py computes with them, nf4.py wraps the NF4 codebook of bitsandbytes.
 May import: errors.
-Left out on purpose: files, model names, logging, and the search for good scales (see processors).
+Not here: files, model names, logging, and the search for smoothing scales; see processors.
 """
 
 from __future__ import annotations

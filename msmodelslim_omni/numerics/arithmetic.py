@@ -1,7 +1,7 @@
-"""Quantize, dequantize and multiply: pure functions on tensors, in float32 whatever the stored dtype.
+"""Quantize, dequantize and multiply: pure functions on tensors, in float32 for every stored dtype.
 
-Notation: W [out, in] weight, X [tokens, in] activations, s scale, q integers. Rounding is half to even.
-Left out on purpose: files, model names, and where a tensor comes from.
+Notation: W [out, in] weight, X [tokens, in] activations, s scale, q integers, z zero point, H = X^T X. Rounding is half
+to even.
 """
 
 from __future__ import annotations
@@ -16,38 +16,33 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import QuantError
-from .nf4 import (
-    NestedScales,
-    codes_of,
-    nest,
-    values_of,
-)
+from .nf4 import NestedScales, decode_nf4, encode_nf4, nest_absmax
 from .scheme import QuantScheme
 
 S = TypeVar("S")
 T = TypeVar("T")
 
-# Rows are worked on in blocks of about this many weights, so that the float32 copies stay in the cache
-# (and in bounded memory) instead of being several times the weight.
+# Rows are processed in blocks of about this many weights, so that the float32 copies fit the cache and memory stays
+# bounded.
 _BLOCK_ELEMENTS = 3 << 18
-_PRODUCT_ELEMENTS = 1 << 22  # of a weight that is made of its integers for a product
+_PRODUCT_ELEMENTS = 1 << 22  # the same for a weight that is converted from integers for a product
 
-# Candidates of the `mse` clip: the scale is shrunk to these shares of the one that covers the whole range.
+# Candidates of the `mse` clip search, as shares of the scale that covers the full range.
 _MSE_SHRINKS = tuple(1.0 - 0.02 * i for i in range(16))
 _GROUP_SHRINKS = tuple(1.0 - 0.05 * i for i in range(8))
 
-# Scales of grouped schemes are stored as float16 by one format and in the checkpoint's dtype by the other.
+# Formats store the scales of grouped schemes as float16 or in the checkpoint's dtype.
 _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
 
 
 @dataclass(frozen=True)
 class QuantizedLinear:
-    """A quantized weight: W is near (qweight - zeros) * scales, or NF4_LEVELS[qweight] * scales of a codebook.
+    """A quantized weight: W ≈ (qweight - zeros) * scales, or NF4_LEVELS[qweight] * scales for a codebook.
 
-    qweight: int8 [out, in], signed. scales: float32 [out, groups]; per channel there is one group.
+    qweight: int8 [out, in], signed. scales: float32 [out, groups]; one group for per_channel.
     zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
-    nested: what the scales are stored as where the scheme quantizes them too; `scales` are what that stands for.
-    error: |W - Ŵ| / |W|, where rounding has found it on the way; see weight_error.
+    nested: the stored form of the scales if the scheme quantizes them too; `scales` are its dequantized values.
+    error: |W - Ŵ| / |W| if rounding has computed it, else None; see weight_error.
     """
 
     qweight: torch.Tensor
@@ -64,16 +59,16 @@ def quantize_weight(
     """Round a weight to integers: q = clamp(round(W / s) + z), with s and z per output channel or per group of inputs.
 
     Symmetric, per channel:   s = absmax / qmax, z = 0; the lowest code is not used.
-    Symmetric, per group:     s = max(max / qmax, min / qmin), z = 0: the tightest that clips nothing.
-    Asymmetric, per group:    s = (max - min) / (qmax - qmin), z = round(qmin - min / s), with zero drawn into
-                              [min, max], so that z is a code and a group of one sign does not collapse.
-    `mse` (and `gptq`, whose rounding follows elsewhere) shrinks s where that lowers the squared error d·d of the
-    weight, or what `importance` makes of it: with diagonal blocks of H = XᵀX, [groups, g, g], the output's error
-    dᵀ H d; with a weight of each input, [groups, g], Σ h d².
-    Grouped scales are rounded to what float16 and bfloat16 both hold. A channel or group of zeros gets s = 1 and q = z.
-    A codebook's codes and scales are nf4.py's.
+    Symmetric, per group:     s = max(max / qmax, min / qmin), z = 0: the smallest scale without clipping.
+    Asymmetric, per group:    s = (max - min) / (qmax - qmin), z = round(qmin - min / s). [min, max] is extended to
+                              include zero, so that z is a code and a group of one sign does not collapse.
+    `mse` (and `gptq`, which rounds in processors) shrinks s if that lowers the squared error Σ d² of the weight. With
+    `importance`, it lowers the output error dᵀ H d for diagonal blocks of H, [groups, g, g], or Σ h d² for one weight
+    per input, [groups, g].
+    Grouped scales are rounded to values that float16 and bfloat16 both represent. A channel or group of zeros gets
+    s = 1 and q = z. For a codebook, see nf4.py.
 
-    weight: [out, in], any float dtype. Raises QuantError where it holds NaN or Inf.
+    weight: [out, in], any float dtype. Raises QuantError if it holds NaN or Inf.
     """
     if scheme.codebook is not None:
         return _quantize_by_codebook(weight, scheme)
@@ -100,13 +95,13 @@ def quantize_weight(
 
 
 def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
-    """The error comes along: the weight and its integers are in the cache here, and would have to be widened again."""
+    """Also computes the error, while the weight and its integers are in the cache as float32."""
     qweight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     scales = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
     buffers = _Buffers(weight.device)
 
     def round_rows(rows: slice) -> tuple[float, float]:
-        block, q = buffers.two(weight[rows].shape)  # [rows, in]
+        block, q = buffers.pair(weight[rows].shape)  # [rows, in]
         block.copy_(weight[rows])
         absmax = torch.abs(block, out=q).amax(dim=1, keepdim=True)
         _refuse_nonfinite(absmax)
@@ -121,12 +116,12 @@ def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
 
 
 class _Buffers(threading.local):
-    """float32 memory of each thread, kept from block to block: fresh memory takes longer than what is done in it."""
+    """Two float32 buffers per thread, reused for every block: allocating them takes longer than the computation."""
 
     def __init__(self, device: torch.device) -> None:
         self._memory = torch.empty((2, 0), dtype=torch.float32, device=device)
 
-    def two(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    def pair(self, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
         if shape.numel() > self._memory.shape[1]:
             self._memory = self._memory.new_empty((2, shape.numel()))
         block, other = self._memory[:, : shape.numel()]
@@ -134,7 +129,7 @@ class _Buffers(threading.local):
 
 
 def _sum_of_squares(x: torch.Tensor) -> float:
-    """squared_norm, in the memory of x itself."""
+    """Return squared_norm(x). Overwrites x."""
     return float(x.square_().sum(dim=-1).cpu().to(torch.float64).sum())
 
 
@@ -151,16 +146,16 @@ def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
 
     def round_rows(rows: slice) -> None:
         _refuse_nonfinite(weight[rows].abs().amax())
-        codes[rows], scales[rows] = codes_of(weight[rows], block_size)
+        codes[rows], scales[rows] = encode_nf4(weight[rows], block_size)
 
     map_row_blocks(round_rows, weight)
-    nested = nest(scales) if scheme.double_quant else None
+    nested = nest_absmax(scales) if scheme.double_quant else None
     scales = scales if nested is None else nested.absmax().view_as(scales)
     return QuantizedLinear(codes.to(weight.device), scales.to(weight.device), scheme, nested=nested)
 
 
 def _channel_scales(block: torch.Tensor, absmax: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """[rows, in] and each row's absmax [rows, 1] -> [rows, 1]."""
+    """Return the scales [rows, 1] of a block [rows, in] from the absmax of its rows [rows, 1]."""
     qmax = scheme.weight_range[1]
     s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
     s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
@@ -170,38 +165,37 @@ def _channel_scales(block: torch.Tensor, absmax: torch.Tensor, scheme: QuantSche
 def group_grid(
     grouped: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scales and zero points (as floats) of each group: [rows, groups, g] -> [rows, groups, 1] each.
+    """Return the scales and zero points (as floats), [rows, groups, 1] each, of groups [rows, groups, g].
 
-    importance: see quantize_weight; it serves the clip search of `mse` and `gptq`.
+    importance: for the clip search of `mse` and `gptq`; see quantize_weight.
     """
     low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
-    best_s, best_z = _grid_of_range(low, high, scheme)
+    best_s, best_z = _range_grid(low, high, scheme)
     if scheme.weight_method == "minmax":
         return best_s, best_z
-    best = _group_error(grouped, best_s, best_z, scheme, importance)
+    best_error = _group_error(grouped, best_s, best_z, scheme, importance)
     for shrink in _GROUP_SHRINKS[1:]:
-        s, z = _grid_of_range(low * shrink, high * shrink, scheme)
+        s, z = _range_grid(low * shrink, high * shrink, scheme)
         error = _group_error(grouped, s, z, scheme, importance)
-        better = error < best
-        best, best_s = torch.where(better, error, best), torch.where(better, s, best_s)
+        better = error < best_error
+        best_error, best_s = torch.where(better, error, best_error), torch.where(better, s, best_s)
         best_z = torch.where(better, z, best_z) if z is not None and best_z is not None else None
     return best_s, best_z
 
 
 def grouped_rounding_error(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """Ŵ - W of plain rounding in groups, without making integers of it: [out, in] float32 -> the same."""
+    """Return Ŵ - W of plain rounding in groups, without storing integers. weight and result: float32 [out, in]."""
     assert scheme.group_size is not None
     if scheme.codebook is not None:
         return dequantize(_quantize_by_codebook(weight, scheme)).sub_(weight)
     grouped = weight.view(len(weight), -1, scheme.group_size)  # [out, groups, g]
-    s, z = _grid_of_range(grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True), scheme)
+    s, z = _range_grid(grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True), scheme)
     q = round_to_grid(grouped, s, z, scheme)
     return (q if z is None else q.sub_(z)).mul_(s).sub_(grouped).flatten(1)
 
 
-def _grid_of_range(
-    low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zero points that cover the range of each group; see quantize_weight."""
     qmin, qmax = scheme.weight_range
     if scheme.symmetric:
         s = torch.maximum(high / qmax, low / qmin)
@@ -213,14 +207,15 @@ def _grid_of_range(
 
 
 def storable_scales(scales: torch.Tensor) -> torch.Tensor:
-    """Positive scales rounded to numbers that float16 and bfloat16 hold exactly, so that every format has the same.
+    """Round positive scales to values that float16 and bfloat16 represent exactly, so that all formats store the same.
 
-    Eight significant bits, and multiples of 2^-24 where float16 is subnormal.
+    These have eight significant bits, and are multiples of 2^-24 in float16's subnormal range. Raises QuantError if a
+    scale exceeds the maximum of float16.
     """
     if float(scales.max()) > _LARGEST_SCALE:
         raise QuantError(
-            f"the weight needs a scale of {float(scales.max()):g}; float16, in which 4-bit scales are stored, ends at"
-            f" {_LARGEST_SCALE:g}",
+            f"the weight requires a scale of {float(scales.max()):g}, but 4-bit scales are stored as float16, whose"
+            f" maximum is {_LARGEST_SCALE:g}",
             "exclude this Linear",
         )
     rounded = scales.to(torch.bfloat16).clamp(_SMALLEST_SCALE, 65280.0)
@@ -230,7 +225,7 @@ def storable_scales(scales: torch.Tensor) -> torch.Tensor:
 def round_to_grid(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: QuantScheme
 ) -> torch.Tensor:
-    """The integers as floats. weight, scales and zeros are of shapes that broadcast."""
+    """Return the rounded weight: integers, stored as floats. The shapes of the tensors must broadcast."""
     q = (weight / scales).round_()
     q = q if zeros is None else q.add_(zeros)
     return q.clamp_(*scheme.weight_range)
@@ -243,7 +238,7 @@ def _group_error(
     scheme: QuantScheme,
     importance: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Squared error of each group, as `importance` sees it: [rows, groups, 1]."""
+    """Return the squared error of each group, weighted by `importance`: [rows, groups, 1]."""
     q = round_to_grid(grouped, scales, zeros, scheme)
     d = (q if zeros is None else q.sub_(zeros)).mul_(scales).sub_(grouped)  # [rows, groups, g]
     if importance is None:
@@ -255,38 +250,38 @@ def _group_error(
 
 
 def row_blocks(weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
-    """Slices over the first axis of [out, in], each of about so many weights."""
+    """Return slices over the first axis of a weight [out, in], with about `elements` weights each."""
     step = max(1, elements // max(1, weight.shape[1]))
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
 
 def map_row_blocks(function: Callable[[slice], T], weight: torch.Tensor) -> list[T]:
-    """What the function gives for each of row_blocks, in their order."""
+    """Apply the function to each slice of row_blocks(weight). Returns the results in order."""
     return map_blocks(function, row_blocks(weight), weight.device)
 
 
 def map_blocks(function: Callable[[S], T], blocks: Sequence[S], device: torch.device) -> list[T]:
-    """What the function gives for each block of work, in their order.
+    """Apply the function to each block. Returns the results in order.
 
-    On the CPU each thread works on blocks of its own, since one block is too little for all of them together.
+    On the CPU, each thread processes separate blocks, because one block is too small to be split among threads.
     """
     threads = min(torch.get_num_threads(), len(blocks)) if device.type == "cpu" else 1
     if threads <= 1:
         return [function(block) for block in blocks]
 
-    def by_itself(block: S) -> T:
-        torch.set_num_threads(1)  # of this thread
+    def run_single_threaded(block: S) -> T:
+        torch.set_num_threads(1)  # affects only this thread
         return function(block)
 
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(by_itself, blocks))
+        return list(pool.map(run_single_threaded, blocks))
 
 
 def _search_mse_scale(block: torch.Tensor, full: torch.Tensor, qmax: int) -> torch.Tensor:
-    """Per row the shrunk scale with the least squared error; the full scale stays where nothing is better.
+    """Return the shrunk scale with the least squared error of each row, or the full scale if none is better.
 
-    block: [rows, in] float32; full: [rows, 1], absmax / qmax. Each candidate is refined once by least squares:
-    for given integers the best scale is sum(W q) / sum(q q).
+    block: float32 [rows, in]. full: [rows, 1], absmax / qmax. Each candidate is refined once by least squares: for
+    given integers, the best scale is sum(W q) / sum(q q).
     """
     best, best_error = full, _squared_error(block, full, qmax)
     for shrink in _MSE_SHRINKS:
@@ -306,10 +301,10 @@ def _squared_error(block: torch.Tensor, scale: torch.Tensor, qmax: int) -> torch
 
 
 def dequantize(linear: QuantizedLinear) -> torch.Tensor:
-    """The weight that the integers stand for, [out, in] float32."""
+    """Return the dequantized weight, float32 [out, in]."""
     groups = linear.scales.shape[1]
-    plain = linear.scheme.codebook is None
-    q = linear.qweight.to(torch.float32, copy=True) if plain else values_of(linear.qweight)
+    uniform = linear.scheme.codebook is None
+    q = linear.qweight.to(torch.float32, copy=True) if uniform else decode_nf4(linear.qweight)
     q = q.view(-1, groups, linear.qweight.shape[1] // groups)  # [out, groups, g]
     if linear.zeros is not None:
         q.sub_(linear.zeros.to(torch.float32).unsqueeze(2))
@@ -317,7 +312,7 @@ def dequantize(linear: QuantizedLinear) -> torch.Tensor:
 
 
 def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
-    """Some output channels of a quantized Linear, for its numbers: what its scales are stored as is not cut."""
+    """Return some output channels of a quantized Linear, for computation only: `nested` is dropped."""
     zeros = None if linear.zeros is None else linear.zeros[rows]
     return replace(
         linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros, nested=None, error=None
@@ -325,9 +320,9 @@ def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
 
 
 def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dynamic symmetric rounding per token: s = absmax / qmax over the last axis.
+    """Round activations symmetrically with one dynamic scale per token: s = absmax / qmax over the last axis.
 
-    x: [..., in] float32. Returns the integers as float32 [..., in] and the scales [..., 1]; a token of zeros has s = 1.
+    x: float32 [..., in]. Returns the integers as float32 [..., in] and the scales [..., 1]; a token of zeros has s = 1.
     """
     qmax = 2 ** (bits - 1) - 1
     absmax = x.abs().amax(dim=-1, keepdim=True)
@@ -336,15 +331,15 @@ def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Te
 
 
 def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """What the runtime computes, in float32: (q_x @ q_w^T) * s_x * s_w + bias for int8, else x @ Ŵ^T + bias.
+    """Compute the product of the runtime, in float32: (q_x @ q_w^T) * s_x * s_w + bias for int8, else x @ Ŵ^T + bias.
 
-    x: [..., in] float32 -> [..., out] float32. A weight in integers is widened some rows at a time.
+    x: float32 [..., in]. Returns float32 [..., out]. An integer weight is converted a block of rows at a time.
     """
     bits = linear.scheme.act_bits
     q_x, s_x = (x, None) if bits is None else quantize_act(x, bits)
     y = x.new_empty((*x.shape[:-1], linear.qweight.shape[0]))
-    whole = linear.qweight.is_floating_point()
-    for rows in [slice(None)] if whole else row_blocks(linear.qweight, _PRODUCT_ELEMENTS):
+    is_float = linear.qweight.is_floating_point()
+    for rows in [slice(None)] if is_float else row_blocks(linear.qweight, _PRODUCT_ELEMENTS):
         part = linear_rows(linear, rows)
         if s_x is None:
             y[..., rows] = F.linear(x, dequantize(part))
@@ -354,31 +349,31 @@ def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tenso
 
 
 def squared_norm(x: torch.Tensor) -> torch.Tensor:
-    """Sum of squares, float64 on the CPU so that sums over many tokens add without loss. x: [tokens, features]."""
+    """Return the sum of squares of x [tokens, features], float64 on the CPU, for precise sums over many tokens."""
     return row_squares(x).sum()
 
 
 def row_squares(x: torch.Tensor) -> torch.Tensor:
-    """Sum of squares of each row, float64 on the CPU; the rows themselves in float32, as accelerators can."""
+    """Return the sum of squares of each row, float64 on the CPU. Rows are summed in float32, on any device."""
     return x.square().sum(dim=-1).cpu().to(torch.float64)
 
 
 def relative_error(error: float, signal: float) -> float:
-    """sqrt(error / signal) of two sums of squares; zero where there is no signal and no error."""
+    """Return sqrt(error / signal) of two sums of squares; 0 if both are 0, inf if only the signal is 0."""
     if signal > 0:
         return float((error / signal) ** 0.5)
     return 0.0 if error == 0 else float("inf")
 
 
 def weight_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
-    """Relative Frobenius error of the weight itself: |W - s q| / |W|."""
+    """Return the relative Frobenius error of the weight, |W - Ŵ| / |W|."""
     if linear.error is not None:
         return linear.error
 
-    def squares(rows: slice) -> tuple[float, float]:
+    def error_and_signal(rows: slice) -> tuple[float, float]:
         block = weight[rows].to(torch.float32)
         signal = float(squared_norm(block))
         return float(squared_norm(dequantize(linear_rows(linear, rows)).sub_(block))), signal
 
-    errors, signals = zip(*map_row_blocks(squares, weight), strict=True)
+    errors, signals = zip(*map_row_blocks(error_and_signal, weight), strict=True)
     return relative_error(sum(errors), sum(signals))

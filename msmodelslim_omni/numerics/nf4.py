@@ -1,9 +1,9 @@
-"""NF4: weights as 4-bit codes of a table made for normally distributed numbers, with the absmax of each block.
+"""NF4: weights as 4-bit codes of a table for normally distributed values, with one absmax per block.
 
     W = NF4_LEVELS[code] * absmax     blocks of consecutive inputs of one output channel (QLoRA, arXiv 2305.14314, §3)
 
-bitsandbytes chooses the codes, on the CPU whatever the device, so that they are its own and the same everywhere.
-Reading needs it not. Double quantization rounds the absmax to eight bits, one scale for every 256 of them.
+bitsandbytes computes the codes, always on the CPU, so that they equal its own on every device. Dequantizing does not
+need bitsandbytes. Double quantization rounds the absmax to 8 bits, with one scale per 256 absmax.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import torch
 
 from ..errors import QuantError
 
-BLOCK_SIZE = 64  # of weights that share an absmax, where nothing else is said
-NESTED_BLOCK_SIZE = 256  # of absmax that share a scale; bitsandbytes knows no other
+NESTED_BLOCK_SIZE = 256  # absmax values that share a scale; the only size that bitsandbytes supports
 
-# Quantiles of the normal distribution, scaled to [-1, 1], with zero among them (QLoRA, appendix E).
+# Quantiles of the normal distribution, scaled to [-1, 1], including zero (QLoRA, appendix E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -29,7 +28,7 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class NestedScales:
-    """absmax of all blocks in eight bits: levels[codes] * scales, each scale for 256 codes, + offset.
+    """The absmax of all blocks in 8 bits: levels[codes] * scales + offset, with one scale per 256 codes.
 
     codes: uint8 [blocks]. levels: float32 [256]. scales: float32 [ceil(blocks / 256)].
     """
@@ -40,19 +39,22 @@ class NestedScales:
     offset: float
 
     def absmax(self) -> torch.Tensor:
-        """float32 [blocks]."""
+        """Return the dequantized absmax, float32 [blocks]."""
         scales = self.scales.repeat_interleave(NESTED_BLOCK_SIZE)[: len(self.codes)]
         return self.levels[self.codes.to(torch.int32)] * scales + torch.tensor(self.offset)
 
 
 def require_bitsandbytes() -> None:
-    """Raises QuantError where bitsandbytes is not installed."""
+    """Raise QuantError if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         raise QuantError("nf4 needs bitsandbytes, which is not installed", "pip install 'msmodelslim_omni[bnb]'")
 
 
-def codes_of(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes int8 [rows, in], absmax float32 [rows, in / block_size]) of a float weight [rows, in], on the CPU."""
+def encode_nf4(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize a float weight [rows, in] to NF4 on the CPU.
+
+    Returns codes, int8 [rows, in], and absmax, float32 [rows, in / block_size].
+    """
     require_bitsandbytes()
     from bitsandbytes.functional import quantize_4bit
 
@@ -60,8 +62,8 @@ def codes_of(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch
     return unpack_nf4(packed, tuple(weight.shape)), state.absmax.view(len(weight), -1)
 
 
-def nest(absmax: torch.Tensor) -> NestedScales:
-    """Round the absmax of all blocks of a weight to eight bits."""
+def nest_absmax(absmax: torch.Tensor) -> NestedScales:
+    """Quantize the absmax of all blocks of a weight to 8 bits."""
     require_bitsandbytes()
     from bitsandbytes.functional import quantize_blockwise
 
@@ -71,18 +73,18 @@ def nest(absmax: torch.Tensor) -> NestedScales:
     return NestedScales(codes, state.code.clone(), state.absmax, float(offset))
 
 
-def values_of(codes: torch.Tensor) -> torch.Tensor:
-    """The levels of codes, float32 of the same shape, on their device."""
+def decode_nf4(codes: torch.Tensor) -> torch.Tensor:
+    """Return the NF4 levels of codes: float32, same shape and device."""
     return torch.tensor(NF4_LEVELS, device=codes.device)[codes.to(torch.int32)]
 
 
 def pack_nf4(codes: torch.Tensor) -> torch.Tensor:
-    """Codes [out, in] -> uint8 [out * in / 2, 1]; the first of two lies in the upper half of a byte."""
+    """Pack codes [out, in] into uint8 [out * in / 2, 1]. The first code of a pair is in the upper half of its byte."""
     pairs = codes.to(torch.uint8).view(-1, 2)
     return (pairs[:, 0] << 4 | pairs[:, 1]).unsqueeze(1)
 
 
 def unpack_nf4(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """The way back from `pack_nf4`: int8 of `shape`."""
+    """Undo `pack_nf4`: return int8 codes of `shape`."""
     flat = packed.flatten()
     return torch.stack([flat >> 4, flat & 15], dim=1).view(shape).to(torch.int8)

@@ -1,4 +1,4 @@
-"""The vocabulary of quantization schemes, without torch: what one Linear becomes."""
+"""QuantScheme: the quantization scheme of one Linear. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ WeightMethod = Literal["minmax", "mse", "gptq"]
 class QuantScheme:
     """How one Linear is stored and multiplied.
 
-    weight: `weight_bits` signed integers with one scale per output channel, or per `group_size` consecutive inputs of
-            it; symmetric, or with a zero point beside each scale; scales found by `weight_method`.
-            codebook: the codes are those of a table instead, here NF4's sixteen (nf4.py), and the scale of a group is
-            its absmax, which `double_quant` keeps in eight bits.
-    act:    `act_bits` signed integers, symmetric, one scale per token, computed at run time (nothing is stored);
-            None: floats.
+    weight: signed integers of `weight_bits` with one scale per output channel, or per `group_size` consecutive inputs
+            of a channel; symmetric, or with one zero point per scale. `weight_method` finds the scales.
+            With a `codebook`, the integers are indices into its table (nf4.py: the 16 NF4 levels) and the scale of a
+            group is its absmax. `double_quant` also quantizes the absmax, to 8 bits.
+    act:    signed integers of `act_bits`, symmetric, with one scale per token, computed at run time and not stored.
+            None: float activations.
     """
 
     weight_bits: int
@@ -30,7 +30,7 @@ class QuantScheme:
 
     @property
     def name(self) -> str:
-        """The scheme's name in reports and descriptions: W8A8_DYNAMIC, W4A16_G128, W4A16_G128_SYM, NF4_G64."""
+        """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128, W4A16_G128_SYM, NF4_G64."""
         if self.codebook is not None:
             return f"{self.codebook.upper()}_G{self.group_size}" + ("_DOUBLE" if self.double_quant else "")
         if self.act_bits is not None:
@@ -40,15 +40,15 @@ class QuantScheme:
 
     @property
     def is_int4(self) -> bool:
-        """Four bits that are integers, not codes of a table."""
+        """Whether the weights are 4-bit integers, not codes of a codebook."""
         return self.weight_bits == 4 and self.codebook is None
 
     @property
     def weight_range(self) -> tuple[int, int]:
-        """The smallest and the largest integer: [-127, 127] for int8 with int8 activations, [-8, 7] for 4 bits.
+        """Smallest and largest integer: [-127, 127] for int8 with int8 activations, [-8, 7] for int4.
 
-        Grouped schemes use the lowest code as well: of sixteen levels one more or less counts. A codebook's codes are
-        its indices.
+        Grouped schemes also use the lowest code, because one level of sixteen matters. For a codebook, the range of its
+        indices.
         """
         if self.codebook is not None:
             return 0, 2**self.weight_bits - 1

@@ -1,21 +1,21 @@
-"""Everything that is decided before a weight is read.
+"""The plan of a run: all decisions that are made before a weight is read.
 
-plan.py assigns a scheme to every Linear; admission.py refuses checkpoints that cannot be quantized; peak_memory.py
-estimates memory and fits the run to --max_memory.
+plan.py assigns a scheme to every Linear. admission.py refuses checkpoints that cannot be quantized. peak_memory.py
+estimates the memory of a run and adapts its budget to --max_memory.
 May import: processors, formats, models, recipe, numerics, runtime, storage, errors.
-Left out on purpose: samples and tensors. A plan is made from the recipe, config.json and safetensors headers.
+Not here: samples and tensors. A plan is made from the recipe, config.json and safetensors headers only.
 """
 
 from __future__ import annotations
 
-from .admission import check_whole, declared_scheme, quantization_of, refuse_quantized
+from .admission import check_all_tensors, declared_scheme, quantization_of, refuse_quantized
 from .peak_memory import fit_budget, peak_memory, refit_budget
 from .plan import LayerPlan, QuantPlan, make_plan
 
 __all__ = [
     "LayerPlan",
     "QuantPlan",
-    "check_whole",
+    "check_all_tensors",
     "declared_scheme",
     "fit_budget",
     "make_plan",

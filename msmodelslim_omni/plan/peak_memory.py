@@ -1,7 +1,7 @@
-"""The peak of a run's resident memory, foretold from the plan: what each phase holds at once, summed up.
+"""Estimate of a run's peak resident memory from the plan: the sum of all tensors that a phase holds at once.
 
-Every tensor of a layer above a few MiB is named here. What a phase holds is known from the code that it runs, not
-measured; only the process itself is.
+The estimate covers every tensor of a layer above a few MiB. It follows from the code of each phase; only the size of
+the process itself is measured.
 """
 
 from __future__ import annotations
@@ -12,29 +12,23 @@ from dataclasses import replace
 
 from ..errors import QuantError
 from ..models import LinearGroup
-from ..runtime import (
-    DEFAULT_BUDGET,
-    MIB,
-    NO_SAMPLES,
-    Budget,
-    Extent,
-)
+from ..runtime import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
 from ..statistics import ROWS_PER_MODALITY, sketch_rows
 from .plan import QuantPlan
 
-# The interpreter, torch and transformers' classes; with a processor and decoded media, those too.
+# The interpreter, torch and the classes of transformers. With samples, also the processor and decoded media.
 _PROCESS = 330 * MIB
 _PROCESS_WITH_MEDIA = 620 * MIB
-_BITSANDBYTES = 80 * MIB  # with what it takes for itself on each thread
-_BLOCKS = 64 * MIB  # pieces of a weight that are worked on, written or copied
-_TOWER_TOKENS = 96 * 1024  # bytes of activations per token in the towers
-_HEADROOM = 0.05  # what the C library keeps of what was freed
+_BITSANDBYTES = 80 * MIB  # includes its buffers on each thread
+_BLOCKS = 64 * MIB  # blocks of weights that are being processed, written or copied
+_TOWER_BYTES_PER_TOKEN = 96 * 1024  # activations in the towers
+_HEADROOM = 0.05  # freed memory that the C library does not return
 
-# Of a limit that the user sets; the rest is for what is foretold too low, by a tenth at most where it was measured.
-_USED = 0.9
+# Share of the user's limit to plan for. Estimates have been up to a tenth below the measured peak.
+_USABLE_SHARE = 0.9
 
-# From generous to frugal: how much of H is held, and whether the next layer is read ahead.
-_FRUGAL = (
+# Options from largest to smallest: bytes of H as a matrix and as a factor, and whether to read the next layer ahead.
+_BUDGET_OPTIONS = (
     (DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, True),
     (DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, False),
     (256 * MIB, 80 * MIB, False),
@@ -44,27 +38,30 @@ _FRUGAL = (
 
 
 def peak_memory(plan: QuantPlan, extent: Extent) -> int:
-    """Of the phase that holds most, in bytes."""
+    """Return the estimated peak memory in bytes: that of the largest phase."""
     return max(phase_memory(plan, extent).values())
 
 
 def phase_memory(plan: QuantPlan, extent: Extent) -> dict[str, int]:
-    """What each phase holds, in bytes."""
-    layer = _Layer(plan)
+    """Return the estimated memory of each phase in bytes."""
+    layer = _LayerSizes(plan)
     if extent == NO_SAMPLES:
-        # A Linear and the next; integers of a layer that is written, and of one that is in work.
-        waiting = layer.widest_stored if plan.budget.read_ahead else 0
-        held = {"layers": _PROCESS + layer.widest_stored + waiting + 2 * layer.integers + _BLOCKS}
+        # One Linear and the next; the integers of the layer being written and of the layer being quantized.
+        next_read = layer.widest_stored if plan.budget.read_ahead else 0
+        held = {"layers": _PROCESS + layer.widest_stored + next_read + 2 * layer.integers + _BLOCKS}
     else:
-        waiting = layer.stored if plan.budget.read_ahead else 0
-        held = {"towers": _towers(plan, extent), **_calibrated(plan, layer, waiting, extent)}
+        next_read = layer.stored if plan.budget.read_ahead else 0
+        held = {"towers": _towers_memory(plan, extent), **_layer_phases(plan, layer, next_read, extent)}
     schemes = {scheme for planned in plan.layers for scheme in planned.schemes.values()}
-    more = _BITSANDBYTES if any(scheme.codebook for scheme in schemes) else 0
-    return {phase: int((size + more) * (1 + _HEADROOM)) for phase, size in held.items()}
+    library = _BITSANDBYTES if any(scheme.codebook for scheme in schemes) else 0
+    return {phase: int((size + library) * (1 + _HEADROOM)) for phase, size in held.items()}
 
 
-class _Layer:
-    """Sizes of a decoder layer and its widest Linear: bytes as stored, and weights, which are the bytes as integers."""
+class _LayerSizes:
+    """Sizes of a decoder layer and of its largest Linear.
+
+    stored, widest_stored: bytes on disk. integers, widest: numbers of weights, which are the bytes as int8.
+    """
 
     def __init__(self, plan: QuantPlan) -> None:
         shapes = plan.layer_spec.shapes
@@ -78,31 +75,32 @@ class _Layer:
         self.inputs = {group.name: shapes[f"{group.linears[0]}.weight"][1] for group in plan.layer_spec.groups}
         self.hidden = shapes["input_layernorm.weight"][0]
 
-    def of(self, group: LinearGroup) -> int:
+    def group_numel(self, group: LinearGroup) -> int:
         return sum(self.numel[linear] for linear in group.linears)
 
 
-def _towers(plan: QuantPlan, extent: Extent) -> int:
-    """Linears up to the budget, one more widened to float32, and the activations of the longest sample."""
+def _towers_memory(plan: QuantPlan, extent: Extent) -> int:
+    """Linears up to the budget, one more Linear converted to float32, and the activations of the longest sample."""
     towers = sum(size for part, size in plan.kept_parts() if part.name.endswith("tower"))
-    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + _TOWER_TOKENS * extent.longest
+    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + _TOWER_BYTES_PER_TOKEN * extent.longest
 
 
-def _calibrated(plan: QuantPlan, layer: _Layer, waiting: int, extent: Extent) -> dict[str, int]:
+def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: Extent) -> dict[str, int]:
+    """Return the memory of each phase of a layer that is quantized with samples."""
     tokens, longest, searching = extent.tokens, extent.longest, plan.statistics == "gram"
     rows = 4 * sum(layer.inputs.values()) * min(tokens, extent.modalities * ROWS_PER_MODALITY)
     stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, 2048 * tokens)
-    # What enters and leaves the layer; for a search, its blocks too.
-    judges = (16 if searching else 8) * layer.hidden * min(tokens, extent.modalities * longest)
-    # The integers of the layer before are being written.
-    common = _PROCESS_WITH_MEDIA + layer.stored + waiting + layer.integers + rows + stores + judges + _BLOCKS
+    # Layer probe: inputs and outputs of the layer; for a search, also of its blocks.
+    probe = (16 if searching else 8) * layer.hidden * min(tokens, extent.modalities * longest)
+    # layer.integers: the previous layer, which is still being written.
+    common = _PROCESS_WITH_MEDIA + layer.stored + next_read + layer.integers + rows + stores + probe + _BLOCKS
     activations = 4 * longest * (3 * layer.inputs["down"] + 8 * layer.hidden)
     grams = [_gram_bytes(plan.budget, width, extent) for width in layer.inputs.values()] if searching else []
-    phases = {"forward": common + 4 * layer.integers + activations + sum(apart for apart, _ in grams)}
+    phases = {"forward": common + 4 * layer.integers + activations + sum(separate for separate, _ in grams)}
     if searching:
-        # The float layer is there, to be tried; H is factorized, and its factors rescaled.
-        kept = common + 4 * layer.integers + 3 * sum(together for _, together in grams)
-        phases["search"] = kept + max(_trying(layer, group) for group in plan.layer_spec.groups)
+        # The float layer for trials; H, its factorization and the rescaled factors.
+        kept = common + 4 * layer.integers + 3 * sum(combined for _, combined in grams)
+        phases["search"] = kept + max(_trial_bytes(layer, group) for group in plan.layer_spec.groups)
         phases["check"] = common + 3 * layer.integers + activations
     else:
         phases["search"] = common + layer.integers + 12 * layer.widest
@@ -111,54 +109,55 @@ def _calibrated(plan: QuantPlan, layer: _Layer, waiting: int, extent: Extent) ->
     return phases
 
 
-def _trying(layer: _Layer, group: LinearGroup) -> int:
-    """A group rounded, dequantized and put into its block; the Linear behind it as it is now."""
+def _trial_bytes(layer: _LayerSizes, group: LinearGroup) -> int:
+    """A group that is rounded, dequantized and inserted into its block, and the current Linear after it."""
     if group.subgraph != "norm-linear":
         return 12 * layer.widest
-    return (4 + 2) * layer.of(group) + 4 * layer.widest + layer.integers
+    return (4 + 2) * layer.group_numel(group) + 4 * layer.widest + layer.integers
 
 
 def _gram_bytes(budget: Budget, width: int, extent: Extent) -> tuple[int, int]:
-    """H of one input: of every modality by itself, and weighed, of all together."""
-    share = [max(1, extent.tokens // extent.modalities)] * extent.modalities
-    rows = sketch_rows(share, width, budget.matrix, budget.factor)
+    """Return the bytes of H of one input: one per modality, and the weighted sum of all modalities."""
+    counts = [max(1, extent.tokens // extent.modalities)] * extent.modalities
+    rows = sketch_rows(counts, width, budget.matrix, budget.factor)
     if rows is None:
         return 4 * width**2 * extent.modalities, 4 * width**2
     return 4 * width * sum(rows), 4 * width * sum(rows)
 
 
 def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
-    """The plan with the most generous budget that stays below a limit. Raises QuantError where none does."""
-    return _within(plan, extent, limit, _FRUGAL)
+    """Return the plan with the largest budget that fits a memory limit. Raises QuantError if none fits."""
+    return _fit_options(plan, extent, limit, _BUDGET_OPTIONS)
 
 
 def refit_budget(plan: QuantPlan, extent: Extent) -> QuantPlan:
-    """The plan with its limit, if it has one, shared out anew, now that the extent is no longer an assumed one.
+    """Return the plan with the budget divided again for the measured extent, if the plan has a memory limit.
 
-    H, on which results depend, keeps its room. Raises QuantError where too little is left for the rest.
+    The budget of H stays unchanged, because results depend on it. Raises QuantError if the rest does not fit.
     """
     budget = plan.budget
     if budget.limit is None:
         return plan
-    return _within(plan, extent, budget.limit, [way for way in _FRUGAL if way[:2] == (budget.matrix, budget.factor)])
+    options = [option for option in _BUDGET_OPTIONS if option[:2] == (budget.matrix, budget.factor)]
+    return _fit_options(plan, extent, budget.limit, options)
 
 
-def _within(plan: QuantPlan, extent: Extent, limit: int, ways: Sequence[tuple[int, int, bool]]) -> QuantPlan:
-    for matrix, factor, read_ahead in ways:
-        least = Budget(0, 0, 0, matrix, factor, read_ahead)
-        needed = phase_memory(replace(plan, budget=least), extent)
-        if max(needed.values()) <= _USED * limit:
-            left = {phase: int((_USED * limit - size) / (1 + _HEADROOM)) for phase, size in needed.items()}
+def _fit_options(plan: QuantPlan, extent: Extent, limit: int, options: Sequence[tuple[int, int, bool]]) -> QuantPlan:
+    for matrix, factor, read_ahead in options:
+        minimum = Budget(0, 0, 0, matrix, factor, read_ahead)
+        needed = phase_memory(replace(plan, budget=minimum), extent)
+        if max(needed.values()) <= _USABLE_SHARE * limit:
+            left = {phase: int((_USABLE_SHARE * limit - size) / (1 + _HEADROOM)) for phase, size in needed.items()}
             towers = left.pop("towers", 0)
             arguments = min(left.values()) // 4
             hidden = min(left.values()) - arguments
-            budget = replace(least, hidden=hidden, arguments=arguments, towers=towers, limit=limit)
+            budget = replace(minimum, hidden=hidden, arguments=arguments, towers=towers, limit=limit)
             return replace(plan, budget=budget)
-    heaviest = max(needed, key=lambda phase: needed[phase])
-    least_gib = math.ceil(needed[heaviest] / _USED / 2**30 * 100) / 100
+    largest = max(needed, key=lambda phase: needed[phase])
+    needed_gib = math.ceil(needed[largest] / _USABLE_SHARE / 2**30 * 100) / 100
     samples = f", {extent.tokens} tokens, {extent.longest} in one sample" if extent != NO_SAMPLES else ""
     raise QuantError(
-        f"--max_memory: {limit / 2**30:.2f} GiB are allowed, and this run needs {least_gib} GiB ({heaviest}{samples})",
-        f"give --max_memory {least_gib}GiB"
-        + (", lower calibration.max_tokens or max_pixels, or take a data-free recipe" if extent != NO_SAMPLES else ""),
+        f"--max_memory is {limit / 2**30:.2f} GiB, but this run needs {needed_gib} GiB (phase {largest}{samples})",
+        f"give --max_memory {needed_gib}GiB"
+        + (", lower calibration.max_tokens or max_pixels, or use a data-free recipe" if extent != NO_SAMPLES else ""),
     )

@@ -1,4 +1,4 @@
-"""Recipe x ModelSpec x checkpoint headers -> QuantPlan: every Linear decided, every name checked, no weight read."""
+"""Make a QuantPlan from a recipe, a model type and checkpoint headers. All names are checked; no weight is read."""
 
 from __future__ import annotations
 
@@ -26,17 +26,12 @@ from ..recipe import (
 )
 from ..runtime import DEFAULT_BUDGET, Budget
 from ..storage import Checkpoint
-from .admission import (
-    check_layers,
-    check_type,
-    check_whole,
-    refuse_quantized,
-)
+from .admission import check_all_tensors, check_layers, check_type, refuse_quantized
 
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """What becomes of one Linear of a decoder layer: its scheme, or why it stays float."""
+    """The decision for one Linear of a decoder layer: its scheme, or the reason why it stays float."""
 
     name: str
     shape: tuple[int, int]
@@ -46,7 +41,7 @@ class LinearPlan:
 
 @dataclass(frozen=True)
 class Step:
-    """One processor on one layer, with the Linears (relative names) that the recipe gives to it there."""
+    """One processor applied to one layer. linears: relative names of the Linears that the recipe selects."""
 
     processor: str
     config: ProcessorConfig
@@ -56,20 +51,20 @@ class Step:
 @dataclass(frozen=True)
 class LayerPlan:
     index: int
-    schemes: dict[str, QuantScheme]  # by relative name; a Linear that is not here stays float
+    schemes: dict[str, QuantScheme]  # by relative name; other Linears stay float
     steps: tuple[Step, ...]
 
-    def of(self, linear: str) -> LayerPlan:
-        """What is planned for one Linear of the layer."""
+    def for_linear(self, linear: str) -> LayerPlan:
+        """Return the plan restricted to the steps of one Linear."""
         return replace(self, steps=tuple(replace(step, linears=step.linears & {linear}) for step in self.steps))
 
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """All decisions of a run. `dataset` is None for a data-free recipe: no sample is read, no tower is run.
+    """All decisions of a run.
 
-    statistics: what must be known of the Linears' inputs; see processors.Processor.needs. checked: whether check_whole
-    has passed.
+    dataset: None for a data-free recipe, which reads no samples and runs no towers. statistics: required statistics of
+    the Linears' inputs, see processors.Processor.needs. checked: whether check_all_tensors has passed.
     """
 
     model: ModelSpec
@@ -89,7 +84,7 @@ class QuantPlan:
     budget: Budget = DEFAULT_BUDGET
 
     def kept_parts(self) -> list[tuple[Part, int]]:
-        """The parts of the checkpoint that no Linear of a decoder layer belongs to, with their bytes."""
+        """Return the parts of the checkpoint outside the decoder layers, with their sizes in bytes."""
         sizes: dict[Part, int] = {}
         for name, info in self.checkpoint.tensors.items():
             part = self.model.part_of(name)
@@ -110,11 +105,11 @@ def make_plan(
     trust_remote_code: bool = False,
     check_later: bool = False,
 ) -> QuantPlan:
-    """Decide everything. Arguments other than the first three override the recipe where given.
+    """Make the plan of a run. Keyword arguments override the recipe if given.
 
-    check_later: leave check_whole to the caller where the recipe is data-free.
+    check_later: if the recipe is data-free, the caller must run check_all_tensors.
 
-    Raises QuantError for what cannot be done, with the recipe's file:line where the recipe says so.
+    Raises QuantError if the recipe, the model and the checkpoint do not fit; with file:line if the recipe is the cause.
     """
     refuse_quantized(checkpoint.path)
     check_type(model, checkpoint)
@@ -125,7 +120,7 @@ def make_plan(
     layers = tuple(
         _plan_layer(model, layer_spec, index, selections) for index in range(model.family.num_layers(checkpoint.config))
     )
-    _refuse_split_groups(model, layer_spec, layers, recipe)
+    _check_groups_not_split(layer_spec, layers, recipe)
     _check_group_sizes(model, checkpoint, layers, selections, recipe)
     _check_awq(model, layers, selections, recipe)
     if any(scheme.codebook for layer in layers for scheme in layer.schemes.values()):
@@ -157,51 +152,51 @@ def make_plan(
         statistics=statistics,
         seed=seed,
         trust_remote_code=trust_remote_code,
-        warnings=(*(check_whole(model, checkpoint) if checked else ()), *warnings),
+        warnings=(*(check_all_tensors(model, checkpoint) if checked else ()), *warnings),
         checked=checked,
     )
 
 
 # --- the recipe's selections ---------------------------------------------------------------------------------
 
-Selection = tuple[Location, ProcessorConfig, frozenset[str]]  # place in the file, processor, full Linear names
+Selection = tuple[Location, ProcessorConfig, frozenset[str]]  # location in the file, processor, full Linear names
 
 
 def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnings: list[str]) -> list[Selection]:
-    """For each processor the decoder Linears it selects; the first linear_quant that selects a Linear has it."""
-    relatives = {f".{name}" for name in model.family.layer_spec(checkpoint.config).linears}
+    """Return the decoder Linears of each processor. A Linear belongs to the first linear_quant that selects it."""
+    suffixes = {f".{name}" for name in model.family.layer_spec(checkpoint.config).linears}
     tied = model.family.tied_tensors(checkpoint.config)
     matrices = [*(n for n, info in checkpoint.tensors.items() if len(info.shape) == 2), *tied]
     linear_like = [name.removesuffix(".weight") for name in dict.fromkeys(matrices)]
-    decoder = {n for n in linear_like if n.startswith(model.layers_prefix) and any(map(n.endswith, relatives))}
+    decoder = {n for n in linear_like if n.startswith(model.layers_prefix) and any(map(n.endswith, suffixes))}
     selections: list[Selection] = []
     taken: set[str] = set()
-    quantized_before = False
-    for place, config in recipe.processors():
+    after_linear_quant = False
+    for location, config in recipe.processors():
         if config.type not in model.processors:
-            admitted = ", ".join(sorted(model.processors))
+            supported = ", ".join(sorted(model.processors))
             raise QuantError(
-                f"{recipe.where((*place, 'type'))}: {model.model_type} does not admit the processor {config.type!r};"
-                f" it admits: {admitted}"
+                f"{recipe.where((*location, 'type'))}: {model.model_type} does not support the processor"
+                f" {config.type!r}; supported: {supported}"
             )
-        _check_patterns(recipe, place, config, model, decoder, linear_like, tied, warnings)
-        chosen = {n for n in decoder if matches(n, config.include) and not matches(n, config.exclude)}
+        _check_patterns(recipe, location, config, model, decoder, linear_like, tied, warnings)
+        selected = {n for n in decoder if matches(n, config.include) and not matches(n, config.exclude)}
         if isinstance(config, LinearQuantConfig):
-            chosen -= taken
-            taken |= chosen
-            quantized_before = True
-        elif quantized_before:
+            selected -= taken
+            taken |= selected
+            after_linear_quant = True
+        elif after_linear_quant:
             raise QuantError(
-                f"{recipe.where(place)}: {config.type} stands after linear_quant and would smooth rounded weights",
-                "put it before linear_quant",
+                f"{recipe.where(location)}: {config.type} comes after linear_quant and would smooth rounded weights",
+                "move it before linear_quant",
             )
-        selections.append((place, config, frozenset(chosen)))
+        selections.append((location, config, frozenset(selected)))
     return selections
 
 
 def _check_patterns(
     recipe: Recipe,
-    place: Location,
+    location: Location,
     config: ProcessorConfig,
     model: ModelSpec,
     decoder: set[str],
@@ -209,19 +204,19 @@ def _check_patterns(
     tied: dict[str, str],
     warnings: list[str],
 ) -> None:
-    """A pattern that matches nothing is a warning; an include that asks for what stays float is an error."""
+    """Warn about a pattern that matches nothing. Raise QuantError if an include only matches parts that stay float."""
     for key, patterns in (("include", config.include), ("exclude", config.exclude)):
         for number, pattern in enumerate(patterns):
-            where = recipe.where((*place, key, number))
-            hits = [name for name in linear_like if matches(name, [pattern])]
-            if not hits:
+            where = recipe.where((*location, key, number))
+            matched = [name for name in linear_like if matches(name, [pattern])]
+            if not matched:
                 warnings.append(f"{where}: {key} pattern {pattern!r} matches no Linear; names look like {min(decoder)}")
-            elif key == "include" and not decoder.intersection(hits):
-                weight = f"{hits[0]}.weight"
+            elif key == "include" and not decoder.intersection(matched):
+                weight = f"{matched[0]}.weight"
                 part = model.part_of(weight)
-                why = f"it is tied to {tied[weight]}, and stored as that alone" if weight in tied else part.why_float
+                why = f"it is tied to {tied[weight]} and not stored itself" if weight in tied else part.why_float
                 raise QuantError(
-                    f"{where}: include pattern {pattern!r} asks for {hits[0]} ({part.name}),"
+                    f"{where}: include pattern {pattern!r} selects {matched[0]} ({part.name}),"
                     f" which {model.model_type} keeps float: {why}",
                     f"only Linears of decoder layers are quantized, e.g. {min(decoder)}",
                 )
@@ -231,11 +226,11 @@ def _plan_layer(model: ModelSpec, spec: LayerSpec, index: int, selections: list[
     schemes: dict[str, QuantScheme] = {}
     steps = []
     for _, config, names in selections:
-        chosen = frozenset(linear for linear in spec.linears if model.layer_name(index, linear) in names)
+        selected = frozenset(linear for linear in spec.linears if model.layer_name(index, linear) in names)
         if isinstance(config, LinearQuantConfig):
-            schemes.update(dict.fromkeys(chosen, _scheme(config.qconfig.weight, config.qconfig.act)))
-        if chosen:
-            steps.append(Step(config.type, config, chosen))
+            schemes.update(dict.fromkeys(selected, _scheme(config.qconfig.weight, config.qconfig.act)))
+        if selected:
+            steps.append(Step(config.type, config, selected))
     return LayerPlan(index, schemes, tuple(steps))
 
 
@@ -252,16 +247,16 @@ def _scheme(weight: WeightConfig, act: ActConfig | None = None) -> QuantScheme:
     )
 
 
-def _refuse_split_groups(model: ModelSpec, spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
-    """Runtimes fuse the Linears that read one input (q/k/v, gate/up) and ask one stored form of all of them."""
+def _check_groups_not_split(spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
+    """Raise QuantError for a group (q/k/v, gate/up) with several schemes: runtimes fuse it and require one scheme."""
     for layer in layers:
         for group in spec.groups:
-            forms = {(s.name if (s := layer.schemes.get(linear)) else "FLOAT") for linear in group.linears}
-            if len(forms) > 1:
+            schemes = {(s.name if (s := layer.schemes.get(linear)) else "FLOAT") for linear in group.linears}
+            if len(schemes) > 1:
                 names = ", ".join(group.linears)
                 raise QuantError(
                     f"{recipe.where(('spec', 'process'))}: in layer {layer.index} {names} would be"
-                    f" {' and '.join(sorted(forms))}; runtimes fuse them and need one form",
+                    f" {' and '.join(sorted(schemes))}; runtimes fuse them and require one scheme",
                     "include or exclude all of them together",
                 )
 
@@ -279,43 +274,43 @@ def _check_group_sizes(
             in_features = checkpoint.tensors[f"{name}.weight"].shape[1]
             if scheme.group_size is None or in_features % scheme.group_size == 0:
                 continue
-            place = next(place for place, config, names in selections if _quantizes(config) and name in names)
-            fitting = [str(size) for size in GROUP_SIZES if in_features % size == 0]
+            location = next(
+                location
+                for location, config, names in selections
+                if isinstance(config, LinearQuantConfig) and name in names
+            )
+            divisors = [str(size) for size in GROUP_SIZES if in_features % size == 0]
             raise QuantError(
-                f"{recipe.where((*place, 'qconfig', 'weight'))}: weight.ext.group_size {scheme.group_size} does not"
+                f"{recipe.where((*location, 'qconfig', 'weight'))}: weight.ext.group_size {scheme.group_size} does not"
                 f" divide in_features {in_features} of {name}",
-                f"use {' or '.join(fitting)}" if fitting else "no group size does; exclude this Linear",
+                f"use {' or '.join(divisors)}" if divisors else "no group size divides it; exclude this Linear",
             )
 
 
-def _quantizes(config: ProcessorConfig) -> bool:
-    return isinstance(config, LinearQuantConfig)
-
-
 def _check_awq(model: ModelSpec, layers: tuple[LayerPlan, ...], selections: list[Selection], recipe: Recipe) -> None:
-    """awq scales for grouped, weight-only rounding, and searches for the very form that linear_quant then writes."""
-    for place, config, names in selections:
+    """Raise QuantError unless the Linears of awq get per_group, weight-only schemes that match its weight_qconfig."""
+    for location, config, names in selections:
         if not isinstance(config, AwqConfig):
             continue
-        schemes: dict[QuantScheme, str] = {}  # with the first Linear of each
+        schemes: dict[QuantScheme, str] = {}  # each with its first Linear
         for layer in layers:
             for linear, scheme in sorted(layer.schemes.items()):
                 if (name := model.layer_name(layer.index, linear)) in names:
                     schemes.setdefault(scheme, name)
-        if odd := [scheme for scheme in schemes if scheme.group_size is None]:
+        if per_channel := [scheme for scheme in schemes if scheme.group_size is None]:
             raise QuantError(
-                f"{recipe.where(place)}: awq is for weights per_group; linear_quant makes {odd[0].name} of"
-                f" {schemes[odd[0]]}",
+                f"{recipe.where(location)}: awq requires per_group weights, but linear_quant quantizes"
+                f" {schemes[per_channel[0]]} to {per_channel[0].name}",
                 "exclude such Linears from awq; use iter_smooth or smooth_quant with W8A8",
             )
-        said = config.weight_qconfig
-        for scheme in schemes if said is not None else ():
-            assert said is not None
-            if _scheme(said).name != scheme.name:
+        if config.weight_qconfig is None:
+            continue
+        for scheme in schemes:
+            if _scheme(config.weight_qconfig).name != scheme.name:
                 raise QuantError(
-                    f"{recipe.where((*place, 'weight_qconfig'))}: weight_qconfig is not the form that linear_quant"
-                    f" writes, {scheme.name}",
-                    "make them the same, or leave weight_qconfig out",
+                    f"{recipe.where((*location, 'weight_qconfig'))}: weight_qconfig differs from the scheme of"
+                    f" linear_quant, {scheme.name}",
+                    "make them equal, or remove weight_qconfig",
                 )
 
 
@@ -330,20 +325,20 @@ def _linear_plan(model: ModelSpec, checkpoint: Checkpoint, layer: LayerPlan, rel
 
 
 def _savers(recipe: Recipe, names: Sequence[str]) -> tuple[SaverConfig, ...]:
-    """The recipe's savers, or the named ones with the recipe's settings where it has them."""
+    """Return the recipe's savers, or the given formats with the recipe's settings for those that it lists."""
     if not names:
         return recipe.spec.save
     in_recipe: dict[str, SaverConfig] = {saver.type: saver for saver in recipe.spec.save}
-    chosen: dict[str, SaverConfig] = {}
+    savers: dict[str, SaverConfig] = {}
     for name in names:
         if name not in SAVER_CONFIGS:
             raise QuantError(f"unknown save_format {name!r}. Known: {', '.join(SAVER_CONFIGS)}")
-        chosen[name] = in_recipe.get(name) or SAVER_CONFIGS[name].model_validate({"type": name})
-    return tuple(chosen.values())
+        savers[name] = in_recipe.get(name) or SAVER_CONFIGS[name].model_validate({"type": name})
+    return tuple(savers.values())
 
 
 def _check_formats(savers: tuple[SaverConfig, ...], recipe: Recipe, linears: tuple[LinearPlan, ...]) -> None:
     schemes = frozenset(linear.scheme for linear in linears if linear.scheme is not None)
     for saver in savers:
         if why := FORMATS[saver.type].refusal(schemes):
-            raise QuantError(f"{recipe.where(('spec', 'save'))}: {saver.type} cannot hold this recipe's result: {why}")
+            raise QuantError(f"{recipe.where(('spec', 'save'))}: {saver.type} cannot store this recipe's result: {why}")

@@ -41,7 +41,7 @@ from .fold import (
     repeat_for_query_heads,
 )
 from .gptq import CholeskyFactor
-from .rounding import round_group, cholesky_for_gptq
+from .rounding import cholesky_for_gptq, round_group
 from .work import LayerWork, SmoothingRecord
 
 _FINALISTS = 2  # compared with the identity by the output of the block

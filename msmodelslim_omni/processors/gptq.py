@@ -34,7 +34,7 @@ _SHARED = 16 << 20  # a CPU weight with more elements has at least two parts, so
 class CholeskyFactor:
     """L of H + λ, with its inputs sorted by `order`; the last inputs are rounded first.
 
-    inner: the diagonal blocks of L, [size, size] each. below: if H is a matrix, the part of L under each diagonal block,
+    inner: the diagonal blocks of L, [size, size] each. below: if H is a matrix, the part of L under each block,
     [in - end, size]; if H is a factor, V_B [rows, size], and `factor` is R sorted by `order`.
     """
 
@@ -145,7 +145,7 @@ def _round_block(
     errors: torch.Tensor,
     weight_range: tuple[int, int],
 ) -> torch.Tensor:
-    """The integers of a block as floats. Writes Δ to `errors` and overwrites `pull`. All [size, out]; inner [size, size].
+    """The integers of a block as floats. Writes Δ to `errors`, overwrites `pull`. All [size, out]; inner [size, size].
 
     One input has few weights, so calls cost more than arithmetic. Each input takes six calls and allocates nothing.
     """

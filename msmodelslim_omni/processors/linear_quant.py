@@ -9,7 +9,7 @@ from ..errors import QuantError
 from ..models import LinearGroup
 from ..recipe import LinearQuantConfig
 from ..statistics import Gram
-from .rounding import TOKENS_PER_INPUT, round_group, cholesky_for_gptq
+from .rounding import TOKENS_PER_INPUT, cholesky_for_gptq, round_group
 from .work import LayerWork
 
 

@@ -1,5 +1,4 @@
-"""The processors of a recipe. A new one needs a module here, a line in this table, and its fields in recipe/schema.py.
-"""
+"""The processors of a recipe. A new one needs a module here, a line in this table and fields in recipe/schema.py."""
 
 from __future__ import annotations
 

@@ -165,7 +165,7 @@ def _worst_ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch
 def _worst_ratio(sums: list[torch.Tensor]) -> float:
     """The maximum over the modalities of error / error of plain rounding. Below 1, no modality is worse.
 
-    sums: for each Linear, float64 [3, modalities]: squared sums of the error, of the error of plain rounding, and of the
+    sums: for each Linear, float64 [3, modalities]: squared sums of the error, of the error of plain rounding and of the
     output. Errors count relative to the output.
     """
     errors, plain = torch.stack([s[:2] / s[2].clamp_min(1e-300) for s in sums]).sum(dim=0)

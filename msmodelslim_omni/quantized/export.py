@@ -121,7 +121,7 @@ def _check_arguments(save_format: str, part_file_size: int) -> None:
 def _check_source(source: QuantizedCheckpoint, target: Path, save_format: str, thinker_only: bool) -> None:
     """Raise QuantError if the source cannot be exported to this folder in this format."""
     check_save_path(target, source.path)
-    if thinker_only and source.model.speaking is None:
+    if thinker_only and source.model.speech_support is None:
         raise QuantError(f"{source.path}: a {source.model.hf_model_type} has no speech parts", "omit --thinker_only")
     if reason := FORMATS[save_format].refusal(source.schemes):
         raise QuantError(f"{save_format} cannot hold {source.path}: {reason}")
@@ -194,8 +194,8 @@ def _omitted_bytes(source: QuantizedCheckpoint, thinker_only: bool) -> int:
 def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only: bool) -> OutputJob:
     """The items that the format writes, like those of a run, sorted by tensor name as in a safetensors index."""
     config = without_quantization(source.checkpoint.config)
-    if thinker_only and source.model.speaking is not None:
-        config = source.model.speaking.without_speech(config)
+    if thinker_only and source.model.speech_support is not None:
+        config = source.model.speech_support.without_speech(config)
     by_name: dict[str, OutTensor | OutLinear] = {}
     for name, info in source.floats.items():
         if name.startswith(_omitted_prefixes(source, thinker_only)):

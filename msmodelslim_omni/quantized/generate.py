@@ -23,11 +23,11 @@ from ..formats import OutLinear
 from ..models import (
     MediaLimits,
     ModelInputs,
+    ModelRunner,
     ModelSpec,
     RunnableModel,
-    Running,
-    Speaking,
     SpeakingModel,
+    SpeechSupport,
     derive_model_type,
 )
 from ..numerics import (
@@ -114,7 +114,7 @@ def generate(
         raise QuantError(f"max_new_tokens is {max_new_tokens}", "give at least 1, or at least 2 with --speech")
     chosen = resolve_device(device)
     source = open_source(path)
-    speaking = _check_speech(source, speaker, Path(speech)) if speech else None
+    speech_support = _check_speech(source, speaker, Path(speech)) if speech else None
     sample = _make_prompt(source.model, text, images, audios, videos)
     model = open_model(source, bool(speech))
     inputs = prepare_sample(sample, source.model.family.open_media_processor(source.path, _LIMITS, trust_remote_code))
@@ -129,13 +129,13 @@ def generate(
             on_text(piece)
 
         with torch.inference_mode():
-            if speech is None or speaking is None:
+            if speech is None or speech_support is None:
                 tokens = model.answer(inputs, source.path, max_new_tokens, add_piece)
                 return Answer("".join(pieces), tokens, time.perf_counter() - started)
             speaking_model = cast(SpeakingModel, model)  # opened with speech=True
             tokens, samples = speaking_model.speak(inputs, source.path, speaker, max_new_tokens, add_piece)
-    write_wav(Path(speech), samples, speaking.SPEECH_RATE)
-    seconds = len(samples) / speaking.SPEECH_RATE
+    write_wav(Path(speech), samples, speech_support.SPEECH_RATE)
+    seconds = len(samples) / speech_support.SPEECH_RATE
     return Answer("".join(pieces), tokens, time.perf_counter() - started, str(speech), seconds)
 
 
@@ -157,22 +157,22 @@ def open_source(path: str | Path) -> Source:
     return Source(folder, checkpoint.config, derive_model_type(checkpoint.config), checkpoint.tensors, {}, sizes)
 
 
-def _check_speech(source: Source, speaker: str, file: Path) -> Speaking:
+def _check_speech(source: Source, speaker: str, file: Path) -> SpeechSupport:
     """The speech part of the model. Raises QuantError if it cannot speak, the speaker is unknown or the file is bad."""
-    speaking = source.model.speaking
-    if speaking is None:
+    speech_support = source.model.speech_support
+    if speech_support is None:
         raise QuantError(f"{source.path}: a {source.model.hf_model_type} answers in text only", "omit --speech")
     has_weights = any(name.startswith(source.model.speech_prefixes) for name in source.floats)
-    if not speaking.speaks(source.config) or not has_weights:
+    if not speech_support.has_speech(source.config) or not has_weights:
         raise QuantError(f"{source.path} holds no speech parts", "omit --speech, or use the complete checkpoint")
-    known = speaking.speakers(source.path)
+    known = speech_support.speakers(source.path)
     if speaker not in known:
         raise QuantError(f"unknown speaker {speaker!r}. Known: {', '.join(known)}.{nearest(speaker, known)}")
     if file.suffix.lower() != ".wav":
         raise QuantError(f"--speech {str(file)!r} is not a .wav file", "give a file name that ends in .wav")
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise QuantError(f"--speech {str(file)!r} cannot be written", "give a file in a folder that exists")
-    return speaking
+    return speech_support
 
 
 def _make_prompt(
@@ -200,9 +200,9 @@ def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
 
 def open_model(source: Source, speech: bool) -> RunnableModel:
     """The library's model without weights. Raises QuantError if a tensor is missing or has the wrong shape."""
-    model = source.model.running.open_model(source.config, speech)
+    model = source.model.runner.open_model(source.config, speech)
     expected = model.module.state_dict()
-    for name, stored_name in model.slots().items():
+    for name, stored_name in model.checkpoint_names().items():
         shape = source.shape_of(stored_name)
         if shape is None:
             raise QuantError(f"{source.path}: tensor {stored_name} is missing", "write or fetch the checkpoint again")
@@ -217,9 +217,9 @@ def open_model(source: Source, speech: bool) -> RunnableModel:
 
 def fill_model(model: RunnableModel, source: Source, device: Device, progress: Progress) -> None:
     """Load the weights in a dtype that fits into memory, and report the memory they take."""
-    running, slots = source.model.running, model.slots()
-    dtype, needed = _choose_dtype(source, device, running, set(slots.values()))
-    on_disk = sum(source.disk_bytes[stored_name] for stored_name in set(slots.values()))
+    runner, checkpoint_names = source.model.runner, model.checkpoint_names()
+    dtype, needed = _choose_dtype(source, device, runner, set(checkpoint_names.values()))
+    on_disk = sum(source.disk_bytes[stored_name] for stored_name in set(checkpoint_names.values()))
     emulated = "; int8 activations are emulated" if any(lin.scheme.act_bits for lin in source.linears.values()) else ""
     progress.say(
         f"{device.name} ({device.reason}), {str(dtype).removeprefix('torch.')}: the weights take"
@@ -227,20 +227,22 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
         + (f", dequantized from {human_bytes(on_disk)} on disk{emulated}" if source.linears else "")
     )
     filled: dict[str, str] = {}
-    for done, (name, stored_name) in enumerate(slots.items(), 1):
+    for done, (name, stored_name) in enumerate(checkpoint_names.items(), 1):
         if stored_name in filled:
             _share_parameter(model.module, filled[stored_name], name)
         else:
-            slot_dtype = torch.float32 if stored_name.startswith(running.FLOAT32_PREFIXES) else dtype
-            _fill_slot(model.module, name, stored_name, source, slot_dtype, device.torch)
+            target_dtype = torch.float32 if stored_name.startswith(runner.FLOAT32_PREFIXES) else dtype
+            _fill_tensor(model.module, name, stored_name, source, target_dtype, device.torch)
             filled[stored_name] = name
-        progress.step("load", done, len(slots), "tensors")
+        progress.step("load", done, len(checkpoint_names), "tensors")
     for module in model.module.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device.torch))
 
 
-def _choose_dtype(source: Source, device: Device, running: Running, stored_names: set[str]) -> tuple[torch.dtype, int]:
+def _choose_dtype(
+    source: Source, device: Device, runner: ModelRunner, stored_names: set[str]
+) -> tuple[torch.dtype, int]:
     """The compute dtype and the bytes of the weights in it.
 
     float32 on a CPU if it fits, since few CPUs are fast at bfloat16; else bfloat16.
@@ -249,7 +251,7 @@ def _choose_dtype(source: Source, device: Device, running: Running, stored_names
     for dtype in (torch.float32, torch.bfloat16):
         by_dtype[dtype] = sum(
             torch.Size(source.shape_of(name) or ()).numel()
-            * (4 if name.startswith(running.FLOAT32_PREFIXES) else dtype.itemsize)
+            * (4 if name.startswith(runner.FLOAT32_PREFIXES) else dtype.itemsize)
             for name in stored_names
         )
     if device.torch.type != "cpu":
@@ -280,17 +282,17 @@ def available_memory() -> int | None:
         return free
 
 
-def _fill_slot(
+def _fill_tensor(
     module: torch.nn.Module, name: str, stored_name: str, source: Source, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Load one tensor of the checkpoint into the model's parameter or buffer `name`."""
     owner_name, _, attribute = name.rpartition(".")
     owner = module.get_submodule(owner_name)
-    slot: Any = getattr(owner, attribute)
+    current: Any = getattr(owner, attribute)
     linear = source.linears.get(stored_name.removesuffix(".weight")) if attribute == "weight" else None
     if linear is None:
         tensor = load_finite(source.floats[stored_name]).to(dtype).to(device)
-        is_parameter = isinstance(slot, torch.nn.Parameter)
+        is_parameter = isinstance(current, torch.nn.Parameter)
         setattr(owner, attribute, torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
         return
     loaded = load_linear(linear)

@@ -53,8 +53,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     path = Path(path)
     if not (path / "config.json").is_file():
         raise QuantError(
-            f"{str(path)!r} is not a checkpoint: it holds no config.json",
-            "give the folder that holds config.json",
+            f"{str(path)!r} is not a checkpoint: it has no config.json",
+            "give the folder that contains config.json",
         )
     config = load_json_object(path / "config.json")
     model = derive_model_type(config)
@@ -102,4 +102,4 @@ def _count_parameters(info: TensorInfo) -> int:
 
 
 def _model_name(model: ModelSpec, config: dict[str, Any]) -> str:
-    return model.family.shape_name(config) or f"{model.hf_model_type} (custom shape)"
+    return model.family.published_model_type(config) or f"{model.hf_model_type} (custom shape)"

@@ -26,10 +26,10 @@ from ..storage import (
     Checkpoint,
     TensorInfo,
     config_block,
-    read_indexed_shards,
     load_json_object,
     load_tensor,
     read_header,
+    read_indexed_shards,
 )
 
 _SAVER_OF_METHOD = {fmt.quant_method: saver for saver, fmt in FORMATS.items() if fmt.quant_method}
@@ -131,7 +131,7 @@ def read_quantized(path: str | Path) -> QuantizedCheckpoint:
         raise QuantError(f"{str(path)!r} does not exist", "give the folder of a quantized checkpoint")
     if not (path / "config.json").is_file():
         raise QuantError(
-            f"{str(path)!r} is not a checkpoint: it holds no config.json", "give the folder that holds config.json"
+            f"{str(path)!r} is not a checkpoint: it has no config.json", "give the folder that contains config.json"
         )
     config = load_json_object(path / "config.json")
     model = derive_model_type(config)

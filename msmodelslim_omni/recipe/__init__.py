@@ -1,8 +1,8 @@
-"""Recipes: YAML to a frozen, validated Recipe, with file:line in every error.
+"""Recipes: parse YAML into a frozen, validated Recipe, with file:line in every error.
 
-schema.py is the pydantic schema and finds shipped recipes; patterns.py matches include and exclude.
+schema.py holds the pydantic schema and finds shipped recipes; patterns.py matches include and exclude.
 May import: files, errors. No torch.
-Left out on purpose: models. Whether a recipe fits a model is checked in plan.
+Not here: models. The plan package checks whether a recipe fits a model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""include / exclude patterns: shell wildcards on a Linear's full checkpoint name, with `{a,b}` braces."""
+"""include / exclude patterns: shell wildcards with `{a,b}` braces, matched against a Linear's full checkpoint name."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ _MAX_ALTERNATIVES = 4096
 
 @functools.lru_cache(maxsize=1024)
 def expand_braces(pattern: str) -> tuple[str, ...]:
-    """`a.{b,c}` -> (`a.b`, `a.c`); nests. Raises QuantError beyond 4096 alternatives: a recipe is untrusted input."""
-    pending, done = [pattern], []
+    """Expand `a.{b,c}` to (`a.b`, `a.c`), also nested.
+
+    Raises QuantError above 4096 alternatives, because a recipe is untrusted input.
+    """
+    pending, expanded = [pattern], []
     while pending:
         current = pending.pop()
         braces = _BRACES.search(current)
         if braces is None:
-            done.append(current)
+            expanded.append(current)
         else:
-            head, tail = current[: braces.start()], current[braces.end() :]
-            pending += [head + choice + tail for choice in reversed(braces.group(1).split(","))]
-        if len(pending) + len(done) > _MAX_ALTERNATIVES:
+            prefix, suffix = current[: braces.start()], current[braces.end() :]
+            pending += [prefix + choice + suffix for choice in reversed(braces.group(1).split(","))]
+        if len(pending) + len(expanded) > _MAX_ALTERNATIVES:
             raise QuantError(
-                f"pattern {pattern[:80]!r} stands for more than {_MAX_ALTERNATIVES} alternatives",
-                "use a wildcard instead of so many braces",
+                f"pattern {pattern[:80]!r} expands to more than {_MAX_ALTERNATIVES} alternatives",
+                "use a wildcard instead of braces",
             )
-    return tuple(done)
+    return tuple(expanded)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether `name` fits any of the patterns (case matters, `*` crosses dots)."""
+    """Return whether `name` matches any of the patterns. Case matters; `*` also matches dots."""
     return any(fnmatch.fnmatchcase(name, choice) for pattern in patterns for choice in expand_braces(pattern))

@@ -1,8 +1,8 @@
-"""A YAML recipe -> a frozen, checked Recipe; and the choice of a shipped recipe by model type and quant type.
+"""The schema of recipes, and the choice of a shipped recipe by model type and quant type.
 
-The format is msModelSlim's (`apiversion: multimodal_vlm_modelslim_v1`) with an optional `spec.calibration` block
-of ours. Every fault carries file:line, the key, and what is allowed there. No torch here: `--help` stays instant.
-What needs the checkpoint (do the patterns match, does the model type admit the processor) is plan.py's.
+The format is msModelSlim's (`apiversion: multimodal_vlm_modelslim_v1`) plus an optional `spec.calibration` block.
+Every error names file:line, the key and the allowed values. This module does not import torch, so `--help` is fast.
+Checks that need the checkpoint (patterns match, the model type supports the processor) are in plan.py.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from ..errors import QuantError, nearest
 from ..files import read_regular, shipped_folder
-from .validation_errors import FaultsInWords
+from .validation_errors import FaultFormatter
 from .yaml_lines import (
     Location,
     build,
+    check_duplicates_and_size,
     compose,
+    drop_anchor_holders,
     node_at,
-    refuse_duplicates_and_bombs,
-    without_anchor_holders,
 )
 
 MAX_RECIPE_BYTES = 1 << 20
 
-# Other names under which users know a quant type.
+# Other names for a quant type that users know from other tools.
 QUANT_TYPE_ALIASES = {"awq": "w4a16", "bnb": "nf4", "bitsandbytes": "nf4"}
 
 
@@ -36,11 +36,11 @@ class _Block(BaseModel):
 
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
-NoExtension = Annotated[dict[str, Any], Field(max_length=0, description="msModelSlim's method options; none here")]
+NoExtension = Annotated[dict[str, Any], Field(max_length=0, description="Not supported: msModelSlim's method options")]
 
 
 class ActConfig(_Block):
-    """Activations: int8, one symmetric scale per token, computed at run time."""
+    """Activations: int8 with one symmetric scale per token, computed at run time."""
 
     scope: Literal["per_token"] = "per_token"
     dtype: Literal["int8"] = "int8"
@@ -54,9 +54,10 @@ GROUP_SIZES: tuple[int, ...] = get_args(GroupSize)
 
 
 class WeightExt(_Block):
-    """group_size: consecutive inputs of an output channel that share a scale; for `per_group` only.
+    """Options of the weights.
 
-    double_quant: nf4 keeps these scales in eight bits, too.
+    group_size: number of consecutive inputs of an output channel that share a scale; only for `per_group`.
+    double_quant: also quantize these scales, to 8 bits; only for nf4.
     """
 
     group_size: GroupSize | None = None
@@ -64,11 +65,11 @@ class WeightExt(_Block):
 
 
 class WeightConfig(_Block):
-    """Weights: int8 with one symmetric scale per output channel, int4 with one scale per group of its inputs, or nf4,
-    bitsandbytes' table of sixteen levels with one absmax per group.
+    """Weights: int8 with one symmetric scale per output channel, int4 with one scale per group of inputs, or nf4
+    (bitsandbytes' table of 16 levels) with one absmax per group.
 
-    method: `minmax` rounds within the whole range; `mse` searches a clip per channel or group; `gptq` (int4) also
-    rounds each weight so that it makes up for the errors of those rounded before it.
+    method: `minmax` covers the full range; `mse` searches a clipped range per channel or group; `gptq` (int4) also
+    compensates the rounding error of each weight in the weights that are rounded after it.
     """
 
     scope: Literal["per_channel", "per_group"] = "per_channel"
@@ -79,57 +80,57 @@ class WeightConfig(_Block):
 
     @property
     def group_size(self) -> int | None:
-        usual = 64 if self.dtype == "nf4" else 128
-        return (self.ext.group_size or usual) if self.scope == "per_group" else None
+        default = 64 if self.dtype == "nf4" else 128
+        return (self.ext.group_size or default) if self.scope == "per_group" else None
 
     @model_validator(mode="after")
-    def _served(self) -> WeightConfig:
+    def _check_supported(self) -> WeightConfig:
         if (self.scope == "per_channel") != (self.dtype == "int8"):
-            raise ValueError("int8 goes with scope per_channel, int4 and nf4 with scope per_group")
+            raise ValueError("int8 requires scope per_channel; int4 and nf4 require scope per_group")
         if self.dtype == "nf4" and (self.method != "minmax" or not self.symmetric):
-            raise ValueError("nf4 takes method minmax and symmetric: true; its levels are a table's")
+            raise ValueError("nf4 requires method minmax and symmetric: true; its levels are fixed")
         if self.dtype != "nf4" and self.ext.double_quant:
-            raise ValueError("ext.double_quant is for nf4")
+            raise ValueError("ext.double_quant requires dtype nf4")
         if self.dtype == "int8" and not self.symmetric:
-            raise ValueError("int8 weights are symmetric; asymmetric ones are int4 per_group")
+            raise ValueError("int8 weights are symmetric; asymmetric weights require int4 per_group")
         if self.dtype == "int8" and self.method == "gptq":
-            raise ValueError("method gptq is for int4 per_group; int8 takes minmax or mse")
+            raise ValueError("method gptq requires int4 per_group; int8 supports minmax and mse")
         if self.dtype == "int8" and self.ext.group_size is not None:
-            raise ValueError("ext.group_size is for scope per_group")
+            raise ValueError("ext.group_size requires scope per_group")
         return self
 
 
 class LinearQConfig(_Block):
-    """int8 weights go with int8 activations, int4 and nf4 weights with float ones (no `act`)."""
+    """int8 weights require int8 activations; int4 and nf4 weights require float activations (no `act`)."""
 
     act: ActConfig | None = None
     weight: WeightConfig
 
     @model_validator(mode="after")
-    def _served(self) -> LinearQConfig:
+    def _check_supported(self) -> LinearQConfig:
         if self.weight.dtype != "int8" and self.act is not None:
-            raise ValueError(f"{self.weight.dtype} weights go with float activations; leave `act` out")
+            raise ValueError(f"{self.weight.dtype} weights require float activations; remove `act`")
         if self.weight.dtype == "int8" and self.act is None:
-            raise ValueError("int8 weights go with int8 activations; give `act`, e.g. `act: {}`")
+            raise ValueError("int8 weights require int8 activations; add `act: {}`")
         return self
 
 
-class _Selecting(_Block):
-    """include / exclude: shell patterns on the Linear's checkpoint name; exclude wins."""
+class _LinearSelection(_Block):
+    """include / exclude: shell patterns for the Linear's checkpoint name; exclude takes precedence."""
 
     include: Names = ("*",)
     exclude: Names = ()
 
     @field_validator("include")
     @classmethod
-    def _not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_not_empty(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         if not patterns:
-            raise ValueError("must name at least one pattern; ['*'] means every Linear of the decoder layers")
+            raise ValueError("must list at least one pattern; ['*'] selects every Linear of the decoder layers")
         return patterns
 
 
-class LinearQuantConfig(_Selecting):
-    """Quantize the matching Linears."""
+class LinearQuantConfig(_LinearSelection):
+    """Quantize the selected Linears."""
 
     type: Literal["linear_quant"]
     qconfig: LinearQConfig
@@ -139,16 +140,16 @@ Alpha = Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"]
 Subgraph = Literal["norm-linear", "linear-linear", "ov", "up-down"]
 
 
-class SmoothQuantConfig(_Selecting):
-    """SmoothQuant: norm -> linear only. `alpha: auto` searches a grid that holds 'no smoothing'."""
+class SmoothQuantConfig(_LinearSelection):
+    """SmoothQuant, for norm -> linear only. `alpha: auto` searches a grid that includes no smoothing."""
 
     type: Literal["smooth_quant"]
     alpha: Alpha = 0.5
     symmetric: Literal[True] = True
 
 
-class IterSmoothConfig(_Selecting):
-    """Smoothing of several kinds of subgraph, with msModelSlim's defaults."""
+class IterSmoothConfig(_LinearSelection):
+    """Smoothing of several kinds of subgraphs, with msModelSlim's defaults."""
 
     type: Literal["iter_smooth"]
     alpha: Alpha = 0.9
@@ -165,11 +166,11 @@ class IterSmoothConfig(_Selecting):
 AwqSubgraph = Literal["norm-linear", "ov", "up-down"]
 
 
-class AwqConfig(_Selecting):
-    """AWQ: scale channels of a Linear's input so that those that matter lose less to rounding.
+class AwqConfig(_LinearSelection):
+    """AWQ: scale the input channels of a Linear to reduce the rounding error of the most important channels.
 
-    weight_qconfig: the form that follows; where it stands, linear_quant must say the same. n_grid: points of the
-    search over the exponent.
+    weight_qconfig: the weight scheme to search for; optional, must match linear_quant. n_grid: number of exponents
+    that the search tries.
     """
 
     type: Literal["awq"]
@@ -182,7 +183,7 @@ ProcessorConfig = LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig | Awq
 
 
 class GroupConfig(_Block):
-    """Processors that share one pass over the layer; the order inside is kept."""
+    """Processors that share one pass over the layer and run in the given order."""
 
     type: Literal["group"]
     configs: Annotated[
@@ -194,32 +195,32 @@ ProcessItem = Annotated[ProcessorConfig | GroupConfig, Field(discriminator="type
 
 
 class _SaverConfig(_Block):
-    part_file_size: Annotated[int, Field(ge=0, description="GB per shard; 0 = one file")] = 4
+    part_file_size: Annotated[int, Field(ge=0, description="Size of a shard in GB; 0 = one file")] = 4
     ext: dict[str, Any] = {}
 
 
 class AscendSaverConfig(_SaverConfig):
-    """quant_model_weights-*.safetensors and quant_model_description.json, as vLLM-Ascend reads them."""
+    """quant_model_weights-*.safetensors and quant_model_description.json, for vLLM-Ascend."""
 
     type: Literal["ascendv1_saver"]
 
 
 class CompressedTensorsConfig(_SaverConfig):
-    """compressed-tensors as vLLM and transformers read it: int-quantized for W8A8, pack-quantized for W4A16, and
-    mixed-precision for both beside each other.
+    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16, and
+    mixed-precision for a model with both.
     """
 
     type: Literal["compressed_tensors"]
 
 
 class AwqSaverConfig(_SaverConfig):
-    """AutoAWQ's GEMM layout, as vLLM (awq, awq_marlin) and transformers read it."""
+    """AutoAWQ's GEMM layout, for vLLM (awq, awq_marlin) and transformers."""
 
     type: Literal["awq"]
 
 
 class BitsandbytesConfig(_SaverConfig):
-    """bitsandbytes' NF4, as transformers reads it with bitsandbytes installed."""
+    """bitsandbytes' NF4 layout, for transformers with bitsandbytes installed."""
 
     type: Literal["bitsandbytes"]
 
@@ -238,16 +239,16 @@ ModalityWeight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class CalibrationConfig(_Block):
-    """How the calibration data is used (ours; msModelSlim has no such block).
+    """How the calibration data is used. msModelSlim has no such block.
 
-    modality_weights: for awq, gptq and clip search; `balanced` gives each modality in the data the same say, `tokens`
-    each token, a mapping each modality what it says (0 if not named). propagate_error: the next layer sees the
-    quantized layer's outputs, else the float layer's.
+    modality_weights: weights for awq, gptq and clip search. `balanced`: equal weight per modality in the data;
+    `tokens`: equal weight per token; a mapping: weight by modality, 0 if not listed. propagate_error: the next layer
+    receives the outputs of the quantized layer instead of the float layer.
     """
 
     max_samples: Annotated[int, Field(gt=0)] | None = None
-    max_tokens: Annotated[int, Field(gt=0, description="tokens of one sample, media included")] = 8192
-    max_pixels: Annotated[int, Field(ge=4 * 28 * 28, description="per image or video frame")] | None = None
+    max_tokens: Annotated[int, Field(gt=0, description="Maximum tokens of one sample, including media")] = 8192
+    max_pixels: Annotated[int, Field(ge=4 * 28 * 28, description="Maximum pixels per image or frame")] | None = None
     video_fps: Annotated[float, Field(gt=0.0, le=30.0)] = 2.0
     on_bad_sample: Literal["fail", "skip"] = "fail"
     modality_weights: Literal["balanced", "tokens"] | dict[Modality, ModalityWeight] = "tokens"
@@ -281,15 +282,15 @@ class Spec(_Block):
 
     @field_validator("save")
     @classmethod
-    def _each_saver_once(cls, savers: tuple[SaverConfig, ...]) -> tuple[SaverConfig, ...]:
+    def _check_savers_unique(cls, savers: tuple[SaverConfig, ...]) -> tuple[SaverConfig, ...]:
         names = [saver.type for saver in savers]
         if len(set(names)) != len(names):
-            raise ValueError("names the same saver twice")
+            raise ValueError("lists the same saver twice")
         return savers
 
 
 class Recipe(_Block):
-    """One recipe. `path` and `text` are the file it came from, byte for byte, for the copy in the output."""
+    """A recipe: how to quantize a model, which data to calibrate on, and which formats to save."""
 
     apiversion: Literal["multimodal_vlm_modelslim_v1"]
     metadata: Metadata = Metadata()
@@ -301,15 +302,17 @@ class Recipe(_Block):
 
     @property
     def path(self) -> Path:
+        """The file that the recipe was read from."""
         return self._path
 
     @property
     def text(self) -> str:
+        """The text of that file, unchanged, for the copy in the output."""
         return self._text
 
     @property
     def quant_type(self) -> str:
-        """`nf4` for a recipe that makes it, else `w8a8` and the like, from metadata.label; empty without a label."""
+        """`nf4` if the recipe quantizes to NF4, else e.g. `w8a8` from metadata.label; empty without a label."""
         label = self.metadata.label
         configs = [config for _, config in self.processors() if isinstance(config, LinearQuantConfig)]
         if any(config.qconfig.weight.dtype == "nf4" for config in configs):
@@ -317,75 +320,78 @@ class Recipe(_Block):
         return f"w{label.w_bit}a{label.a_bit}" if label else ""
 
     def where(self, location: Location = ()) -> str:
-        """`file:line` of a key, for messages about a recipe that is well-formed but does not fit the model."""
+        """Return `file:line` of a key, for errors of a valid recipe that does not fit the model."""
         line = node_at(self._root, location).start_mark.line + 1 if self._root is not None else 1
         return f"{self._path}:{line}"
 
     def processors(self) -> Iterator[tuple[Location, ProcessorConfig]]:
-        """The processors in order with their place in the file; groups are flattened."""
+        """Yield the processors in order, each with its location in the file. Groups are flattened."""
         for i, item in enumerate(self.spec.process):
-            here: Location = ("spec", "process", i)
+            location: Location = ("spec", "process", i)
             if isinstance(item, GroupConfig):
                 for j, inner in enumerate(item.configs):
-                    yield (*here, "configs", j), inner
+                    yield (*location, "configs", j), inner
             else:
-                yield here, item
+                yield location, item
 
 
-# Names by which pydantic tells the branches of a union apart.
+# Names of union branches that pydantic inserts into error locations.
 _UNION_TAGS = frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq", "group", *SAVER_CONFIGS})
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read and check one recipe file. Raises QuantError naming file:line, key, value and what is allowed."""
+    """Read and validate a recipe file. Raises QuantError with file:line, key, value and the allowed values."""
     path = Path(path)
     try:
-        text = read_regular(path, MAX_RECIPE_BYTES).decode("utf-8")  # line ends as they are, for the copy in the output
+        text = read_regular(path, MAX_RECIPE_BYTES).decode("utf-8")  # keeps line endings, for the copy in the output
     except (OSError, ValueError) as error:
-        raise QuantError(f"{path}: cannot read the recipe: {error}", "give a YAML file in UTF-8") from error
+        raise QuantError(f"{path}: cannot read the recipe: {error}", "give a YAML file in UTF-8 encoding") from error
     return parse_recipe(text, path)
 
 
 def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
-    """Check the text of a recipe; `path` only serves the messages."""
+    """Validate the text of a recipe. `path` is only used in error messages."""
     root, anchored = compose(text, path)
-    refuse_duplicates_and_bombs(root, path)
+    check_duplicates_and_size(root, path)
     data = build(root, path)
-    data = without_anchor_holders(data, root, anchored, Recipe.model_fields)
+    data = drop_anchor_holders(data, root, anchored, Recipe.model_fields)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise QuantError(
-            "\n".join(FaultsInWords(Recipe, _UNION_TAGS, root, path).all(error)),
-            "see `msmodelslim recipes show` for a recipe that works and `msmodelslim recipes schema` for all keys",
+            "\n".join(FaultFormatter(Recipe, _UNION_TAGS, root, path).describe(error)),
+            "see `msmodelslim recipes show` for a working recipe and `msmodelslim recipes schema` for all keys",
         ) from error
     recipe._path, recipe._text, recipe._root = path, text, root
     return recipe
 
 
 def shipped_recipes() -> list[Recipe]:
-    """All recipes in configs/, best score first."""
+    """Load all recipes in configs/, highest score first."""
     recipes = [load_recipe(path) for path in sorted(shipped_folder("configs").glob("*.yaml"))]
     return sorted(recipes, key=lambda recipe: (-recipe.metadata.score, recipe.metadata.config_id))
 
 
 def find_recipe(model_type: str, quant_type: str) -> Recipe:
-    """The best shipped recipe for a model type and a quant type (`w8a8`). Raises QuantError listing what exists."""
-    wanted = QUANT_TYPE_ALIASES.get(quant_type.lower(), quant_type.lower())
-    fitting = [recipe for recipe in shipped_recipes() if model_type in recipe.metadata.verified_model_types]
-    for recipe in fitting:
-        if recipe.quant_type == wanted:
+    """Find the shipped recipe with the highest score for a model type and a quant type (e.g. `w8a8`).
+
+    Raises QuantError that lists the available quant types.
+    """
+    canonical = QUANT_TYPE_ALIASES.get(quant_type.lower(), quant_type.lower())
+    candidates = [recipe for recipe in shipped_recipes() if model_type in recipe.metadata.verified_model_types]
+    for recipe in candidates:
+        if recipe.quant_type == canonical:
             return recipe
-    exists = sorted({recipe.quant_type for recipe in fitting})
+    available = sorted({recipe.quant_type for recipe in candidates})
     raise QuantError(
         f"no recipe for quant_type {quant_type!r} and model_type {model_type!r}."
-        f" Quant types with a recipe: {', '.join(exists) or 'none'}.{nearest(wanted, exists)}",
-        "choose one of these, or write a recipe and pass it with --config_path",
+        f" Quant types with a recipe: {', '.join(available) or 'none'}.{nearest(canonical, available)}",
+        "choose one of them, or write a recipe and pass it with --config_path",
     )
 
 
 def resolve_recipe(config_path: str) -> Recipe:
-    """A recipe by path, or by the config_id of a shipped one."""
+    """Load a recipe by its path, or by the config_id of a shipped recipe."""
     if Path(config_path).exists():
         return load_recipe(config_path)
     shipped = {recipe.metadata.config_id: recipe for recipe in shipped_recipes()}
@@ -399,7 +405,7 @@ def resolve_recipe(config_path: str) -> Recipe:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors. Unknown top-level keys stay allowed: they may hold YAML anchors."""
+    """Return the JSON Schema of a recipe, for editors. It allows unknown top-level keys: they may hold YAML anchors."""
     schema = Recipe.model_json_schema()
     schema["additionalProperties"] = True
     return schema

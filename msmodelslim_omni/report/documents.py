@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from ..errors import QuantError
-from ..files import read_regular, write_aside
+from ..files import read_regular, write_atomically
 from ..models import ModelSpec
 from ..processors import SmoothingRecord
 from ..runtime import Progress
@@ -52,10 +52,10 @@ def write_evaluation(evaluation: EvalReport, folder: Path, progress: Progress) -
     recipe_text = stored_recipe(output, report) if report else ""
     try:
         if page := _render_page(report, evaluation, recipe_text, progress):
-            write_aside(folder / HTML_NAME, page)
+            write_atomically(folder / HTML_NAME, page)
     except OSError as error:
         raise QuantError(
-            f"cannot write the report to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
+            f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
         ) from error
     try:
         if update_evaluation(output, evaluation):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..files import write_aside
+from ..files import write_atomically
 from ..formats import write_json
 from ..models import MODALITIES
 from ..storage import load_json_object
@@ -30,10 +30,10 @@ def write_eval_report(report: EvalReport, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / JSON_NAME, asdict(report))
-        write_aside(folder / PAGE_NAME, as_markdown(report))
+        write_atomically(folder / PAGE_NAME, as_markdown(report))
     except OSError as error:
         raise QuantError(
-            f"cannot write the report to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
+            f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
         ) from error
 
 
@@ -51,7 +51,9 @@ def read_eval_report(folder: Path) -> EvalReport:
             }
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise QuantError(f"{folder / JSON_NAME}: not an evaluation report: {error}", "run `msmodelslim eval` again") from error
+        raise QuantError(
+            f"{folder / JSON_NAME}: not an evaluation report: {error}", "run `msmodelslim eval` again"
+        ) from error
 
 
 def _read_fidelity(stored: dict[str, Any]) -> Fidelity:

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from ..files import write_aside
+from ..files import write_atomically
 from ..models import ModelSpec
 from ..storage import load_json_object
 from .eval_report import figure_rows
@@ -74,7 +74,7 @@ def update_evaluation(folder: Path, evaluation: EvalReport) -> bool:
     if _MARK not in text or not 0 <= begin < end:
         return False
     updated = f"{text[: begin + len(_EVALUATION[0])]}\n{_evaluation_text(evaluation)}\n{text[end:]}"
-    write_aside(path, updated)
+    write_atomically(path, updated)
     return True
 
 
@@ -120,7 +120,7 @@ def _base_model(config: dict[str, Any], model: ModelSpec) -> str:
     name = config.get("_name_or_path")
     if isinstance(name, str) and re.fullmatch(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", name):
         return name
-    shape = model.family.shape_name(config)
+    shape = model.family.published_model_type(config)
     return f"{model.publisher}/{shape}" if shape else ""
 
 

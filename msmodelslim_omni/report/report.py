@@ -118,7 +118,7 @@ def layer_record(stored: dict[str, Any]) -> LayerRecord:
 
 
 def part_errors(report: Report) -> dict[str, float]:
-    """Error by kind of Linear (q_proj, ...): root mean square over the layers of the output error, else weight error."""
+    """Output error, else weight error, by kind of Linear (q_proj, ...): root mean square over the layers."""
     errors: dict[str, list[float]] = {}
     for layer in report.layers:
         for linear in layer.linears:

@@ -13,7 +13,7 @@ from ..calibration import CalibrationStream, Errors, LayerProbe, zero_errors
 from ..numerics import QuantizedLinear, quantize_weight, relative_error
 from ..plan import LayerPlan, QuantPlan
 from ..processors import PROCESSORS, LayerWork
-from ..runtime import Clock, free_memory, one_ahead
+from ..runtime import Clock, free_memory, prefetch
 from ..storage import load_tensor
 from .emulation import quantized_layer
 from .measure import record_layer
@@ -32,7 +32,7 @@ def quantized_layers(
         return
     plan, device = prepared.plan, prepared.device.torch
     layers = plan.layers[first:]
-    with one_ahead(partial(_load, plan), layers, stream.budget.read_ahead) as loaded:
+    with prefetch(partial(_load, plan), layers, stream.budget.read_ahead) as loaded:
         for layer in layers:
             with clock("read"):
                 weights = next(loaded)
@@ -62,12 +62,14 @@ def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tu
 
     quantized: dict[str, QuantizedLinear] = {}
     records: list[dict[str, Any]] = []
-    with one_ahead(load, range(len(turns)), plan.budget.read_ahead) as loaded:
+    with prefetch(load, range(len(turns)), plan.budget.read_ahead) as loaded:
         for layer, linear, _ in turns:
             with clock("read"):
                 weights = {f"{linear}.weight": next(loaded).to(device)}
-            work = LayerWork(layer.index, plan.layer_spec.of(linear), layer.schemes, weights, team=prepared.team)
-            work = _process(layer.of(linear), work, clock)
+            work = LayerWork(
+                layer.index, plan.layer_spec.for_linear(linear), layer.schemes, weights, team=prepared.team
+            )
+            work = _process(layer.for_linear(linear), work, clock)
             with clock("measure"):
                 records.append(record_layer(plan, layer, work, None))
             quantized |= _results(plan, work)[0]

@@ -19,7 +19,7 @@ import torch
 
 from ..calibration import CalibrationStream, prepare_stems
 from ..errors import QuantError
-from ..plan import check_whole
+from ..plan import check_all_tensors
 from ..report import Report, read_report, write_documents
 from ..runtime import Background, Clock, Progress, open_team, out_of_memory_as_error, peak_rss
 from .assembly import Item, Units, finished_items, make_job, units
@@ -214,7 +214,7 @@ def _with_checkpoint_checked(prepared: Prepared, progress: Progress) -> Prepared
     plan = prepared.plan
     if plan.checked:
         return prepared
-    warnings = check_whole(plan.model, plan.checkpoint)
+    warnings = check_all_tensors(plan.model, plan.checkpoint)
     for warning in warnings:
         progress.say(f"warning: {warning}")
     return replace(prepared, plan=replace(plan, warnings=(*warnings, *plan.warnings), checked=True))

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from ..calibration import CalibSet, load_calib_set
 from ..errors import QuantError
 from ..files import file_digest, value_digest
-from ..models import ModelSpec, derive_model_type, named_model_type
+from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import QuantPlan, fit_budget, make_plan, refuse_quantized
 from ..recipe import Recipe, find_recipe, resolve_recipe
 from ..runtime import SINGLE_PROCESS, Device, Progress, Team, resolve_device
@@ -47,7 +47,7 @@ def prepare(
     progress = progress or Progress()
     device = resolve_device(request.device, team.local_rank)
     progress.say(f"device {device.name} ({device.reason})")
-    named = named_model_type(request.model_type) if request.model_type else None
+    named = find_model_type(request.model_type) if request.model_type else None
     refuse_quantized(request.model_path)  # first: an Ascend checkpoint has no weight file of the expected name
     checkpoint = open_checkpoint(request.model_path)
     model = named or derive_model_type(checkpoint.config)

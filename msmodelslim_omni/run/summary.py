@@ -53,7 +53,7 @@ def make_report(
         peak_rss_bytes=peak_rss(),
         peak_device_bytes=peak_device_memory(device.torch),
         warnings=(*plan.warnings, *warnings),
-        peak_rise_by_phase=clock.rises,
+        peak_rise_by_phase=clock.peak_rises,
         run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
     )
 

@@ -1,13 +1,13 @@
-"""What a run computes on: device, processes, threads, memory budget, progress events.
+"""Execution environment of a run: device, processes, threads, memory budget, progress events.
 
 device.py is the only file that names accelerators. team.py shares work between processes started by torchrun.
 May import: errors.
-Left out on purpose: models and files.
+Not here: models and files.
 """
 
 from __future__ import annotations
 
-from .background import Background, one_ahead
+from .background import Background, prefetch
 from .budget import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent, parse_size
 from .device import (
     Device,
@@ -39,11 +39,11 @@ __all__ = [
     "float64_device",
     "free_memory",
     "free_modules",
-    "one_ahead",
     "open_team",
     "out_of_memory_as_error",
     "parse_size",
     "peak_device_memory",
     "peak_rss",
+    "prefetch",
     "resolve_device",
 ]

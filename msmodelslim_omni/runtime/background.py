@@ -1,4 +1,4 @@
-"""One call at a time on a thread beside the main one: the next layer is read, the last one written, meanwhile."""
+"""One background thread next to the main thread, to read the next layer or write the last one during compute."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 class Background:
-    """A thread for one call. What the call raises is raised by `result`; leaving the block waits for its end."""
+    """A thread that runs one call at a time. Leaving the `with` block waits for the call.
+
+    `result` re-raises the exception of the call.
+    """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(max_workers=1)
@@ -20,7 +23,7 @@ class Background:
 
     @property
     def busy(self) -> bool:
-        """Whether a result is still to be taken."""
+        """Whether a call was started whose result has not been taken yet."""
         return self._running is not None
 
     def start(self, call: Callable[..., Any], *arguments: Any) -> None:
@@ -28,13 +31,13 @@ class Background:
         self._running = self._thread.submit(call, *arguments)
 
     def result(self) -> Any:
-        """Wait for the call."""
+        """Wait for the call and return its result, or raise its exception."""
         assert self._running is not None
         running, self._running = self._running, None
         return running.result()
 
     def raise_if_failed(self) -> None:
-        """Raise what the call has raised so far; do not wait for it."""
+        """Raise the exception of the call if it has already failed. Does not wait."""
         if self._running is not None and self._running.done():
             self._running.result()
 
@@ -46,18 +49,18 @@ class Background:
 
 
 @contextmanager
-def one_ahead(call: Callable[[Item], Found], items: Sequence[Item], ahead: bool = True) -> Iterator[Iterator[Found]]:
-    """What the call makes of each item, in order; with `ahead` the next is made while whoever asks works on one.
+def prefetch(call: Callable[[Item], Result], items: Sequence[Item], enabled: bool = True) -> Iterator[Iterator[Result]]:
+    """Iterate over call(item) in order. If enabled, the next result is computed while the caller uses the current one.
 
-    Nothing that was given is held here. Leaving the block waits for the thread.
+    No reference to a yielded result is kept. Leaving the `with` block waits for the thread.
     """
     with Background() as thread:
 
-        def results() -> Iterator[Found]:
+        def results() -> Iterator[Result]:
             for number, item in enumerate(items):
-                found = [thread.result() if thread.busy else call(item)]
-                if ahead and number + 1 < len(items):
+                result = [thread.result() if thread.busy else call(item)]
+                if enabled and number + 1 < len(items):
                     thread.start(call, items[number + 1])
-                yield found.pop()
+                yield result.pop()  # keeps no reference here
 
         yield results()

@@ -1,4 +1,4 @@
-"""What a run may hold in memory for the sake of speed, and how much there is to run."""
+"""Memory budget of a run and size of its sample set."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes, but for read_ahead. What is not held is read from disk whenever it is needed.
+    """Bytes that may be kept in memory. Tensors that do not fit the budget are re-read from disk.
 
-    hidden: hidden states of all samples, at the boundaries of a layer together. arguments: the samples' other arguments
-    of a layer. towers: Linears of the towers. matrix, factor: H of one input, see gram.sketch_rows; what a run finds
-    depends on these two alone. read_ahead: whether what comes next is read meanwhile. limit: what the user allows the
-    process, from which the others follow; None where nothing was said.
+    hidden: hidden states of all samples, at the input and output of a layer together. arguments: the samples' other
+    layer arguments. towers: Linears of the towers. matrix, factor: H of one input, see gram.sketch_rows; the results of
+    a run depend on these two fields only. read_ahead: whether to read the next layer during compute. limit: the
+    process' memory limit set by the user, from which the other fields are derived; None if not set.
     """
 
     hidden: int = 96 * MIB
     arguments: int = 32 * MIB
     towers: int = 1280 * MIB
-    matrix: int = 448 * MIB  # less than H of the 3B's down_proj takes: three of it would not fit into 3 GiB
+    matrix: int = 448 * MIB  # smaller than H of the 3B model's down_proj, because three such matrices exceed 3 GiB
     factor: int = 160 * MIB
     read_ahead: bool = True
     limit: int | None = None
@@ -33,9 +33,9 @@ DEFAULT_BUDGET = Budget()
 
 @dataclass(frozen=True)
 class Extent:
-    """What is to run through the layers: tokens of all samples and of the longest, and how many modalities they are of.
+    """Size of the sample set: tokens of all samples, tokens of the longest sample, number of modalities.
 
-    All zero for a data-free run.
+    All fields are zero for a data-free run.
     """
 
     tokens: int = 0
@@ -51,14 +51,14 @@ _SIZE_UNITS = {"": 1, "b": 1} | {
 
 
 def parse_size(text: str) -> int:
-    """`4.2GiB`, `900 MB`, `123456` -> bytes: KiB, MiB, GiB are powers of 1024, KB, MB, GB of 1000."""
-    spelled = text.strip().lower()
-    number = spelled.rstrip("bikmgt ")
-    unit = _SIZE_UNITS.get(spelled.removeprefix(number).strip())
+    """Parse `4.2GiB`, `900 MB` or `123456` to bytes. KiB, MiB, GiB are powers of 1024; KB, MB, GB of 1000."""
+    lowered = text.strip().lower()
+    number = lowered.rstrip("bikmgt ")
+    unit = _SIZE_UNITS.get(lowered.removeprefix(number).strip())
     try:
         size = float(number) * (unit or 0)
     except ValueError:
         size = 0.0
     if not 1 <= size < 2**63:
-        raise QuantError(f"{text!r} is no size", "give a number of bytes, or e.g. 900MiB, 4.2GiB, 4.2GB")
+        raise QuantError(f"{text!r} is not a size", "give a number of bytes, or e.g. 900MiB, 4.2GiB, 4.2GB")
     return int(size)

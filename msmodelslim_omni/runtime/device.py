@@ -1,7 +1,7 @@
-"""cpu, cuda and npu: the only file that names them.
+"""Device selection for cpu, cuda and npu. No other file names these backends.
 
-torch_npu is looked for when a device is resolved, not before; a broken installation of it is reported, and never
-allowed to break a run on another device.
+torch_npu is imported only when a device is resolved. A broken torch_npu installation is reported and does not break
+runs on other devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from ..errors import QuantError
 
-# What a device raises when its memory is used up.
+# Raised when the memory of a device is exhausted.
 _OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 _NPU_HINT = "install the driver and CANN, then `pip install 'msmodelslim_omni[npu]'`; or use --device cpu"
@@ -29,7 +29,7 @@ _NPU_HINT = "install the driver and CANN, then `pip install 'msmodelslim_omni[np
 
 @dataclass(frozen=True)
 class Device:
-    """A device to compute on and why it was chosen."""
+    """A compute device and the reason why it was chosen."""
 
     name: str
     reason: str
@@ -41,92 +41,94 @@ class Device:
 
 @contextmanager
 def out_of_memory_as_error(device: Device, remedy: str) -> Iterator[None]:
-    """What is raised when the device's memory is used up, as a QuantError with what the user can do about it."""
+    """Re-raise out-of-memory errors of the device as QuantError. remedy: the hint for the user."""
     try:
         yield
     except _OUT_OF_MEMORY as error:
-        reason = next(iter(str(error).splitlines()), "no reason given")
+        reason = next(iter(str(error).splitlines()), "no details")
         raise QuantError(f"out of memory on {device.name}: {reason}", remedy) from error
 
 
-def resolve_device(wanted: str, place: int = 0) -> Device:
-    """`auto` (npu, else cuda, else cpu), `cpu`, `cuda[:i]` or `npu[:i]`. Raises QuantError with what is missing.
+def resolve_device(requested: str, default_index: int = 0) -> Device:
+    """Resolve `auto` (npu, else cuda, else cpu), `cpu`, `cuda[:i]` or `npu[:i]` to a Device.
 
-    place: which card to take where no index is asked for.
+    default_index: the card to use if the request has no index. Raises QuantError if the device is not available.
     """
-    form = re.fullmatch(r"(auto|cpu|cuda|npu)(?::(\d{1,3}))?", wanted)
-    if form is None or (form[2] and form[1] in ("auto", "cpu")):
-        raise QuantError(f"unknown device {wanted!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
-    kind, index = form[1], int(form[2] or place)
+    match = re.fullmatch(r"(auto|cpu|cuda|npu)(?::(\d{1,3}))?", requested)
+    if match is None or (match[2] and match[1] in ("auto", "cpu")):
+        raise QuantError(f"unknown device {requested!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
+    kind, index = match[1], int(match[2] or default_index)
     _import_npu()
-    torch.backends.cudnn.allow_tf32 = False  # float32 is meant where float32 is said
+    torch.backends.cudnn.allow_tf32 = False  # float32 must not silently become TF32
     if kind == "cpu":
-        return Device("cpu", "as asked")
+        return Device("cpu", "as requested")
     if kind == "auto":
-        return _first_available(place)
+        return _first_available(default_index)
     count, problem = _npu_count() if kind == "npu" else _cuda_count()
     if not count:
-        raise QuantError(f"device {wanted!r}: {problem}", _NPU_HINT if kind == "npu" else "use --device cpu")
-    return _card(kind, index, count, "as asked")
+        raise QuantError(f"device {requested!r}: {problem}", _NPU_HINT if kind == "npu" else "use --device cpu")
+    return _card(kind, index, count, "as requested")
 
 
 def _card(kind: str, index: int, count: int, reason: str) -> Device:
     name = f"{kind}:{index}"
     if index >= count:
-        raise QuantError(f"device {name!r} does not exist: there are {count}, {kind}:0 to {kind}:{count - 1}")
+        raise QuantError(f"device {name!r} does not exist; this machine has {count}: {kind}:0 to {kind}:{count - 1}")
     return Device(name, reason)
 
 
-def _first_available(place: int) -> Device:
+def _first_available(index: int) -> Device:
     npus, npu_problem = _npu_count()
     if npus:
-        return _card("npu", place, npus, "auto: an NPU is there")
+        return _card("npu", index, npus, "auto: an NPU is available")
     cudas, cuda_problem = _cuda_count()
     if cudas:
-        return _card("cuda", place, cudas, f"auto: no NPU ({npu_problem}), a CUDA card is there")
+        return _card("cuda", index, cudas, f"auto: no NPU ({npu_problem}), a CUDA card is available")
     return Device("cpu", f"auto: no NPU ({npu_problem}) and no CUDA card ({cuda_problem})")
 
 
 def _npu_count() -> tuple[int, str]:
+    """Number of NPUs, and why there are none if the number is 0."""
     if problem := _import_npu():
         return 0, problem
     npu = torch.npu  # type: ignore[attr-defined]  # torch_npu adds it
-    return (int(npu.device_count()) if npu.is_available() else 0), "torch_npu finds no card"
+    return (int(npu.device_count()) if npu.is_available() else 0), "torch_npu finds no NPU"
 
 
 @functools.cache
 def _import_npu() -> str:
-    """Import torch_npu; an empty string, or why it is not there.
+    """Import torch_npu. Returns an empty string, or the reason why it is not available.
 
-    One that is installed but does not load is hidden: transformers imports it too wherever it finds it, and fails.
+    An installed torch_npu that fails to load is hidden from later imports: transformers would import it and fail.
     """
     try:
         importlib.import_module("torch_npu")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "torch_npu":
             return "torch_npu is not installed"
-        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # the import system's mark for "not there"
-        return f"torch_npu does not load: {error}"
+        sys.modules["torch_npu"] = None  # type: ignore[assignment]  # makes later imports raise ModuleNotFoundError
+        return f"torch_npu cannot be loaded: {error}"
     return ""
 
 
 def _cuda_count() -> tuple[int, str]:
+    """Number of CUDA cards, and why there are none if the number is 0."""
     if torch.version.cuda is None and torch.version.hip is None:
         return 0, "this torch is built without CUDA"
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return count, "torch finds no card"
+    return count, "torch finds no CUDA card"
 
 
-def use_device(device: torch.device) -> None:
-    """Make a card the one that this process computes on where none is named."""
+def set_current_device(device: torch.device) -> None:
+    """Make a card the default device of this process."""
     if device.type != "cpu":
         getattr(torch, device.type).set_device(device)
 
 
-def backends(device: torch.device, *, shared: bool) -> str:
-    """What processes talk by: tensors on the CPU by gloo, those on cards by the maker's library.
+def process_group_backend(device: torch.device, *, shared: bool) -> str:
+    """Backend string for torch.distributed: gloo for CPU tensors, nccl or hccl for tensors on a card.
 
-    shared: whether all are on one card, which these libraries refuse; gloo then takes those through the CPU.
+    shared: whether all processes use one card. nccl and hccl refuse this, so gloo copies card tensors through the CPU.
     """
     if device.type == "cpu":
         return "cpu:gloo"
@@ -134,12 +136,12 @@ def backends(device: torch.device, *, shared: bool) -> str:
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Where to compute in float64 what is on `device`: there, but for NPUs, which lack it."""
+    """The device for float64 math on tensors of `device`: the CPU for NPUs, which lack float64, else `device`."""
     return torch.device("cpu") if device.type == "npu" else device
 
 
 def free_memory(device: torch.device) -> None:
-    """Give memory back that was freed but is kept: by the accelerator, and by the C library, as glibc does."""
+    """Return cached free memory to the system: the accelerator's cache and the heap of glibc (malloc_trim)."""
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -148,17 +150,17 @@ def free_memory(device: torch.device) -> None:
 
 
 def free_modules(device: torch.device) -> None:
-    """The same, of modules too that refer to themselves in circles, as the library's may."""
+    """Collect garbage, then free_memory. Modules of transformers may contain reference cycles."""
     gc.collect()
     free_memory(device)
 
 
 def peak_rss() -> int:
-    """The largest resident memory this process has had, in bytes."""
+    """Peak resident memory of this process in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def peak_device_memory(device: torch.device) -> int:
-    """The largest memory allocated on the accelerator, in bytes; 0 on a CPU."""
+    """Peak memory allocated on the accelerator in bytes; 0 on a CPU."""
     return 0 if device.type == "cpu" else int(getattr(torch, device.type).max_memory_allocated(device))

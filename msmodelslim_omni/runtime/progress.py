@@ -1,4 +1,4 @@
-"""What a long run tells whoever waits for it. The pipeline calls it, terminal.py shows it, here it is silent."""
+"""Progress events of a long run. The pipeline emits them and the commands show them; the base class is silent."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """Events of a run. Subclasses show them; this one does nothing."""
+    """Receiver of progress events. This base class does nothing; subclasses show the events."""
 
     def say(self, text: str) -> None:
-        """A line worth keeping: the device, a warning, where a run goes on."""
+        """Report a line to keep: the device, a warning, the layer at which a run resumes."""
 
     def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
-        """`done` of `total` units of a phase are finished."""
+        """Report that `done` of `total` units of a phase are finished."""
 
 
 class Clock:
-    """Seconds spent per phase, and by how many bytes the peak of memory rose meanwhile. peak: what tells that peak."""
+    """Seconds per phase, and the bytes by which the peak memory rose in each phase.
+
+    peak: returns the current peak in bytes; without it all peak_rises are 0.
+    """
 
     def __init__(self, peak: Callable[[], int] | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self.rises: dict[str, int] = {}
+        self.peak_rises: dict[str, int] = {}
         self._peak = peak or (lambda: 0)
         self._started = time.perf_counter()
 
@@ -33,7 +36,7 @@ class Clock:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-            self.rises[phase] = self.rises.get(phase, 0) + self._peak() - peak
+            self.peak_rises[phase] = self.peak_rises.get(phase, 0) + self._peak() - peak
 
     def total(self) -> float:
         return time.perf_counter() - self._started

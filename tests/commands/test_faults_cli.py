@@ -1,4 +1,4 @@
-"""Bad input through the real command: one clear message, exit 1, no traceback, nothing half-written."""
+"""Bad input through the real command: one clear message, exit code 1, no traceback, no partial output."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def text_index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_nothing_written(save: Path) -> None:
-    """At most a work folder, from which the same command can go on."""
+    """Assert that `save` holds at most a work folder, from which the same command can resume."""
     assert not save.exists() or {entry.name for entry in save.iterdir()} <= {WORK}
 
 
-def refused(model: Path, save: Path, *words: object) -> str:
+def refusal(model: Path, save: Path, *words: object) -> str:
+    """Run `quant`, which must fail and write nothing, and return its error message."""
     message = quant(model, save, *words).fault()
     assert_nothing_written(save)
     return message
@@ -77,20 +78,20 @@ def change_tensors(folder: Path, tensor: str, change: Callable[[dict[str, torch.
     save_file(tensors, path, {"format": "pt"})
 
 
-def test_model_path_that_is_no_checkpoint(tmp_path: Path) -> None:
-    assert "does not exist" in refused(tmp_path / "nowhere", tmp_path / "out")
+def test_model_path_must_be_a_checkpoint(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(tmp_path / "empty", tmp_path / "out")
+    assert "config.json" in refusal(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "file").write_text("{}")
-    assert "not a checkpoint" in refused(tmp_path / "file", tmp_path / "out")
+    assert "not a checkpoint" in refusal(tmp_path / "file", tmp_path / "out")
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "qwen2_5_omni"}')
-    assert "safetensors" in refused(tmp_path / "empty", tmp_path / "out")
+    assert "safetensors" in refusal(tmp_path / "empty", tmp_path / "out")
 
 
-def test_config_json_that_is_broken(tiny_copy: Path, tmp_path: Path) -> None:
+def test_broken_config_json(tiny_copy: Path, tmp_path: Path) -> None:
     for content in ("{", "[]", '"text"'):
         (tiny_copy / "config.json").write_text(content)
-        assert "config.json" in refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+        assert "config.json" in refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
 
 
 def rewrite_config(folder: Path, change: Callable[[dict], object]) -> None:
@@ -101,17 +102,17 @@ def rewrite_config(folder: Path, change: Callable[[dict], object]) -> None:
 
 def test_config_json_of_another_model(tiny_copy: Path, tmp_path: Path) -> None:
     rewrite_config(tiny_copy, lambda config: config.update(model_type="qwen2_5_vl"))
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
     assert "'qwen2_5_vl'" in message and "qwen2_5_omni" in message
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS, "--model_type", "Qwen2.5-Omni-7B")
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS, "--model_type", "Qwen2.5-Omni-7B")
     assert "'qwen2_5_vl'" in message
 
 
-def test_thinker_alone(tiny_copy: Path, tmp_path: Path) -> None:
+def test_thinker_checkpoint_is_refused(tiny_copy: Path, tmp_path: Path) -> None:
     config = json.loads((tiny_copy / "config.json").read_text())["thinker_config"]
     (tiny_copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen2_5_omni_thinker"}))
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
-    assert "qwen2_5_omni_thinker" in message and "whole model" in message
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    assert "qwen2_5_omni_thinker" in message and "complete model" in message
 
 
 @pytest.mark.parametrize(
@@ -119,32 +120,32 @@ def test_thinker_alone(tiny_copy: Path, tmp_path: Path) -> None:
     [
         ("hidden_size", 512, "shape"),
         ("num_hidden_layers", 5, "missing"),
-        ("num_hidden_layers", 3, "not in a model of this config.json"),
+        ("num_hidden_layers", 3, "not part of the model that config.json describes"),
         ("num_hidden_layers", -1, "num_hidden_layers"),
         ("hidden_size", "big", "hidden_size"),
         ("num_key_value_heads", 3, "heads"),
         ("vocab_size", 10, "[10, 256]"),
     ],
 )
-def test_config_json_that_does_not_fit_the_weights(
+def test_config_json_must_match_the_weights(
     key: str, value: object, expected: str, tiny_copy: Path, tmp_path: Path
 ) -> None:
     rewrite_config(tiny_copy, lambda config: config["thinker_config"]["text_config"].update({key: value}))
-    assert expected in refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    assert expected in refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
 
 
 def test_config_json_without_its_parts(tiny_copy: Path, tmp_path: Path) -> None:
     rewrite_config(tiny_copy, lambda config: config.pop("thinker_config"))
-    assert "thinker_config" in refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    assert "thinker_config" in refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
 
 
-@pytest.mark.parametrize("there", ["nothing", "an empty folder", "an output"])
-def test_towers_that_are_not_whole_leave_nothing_behind(there: str, tiny_copy: Path, tmp_path: Path) -> None:
-    """A data-free run holds them against the library's classes while they are already copied."""
+@pytest.mark.parametrize("existing", ["nothing", "an empty folder", "an output"])
+def test_damaged_towers_leave_save_path_unchanged(existing: str, tiny_copy: Path, tmp_path: Path) -> None:
+    """A data-free run compares towers with the library's classes while it already copies them."""
     save = tmp_path / "out"
-    if there == "an empty folder":
+    if existing == "an empty folder":
         save.mkdir()
-    if there == "an output":
+    if existing == "an output":
         quant(tiny_copy, save, *MINMAX_FLAGS).done()
     before = files(save)
     tower = "thinker.visual.merger.mlp.0.weight"
@@ -152,23 +153,23 @@ def test_towers_that_are_not_whole_leave_nothing_behind(there: str, tiny_copy: P
     for more in ([], ["--dry_run"]):
         message = quant(tiny_copy, save, "--overwrite", *MINMAX_FLAGS, *more).fault()
         assert f"{tower} has shape [3, 5]" in message and "different models" in message
-        assert files(save) == before and save.exists() == (there != "nothing")
+        assert files(save) == before and save.exists() == (existing != "nothing")
         assert not (save / WORK).exists()
 
 
-def test_a_stopped_run_is_not_discarded_by_a_check_that_fails(
+def test_failed_check_keeps_an_interrupted_run(
     tiny_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it would be gone on with or replaced: what lies there is touched only after the check."""
+    """The existing work folder stays unchanged until the check passes, with and without --overwrite."""
     save = tmp_path / "out"
     stop_at("layers", 2, tiny_copy, save, None, config_path=MINMAX)
     before = files(save)
 
     def broken(*_: object) -> None:
-        raise QuantError("the library does not load just now")
+        raise QuantError("the library does not load")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "check_whole", broken)
+        patch.setattr(pipeline, "check_all_tensors", broken)
         for overwrite in (False, True):
             with pytest.raises(QuantError, match="does not load"):
                 quantize(tiny_copy, save, overwrite=overwrite, device="cpu", config_path=MINMAX)
@@ -176,16 +177,16 @@ def test_a_stopped_run_is_not_discarded_by_a_check_that_fails(
     assert "resuming at layer" in quant(tiny_copy, save, *MINMAX_FLAGS).done().err
 
 
-def test_what_a_data_free_run_does_not_know_is_told_and_kept(tiny_copy: Path, tmp_path: Path) -> None:
+def test_unknown_tensors_are_reported_and_kept(tiny_copy: Path, tmp_path: Path) -> None:
     change_tensors(tiny_copy, Q_PROJ, lambda tensors: tensors.update({"extra.weight": torch.ones(4)}))
     index = tiny_copy / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     content["weight_map"]["extra.weight"] = content["weight_map"][Q_PROJ]
     index.write_text(json.dumps(content))
     save = tmp_path / "out"
-    told = quant(tiny_copy, save, *MINMAX_FLAGS).done()
-    warning = "tensor extra.weight is unknown to this model; kept as is"
-    assert told.err.count(f"warning: {warning}") == 1
+    result = quant(tiny_copy, save, *MINMAX_FLAGS).done()
+    warning = "tensor extra.weight is unknown to this model; copied unchanged"
+    assert result.err.count(f"warning: {warning}") == 1
     report = json.loads((save / "quant_report.json").read_text())
     assert report["warnings"] == [warning] and "check" in report["seconds_by_phase"]
     assert any("extra.weight" in load_file(shard) for shard in save.glob("*.safetensors"))
@@ -193,38 +194,38 @@ def test_what_a_data_free_run_does_not_know_is_told_and_kept(tiny_copy: Path, tm
 
 def test_truncated_safetensors(tiny_copy: Path, tmp_path: Path) -> None:
     shard = shard_of(tiny_copy, Q_PROJ)
-    whole = shard.read_bytes()
-    for size in (len(whole) - 1, len(whole) // 2, 100, 4, 0):
-        shard.write_bytes(whole[:size])
-        message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
-        assert shard.name in message and "not a whole safetensors file" in message
+    content = shard.read_bytes()
+    for size in (len(content) - 1, len(content) // 2, 100, 4, 0):
+        shard.write_bytes(content[:size])
+        message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+        assert shard.name in message and "not a valid safetensors file" in message
 
 
 def test_missing_shard(tiny_copy: Path, tmp_path: Path) -> None:
     shard = shard_of(tiny_copy, Q_PROJ)
     shard.unlink()
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
     assert shard.name in message and "missing" in message
 
 
 def test_missing_tensor(tiny_copy: Path, tmp_path: Path) -> None:
     change_tensors(tiny_copy, Q_PROJ, lambda tensors: tensors.pop(Q_PROJ))
-    assert Q_PROJ in refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    assert Q_PROJ in refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
     index = tiny_copy / "model.safetensors.index.json"
     content = json.loads(index.read_text())
     del content["weight_map"][Q_PROJ]
     index.write_text(json.dumps(content))
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
     assert Q_PROJ in message and "missing" in message
 
 
 def test_wrong_shape_and_dtype(tiny_copy: Path, tmp_path: Path) -> None:
     weight = load_file(shard_of(tiny_copy, Q_PROJ))[Q_PROJ]
     change_tensors(tiny_copy, Q_PROJ, lambda t: t.update({Q_PROJ: weight[:, :-1].contiguous()}))
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
     assert Q_PROJ in message and "[256, 255]" in message and "[256, 256]" in message
     change_tensors(tiny_copy, Q_PROJ, lambda t: t.update({Q_PROJ: weight.to(torch.int32)}))
-    message = refused(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
+    message = refusal(tiny_copy, tmp_path / "out", *MINMAX_FLAGS)
     assert Q_PROJ in message and "I32" in message
 
 
@@ -246,7 +247,7 @@ def test_nan_and_inf_are_named(tensor: str, data_free: bool, tiny_copy: Path, te
     poison = b"\x00\x00\xc0\x7f" if is_float32 else (NAN if data_free else INF)
     poke(tiny_copy, tensor, poison, at=8)
     words = MINMAX_FLAGS if data_free else ("--config_path", fast_recipe(tmp_path), "--dataset", text_index)
-    message = refused(tiny_copy, tmp_path / "out", *words)
+    message = refusal(tiny_copy, tmp_path / "out", *words)
     layer, _, relative = tensor.removeprefix("thinker.model.layers.").partition(".")
     named = tensor in message or (f"layer {layer}" in message and relative in message)
     assert named and "NaN or Inf" in message
@@ -256,11 +257,11 @@ def test_quantized_checkpoint_is_not_quantized_again(tiny: Path, tmp_path: Path)
     formats = ("--save_format", "ascendv1_saver", "--save_format", "compressed_tensors")
     quant(tiny, tmp_path / "once", *MINMAX_FLAGS, *formats).done()
     for saver in formats[1::2]:
-        message = refused(tmp_path / "once" / saver, tmp_path / "twice", *MINMAX_FLAGS)
+        message = refusal(tmp_path / "once" / saver, tmp_path / "twice", *MINMAX_FLAGS)
         assert "quantized" in message or "quant_model_weights" in message
 
 
-def test_inspect_of_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_inspect_path_must_be_a_checkpoint(tmp_path: Path) -> None:
     assert "not a checkpoint" in command("inspect", tmp_path).fault()
     assert "not a checkpoint" in command("inspect", tmp_path / "nowhere").fault()
 
@@ -279,36 +280,36 @@ def test_inspect_of_what_is_no_checkpoint(tmp_path: Path) -> None:
         ("apiversion: multimodal_vlm_modelslim_v1", "apiversion: modelslim_v9", "multimodal_vlm_modelslim_v1"),
         ("process:", "process: [", "not valid YAML"),
         ('include: ["*"]', 'include: ["*visual*"]', "keeps float"),
-        ('include: ["*"]', 'include: ["*.q_proj"]', "need one form"),
+        ('include: ["*"]', 'include: ["*.q_proj"]', "require one scheme"),
         ('exclude: ["*audio_tower*", "*visual*"]', 'exclude: ["*"]', "quantizes nothing"),
     ],
 )
-def test_recipe_faults_name_file_and_line(old: str, new: str, expected: str, tiny: Path, tmp_path: Path) -> None:
+def test_recipe_errors_name_file_and_line(old: str, new: str, expected: str, tiny: Path, tmp_path: Path) -> None:
     recipe = change_recipe(tmp_path, old, new, MINMAX)
-    message = refused(tiny, tmp_path / "out", "--config_path", recipe)
+    message = refusal(tiny, tmp_path / "out", "--config_path", recipe)
     assert expected in message and f"{recipe}:" in message
 
 
 def test_pattern_that_matches_nothing_is_a_warning(tiny: Path, tmp_path: Path) -> None:
     recipe = change_recipe(tmp_path, '"*visual*"]', '"*visual*", "*.q_porj"]', MINMAX)
-    answer = quant(tiny, tmp_path / "out", "--config_path", recipe, "--dry_run").done()
-    assert "warning" in answer.err and "'*.q_porj'" in answer.err
+    result = quant(tiny, tmp_path / "out", "--config_path", recipe, "--dry_run").done()
+    assert "warning" in result.err and "'*.q_porj'" in result.err
 
 
-def test_recipe_that_does_not_exist(tiny: Path, tmp_path: Path) -> None:
-    message = refused(tiny, tmp_path / "out", "--config_path", "qwen2_5_omni_w8a8_minmaxx")
+def test_missing_recipe(tiny: Path, tmp_path: Path) -> None:
+    message = refusal(tiny, tmp_path / "out", "--config_path", "qwen2_5_omni_w8a8_minmaxx")
     assert MINMAX in message and "Did you mean" in message
 
 
 def test_unknown_model_type_and_quant_type(tiny: Path, tmp_path: Path) -> None:
-    message = refused(tiny, tmp_path / "out", "--model_type", "Qwen2.5-Omni-8B")
+    message = refusal(tiny, tmp_path / "out", "--model_type", "Qwen2.5-Omni-8B")
     assert "Qwen2.5-Omni-3B" in message and "Did you mean 'Qwen2.5-Omni-7B'" in message
-    message = refused(tiny, tmp_path / "out", "--quant_type", "w8a9")
+    message = refusal(tiny, tmp_path / "out", "--quant_type", "w8a9")
     assert "Quant types with a recipe: nf4, w4a16, w8a8." in message and "Did you mean 'w8a8'" in message
 
 
 def test_unknown_save_format(tiny: Path, tmp_path: Path) -> None:
-    message = refused(tiny, tmp_path / "out", *MINMAX_FLAGS, "--save_format", "compressed_tensor")
+    message = refusal(tiny, tmp_path / "out", *MINMAX_FLAGS, "--save_format", "compressed_tensor")
     assert "compressed_tensors" in message and "ascendv1_saver" in message
 
 
@@ -316,7 +317,7 @@ def test_unknown_save_format(tiny: Path, tmp_path: Path) -> None:
 
 
 def broken_media(folder: Path) -> list[dict[str, str]]:
-    """An entry for each kind of medium that cannot be decoded."""
+    """Write media that cannot be decoded, and return an index entry for each."""
     folder.mkdir(parents=True)
     (folder / "noise.jpg").write_bytes(bytes(range(256)) * 20)
     (folder / "noise.wav").write_bytes(b"RIFF" + bytes(range(256)) * 20)
@@ -336,17 +337,17 @@ def broken_media(folder: Path) -> list[dict[str, str]]:
     ]
 
 
-def test_all_broken_media_are_listed_at_once(tiny: Path, tmp_path: Path) -> None:
+def test_all_broken_media_are_in_one_message(tiny: Path, tmp_path: Path) -> None:
     entries = broken_media(tmp_path / "data")
     index = write_index(tmp_path / "data", {"text": "fine"}, *entries)
-    message = refused(tiny, tmp_path / "out", "--dataset", index)
+    message = refusal(tiny, tmp_path / "out", "--dataset", index)
     assert f"{len(entries)} errors" in message
     for line, entry in enumerate(entries, 2):
         assert f"index.jsonl:{line}: " in message and next(iter(entry.values())) in message
     assert not (tmp_path / "out").exists()
 
 
-def test_broken_samples_are_left_out_where_the_recipe_says_so(tiny: Path, tmp_path: Path) -> None:
+def test_broken_samples_are_skipped_if_the_recipe_allows_it(tiny: Path, tmp_path: Path) -> None:
     entries = broken_media(tmp_path / "data")
     index = write_index(tmp_path / "data", {"text": "fine"}, *entries, "{no json")
     recipe = change_recipe(tmp_path, "calibration:", "calibration:\n    on_bad_sample: skip")
@@ -373,29 +374,29 @@ def test_broken_samples_are_left_out_where_the_recipe_says_so(tiny: Path, tmp_pa
         (["", "  "], "no usable sample"),
     ],
 )
-def test_faults_of_the_index(lines: list[str], expected: str, tiny: Path, tmp_path: Path) -> None:
+def test_index_errors(lines: list[str], expected: str, tiny: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path / "data", *lines)
-    assert expected in refused(tiny, tmp_path / "out", "--dataset", index)
+    assert expected in refusal(tiny, tmp_path / "out", "--dataset", index)
 
 
-def test_sound_asked_of_a_silent_clip(tiny: Path, tmp_path: Path) -> None:
+def test_use_audio_in_video_needs_an_audio_track(tiny: Path, tmp_path: Path) -> None:
     silent = str(DATA / "videos" / "bouncing ball.mp4")
     index = write_index(tmp_path / "data", {"video": silent, "use_audio_in_video": True})
-    message = refused(tiny, tmp_path / "out", "--dataset", index)
+    message = refusal(tiny, tmp_path / "out", "--dataset", index)
     assert "index.jsonl:1" in message and "no audio track" in message
 
 
-def test_dataset_that_is_not_there(tiny: Path, tmp_path: Path) -> None:
-    message = refused(tiny, tmp_path / "out", "--dataset", "calibVideo")
+def test_missing_or_ambiguous_dataset(tiny: Path, tmp_path: Path) -> None:
+    message = refusal(tiny, tmp_path / "out", "--dataset", "calibVideo")
     assert "calibVideos" in message and "Did you mean" in message
     (tmp_path / "data").mkdir()
-    message = refused(tiny, tmp_path / "out", "--dataset", tmp_path / "data")
+    message = refusal(tiny, tmp_path / "out", "--dataset", tmp_path / "data")
     assert "neither index.jsonl nor index.json" in message
     for name in ("index.json", "index.jsonl"):
         (tmp_path / "data" / name).write_text('{"text": "a"}')
-    assert "both" in refused(tiny, tmp_path / "out", "--dataset", tmp_path / "data")
+    assert "both" in refusal(tiny, tmp_path / "out", "--dataset", tmp_path / "data")
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    assert "UTF-8" in refused(tiny, tmp_path / "out", "--dataset", tmp_path / "binary.jsonl")
+    assert "UTF-8" in refusal(tiny, tmp_path / "out", "--dataset", tmp_path / "binary.jsonl")
 
 
 @pytest.mark.parametrize("policy", ["fail", "skip"])
@@ -405,33 +406,33 @@ def test_sample_with_too_many_tokens(policy: str, tiny: Path, tmp_path: Path) ->
     words = ("--dataset", index, "--config_path", change_recipe(tmp_path, "calibration:", limits))
     save = tmp_path / "out"
     if policy == "fail":
-        message = refused(tiny, save, *words)
+        message = refusal(tiny, save, *words)
         assert "index.jsonl:2" in message and "max_tokens 100" in message
         return
-    answer = quant(tiny, save, *words, "--json").done()
-    assert answer.json["samples"] == 2
-    (warning,) = answer.json["warnings"]
+    result = quant(tiny, save, *words, "--json").done()
+    assert result.json["samples"] == 2
+    (warning,) = result.json["warnings"]
     assert "index.jsonl:2" in warning and "max_tokens" in warning
 
 
-def test_no_sample_left(tiny: Path, tmp_path: Path) -> None:
+def test_no_usable_sample(tiny: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path / "data", {"text": "long " * 100})
     limits = "calibration:\n    max_tokens: 50\n    on_bad_sample: skip"
     recipe = change_recipe(tmp_path, "calibration:", limits)
-    message = refused(tiny, tmp_path / "out", "--dataset", index, "--config_path", recipe)
+    message = refusal(tiny, tmp_path / "out", "--dataset", index, "--config_path", recipe)
     assert "no calibration sample could be used" in message and "index.jsonl:1" in message
 
 
-def test_processor_files_that_are_missing(tiny_copy: Path, text_index: Path, tmp_path: Path) -> None:
+def test_missing_processor_files(tiny_copy: Path, text_index: Path, tmp_path: Path) -> None:
     (tiny_copy / "preprocessor_config.json").unlink()
-    message = refused(tiny_copy, tmp_path / "out", "--dataset", text_index)
+    message = refusal(tiny_copy, tmp_path / "out", "--dataset", text_index)
     assert "processor" in message and "minmax" in message
 
 
 # --- save_path -----------------------------------------------------------------------------------------------
 
 
-def test_save_path_and_model_path_inside_one_another(tiny_copy: Path, tmp_path: Path) -> None:
+def test_nested_save_path_and_model_path(tiny_copy: Path, tmp_path: Path) -> None:
     before = files(tiny_copy)
     link = tmp_path / "link"
     link.symlink_to(tiny_copy)
@@ -441,7 +442,7 @@ def test_save_path_and_model_path_inside_one_another(tiny_copy: Path, tmp_path: 
     assert files(tiny_copy) == before
 
 
-def test_save_path_that_is_a_file_or_below_one(tiny: Path, tmp_path: Path) -> None:
+def test_save_path_is_a_file_or_below_a_file(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for save in (tmp_path / "file", tmp_path / "file" / "below"):
         for words in ((), ("--overwrite",)):
@@ -449,13 +450,13 @@ def test_save_path_that_is_a_file_or_below_one(tiny: Path, tmp_path: Path) -> No
     assert (tmp_path / "file").read_text() == "mine"
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody may write into")
-def test_save_path_that_cannot_be_written(tiny: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody can write to")
+def test_unwritable_save_path(tiny: Path) -> None:
     message = quant(tiny, Path("/proc/msmodelslim/out"), *MINMAX_FLAGS).fault()
     assert "cannot be written" in message and "/proc/msmodelslim/out" in message
 
 
-def test_save_path_that_is_not_empty(tiny: Path, tmp_path: Path) -> None:
+def test_nonempty_save_path(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     message = quant(tiny, tmp_path / "out", *MINMAX_FLAGS).fault()
@@ -463,13 +464,13 @@ def test_save_path_that_is_not_empty(tiny: Path, tmp_path: Path) -> None:
     assert files(tmp_path / "out") == {"notes.txt": b"mine"}
 
 
-def test_too_little_disk_is_said_before_starting(tmp_path: Path) -> None:
+def test_disk_space_is_checked_before_the_run(tmp_path: Path) -> None:
     with pytest.raises(QuantError, match=r"needs .* are free"):
         check_disk_space(tmp_path, 1 << 60)
     check_disk_space(tmp_path, 1 << 10)
 
 
-def test_a_file_in_the_making_counts_by_what_is_in_it(tmp_path: Path) -> None:
+def test_partial_files_count_with_their_allocated_bytes(tmp_path: Path) -> None:
     work = tmp_path / WORK
     work.mkdir()
     with (work / "hollow").open("wb") as stream:
@@ -478,21 +479,21 @@ def test_a_file_in_the_making_counts_by_what_is_in_it(tmp_path: Path) -> None:
         check_disk_space(tmp_path, 1 << 40)
 
 
-def test_disk_that_is_full(tiny: Path, tmp_path: Path) -> None:
-    """A shard is written under a temporary name; here that name leads to a disk that is full."""
+def test_full_disk(tiny: Path, tmp_path: Path) -> None:
+    """The temporary file of a shard is a link to /dev/full."""
     save = tmp_path / "out"
-    aside = save / WORK / "output" / "ascendv1_saver" / "quant_model_weights.safetensors.partial"
+    partial = save / WORK / "output" / "ascendv1_saver" / "quant_model_weights.safetensors.partial"
     stop_at("layers", 2, tiny, save, None, config_path=MINMAX)
-    aside.unlink()
-    aside.symlink_to("/dev/full")
-    message = refused(tiny, save, *MINMAX_FLAGS)
+    partial.unlink()
+    partial.symlink_to("/dev/full")
+    message = refusal(tiny, save, *MINMAX_FLAGS)
     assert "disk is full" in message and "same command again" in message
-    aside.unlink(missing_ok=True)
-    goes_on(tiny, save, tmp_path)
+    partial.unlink(missing_ok=True)
+    assert_resumes(tiny, save, tmp_path)
 
 
 @pytest.mark.parametrize("after", [0, 30, 200])
-def test_disk_that_fills_up(after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_fills_up_during_the_run(after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save, calls, write = tmp_path / "out", itertools.count(), os.pwrite
 
     def until_full(*arguments: Any) -> int:
@@ -502,14 +503,14 @@ def test_disk_that_fills_up(after: int, tiny: Path, tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", until_full)
-        message = refused(tiny, save, *MINMAX_FLAGS)
+        message = refusal(tiny, save, *MINMAX_FLAGS)
     assert "disk is full" in message and "same command again" in message
     assert {entry.name for entry in save.iterdir()} == {WORK}
-    goes_on(tiny, save, tmp_path)
+    assert_resumes(tiny, save, tmp_path)
 
 
 class FillDisk(Progress):
-    """Fills the disk of `folder` at one layer, by a file that a user could delete."""
+    """Fills the disk of `folder` at one layer with a file that can be deleted."""
 
     def __init__(self, folder: Path, layer: int) -> None:
         self._filler, self._layer = folder / "filler", layer
@@ -523,36 +524,36 @@ class FillDisk(Progress):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own of 64 MiB, where mounting is allowed."""
+    """A separate disk of 64 MiB; skips the test if mounting is not permitted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)]
     if shutil.which("mount") is None or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("mounting is refused here")
+        pytest.skip("mounting is not permitted")
     try:
         yield disk
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_disk_that_is_really_full(tiny: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_full_small_disk(tiny: Path, small_disk: Path, tmp_path: Path) -> None:
     save = small_disk / "out"
     with pytest.raises(QuantError, match="disk is full") as caught:
         quantize(tiny, save, device="cpu", config_path=MINMAX, progress=FillDisk(small_disk, 2))
     assert "same command again" in caught.value.hint
     assert_nothing_written(save)
-    assert "are free" in refused(tiny, save, *MINMAX_FLAGS) or "disk is full" in refused(tiny, save, *MINMAX_FLAGS)
+    assert "are free" in refusal(tiny, save, *MINMAX_FLAGS) or "disk is full" in refusal(tiny, save, *MINMAX_FLAGS)
     (small_disk / "filler").unlink()
-    goes_on(tiny, save, tmp_path)
+    assert_resumes(tiny, save, tmp_path)
 
 
-def test_disk_that_is_too_small_from_the_start(tiny: Path, small_disk: Path) -> None:
+def test_disk_too_small_from_the_start(tiny: Path, small_disk: Path) -> None:
     (small_disk / "filler").write_bytes(bytes(63 << 20))
-    assert re.search(r"needs .* are free", refused(tiny, small_disk / "out", *MINMAX_FLAGS))
+    assert re.search(r"needs .* are free", refusal(tiny, small_disk / "out", *MINMAX_FLAGS))
 
 
 class BadSector(io.FileIO):
-    """A file on a disk that fails."""
+    """A file on a disk with read errors."""
 
     def readinto(self, _buffer: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -560,29 +561,30 @@ class BadSector(io.FileIO):
 
 @pytest.mark.parametrize("after", [0, 20, 90])
 def test_read_error_in_a_shard(after: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save, reads, opened = tmp_path / "out", itertools.count(), Path.open
+    save, reads, open_file = tmp_path / "out", itertools.count(), Path.open
 
-    def open_until_it_fails(path: Path, *arguments: Any, **options: Any) -> Any:
+    def open_until_failure(path: Path, *arguments: Any, **options: Any) -> Any:
         if options.get("buffering") == 0 and path.parent == tiny and next(reads) >= after:
             return BadSector(path)
-        return opened(path, *arguments, **options)
+        return open_file(path, *arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", open_until_it_fails)
-        message = refused(tiny, save, *MINMAX_FLAGS)
+        patched.setattr(Path, "open", open_until_failure)
+        message = refusal(tiny, save, *MINMAX_FLAGS)
     assert re.search(r"model-0000\d-of-00002.safetensors: reading tensor 't\S+' failed: Input/output error", message)
     assert "same command again" in message
-    goes_on(tiny, save, tmp_path)
+    assert_resumes(tiny, save, tmp_path)
 
 
-def goes_on(tiny: Path, save: Path, tmp_path: Path) -> None:
+def assert_resumes(tiny: Path, save: Path, tmp_path: Path) -> None:
+    """Assert that the same command finishes with the bytes of an uninterrupted run."""
     quant(tiny, save, *MINMAX_FLAGS).done()
-    quant(tiny, tmp_path / "whole", *MINMAX_FLAGS).done()
-    assert files(save) == files(tmp_path / "whole")
+    quant(tiny, tmp_path / "uninterrupted", *MINMAX_FLAGS).done()
+    assert files(save) == files(tmp_path / "uninterrupted")
 
 
 class Vanish(Progress):
-    """Takes a file away at one step of a run."""
+    """Renames a file at one step of a run."""
 
     def __init__(self, file: Path, phase: str) -> None:
         self._file, self._phase = file, phase
@@ -593,8 +595,8 @@ class Vanish(Progress):
 
 
 @pytest.mark.parametrize("phase", ["towers", "layers"])
-def test_dataset_file_that_vanishes(phase: str, tiny: Path, tmp_path: Path) -> None:
-    """Once the towers have seen a sample its file is not needed any more by this run, but the next asks for it."""
+def test_dataset_file_removed_during_the_run(phase: str, tiny: Path, tmp_path: Path) -> None:
+    """A run needs the file of a sample until the towers have encoded it; the next run needs it again."""
     picture = Path(shutil.copy(DATA / "images" / "notice_zh.png", tmp_path / "picture.png"))
     index = write_index(tmp_path / "data", {"text": "Why?"}, {"image": str(picture), "text": "Read it."})
     recipe, save = fast_recipe(tmp_path), tmp_path / "out"
@@ -610,8 +612,8 @@ def test_dataset_file_that_vanishes(phase: str, tiny: Path, tmp_path: Path) -> N
     else:
         quantize(tiny, save, progress=Vanish(picture, phase), **options)
         picture.with_suffix(".away").rename(picture)
-    quant(tiny, tmp_path / "whole", *words).done()
-    assert files(save) == files(tmp_path / "whole")
+    quant(tiny, tmp_path / "uninterrupted", *words).done()
+    assert files(save) == files(tmp_path / "uninterrupted")
 
 
 # --- device --------------------------------------------------------------------------------------------------
@@ -619,11 +621,11 @@ def test_dataset_file_that_vanishes(phase: str, tiny: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("device", ["gpu", "cpu:1", "auto:0", "npu:0,1", "cuda:", "CPU", ""])
 def test_unknown_device(device: str, tiny: Path, tmp_path: Path) -> None:
-    answer = command("quant", "--model_path", tiny, "--save_path", tmp_path / "out", "--device", device, *MINMAX_FLAGS)
-    assert f"unknown device '{device}'" in answer.fault()
+    result = command("quant", "--model_path", tiny, "--save_path", tmp_path / "out", "--device", device, *MINMAX_FLAGS)
+    assert f"unknown device '{device}'" in result.fault()
 
 
-def test_device_that_does_not_exist(tiny: Path, tmp_path: Path) -> None:
+def test_missing_device(tiny: Path, tmp_path: Path) -> None:
     words = ("quant", "--model_path", tiny, "--save_path", tmp_path / "out", *MINMAX_FLAGS)
     assert "cuda:99" in command(*words, "--device", "cuda:99").fault()
     if not torch.cuda.is_available():
@@ -633,7 +635,7 @@ def test_device_that_does_not_exist(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def broken_torch_npu(tmp_path: Path) -> dict[str, str]:
-    """An environment whose torch_npu is installed as pip does it, but has no driver to load."""
+    """Environment variables with a pip-installed torch_npu whose driver library is missing."""
     packages = tmp_path / "packages"
     (packages / "torch_npu").mkdir(parents=True)
     reason = "libhccl.so: cannot open shared object file: No such file or directory"
@@ -642,14 +644,12 @@ def broken_torch_npu(tmp_path: Path) -> dict[str, str]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torch_npu\nVersion: 2.6.0\n")
     (info / "entry_points.txt").write_text("[torch.backends]\ntorch_npu = torch_npu:_autoload\n")
-    kept = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
-    return {**kept, "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT)])}
+    inherited = {name: value for name, value in os.environ.items() if name != "TORCH_DEVICE_BACKEND_AUTOLOAD"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join([str(packages), str(ROOT)])}
 
 
 @pytest.mark.parametrize("device", ["npu", "auto"])
-def test_torch_npu_that_does_not_load(
-    device: str, tiny: Path, tmp_path: Path, broken_torch_npu: dict[str, str]
-) -> None:
+def test_torch_npu_without_a_driver(device: str, tiny: Path, tmp_path: Path, broken_torch_npu: dict[str, str]) -> None:
     words = ["--model_path", tiny, "--save_path", tmp_path / "out", "--device", device, "--dry_run", *MINMAX_FLAGS]
     run = subprocess.run(
         [sys.executable, "-m", "msmodelslim_omni", "quant", *map(str, words)],
@@ -665,7 +665,7 @@ def test_torch_npu_that_does_not_load(
         assert run.stderr.count("error: ") == 1 and "[npu]" in run.stderr
     else:
         assert run.returncode == 0, run.stderr
-        assert run.stderr.startswith("device c") and "auto: no NPU (torch_npu does not load" in run.stderr
+        assert run.stderr.startswith("device c") and "auto: no NPU (torch_npu cannot be loaded" in run.stderr
 
 
 def test_npu_without_torch_npu(tiny: Path, tmp_path: Path) -> None:
@@ -679,12 +679,12 @@ def test_npu_without_torch_npu(tiny: Path, tmp_path: Path) -> None:
 # --- --debug -------------------------------------------------------------------------------------------------
 
 
-def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
-    answer = quant(tmp_path / "nowhere", tmp_path / "out", "--debug")
-    assert answer.code == 1
-    assert "Traceback" in answer.err and "open_checkpoint" in answer.err
-    assert "error: model_path" in answer.err and "hint: " in answer.err
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = quant(tmp_path / "nowhere", tmp_path / "out", "--debug")
+    assert result.code == 1
+    assert "Traceback" in result.err and "open_checkpoint" in result.err
+    assert "error: model_path" in result.err and "hint: " in result.err
 
 
-def test_every_fault_comes_with_what_to_do(tmp_path: Path) -> None:
+def test_errors_have_a_hint(tmp_path: Path) -> None:
     assert "\nhint: " in quant(tmp_path / "nowhere", tmp_path / "out").fault()

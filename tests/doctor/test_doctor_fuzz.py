@@ -1,4 +1,4 @@
-"""doctor on hostile and random files: always a Diagnosis, in bounded time and memory, and no check breaks down."""
+"""doctor on malicious and random files: always a Diagnosis in bounded time and memory, and no failed check."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from msmodelslim_omni.doctor.headers import MAX_JSON_BYTES
 
 SEED = 20261122
 ROUNDS = 200
-SECONDS = 20.0  # for one examination, on a machine that may be busy
-FIXED_BYTES = 400 << 20  # beside the size of the files
+SECONDS = 20.0  # limit of one examination, on a machine that may be busy
+FIXED_BYTES = 400 << 20  # memory limit in addition to the size of the files
 
 WEIRD = (
     None, True, -1, 0, 1, 7, 2**31, 2**63, 10**30, 1e308, float("nan"), "", "x", "F32", "I8", "\x00\ud7ff", [], [[]],
@@ -33,7 +33,7 @@ WEIRD = (
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Outputs whose files hold layer 0 and little else: most findings are about what is missing, quickly."""
+    """Return outputs that contain only the tensors of layer 0, so that examining them is quick."""
     folder = tmp_path_factory.mktemp("small")
     model = make_tiny_omni(folder / "model", layers=1)
     formats = ["ascendv1_saver", "compressed_tensors"]
@@ -55,26 +55,26 @@ def copy(small: Path, tmp_path: Path) -> Path:
 
 
 def peak_memory() -> int:
-    """The highest resident memory of this process since `forget_peak`, in bytes."""
+    """Return the peak resident memory of this process in bytes, since `reset_peak_memory`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError("no VmHWM")
 
 
-def forget_peak() -> int:
+def reset_peak_memory() -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        pytest.skip("this system does not measure peaks")
+        pytest.skip("this system cannot reset the peak of resident memory")
     return peak_memory()
 
 
-def survives(folder: Path, note: object) -> set[str]:
-    """The codes found; nothing raised, no check broken, in time."""
-    began = time.monotonic()
+def examined_codes(folder: Path, note: object) -> set[str]:
+    """Examine within the time limit and without a failed check; return the codes of the findings."""
+    start = time.monotonic()
     diagnosis = examine(folder)
-    assert time.monotonic() - began < SECONDS, note
+    assert time.monotonic() - start < SECONDS, note
     failed = [f.what for f in diagnosis.findings if f.code == "check_failed"]
     assert not failed, (note, failed)
     assert len(diagnosis.findings) < 300, note
@@ -85,20 +85,21 @@ def survives(folder: Path, note: object) -> set[str]:
 # --- mutations -----------------------------------------------------------------------------------------------
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def all_paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every element of a JSON value, the value itself first."""
     yield path
     if isinstance(value, dict):
         for key in value:
-            yield from places(value[key], (*path, key))
+            yield from all_paths(value[key], (*path, key))
     elif isinstance(value, list):
         for number, entry in enumerate(value):
-            yield from places(entry, (*path, number))
+            yield from all_paths(entry, (*path, number))
 
 
 def mutated(value: Any, chance: random.Random) -> Any:
-    """A copy with one place replaced, removed, doubled or renamed."""
+    """Return a copy with one element replaced, removed, repeated or renamed."""
     value = json.loads(json.dumps(value))
-    path = chance.choice(list(places(value)))
+    path = chance.choice(list(all_paths(value)))
     if not path:
         return chance.choice(WEIRD)
     block = value
@@ -116,8 +117,8 @@ def mutated(value: Any, chance: random.Random) -> Any:
     return value
 
 
-def flipped(data: bytes, chance: random.Random) -> bytes:
-    """Some bytes changed, a piece cut out or put in twice."""
+def corrupted(data: bytes, chance: random.Random) -> bytes:
+    """Return a copy with some bytes changed, and possibly a piece removed or inserted."""
     changed = bytearray(data)
     for _ in range(chance.randrange(1, 6)):
         changed[chance.randrange(len(changed))] = chance.randrange(256)
@@ -141,19 +142,19 @@ def test_mutated_headers(small: Path, tmp_path: Path, kind: str) -> None:
     file = next(folder.glob("*.safetensors"))
     data = file.read_bytes()
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    survives(folder, "warm")
-    before, seen = forget_peak(), set()
+    examined_codes(folder, "warm")
+    before, seen = reset_peak_memory(), set()
     for number in range(ROUNDS // 2):
         if number % 3 == 0:
             changed = with_header(data, json.dumps(mutated(json.loads(header), chance)).encode())
         elif number % 3 == 1:
-            changed = with_header(data, flipped(header, chance))
+            changed = with_header(data, corrupted(header, chance))
         else:
             changed = with_header(
                 data, header, chance.choice((0, 1, 7, len(header) - 1, len(data), 2**40, 2**63, 2**64 - 1))
             )
         file.write_bytes(changed)
-        seen |= survives(folder, number)
+        seen |= examined_codes(folder, number)
     assert seen & {"file_broken", "file_truncated", "file_trailing_bytes"}
     assert peak_memory() - before < len(data) + FIXED_BYTES
 
@@ -173,8 +174,8 @@ def test_mutated_json(small: Path, tmp_path: Path, kind: str, name: str) -> None
     data = (folder / name).read_bytes()
     for number in range(ROUNDS // 8):
         structured = json.dumps(mutated(json.loads(data), chance)).encode()
-        (folder / name).write_bytes(structured if number % 2 else flipped(data, chance))
-        survives(folder, number)
+        (folder / name).write_bytes(structured if number % 2 else corrupted(data, chance))
+        examined_codes(folder, number)
 
 
 def test_mutated_quantization_config(copy: Path) -> None:
@@ -193,16 +194,16 @@ def test_mutated_quantization_config(copy: Path) -> None:
         config = {**original, "quantization_config": changed}
         config["thinker_config"] = {**config["thinker_config"], "quantization_config": changed}
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        survives(copy, changed)
+        examined_codes(copy, changed)
 
 
 def test_mutated_config(copy: Path) -> None:
     chance = random.Random(SEED)
     original = json.loads((copy / "config.json").read_text())
-    for number in range(12):  # each builds another model
+    for number in range(12):  # each round builds another model
         changed = mutated(original, chance)
         (copy / "config.json").write_text(json.dumps(changed), encoding="utf-8")
-        survives(copy, number)
+        examined_codes(copy, number)
 
 
 def test_random_bytes(copy: Path) -> None:
@@ -211,21 +212,21 @@ def test_random_bytes(copy: Path) -> None:
         content = file.read_bytes()
         for size in (0, 1, 8, 9, 4000):
             file.write_bytes(chance.randbytes(size))
-            survives(copy, (file.name, size))
+            examined_codes(copy, (file.name, size))
         file.write_bytes(content)
 
 
-def test_a_folder_of_noise(tmp_path: Path) -> None:
+def test_folder_of_random_files(tmp_path: Path) -> None:
     chance = random.Random(SEED)
     for name in ("config.json", "model.safetensors", "model.safetensors.index.json", "spk_dict.pt", "x.partial"):
         (tmp_path / name).write_bytes(chance.randbytes(3000))
-    assert survives(tmp_path, "noise") >= {"json_broken", "spk_dict_broken", "unfinished_run"}
+    assert examined_codes(tmp_path, "random files") >= {"json_broken", "spk_dict_broken", "unfinished_run"}
 
 
-# --- what is made to hurt ------------------------------------------------------------------------------------
+# --- malicious files -----------------------------------------------------------------------------------------
 
 
-def one_tensor(dtype: str, shape: list[int], nbytes: int) -> bytes:
+def single_tensor_header(dtype: str, shape: list[int], nbytes: int) -> bytes:
     header = json.dumps({"a.weight": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]}}).encode()
     return len(header).to_bytes(8, "little") + header
 
@@ -233,33 +234,33 @@ def one_tensor(dtype: str, shape: list[int], nbytes: int) -> bytes:
 @pytest.mark.parametrize(
     "content",
     [
-        one_tensor("F32", [2**40, 2**40], 2**82),
-        one_tensor("F32", [2**47], 2**49),
-        one_tensor("I8", [0, 2**40], 0),
-        one_tensor("F32", [], 4) + b"\0\0\x80\x7f",
+        single_tensor_header("F32", [2**40, 2**40], 2**82),
+        single_tensor_header("F32", [2**47], 2**49),
+        single_tensor_header("I8", [0, 2**40], 0),
+        single_tensor_header("F32", [], 4) + b"\0\0\x80\x7f",
         (1000).to_bytes(8, "little") + b"[" * 1000,
         (MAX_JSON_BYTES - 16).to_bytes(8, "little") + b"[" + b"{}," * ((MAX_JSON_BYTES - 18) // 3) + b"1]  ",
         (2 * MAX_JSON_BYTES).to_bytes(8, "little") + b" " * 2 * MAX_JSON_BYTES,
     ],
     ids=["huge shape", "long", "empty tensor", "scalar Inf", "nested", "many objects", "large header"],
 )
-def test_hostile_weights(copy: Path, content: bytes) -> None:
+def test_malicious_weights(copy: Path, content: bytes) -> None:
     (copy / "model.safetensors").write_bytes(content)
-    before = forget_peak()
-    survives(copy, "hostile")
+    before = reset_peak_memory()
+    examined_codes(copy, "malicious")
     assert peak_memory() - before < len(content) + FIXED_BYTES
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "tokenizer_config.json"])
-def test_hostile_json(copy: Path, name: str) -> None:
+def test_malicious_json(copy: Path, name: str) -> None:
     for content in (b"[" * 200_000, b'{"a":' * 100_000, b"[" + b"{}," * 2_000_000 + b"1]", b" " * (MAX_JSON_BYTES + 1)):
         (copy / name).write_bytes(content)
-        before = forget_peak()
-        survives(copy, name)
+        before = reset_peak_memory()
+        examined_codes(copy, name)
         assert peak_memory() - before < len(content) + FIXED_BYTES
 
 
-def test_hostile_lists(copy: Path) -> None:
+def test_malicious_lists(copy: Path) -> None:
     for entries in (
         [".*(a+)+$", "re:(x|x)*y"],
         [f"re:.*{i}.*" for i in range(5000)],
@@ -267,22 +268,22 @@ def test_hostile_lists(copy: Path) -> None:
         [f"thinker.model.layers.{i}" for i in range(50_000)],
     ):
         change_block(lambda block, entries=entries: block.update(ignore=entries))(copy)
-        survives(copy, str(entries)[:60])
+        examined_codes(copy, str(entries)[:60])
 
 
-def test_depths_that_would_take_hours(copy: Path) -> None:
+def test_excessive_depth(copy: Path) -> None:
     change_json("config.json", lambda c: c["thinker_config"]["vision_config"].update(depth=10**9))(copy)
-    assert "config_unbuildable" in survives(copy, "depth")
+    assert "config_unbuildable" in examined_codes(copy, "depth")
 
 
-def test_names_of_any_length(copy: Path) -> None:
+def test_very_long_name(copy: Path) -> None:
     save_file({"thinker." + "a." * 50_000 + "weight": torch.zeros(4, 4)}, copy / "model.safetensors")
-    survives(copy, "name")
+    examined_codes(copy, "name")
 
 
-def test_links_and_folders_in_place_of_files(copy: Path) -> None:
+def test_links_and_folders_instead_of_files(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors").symlink_to(copy / "model.safetensors")
     (copy / "config.json").unlink()
     (copy / "config.json").mkdir()
-    assert survives(copy, "links") >= {"no_weights", "config_missing"}
+    assert examined_codes(copy, "links") >= {"no_weights", "config_missing"}

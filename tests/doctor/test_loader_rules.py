@@ -1,8 +1,8 @@
-"""Which Linears each loader takes for quantized: its own rule, over every Linear of the real model tree.
+"""The Linears that each loader converts: the rule of each loader, applied to every Linear of the real module tree.
 
-The tree is the whole model's (thinker, talker, token2wav) as the installed transformers builds it; names of the other
-transformers version and of vLLM are derived from the names on disk. compressed-tensors' rule over the tiny model is in
-tests/formats/test_formats.py; the renamings are in loaders.py.
+The tree is the full model (thinker, talker, token2wav) as the installed transformers builds it. The names in the other
+transformers version and in vLLM are derived from the names on disk. tests/formats/test_formats.py applies the rule of
+compressed-tensors to the tiny model; the renamings are in loaders.py.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from msmodelslim_omni.models.torchvision_shim import ensure_torchvision_imports
 from msmodelslim_omni.numerics.scheme import QuantScheme
 
 Rename = Callable[[str], list[str]]
-# A loader's answer: the Linears, by name on disk, that it takes for quantized.
+# A loader's rule: all Linears and the list of exclusions -> the Linears that it converts, by name on disk.
 Rule = Callable[[list[str], list[str]], set[str]]
 
 SPEC = MODEL_TYPES["Qwen2.5-Omni-7B"]
 ASYM = QuantScheme(4, None, group_size=128, symmetric=False)
-LAYERS = 12  # so that `layers.1` begins the name of layers 10 and 11
+LAYERS = 12  # `layers.1` is a prefix of layers 10 and 11
 DECODER = "thinker.model.layers."
 
 
 @pytest.fixture(scope="module")
 def linears() -> list[str]:
-    """Names on disk of all Linears of the whole model."""
+    """Return the names on disk of all Linears of the full model."""
     ensure_torchvision_imports()
     import transformers
 
@@ -65,7 +65,7 @@ def layer(index: int, *inner: str) -> tuple[str, ...]:
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
-# Linears that a recipe leaves float; vLLM's fused ones only together, which the plan sees to.
+# Linears that a recipe keeps float. The plan ensures that all parts of a fused vLLM module are float together.
 NOTHING: tuple[str, ...] = ()
 EVERYWHERE = tuple(name for index in range(LAYERS) for name in layer(index, "mlp.down_proj", *QKV))
 SOMEWHERE = (
@@ -86,26 +86,26 @@ def has_substring(name: str, entries: Iterable[str]) -> bool:
 
 
 def autoawq(linears: list[str], entries: list[str]) -> set[str]:
-    """AutoAWQ 0.2.9, models/base.py, _load_quantized_modules: names within a decoder layer, no other module."""
+    """AutoAWQ 0.2.9, models/base.py, _load_quantized_modules: only modules of decoder layers, by name in the layer."""
     inner = {name: name.removeprefix(DECODER).partition(".")[2] for name in linears if name.startswith(DECODER)}
     return {name for name, relative in inner.items() if not has_substring(relative, entries)}
 
 
-def over(rename: Rename, is_skipped: Callable[[str, list[str]], bool]) -> Rule:
-    """A rule that asks for every Linear of a class by its name there."""
+def rule_of_class(rename: Rename, is_skipped: Callable[[str, list[str]], bool]) -> Rule:
+    """Return a rule that tests every Linear by its name in the class."""
     return lambda linears, entries: {
         disk for disk in linears if any(not is_skipped(name, entries) for name in rename(disk))
     }
 
 
 def skipped_by_5(name: str, entries: list[str]) -> bool:
-    """transformers 5.23, quantizers_utils.py, should_convert_module: the start up to a dot, the whole, or the end."""
+    """transformers 5.23, quantizers_utils.py, should_convert_module: start up to a dot, full name, or end."""
     boundary = r"(?:(?<=\.)|(?=\.|$))"
     return any(re.match(f"(?:{entry}){boundary}", name) or name.endswith(entry) for entry in entries)
 
 
 def skipped_by_early_5(name: str, entries: list[str]) -> bool:
-    """transformers 5.0, the same without the boundary."""
+    """transformers 5.0: like skipped_by_5 without the boundary."""
     return any(re.match(entry, name) or name.endswith(entry) for entry in entries)
 
 
@@ -113,7 +113,7 @@ VLLM_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate
 
 
 def vllm_modules(linears: list[str]) -> dict[str, list[str]]:
-    """Names of vLLM's Linear modules, fused ones included, and the Linears on disk that each is made of."""
+    """Return the names of vLLM's Linear modules, including fused ones, with the Linears on disk of each."""
     modules: dict[str, list[str]] = {}
     for disk in linears:
         for name in vllm(disk):
@@ -124,60 +124,60 @@ def vllm_modules(linears: list[str]) -> dict[str, list[str]]:
 
 
 def vllm_entries(entries: list[str]) -> list[str]:
-    """The list as vLLM's mapper of Qwen2.5-Omni hands it on (qwen2_5_omni_thinker.py, hf_to_vllm_mapper)."""
+    """Map the list as vLLM's mapper of Qwen2.5-Omni does (qwen2_5_omni_thinker.py, hf_to_vllm_mapper)."""
     mapped = []
     for entry in entries:
         if entry.startswith(("talker.", "token2wav.")):
             continue
-        for theirs, ours in (
+        for prefix, vllm_prefix in (
             ("thinker.lm_head.", "language_model.lm_head."),
             ("thinker.model.", "language_model.model."),
             ("thinker.", ""),
         ):
-            if entry.startswith(theirs):
-                entry = ours + entry.removeprefix(theirs)
+            if entry.startswith(prefix):
+                entry = vllm_prefix + entry.removeprefix(prefix)
                 break
         mapped.append(entry)
     return mapped
 
 
 def vllm_awq(linears: list[str], entries: list[str]) -> set[str]:
-    """vLLM, quant_utils.py, is_layer_skipped: a substring; the parts of a fused module are asked for and must agree."""
-    entries, taken = vllm_entries(entries), set()
+    """vLLM, quant_utils.py, is_layer_skipped: a substring; all parts of a fused module must have the same result."""
+    entries, converted = vllm_entries(entries), set()
     for module, members in vllm_modules(linears).items():
         prefix, _, last = module.rpartition(".")
-        answers = {has_substring(f"{prefix}.{part}", entries) for part in VLLM_FUSED.get(last, (last,))}
-        assert len(answers) == 1, f"{module}: some but not all parts are float"
-        if answers == {False}:
-            taken |= set(members)
-    return taken
+        is_float = {has_substring(f"{prefix}.{part}", entries) for part in VLLM_FUSED.get(last, (last,))}
+        assert len(is_float) == 1, f"{module}: some but not all parts are float"
+        if is_float == {False}:
+            converted |= set(members)
+    return converted
 
 
 AWQ_RULES: dict[str, Rule] = {
     "autoawq": autoawq,
-    "transformers 4, full class": over(full_class, has_substring),
-    "transformers 4, thinker class": over(thinker_class, has_substring),
-    "transformers 5, full class": over(full_class_5, skipped_by_5),
-    "transformers 5, thinker class": over(thinker_class_5, skipped_by_5),
-    "transformers 5.0, full class": over(full_class_5, skipped_by_early_5),
+    "transformers 4, full class": rule_of_class(full_class, has_substring),
+    "transformers 4, thinker class": rule_of_class(thinker_class, has_substring),
+    "transformers 5, full class": rule_of_class(full_class_5, skipped_by_5),
+    "transformers 5, thinker class": rule_of_class(thinker_class_5, skipped_by_5),
+    "transformers 5.0, full class": rule_of_class(full_class_5, skipped_by_early_5),
     "vllm": vllm_awq,
 }
 
 
 @pytest.mark.parametrize("floats", FLOATS)
 @pytest.mark.parametrize("loader", AWQ_RULES)
-def test_awq_loaders_convert_the_planned_linears_and_nothing_else(linears: list[str], loader: str, floats: str) -> None:
+def test_awq_loaders_convert_exactly_the_planned_linears(linears: list[str], loader: str, floats: str) -> None:
     job = output_job(linears, FLOATS[floats])
     planned = {linear.name for linear in job.linears}
-    taken = AWQ_RULES[loader](linears, awq.modules_to_not_convert(job))
-    # AutoAWQ looks at names within the layer, so that no list can tell it one layer from another.
+    converted = AWQ_RULES[loader](linears, awq.modules_to_not_convert(job))
+    # AutoAWQ tests names within the layer, so no list can exclude a Linear in one layer only.
     missed = set(FLOATS[floats]) - (set() if floats == "somewhere" else set(EVERYWHERE))
-    assert taken == planned | (missed if loader == "autoawq" else set())
+    assert converted == planned | (missed if loader == "autoawq" else set())
 
 
-def test_the_awq_list(linears: list[str]) -> None:
-    words = ["visual", "audio_tower", "lm_head", "talker", "token2wav"]
-    always = [*words, *(f".*{word}" for word in words)]
+def test_awq_list(linears: list[str]) -> None:
+    names = ["visual", "audio_tower", "lm_head", "talker", "token2wav"]
+    always = [*names, *(f".*{name}" for name in names)]
     assert awq.modules_to_not_convert(output_job(linears, NOTHING)) == always
     assert awq.modules_to_not_convert(output_job(linears, BOTH)) == [
         *always, "mlp.down_proj", *QKV,
@@ -190,16 +190,16 @@ def test_the_awq_list(linears: list[str]) -> None:
     [
         ("transformers 4, full class", ["visual", "audio_tower"]),  # lm_head and talker are converted
         ("transformers 5, full class", ["visual", "audio_tower", "lm_head", "talker", "token2wav"]),
-        ("vllm", ["thinker.model.visual", "lm_head"]),  # a name of transformers 5
+        ("vllm", ["thinker.model.visual", "lm_head"]),  # a module name of transformers 5
         ("vllm", ["visual", "lm_head", "thinker.model.language_model.layers.1.mlp.down_proj"]),
     ],
 )
-def test_the_rules_catch_a_list_that_a_loader_misreads(linears: list[str], loader: str, naive: list[str]) -> None:
+def test_rules_detect_incomplete_lists(linears: list[str], loader: str, naive: list[str]) -> None:
     job = output_job(linears, layer(1, "mlp.down_proj"))
     assert AWQ_RULES[loader](linears, naive) - {linear.name for linear in job.linears}
 
 
-def test_the_rule_of_transformers_5_is_the_librarys(linears: list[str]) -> None:
+def test_rule_of_transformers_5_matches_the_library(linears: list[str]) -> None:
     utilities = pytest.importorskip("transformers.quantizers.quantizers_utils")
     if not hasattr(utilities, "should_convert_module"):
         pytest.skip("transformers 4")
@@ -214,21 +214,21 @@ def test_the_rule_of_transformers_5_is_the_librarys(linears: list[str]) -> None:
 
 @pytest.mark.parametrize("floats", FLOATS)
 @pytest.mark.parametrize("rename", LOADERS)
-def test_compressed_tensors_loaders_quantize_the_planned_linears_and_nothing_else(
+def test_compressed_tensors_loaders_convert_exactly_the_planned_linears(
     linears: list[str], rename: Rename, floats: str
 ) -> None:
     job = output_job(linears, FLOATS[floats])
     ignore = compressed_tensors.quantization_config(job)["ignore"]
     planned = {linear.name for linear in job.linears}
-    assert over(rename, is_ignored)(linears, ignore) == planned
+    assert rule_of_class(rename, is_ignored)(linears, ignore) == planned
 
 
 @pytest.mark.parametrize("floats", FLOATS)
-def test_vllm_fuses_only_what_compressed_tensors_treats_alike(linears: list[str], floats: str) -> None:
+def test_parts_of_fused_vllm_modules_are_ignored_together(linears: list[str], floats: str) -> None:
     job = output_job(linears, FLOATS[floats])
     ignore = compressed_tensors.quantization_config(job)["ignore"]
     for module, members in vllm_modules(linears).items():
         prefix, _, last = module.rpartition(".")
-        answers = {is_ignored(f"{prefix}.{part}", ignore) for part in VLLM_FUSED.get(last, (last,))}
+        ignored = {is_ignored(f"{prefix}.{part}", ignore) for part in VLLM_FUSED.get(last, (last,))}
         stays_float = not members[0].startswith(DECODER) or members[0] in FLOATS[floats]
-        assert answers == {stays_float}, module
+        assert ignored == {stays_float}, module

@@ -1,4 +1,4 @@
-"""eval: the library's own whole models by definition, exact match against generate(), other tools' files, bad input."""
+"""eval against the library's full models, exact match against generate(), files from other tools, and bad input."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from command import DATA, Answer, command, mixed_index, write_index
+from command import DATA, CommandResult, command, mixed_index, write_index
 from dequantizers import dequantize_gemm, dequantize_packed
 from outputs import all_tensors, edit_config, edited, quantize_all, replaced, weights_file, without
 from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.evaluation import comparable, logits, side_by_side
+from msmodelslim_omni.evaluation import layer_walk, logits, same_model, stem_pair
 from msmodelslim_omni.evaluation.run import evaluate
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models import qwen2_5_omni as omni
@@ -53,26 +53,26 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reports(tiny: Path, outputs: dict[str, Path], texts: Path) -> dict[str, EvalReport]:
-    """Of every format, on the two texts."""
+    """Reports of every format on the two texts."""
     return {kind: run(tiny, outputs[kind], texts) for kind in ("packed", "awq", "int8", "ascend")}
 
 
-def run(exact: Path, other: Path, dataset: Path, **options: Any) -> EvalReport:
-    return evaluate(exact, other, str(dataset), device="cpu", **{"max_pixels": MAX_PIXELS, **options})
+def run(float_path: Path, quant_path: Path, dataset: Path, **options: Any) -> EvalReport:
+    return evaluate(float_path, quant_path, str(dataset), device="cpu", **{"max_pixels": MAX_PIXELS, **options})
 
 
 def figures(report: EvalReport) -> dict[str, Any]:
-    """All that must not depend on when, where and in which blocks it was computed."""
+    """The figures that must not depend on time, place or block sizes."""
     kept = ("overall", "by_modality", "layers", "tokens_by_modality", "scored", "samples")
     return {name: asdict(report)[name] for name in kept}
 
 
-# --- the library's side --------------------------------------------------------------------------------------
+# --- figures of the library's full models --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def thinker(tiny: Path) -> Any:
-    """The float thinker as transformers itself loads it, in float32."""
+    """The float thinker in float32, loaded by transformers."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32).eval()
@@ -85,28 +85,28 @@ def inputs(tiny: Path, index: Path) -> list[ModelInputs]:
 
 
 def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float weights of a quantized file, by the Linear's name: the tests' own reading of each layout."""
+    """Float weights of a quantized file by the Linear's name, read by the tests' own code for each layout."""
 
-    def numbers(name: str) -> Any:
+    def as_array(name: str) -> Any:
         return tensors[name].float().numpy() if tensors[name].is_floating_point() else tensors[name].numpy()
 
-    found = {}
+    weights = {}
     for name in tensors:
         linear, _, part = name.rpartition(".")
         if part == "qweight":
-            parts = (numbers(f"{linear}.{p}") for p in ("qweight", "qzeros", "scales"))
-            found[linear] = torch.from_numpy(dequantize_gemm(*parts))
+            parts = (as_array(f"{linear}.{p}") for p in ("qweight", "qzeros", "scales"))
+            weights[linear] = torch.from_numpy(dequantize_gemm(*parts))
         elif part == "weight_packed":
-            parts = (numbers(f"{linear}.{p}") for p in ("weight_packed", "weight_scale", "weight_shape"))
-            found[linear] = torch.from_numpy(dequantize_packed(*parts, numbers(f"{linear}.weight_zero_point")))
+            parts = (as_array(f"{linear}.{p}") for p in ("weight_packed", "weight_scale", "weight_shape"))
+            weights[linear] = torch.from_numpy(dequantize_packed(*parts, as_array(f"{linear}.weight_zero_point")))
         elif part == "weight" and tensors[name].dtype == torch.int8:
             scale = tensors[f"{linear}.weight_scale"].float().reshape(-1, 1)
-            found[linear] = tensors[name].float() * scale
-    return found
+            weights[linear] = tensors[name].float() * scale
+    return weights
 
 
-def rounding(qweight: torch.Tensor, scale: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A hook that gives the output of int8 activations: exact sums of integers, in float64."""
+def rounding_hook(qweight: torch.Tensor, scale: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A hook that computes the output for int8 activations, with exact integer sums in float64."""
 
     def output(module: Any, arguments: tuple[torch.Tensor], _out: torch.Tensor) -> torch.Tensor:
         step = arguments[0].abs().amax(-1, keepdim=True) / 127
@@ -118,6 +118,7 @@ def rounding(qweight: torch.Tensor, scale: torch.Tensor) -> Callable[..., torch.
 
 
 def with_weights_of(thinker: Any, output: Path) -> Any:
+    """A copy of the thinker with the weights of a quantized output."""
     changed = copy.deepcopy(thinker)
     text = getattr(changed.model, "language_model", changed.model)
     tensors = all_tensors(output)
@@ -125,22 +126,24 @@ def with_weights_of(thinker: Any, output: Path) -> Any:
         linear = text.get_submodule(name.removeprefix("thinker.model."))
         linear.weight.data = weight
         if tensors.get(f"{name}.weight", weight).dtype == torch.int8:
-            linear.register_forward_hook(rounding(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float()))
+            linear.register_forward_hook(
+                rounding_hook(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float())
+            )
     return changed
 
 
-class Whole:
-    """One sample through both whole models: every figure of every position by its definition, from whole logits."""
+class FullForward:
+    """One sample through both full models: every figure of every position by its definition, from full logits."""
 
-    def __init__(self, exact: Any, other: Any, inputs: ModelInputs, around: tuple[int, int]) -> None:
+    def __init__(self, float_model: Any, quant_model: Any, inputs: ModelInputs, template: tuple[int, int]) -> None:
         self.kinds = inputs.modality
         ids = inputs.tensors["input_ids"][0]
-        outs, self.reaching = zip(*(forward(model, inputs) for model in (exact, other)), strict=True)
+        outs, self.states = zip(*(forward(model, inputs) for model in (float_model, quant_model)), strict=True)
         p, q = (out.logits[0].double().log_softmax(-1) for out in outs)
         if inputs.answer:
             positions = list(range(inputs.answer[0] - 1, inputs.answer[1] - 1))
         else:
-            inside = range(around[0], len(ids) - around[1])  # the template's own words left out
+            inside = range(template[0], len(ids) - template[1])  # excludes the template's tokens
             positions = [t for t in range(len(ids) - 1) if self.kinds[t + 1] == 0 and t + 1 in inside]
         self.kl = [float((p[t].exp() * (p[t] - q[t])).sum()) for t in positions]
         self.top1 = [int(p[t].argmax()) == int(q[t].argmax()) for t in positions]
@@ -151,9 +154,9 @@ class Whole:
         self.last, self.first = ([out.hidden_states[i][0] for out in outs] for i in (-1, 0))
 
 
-def template_around(inputs: list[ModelInputs]) -> tuple[int, int]:
-    """Tokens that all prompts without answer begin with, and end with."""
-    prompts = [one.tensors["input_ids"][0].tolist() for one in inputs if one.answer is None]
+def template_lengths(inputs: list[ModelInputs]) -> tuple[int, int]:
+    """The numbers of tokens that all prompts without an answer begin and end with."""
+    prompts = [sample.tensors["input_ids"][0].tolist() for sample in inputs if sample.answer is None]
     if len(prompts) < 2:
         return 0, 0
     before = next(n for n in range(10**6) if len({prompt[n] for prompt in prompts}) > 1)
@@ -161,9 +164,9 @@ def template_around(inputs: list[ModelInputs]) -> tuple[int, int]:
     return before, after
 
 
-def expected_figures(samples: list[Whole], modality: int | None) -> dict[str, float]:
+def expected_figures(samples: list[FullForward], modality: int | None) -> dict[str, float]:
     kl = [value for sample in samples for value in sample.kl]
-    found = {
+    figures = {
         "positions": len(kl),
         "kl_mean": float(np.mean(kl)),
         "kl_p99": float(np.quantile(kl, 0.99)),
@@ -176,44 +179,44 @@ def expected_figures(samples: list[Whole], modality: int | None) -> dict[str, fl
     embedding = [(s.first, s.read & (s.kinds == 0)) for s in samples]
     for name, states in (("hidden", hidden), ("embedding", embedding)):
         a, b = (torch.cat([pair[i][read] for pair, read in states]).double() for i in range(2))
-        found[f"{name}_error"] = float((b - a).norm() / a.norm())
-        found[f"{name}_cosine"] = float(torch.nn.functional.cosine_similarity(a, b).mean())
-    return found
+        figures[f"{name}_error"] = float((b - a).norm() / a.norm())
+        figures[f"{name}_cosine"] = float(torch.nn.functional.cosine_similarity(a, b).mean())
+    return figures
 
 
-def plain(part: Fidelity) -> dict[str, Any]:
-    return {name: value["value"] if isinstance(value, dict) else value for name, value in asdict(part).items()}
+def without_intervals(fidelity: Fidelity) -> dict[str, Any]:
+    return {name: value["value"] if isinstance(value, dict) else value for name, value in asdict(fidelity).items()}
 
 
 @pytest.mark.parametrize("kind", ["packed", "int8"])
-def test_figures_are_those_of_the_librarys_whole_models(
+def test_figures_agree_with_the_librarys_full_models(
     tiny: Path, outputs: dict[str, Path], index: Path, inputs: list[ModelInputs], thinker: Any, kind: str
 ) -> None:
-    other = with_weights_of(thinker, outputs[kind])
-    whole = [Whole(thinker, other, sample, template_around(inputs)) for sample in inputs]
+    quant_model = with_weights_of(thinker, outputs[kind])
+    samples = [FullForward(thinker, quant_model, sample, template_lengths(inputs)) for sample in inputs]
     report = run(tiny, outputs[kind], index)
-    groups = {None: whole, "text": whole[:1], "image": whole[1:2], "audio": whole[2:], "video": whole[3:]}
-    for modality, those in groups.items():
-        expected = expected_figures(those, MODALITIES.index(modality) if modality else None)
-        found = plain(report.by_modality[modality] if modality else report.overall)
-        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-9), modality
+    groups = {None: samples, "text": samples[:1], "image": samples[1:2], "audio": samples[2:], "video": samples[3:]}
+    for modality, group in groups.items():
+        expected = expected_figures(group, MODALITIES.index(modality) if modality else None)
+        actual = without_intervals(report.by_modality[modality] if modality else report.overall)
+        assert {name: actual[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-9), modality
     assert report.overall.embedding_error == 0.0 and report.overall.kl_mean.value > 0.001
     assert (report.samples, report.overall.answered, len(report.layers)) == (4, 2, 4)
     for layer in report.layers:
-        states = [torch.cat([s.reaching[side][layer.index + 1] for s in whole]) for side in range(2)]
-        kinds = torch.cat([sample.kinds for sample in whole])
+        states = [torch.cat([s.states[side][layer.index + 1] for s in samples]) for side in range(2)]
+        kinds = torch.cat([sample.kinds for sample in samples])
         for name, error in {**layer.error_by_modality, "": layer.error}.items():
-            mine = kinds == MODALITIES.index(name) if name else kinds >= 0
-            expected_error = float((states[1][mine] - states[0][mine]).norm() / states[0][mine].norm())
+            chosen = kinds == MODALITIES.index(name) if name else kinds >= 0
+            expected_error = float((states[1][chosen] - states[0][chosen]).norm() / states[0][chosen].norm())
             assert error == pytest.approx(expected_error, rel=1e-4)
 
 
 def forward(model: Any, inputs: ModelInputs) -> tuple[Any, list[torch.Tensor]]:
-    """The library's output, and the states that reach each layer and the final norm."""
+    """The library's output, and the input states of each layer and of the final norm."""
     text = getattr(model.model, "language_model", model.model)
-    reaching: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     hooks = [
-        module.register_forward_pre_hook(lambda _m, arguments: reaching.append(arguments[0][0]))
+        module.register_forward_pre_hook(lambda _m, arguments: states.append(arguments[0][0]))
         for module in (*text.layers, text.norm)
     ]
     with torch.inference_mode():
@@ -222,35 +225,35 @@ def forward(model: Any, inputs: ModelInputs) -> tuple[Any, list[torch.Tensor]]:
         )
     for hook in hooks:
         hook.remove()
-    return out, reaching
+    return out, states
 
 
-# --- how it is computed does not matter ----------------------------------------------------------------------
+# --- independence of block sizes, formats and positions ------------------------------------------------------
 
 
-def test_blocks_and_lots_do_not_matter(
+def test_block_sizes_do_not_change_figures(
     tiny: Path, outputs: dict[str, Path], index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of vocabulary, positions and the hidden states that stay in memory."""
-    whole = figures(run(tiny, outputs["packed"], index))
-    monkeypatch.setattr(logits, "HEAD_BLOCK_BYTES", 4 * 256 * 1000)  # of 3072 rows: the last block is short
-    monkeypatch.setattr(logits, "POSITIONS_AT_ONCE", 50)
-    monkeypatch.setattr(logits, "SCORED_AT_ONCE", 7)
-    monkeypatch.setattr(side_by_side, "HIDDEN_BUDGET", 0)
-    monkeypatch.setattr(side_by_side, "ARGUMENTS_BUDGET", 0)
-    cut = figures(run(tiny, outputs["packed"], index))
-    assert flat(cut) == pytest.approx(flat(whole), rel=1e-5, abs=1e-9)
+    """Blocks of the vocabulary and of positions, and budgets of hidden states and arguments."""
+    one_block = figures(run(tiny, outputs["packed"], index))
+    monkeypatch.setattr(logits, "HEAD_BLOCK_BYTES", 4 * 256 * 1000)  # 1000 of 3072 rows: the last block is short
+    monkeypatch.setattr(logits, "POSITIONS_PER_HEAD_PASS", 50)
+    monkeypatch.setattr(logits, "POSITIONS_PER_SCORER", 7)
+    monkeypatch.setattr(layer_walk, "HIDDEN_BUDGET", 0)
+    monkeypatch.setattr(stem_pair, "ARGUMENTS_BUDGET", 0)
+    small_blocks = figures(run(tiny, outputs["packed"], index))
+    assert flatten(small_blocks) == pytest.approx(flatten(one_block), rel=1e-5, abs=1e-9)
 
 
-def flat(value: Any, name: str = "") -> dict[str, Any]:
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
     """{"overall.kl_mean.low": 0.1, ...}."""
     if isinstance(value, dict | list | tuple):
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, inner in items for k, v in flat(inner, f"{name}.{key}").items()}
+        return {k: v for key, inner in items for k, v in flatten(inner, f"{name}.{key}").items()}
     return {name: 0.0 if value is None else value} if not isinstance(value, str) else {}
 
 
-def test_a_model_against_itself_differs_in_nothing(tiny: Path, index: Path) -> None:
+def test_a_model_against_itself_has_no_difference(tiny: Path, index: Path) -> None:
     report = run(tiny, tiny, index)
     for part in (report.overall, *report.by_modality.values()):
         assert (part.kl_mean.value, part.kl_mean.high, part.kl_p99) == (0.0, 0.0, 0.0)
@@ -262,38 +265,38 @@ def test_a_model_against_itself_differs_in_nothing(tiny: Path, index: Path) -> N
     assert (report.quant_format, report.linears_by_scheme) == ("float", {})
 
 
-def test_formats_of_the_same_integers_agree(reports: dict[str, EvalReport]) -> None:
+def test_formats_with_equal_integers_agree(reports: dict[str, EvalReport]) -> None:
     assert figures(reports["packed"]) == figures(reports["awq"])
-    int8, ascend = reports["int8"], reports["ascend"]  # the first holds its scales in bfloat16
+    int8, ascend = reports["int8"], reports["ascend"]  # int8 stores its scales in bfloat16
     assert (int8.quant_format, int8.linears_by_scheme) == ("compressed_tensors", {"W8A8_DYNAMIC": 27})
     assert (ascend.quant_format, ascend.linears_by_scheme) == ("ascendv1_saver", {"W8A8_DYNAMIC": 27})
     assert int8.overall.kl_mean.value == pytest.approx(ascend.overall.kl_mean.value, rel=0.1)
 
 
-def test_which_positions_count(
+def test_scored_positions_follow_the_option(
     tiny: Path, outputs: dict[str, Path], texts: Path, reports: dict[str, EvalReport]
 ) -> None:
     auto = reports["packed"]
     answer, text = (run(tiny, outputs["packed"], texts, positions=positions) for positions in ("answer", "text"))
     assert "answer and its end of 1 samples and every text token of 1" in auto.scored
     assert (answer.samples, answer.scored) == (1, "the answer and its end of 1 samples")
-    assert answer.warnings == ("1 samples: the intervals are rough", "1 samples without an answer left out")
+    assert answer.warnings == ("1 samples: the intervals are rough", "1 samples without an answer skipped")
     assert text.samples == 2 and text.scored == "every text token of 2 samples"
     assert answer.overall.positions < auto.overall.positions < text.overall.positions
-    assert text.overall.answered == auto.overall.answered == 1  # exact match is told in any case
+    assert text.overall.answered == auto.overall.answered == 1  # exact match is always reported
 
 
-def test_another_stem_is_run_for_itself(tiny: Path, texts: Path, tmp_path: Path) -> None:
-    """An embedding that is 1/8 larger, exactly so in bfloat16 but for its rounding."""
-    other = with_tensor(tiny, tmp_path / "other", "thinker.model.embed_tokens.weight", lambda w: w * 1.125)
-    report = run(tiny, other, texts)
+def test_a_different_stem_runs_separately(tiny: Path, texts: Path, tmp_path: Path) -> None:
+    """An embedding that is 1/8 larger, except for bfloat16 rounding."""
+    changed = with_tensor(tiny, tmp_path / "changed", "thinker.model.embed_tokens.weight", lambda w: w * 1.125)
+    report = run(tiny, changed, texts)
     assert report.overall.embedding_error == pytest.approx(0.125, rel=1e-2)
     assert report.overall.embedding_cosine == pytest.approx(1.0, abs=1e-4)
     assert report.overall.kl_mean.value > 0 and report.layers[0].error > 0
 
 
 def with_tensor(folder: Path, target: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
-    """A copy with one tensor changed, whichever shard has it."""
+    """A copy of a checkpoint with one tensor changed, in any shard."""
     shutil.copytree(folder, target)
     for shard in target.glob("*.safetensors"):
         tensors = load_file(shard)
@@ -309,10 +312,11 @@ def with_tensor(folder: Path, target: Path, name: str, change: Callable[[torch.T
 QUESTIONS = ("How many?", "Say hello.", "Name a colour.", "Why?", "What is said?", "Who?")
 
 
-def test_exact_match_is_that_of_greedy_decoding(
+def test_exact_match_agrees_with_greedy_decoding(
     tiny: Path, outputs: dict[str, Path], thinker: Any, tmp_path: Path
 ) -> None:
-    """Against the library's generate(). lm_head knows sixty words and the end, so that answers are texts and end."""
+    """Reference: the library's generate(). lm_head has only sixty words and the end token, so that answers are words
+    and end."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -333,28 +337,30 @@ def test_exact_match_is_that_of_greedy_decoding(
     models = [copy.deepcopy(thinker), with_weights_of(thinker, outputs["packed"])]
     for model in models:
         model.lm_head.weight.data = few_words(thinker.lm_head.weight.data).to(torch.bfloat16).float()
-    said = {question: [spoken(model, tiny, question, tokenizer) for model in models] for question in QUESTIONS}
+    answers = {
+        question: [greedy_answer(model, tiny, question, tokenizer) for model in models] for question in QUESTIONS
+    }
     entries = []
-    for number, (question, (by_float, by_quant)) in enumerate(said.items()):
+    for number, (question, (by_float, by_quant)) in enumerate(answers.items()):
         answer = tokenizer.decode((by_float if number % 2 else by_quant)[:-1]) or " this"
         entries.append({"text": question, "answer": answer + " not" * (number % 4 == 3)})
     expected = []
     for side in range(2):
         ids = [[*tokenizer(entry["answer"]).input_ids, tokenizer.eos_token_id] for entry in entries]
-        expected.append([said[entry["text"]][side] == tokens for entry, tokens in zip(entries, ids, strict=True)])
+        expected.append([answers[entry["text"]][side] == tokens for entry, tokens in zip(entries, ids, strict=True)])
     report = run(*folders, write_index(tmp_path, *entries), exact_match=True)
-    overall = plain(report.overall)
+    overall = without_intervals(report.overall)
     assert 0 < sum(expected[0]) < len(entries) and 0 < sum(expected[1]) < len(entries) and expected[0] != expected[1]
     assert overall["exact_float"] == np.mean(expected[0]) and overall["exact_quant"] == np.mean(expected[1])
     assert overall["exact_change"] == np.mean(expected[1]) - np.mean(expected[0])
 
 
-def spoken(model: Any, tiny: Path, question: str, tokenizer: Any) -> list[int]:
-    """Tokens of the greedy answer, its end included."""
+def greedy_answer(model: Any, tiny: Path, question: str, tokenizer: Any) -> list[int]:
+    """Tokens of the greedy answer, including its end token."""
     media = omni.open_media_processor(tiny, MediaLimits(8192, None, 2.0), False)
-    asked = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (
+    messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (
         ("system", OMNI.system), ("user", question))]  # fmt: skip
-    ids = media.prepare(asked, False).tensors["input_ids"]
+    ids = media.prepare(messages, False).tensors["input_ids"]
     end = tokenizer.eos_token_id
     with torch.inference_mode():
         out = model.generate(ids, max_new_tokens=48, do_sample=False, eos_token_id=[end], pad_token_id=end)
@@ -362,8 +368,8 @@ def spoken(model: Any, tiny: Path, question: str, tokenizer: Any) -> list[int]:
     return tokens
 
 
-def test_where_the_answer_stands(tiny: Path, tmp_path: Path) -> None:
-    """With its end, in tokens of its own, also where it begins with a line break and in a conversation."""
+def test_answer_range_covers_the_answer_and_its_end(tiny: Path, tmp_path: Path) -> None:
+    """Also for an answer that begins with a line break, and in a conversation."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
@@ -385,8 +391,10 @@ def test_where_the_answer_stands(tiny: Path, tmp_path: Path) -> None:
         assert len(inputs.modality) == len(ids) and bool(inputs.tensors["attention_mask"].all())
 
 
-def test_an_answer_that_a_template_does_not_show(tiny_copy: Path, outputs: dict[str, Path], texts: Path) -> None:
-    """A template that trims answers: they are counted as prompt, and that is said."""
+def test_an_answer_that_the_template_changes_counts_as_prompt(
+    tiny_copy: Path, outputs: dict[str, Path], texts: Path
+) -> None:
+    """A warning reports the sample."""
     template = json.loads((tiny_copy / "chat_template.json").read_text())
     template["chat_template"] = template["chat_template"].replace(
         "{{ part['text'] }}", "{{ part['text'] | replace('Short', 'Long') }}"
@@ -394,18 +402,18 @@ def test_an_answer_that_a_template_does_not_show(tiny_copy: Path, outputs: dict[
     (tiny_copy / "chat_template.json").write_text(json.dumps(template))
     report = run(tiny_copy, tiny_copy, texts)
     assert report.overall.answered == 0 and report.scored == "every text token of 2 samples"
-    assert "index.jsonl:1: its answer is not told from its prompt" in report.warnings[-1]
-    with pytest.raises(QuantError, match="exact match is asked for, and no sample that could be used has an answer"):
+    assert "index.jsonl:1: the answer cannot be separated from the prompt" in report.warnings[-1]
+    with pytest.raises(QuantError, match="--exact_match needs answers, but no usable sample has one"):
         run(tiny_copy, tiny_copy, texts, exact_match=True)
-    with pytest.raises(QuantError, match="its answer is not told from its prompt"):
+    with pytest.raises(QuantError, match="the answer cannot be separated from the prompt"):
         run(tiny_copy, tiny_copy, texts, positions="answer")
 
 
-# --- what other tools write ----------------------------------------------------------------------------------
+# --- files from other tools ----------------------------------------------------------------------------------
 
 
-def of_another_tool(output: Path, target: Path) -> Path:
-    """Weights, config and a tokenizer written in another order and form; none of our reports."""
+def as_another_tool_writes(output: Path, target: Path) -> Path:
+    """Weights, config, and a tokenizer in another order and form; no reports."""
     target.mkdir()
     shutil.copy(weights_file(output), target / "model.safetensors")
     shutil.copy(output / "config.json", target)
@@ -418,53 +426,57 @@ def of_another_tool(output: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["packed", "awq"])
-def test_a_checkpoint_of_another_tool(
+def test_a_checkpoint_from_another_tool_has_equal_figures(
     tiny: Path, outputs: dict[str, Path], texts: Path, reports: dict[str, EvalReport], tmp_path: Path, kind: str
 ) -> None:
-    foreign = of_another_tool(outputs[kind], tmp_path / "foreign")
-    if kind == "awq":  # a tool that forgets it
+    foreign = as_another_tool_writes(outputs[kind], tmp_path / "foreign")
+    if kind == "awq":  # a tool that does not copy the tokenizer
         (foreign / "tokenizer.json").unlink()
     report = run(tiny, foreign, texts)
     assert figures(report) == figures(reports[kind])
-    said = ["holds no tokenizer; that of"] * (kind == "awq") + ["2 samples: the intervals are rough"]
-    assert all(expected in warning for expected, warning in zip(said, report.warnings, strict=True))
+    warnings = ["holds no tokenizer; the tokenizer of"] * (kind == "awq") + ["2 samples: the intervals are rough"]
+    assert all(expected in warning for expected, warning in zip(warnings, report.warnings, strict=True))
 
 
 # --- the command and its report ------------------------------------------------------------------------------
 
 
-def eval_(exact: Path, other: Path, dataset: Path, *words: object) -> Answer:
-    return command("eval", "--float", exact, "--quant", other, "--dataset", dataset, "--device", "cpu", *words)
+def eval_(float_path: Path, quant_path: Path, dataset: Path, *words: object) -> CommandResult:
+    return command(
+        "eval", "--float", float_path, "--quant", quant_path, "--dataset", dataset, "--device", "cpu", *words
+    )
 
 
-def test_the_command(tiny: Path, outputs: dict[str, Path], index: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copytree(outputs["packed"], tmp_path / "quant"))
-    shown = eval_(tiny, other, index, "--max-pixels", MAX_PIXELS, "--seed", 1).done()
+def test_command_prints_and_writes_the_report(
+    tiny: Path, outputs: dict[str, Path], index: Path, tmp_path: Path
+) -> None:
+    quant = Path(shutil.copytree(outputs["packed"], tmp_path / "quant"))
+    shown = eval_(tiny, quant, index, "--max-pixels", MAX_PIXELS, "--seed", 1).done()
     for word in ("KL mean", "top-5 agreement", "perplexity", "exact", "hidden cosine", "audio", "compressed_tensors"):
         assert word in shown.out
-    assert {file.name for file in (other / "eval").iterdir()} >= {"eval_report.json", "eval_report.md"}
-    assert not [file for file in (other / "eval").iterdir() if file.name.startswith(".")]
-    report = read_eval_report(other / "eval")
-    assert report.seed == 1 and as_markdown(report) == (other / "eval" / "eval_report.md").read_text(encoding="utf-8")
+    assert {file.name for file in (quant / "eval").iterdir()} >= {"eval_report.json", "eval_report.md"}
+    assert not [file for file in (quant / "eval").iterdir() if file.name.startswith(".")]
+    report = read_eval_report(quant / "eval")
+    assert report.seed == 1 and as_markdown(report) == (quant / "eval" / "eval_report.md").read_text(encoding="utf-8")
     assert report.quant_bytes < report.float_bytes and report.linears_by_scheme == {"W4A16_G64": 27}
-    again = eval_(tiny, other, index, "--max_pixels", MAX_PIXELS, "--seed", 1, "--save_path", tmp_path / "x", "--json")
+    again = eval_(tiny, quant, index, "--max_pixels", MAX_PIXELS, "--seed", 1, "--save_path", tmp_path / "x", "--json")
     assert again.done().json["overall"] == asdict(report)["overall"]
     assert read_eval_report(tmp_path / "x").seconds == again.json["seconds"]
-    exported = command("export", other, "--save_path", tmp_path / "awq", "--save_format", "awq").done()
-    assert exported.code == 0 and not (tmp_path / "awq" / "eval").exists()  # figures of another file
+    exported = command("export", quant, "--save_path", tmp_path / "awq", "--save_format", "awq").done()
+    assert exported.code == 0 and not (tmp_path / "awq" / "eval").exists()  # these figures belong to another file
 
 
-def test_a_float_pair_leaves_nothing_in_the_checkpoint(tiny_copy: Path, texts: Path) -> None:
+def test_a_float_pair_writes_nothing_into_the_checkpoint(tiny_copy: Path, texts: Path) -> None:
     before = sorted(tiny_copy.iterdir())
     eval_(tiny_copy, tiny_copy, texts).done()
     assert sorted(tiny_copy.iterdir()) == before
 
 
-def test_a_report_survives_reading(tiny: Path, texts: Path, tmp_path: Path) -> None:
+def test_a_report_is_equal_after_reading(tiny: Path, texts: Path, tmp_path: Path) -> None:
     report = run(tiny, tiny, texts, save_path=tmp_path / "a" / "b")
     assert read_eval_report(tmp_path / "a" / "b") == replace(report, seconds_by_phase=dict(report.seconds_by_phase))
     (tmp_path / "a" / "b" / "eval_report.json").write_text('{"overall": {}}')
-    with pytest.raises(QuantError, match="is no evaluation's report"):
+    with pytest.raises(QuantError, match="not an evaluation report"):
         read_eval_report(tmp_path / "a" / "b")
     with pytest.raises(QuantError, match="cannot be written"):
         write_eval_report(report, tmp_path / "a" / "b" / "eval_report.json")
@@ -481,15 +493,17 @@ def change_json(file: Path, change: Callable[[Any], None]) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
-def test_nonfinite_numbers_are_named(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """Weights that are finite, but overflow what they are multiplied with; and NaN in lm_head."""
+def test_errors_name_the_place_of_nonfinite_values(
+    tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """Finite weights whose products overflow, and NaN in weights."""
 
     def nan_row(head: torch.Tensor) -> torch.Tensor:
         head[7] = torch.nan
         return head
 
     layers = "thinker.model.layers"
-    for number, (folder, name, change, said) in enumerate((
+    for number, (folder, name, change, place) in enumerate((
         (outputs["packed"], f"{layers}.2.post_attention_layernorm.weight", lambda w: w * 0 + INF, "layer 2, sample"),
         (outputs["packed"], "thinker.model.embed_tokens.weight", lambda w: w * torch.nan, "embedding and towers"),
         (outputs["packed"], "thinker.model.norm.weight", lambda w: w * 0 + INF, "final norm, sample"),
@@ -497,16 +511,16 @@ def test_nonfinite_numbers_are_named(tiny: Path, outputs: dict[str, Path], texts
     )):  # fmt: skip
         broken = with_tensor(folder, tmp_path / f"broken{number}", name, change)
         message = eval_(tiny, broken, texts).fault()
-        assert f"quantized model, {said}" in message and "index.jsonl:1" in message
-        assert not (broken / "eval").exists()  # nor what lay between the layers
+        assert f"quantized model, {place}" in message and "index.jsonl:1" in message
+        assert not (broken / "eval").exists()  # the work folder is removed too
     broken = with_tensor(tiny, tmp_path / "float", f"{layers}.1.input_layernorm.weight", lambda w: w * 0 + INF)
     assert "float model, layer 1, sample index.jsonl:1: NaN or Inf" in eval_(broken, outputs["packed"], texts).fault()
     broken = with_tensor(tiny, tmp_path / "nan", f"{layers}.3.mlp.up_proj.weight", lambda w: w * torch.nan)
     assert f"{layers}.3.mlp.up_proj.weight holds NaN" in eval_(broken, outputs["packed"], texts).fault()
 
 
-def test_pairs_that_do_not_belong_together(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    def other(name: str, change: Callable[[Path], None]) -> Path:
+def test_different_models_are_refused(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    def changed_copy(name: str, change: Callable[[Path], None]) -> Path:
         folder = Path(shutil.copytree(outputs["packed"], tmp_path / name))
         change(folder)
         return folder
@@ -514,25 +528,25 @@ def test_pairs_that_do_not_belong_together(tiny: Path, outputs: dict[str, Path],
     def text_config(**values: int) -> Callable[[Path], None]:
         return lambda folder: edit_config(folder, lambda c: c["thinker_config"]["text_config"].update(values))
 
-    fewer = other("fewer", text_config(num_hidden_layers=3))
-    assert "models of different shapes: thinker.model.layers.3" in eval_(tiny, fewer, texts).fault()
+    fewer = changed_copy("fewer", text_config(num_hidden_layers=3))
+    assert "the models have different shapes: thinker.model.layers.3" in eval_(tiny, fewer, texts).fault()
     assert "--float" in eval_(outputs["packed"], tiny, texts).fault()
 
     def swap(content: Any) -> None:
         vocabulary = content["model"]["vocab"]
         vocabulary["Ġthe"], vocabulary["Ġof"] = vocabulary["Ġof"], vocabulary["Ġthe"]
 
-    swapped = other("swapped", lambda folder: change_json(folder / "tokenizer.json", swap))
+    swapped = changed_copy("swapped", lambda folder: change_json(folder / "tokenizer.json", swap))
     assert "different tokenizers: 'Ġof' is token" in eval_(tiny, swapped, texts).fault()
-    merged = other(
+    merged = changed_copy(
         "merged", lambda f: change_json(f / "tokenizer.json", lambda content: content["model"]["merges"].pop())
     )
     assert "the merges in" in eval_(tiny, merged, texts).fault()
-    template = other("template", lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"))
+    template = changed_copy("template", lambda f: (f / "chat_template.jinja").write_text("{{ messages }}"))
     assert "different chat templates" in eval_(tiny, template, texts).fault()
 
 
-def test_checkpoints_that_are_not_whole(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+def test_unusable_checkpoints_are_refused(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
     def quantize_head(tensors: dict[str, torch.Tensor]) -> None:
         tensors["thinker.lm_head.weight"] = torch.ones(tensors["thinker.lm_head.weight"].shape, dtype=torch.int8)
         tensors["thinker.lm_head.weight_scale"] = torch.ones(3072, 1, dtype=torch.bfloat16)
@@ -549,12 +563,13 @@ def test_checkpoints_that_are_not_whole(tiny: Path, outputs: dict[str, Path], te
     assert "does not exist" in eval_(tiny, tmp_path / "none", texts).fault()
 
 
-def test_datasets_that_do_not_serve(tiny: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_unusable_datasets_are_refused(tiny: Path, outputs: dict[str, Path], tmp_path: Path) -> None:
     unanswered = write_index(tmp_path / "unanswered", {"text": "Hello."}, {"text": "Why?"})
     message = eval_(tiny, outputs["packed"], unanswered, "--exact_match", "true").fault()
-    assert "exact match is asked for, and none of the 2 samples" in message and str(unanswered) in message
+    assert "--exact_match needs answers, but none of the 2 samples" in message and str(unanswered) in message
     assert (
-        "--positions answer is asked for" in eval_(tiny, outputs["packed"], unanswered, "--positions", "answer").fault()
+        "--positions answer needs answers"
+        in eval_(tiny, outputs["packed"], unanswered, "--positions", "answer").fault()
     )
     assert "does not exist. Shipped: calibVideos" in eval_(tiny, outputs["packed"], tmp_path / "none").fault()
     broken = write_index(tmp_path / "broken", {"text": "Hello."}, "{", {"image": "none.png"})
@@ -569,8 +584,8 @@ def test_datasets_that_do_not_serve(tiny: Path, outputs: dict[str, Path], tmp_pa
         run(tiny, outputs["packed"], long, max_tokens=2, on_bad_sample="skip")
 
 
-def test_a_save_path_that_cannot_be_written(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
-    """Found before anything is computed."""
+def test_an_unwritable_save_path_is_refused(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+    """The error comes before anything is computed."""
     (tmp_path / "file").write_text("here")
     for path in (tmp_path / "file", tmp_path / "file" / "inside", "/proc/eval"):
         answer = eval_(tiny, outputs["packed"], texts, "--save_path", path)
@@ -579,7 +594,7 @@ def test_a_save_path_that_cannot_be_written(tiny: Path, outputs: dict[str, Path]
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"max_samples": 0}, "max_samples is 0"),
         ({"max_tokens": 0}, "max_tokens is 0"),
@@ -590,31 +605,33 @@ def test_a_save_path_that_cannot_be_written(tiny: Path, outputs: dict[str, Path]
         ({"device": "gpu"}, "unknown device 'gpu'"),
     ],
 )
-def test_settings_that_mean_nothing(tiny: Path, texts: Path, options: dict[str, Any], said: str) -> None:
-    with pytest.raises(QuantError, match=said):
+def test_invalid_options_are_refused(tiny: Path, texts: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(QuantError, match=message):
         evaluate(tiny, tiny, str(texts), **options)
 
 
-class Interrupted(Progress):
+class StopsInLayers(Progress):
     def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
         if phase == "layers" and done == 3:
             raise KeyboardInterrupt
 
 
-def test_nothing_is_left_of_a_stopped_run(tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_removes_its_files(
+    tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
     (tmp_path / "kept").mkdir()
     for folder in (tmp_path / "new", tmp_path / "kept"):
         with pytest.raises(KeyboardInterrupt):
-            run(tiny, outputs["packed"], texts, save_path=folder, progress=Interrupted())
+            run(tiny, outputs["packed"], texts, save_path=folder, progress=StopsInLayers())
     assert not (tmp_path / "new").exists() and list((tmp_path / "kept").iterdir()) == []
 
 
-def test_tokenizer_files_of_any_content(tiny: Path, tmp_path: Path) -> None:
-    """Whatever the JSON holds, it is the same tokenizer, another one, or a fault that names the file."""
+def test_damaged_tokenizer_files_give_errors_that_name_the_file(tiny: Path, tmp_path: Path) -> None:
+    """Every damage gives an equal tokenizer, a different one, or an error."""
     random_ = random.Random(0)
     names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "chat_template.json")
     other = tmp_path / "other"
-    said = set()
+    outcomes = set()
     for _ in range(60):
         shutil.rmtree(other, ignore_errors=True)
         other.mkdir()
@@ -627,15 +644,15 @@ def test_tokenizer_files_of_any_content(tiny: Path, tmp_path: Path) -> None:
             damage(content, random_)
             victim.write_text(json.dumps(content), encoding="utf-8")
         try:
-            said.add(len(comparable._check_tokenizers(tiny, other)))
+            outcomes.add(len(same_model._check_same_tokenizer(tiny, other)))
         except QuantError as error:
             assert str(other) in error.message
-            said.add(error.message.split(":")[0] if "different" in error.message else "fault")
-    assert {0, 1, "different tokenizers", "fault"} <= said
+            outcomes.add(error.message.split(":")[0] if "different" in error.message else "fault")
+    assert {0, 1, "different tokenizers", "fault"} <= outcomes
 
 
 def damage(value: Any, random_: random.Random) -> None:
-    """Replace or remove something at some depth."""
+    """Replace or remove a value at a random depth."""
     while True:
         key = random_.choice(list(value)) if isinstance(value, dict) else random_.randrange(len(value))
         inner = value[key]

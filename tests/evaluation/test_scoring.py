@@ -38,7 +38,7 @@ def score(z: torch.Tensor, y: torch.Tensor, targets: list[int], block: int | Non
 
 @pytest.mark.parametrize("block", [1, 2, 3])
 def test_scores_of_three_tokens_by_hand(block: int) -> None:
-    """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): KL = 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2. A shift of the logits has no effect."""
+    """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): KL = 1/2 ln 2 - 1/4 ln 2 = 1/4 ln 2. Shifted logits count the same."""
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
     scores = score(p.double().log() + 7, q.double().log() - 100, [1], block)
     assert scores.kl.item() == pytest.approx(0.25 * math.log(2), rel=1e-12)
@@ -66,7 +66,7 @@ def test_equal_logits_are_ordered_by_token() -> None:
     rows=st.integers(1, 4), vocabulary=st.integers(1, 40), block=st.integers(1, 45),
     scale=st.sampled_from([0.01, 1, 90]), seed=st.integers(0, 10_000),
 )  # fmt: skip
-def test_scores_agree_with_the_definition_for_any_block_size(
+def test_scores_of_any_blocks_agree_with_the_definition(
     rows: int, vocabulary: int, block: int, scale: float, seed: int
 ) -> None:
     """At scale 90, exp of the logits overflows float32, and probabilities underflow."""

@@ -1,4 +1,4 @@
-"""What is read while the libraries load: so much and no more, and nothing that could block or fail."""
+"""read_ahead: reads up to a limit, and never blocks or fails."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ MIB = 1 << 20
 
 
 def bytes_read() -> int:
-    """By this process so far, from files and pipes."""
+    """Bytes that this process has read from files and pipes so far."""
     fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text(encoding="ascii").splitlines())
     return int(fields["rchar"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counted by Linux")
-@pytest.mark.parametrize(("most", "expected"), [(64 * MIB, 11 * MIB), (4 * MIB, 4 * MIB)])
-def test_the_shards_are_read_in_order_up_to_a_limit(most: int, expected: int, tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/io")
+@pytest.mark.parametrize(("max_bytes", "expected"), [(64 * MIB, 11 * MIB), (4 * MIB, 4 * MIB)])
+def test_shards_are_read_up_to_the_limit(max_bytes: int, expected: int, tmp_path: Path) -> None:
     for name, size in (("a", 8), ("b", 3)):
         (tmp_path / f"{name}.safetensors").write_bytes(bytes(size * MIB))
     (tmp_path / "other.bin").write_bytes(bytes(16 * MIB))
     before = bytes_read()
-    read_ahead(tmp_path, most).join(60)
+    read_ahead(tmp_path, max_bytes).join(60)
     assert expected <= bytes_read() - before < expected + MIB
 
 
-def test_a_pipe_or_a_missing_folder_holds_nothing_up(tmp_path: Path) -> None:
+def test_pipe_or_missing_folder_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     for folder in (tmp_path, tmp_path / "missing"):
         thread = read_ahead(folder)

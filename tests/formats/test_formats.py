@@ -1,4 +1,4 @@
-"""Both formats to the byte, and their rules against the loaders' ways of reading names."""
+"""The bytes of the W8A8 formats, and their ignore rules as each loader applies them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def float_tensor(name: str, tensor: torch.Tensor, dtype: str = "BF16") -> OutTen
 
 @pytest.fixture
 def job(tmp_path: Path) -> OutputJob:
-    """One Linear of 2 x 4 with a bias, one norm, and a source folder with other files."""
+    """A job with one 2 x 4 Linear with a bias, one norm, and a source folder with other files."""
     source = tmp_path / "source"
     (source / "sub").mkdir(parents=True)
     files = {"spk_dict.pt": b"\x80pickle", "sub/chat.jinja": b"x", "config.json": b"old", "quant_report.md": b"old"}
@@ -57,7 +57,7 @@ def job(tmp_path: Path) -> OutputJob:
 
 
 def write(job: OutputJob, name: str, folder: Path, part_file_size: int = 4) -> dict[str, torch.Tensor]:
-    """The written tensors by name."""
+    """Write an output. Returns its tensors by name."""
     output = Output(FORMATS[name], job, folder, part_file_size)
     output.put(job.items)
     output.finish()
@@ -77,7 +77,7 @@ def golden(header: str, data: bytes) -> bytes:
     return len(encoded).to_bytes(8, "little") + encoded + data
 
 
-def test_ascend_file_to_the_byte(job: OutputJob, tmp_path: Path) -> None:
+def test_ascend_file_bytes(job: OutputJob, tmp_path: Path) -> None:
     write(job, "ascendv1_saver", tmp_path / "out")
     header = (
         '{"__metadata__":{"format":"pt"},'
@@ -115,7 +115,7 @@ def test_ascend_description(job: OutputJob, tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "quant_model_weights.safetensors.index.json").exists()
 
 
-def test_compressed_tensors_file_to_the_byte(job: OutputJob, tmp_path: Path) -> None:
+def test_compressed_tensors_file_bytes(job: OutputJob, tmp_path: Path) -> None:
     write(job, "compressed_tensors", tmp_path / "out")
     header = (
         '{"__metadata__":{"format":"pt"},'
@@ -128,7 +128,7 @@ def test_compressed_tensors_file_to_the_byte(job: OutputJob, tmp_path: Path) -> 
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == golden(header, data)
 
 
-def test_compressed_tensors_config_stands_at_both_places(job: OutputJob, tmp_path: Path) -> None:
+def test_compressed_tensors_config_is_in_both_places(job: OutputJob, tmp_path: Path) -> None:
     write(job, "compressed_tensors", tmp_path / "out")
     config = read_json(tmp_path / "out" / "config.json")
     expected = {
@@ -152,12 +152,12 @@ def test_compressed_tensors_config_stands_at_both_places(job: OutputJob, tmp_pat
     }  # fmt: skip
     assert config.pop("quantization_config") == expected
     assert config["thinker_config"].pop("quantization_config") == expected
-    assert config == job.config  # and the job's own config is untouched
+    assert config == job.config  # the job's own config is unchanged
     assert "quantization_config" not in job.config
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float16, "F16"), (torch.float32, "F32")])
-def test_compressed_tensors_scales_have_the_checkpoints_dtype(
+def test_compressed_tensors_scales_have_the_source_dtype(
     job: OutputJob, tmp_path: Path, dtype: torch.dtype, name: str
 ) -> None:
     items = (replace(job.linears[0], float_dtype=name), *job.items[1:])
@@ -168,7 +168,7 @@ def test_compressed_tensors_scales_have_the_checkpoints_dtype(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_ascend_bias_of_a_quantized_linear_is_float32(job: OutputJob, tmp_path: Path, dtype: torch.dtype) -> None:
     name = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
-    other = f"{NAME.replace('.0.', '.1.')}.bias"  # of a Linear that stays float
+    other = f"{NAME.replace('.0.', '.1.')}.bias"  # the bias of a Linear that stays float
     items = (
         job.items[0],
         float_tensor(f"{NAME}.bias", BIAS.to(dtype), name),
@@ -182,11 +182,11 @@ def test_ascend_bias_of_a_quantized_linear_is_float32(job: OutputJob, tmp_path: 
 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, None), QuantScheme(4, 8), QuantScheme(8, None)])
 @pytest.mark.parametrize("name", W8A8_FORMATS)
-def test_formats_refuse_what_they_cannot_hold(name: str, scheme: QuantScheme) -> None:
+def test_formats_refuse_unsupported_schemes(name: str, scheme: QuantScheme) -> None:
     assert scheme.name in FORMATS[name].refusal(frozenset({scheme}))
     assert scheme.name in FORMATS[name].refusal(frozenset({scheme, W8A8}))
     assert FORMATS[name].refusal(frozenset({W8A8})) == ""
-    assert FORMATS[name].refusal(frozenset({W8A8, QuantScheme(8, 8, "mse")})) == ""  # stored alike
+    assert FORMATS[name].refusal(frozenset({W8A8, QuantScheme(8, 8, "mse")})) == ""  # same storage
 
 
 # --- shards and other files ----------------------------------------------------------------------------------
@@ -215,7 +215,7 @@ def test_split_shards(sizes: list[int], limit: int, expected: list[list[int]]) -
 
 
 def sharded_job(job: OutputJob, monkeypatch: pytest.MonkeyPatch) -> OutputJob:
-    """Four kilobyte tensors; a GB is a kilobyte here."""
+    """A job with four tensors of 900 bytes. GB is patched to 1000 bytes."""
     monkeypatch.setattr("msmodelslim_omni.formats.shards.GB", 1000)
     return replace(job, items=tuple(meta_tensor(f"t{i}", 900) for i in range(4)))
 
@@ -252,56 +252,56 @@ def test_part_file_size_zero_is_one_file(
     assert not list((tmp_path / "out").glob("*.index.json"))
 
 
-def test_a_stopped_output_is_gone_on_with(job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was put is found again by its checksum, and what is damaged is not; also once a shard has its name."""
+def test_stopped_output_is_resumed(job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checksums show which tensors are complete and which are damaged, also in a shard with its final name."""
     job = sharded_job(job, monkeypatch)
-    whole = Output(FORMATS["compressed_tensors"], job, tmp_path / "whole", 2)
-    checksums = [whole.put([item]) for item in job.items]
-    whole.finish()
+    complete = Output(FORMATS["compressed_tensors"], job, tmp_path / "complete", 2)
+    checksums = [complete.put([item]) for item in job.items]
+    complete.finish()
     stopped = Output(FORMATS["compressed_tensors"], job, tmp_path / "out", 2)
     for item in job.items[:3]:
         stopped.put([item])
     stopped.abandon()
     first, second = sorted((tmp_path / "out").glob("*.partial"))
-    first.rename(first.with_suffix(""))  # it was naming its shards
+    first.rename(first.with_suffix(""))  # the run stopped while it renamed the shards
     with second.open("r+b") as stream:
         stream.seek(-900 - 1, 2)  # the last byte of t2
         last = stream.read(1)[0]
         stream.seek(-900 - 1, 2)
         stream.write(bytes([last ^ 1]))
-    again = Output(FORMATS["compressed_tensors"], job, tmp_path / "out", 2)
-    found = [again.crc([item]) == checksum for item, checksum in zip(job.items, checksums, strict=True)]
-    assert found == [True, True, False, True]  # t3 is all zeros, and so is what was never written
-    again.put(job.items[2:])
-    again.finish()
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    resumed = Output(FORMATS["compressed_tensors"], job, tmp_path / "out", 2)
+    intact = [resumed.crc([item]) == checksum for item, checksum in zip(job.items, checksums, strict=True)]
+    assert intact == [True, True, False, True]  # t3 is all zeros, like data that was never written
+    resumed.put(job.items[2:])
+    resumed.finish()
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "complete")
 
 
-def test_leftovers_of_other_settings_are_removed(
+def test_leftovers_from_other_settings_are_removed(
     job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = sharded_job(job, monkeypatch)
     (tmp_path / "out" / "sub").mkdir(parents=True)
     (tmp_path / "out" / "model-00007-of-00009.safetensors").write_bytes(b"old")
-    (tmp_path / "out" / "model-00001-of-00002.safetensors.partial").write_bytes(b"of another header")
+    (tmp_path / "out" / "model-00001-of-00002.safetensors.partial").write_bytes(b"other header")
     write(job, "compressed_tensors", tmp_path / "out", 2)
-    write(job, "compressed_tensors", tmp_path / "whole", 2)
-    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    write(job, "compressed_tensors", tmp_path / "complete", 2)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "complete")
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_damaged_shard_is_not_taken_for_whole(job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands under a shard's name may be anything: a copy that was cut off is written again."""
+def test_truncated_shard_is_written_again(job: OutputJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file under a shard's final name can have any content, for example a truncated copy."""
     job = sharded_job(job, monkeypatch)
     write(job, "compressed_tensors", tmp_path / "out", 2)
     first, _ = sorted((tmp_path / "out").glob("*.safetensors"))
-    whole = first.read_bytes()
-    first.write_bytes(whole[:-1])
+    complete = first.read_bytes()
+    first.write_bytes(complete[:-1])
     write(job, "compressed_tensors", tmp_path / "out", 2)
-    assert first.read_bytes() == whole
+    assert first.read_bytes() == complete
 
 
 def test_other_files_are_copied_and_stale_ones_are_not(job: OutputJob, tmp_path: Path) -> None:
@@ -312,18 +312,18 @@ def test_other_files_are_copied_and_stale_ones_are_not(job: OutputJob, tmp_path:
     assert read_json(tmp_path / "out" / "config.json") != "old"
 
 
-def test_other_file_that_vanished_is_named(job: OutputJob, tmp_path: Path) -> None:
+def test_error_names_a_missing_other_file(job: OutputJob, tmp_path: Path) -> None:
     (job.source / "spk_dict.pt").unlink()
     with pytest.raises(QuantError, match=r"spk_dict\.pt: cannot be copied: No such file"):
         write(job, "ascendv1_saver", tmp_path / "out")
 
 
-# --- the ignore rules against every name of the real model ---------------------------------------------------
+# --- the ignore rules on all module names of the real model --------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def linear_names(tiny: Path) -> list[str]:
-    """Names of all Linears in the module tree of the whole model, as the installed transformers has it."""
+    """The names of all Linears in the full model of the installed transformers."""
     ensure_torchvision_imports()
     import transformers
 
@@ -338,19 +338,19 @@ def ignore_list(float_linears: tuple[str, ...] = ()) -> list[str]:
     return list(compressed_tensors.quantization_config(job)["ignore"])
 
 
-def is_decoder(disk: str) -> bool:
-    return disk.startswith("thinker.model.layers.")
+def is_decoder(disk_name: str) -> bool:
+    return disk_name.startswith("thinker.model.layers.")
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_every_loader_quantizes_the_decoder_and_nothing_else(linear_names: list[str], loader: Rename) -> None:
+def test_every_loader_quantizes_only_the_decoder(linear_names: list[str], loader: Rename) -> None:
     disk_names = [to_disk(name) for name in linear_names]
     assert sum(map(is_decoder, disk_names)) == 28
     assert {n.split(".")[1] for n in disk_names if n.startswith("thinker.")} >= {"visual", "audio_tower", "lm_head"}
     ignore = ignore_list()
-    for disk in disk_names:
-        for name in loader(disk):
-            assert is_ignored(name, ignore) == (not is_decoder(disk)), name
+    for disk_name in disk_names:
+        for name in loader(disk_name):
+            assert is_ignored(name, ignore) == (not is_decoder(disk_name)), name
 
 
 FLOATS = (
@@ -362,45 +362,45 @@ FLOATS = (
 @pytest.mark.parametrize("loader", LOADERS)
 def test_every_loader_ignores_linears_that_the_recipe_excludes(linear_names: list[str], loader: Rename) -> None:
     ignore = ignore_list(FLOATS)
-    for disk in map(to_disk, linear_names):
-        stays_float = not is_decoder(disk) or disk in FLOATS
-        for name in loader(disk):
+    for disk_name in map(to_disk, linear_names):
+        stays_float = not is_decoder(disk_name) or disk_name in FLOATS
+        for name in loader(disk_name):
             assert is_ignored(name, ignore) == stays_float, name
 
 
 @pytest.mark.parametrize("fused", ["visual.blocks.0.attn.qkv", "visual.blocks.3.mlp.gate_up_proj"])
-def test_vllms_fused_visual_modules_are_ignored(fused: str) -> None:
+def test_fused_visual_modules_of_vllm_are_ignored(fused: str) -> None:
     assert is_ignored(fused, ignore_list())
 
 
-def shards_ignored(fused: str, parts: tuple[str, ...], ignore: list[str]) -> set[bool]:
-    """vLLM asks for each part of a fused module; the answers must agree."""
+def ignored_parts(fused: str, parts: tuple[str, ...], ignore: list[str]) -> set[bool]:
+    """Whether each part of a fused module is ignored. vLLM requires the same result for all parts."""
     prefix = fused.rpartition(".")[0]
     return {is_ignored(f"{prefix}.{part}", ignore) for part in parts}
 
 
 @pytest.mark.parametrize("layer", range(4))
-def test_parts_of_vllms_fused_decoder_modules_agree(layer: int) -> None:
+def test_parts_of_fused_decoder_modules_agree(layer: int) -> None:
     prefix, ignore = f"language_model.model.layers.{layer}.", ignore_list(FLOATS)
-    qkv = shards_ignored(prefix + "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), ignore)
-    gate_up = shards_ignored(prefix + "mlp.gate_up_proj", ("gate_proj", "up_proj"), ignore)
+    qkv = ignored_parts(prefix + "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), ignore)
+    gate_up = ignored_parts(prefix + "mlp.gate_up_proj", ("gate_proj", "up_proj"), ignore)
     assert qkv == {layer == 2}
     assert gate_up == {False}
 
 
-def test_layer_1_is_not_layer_11() -> None:
+def test_layer_1_does_not_match_layer_11() -> None:
     ignore = ignore_list(("thinker.model.layers.1.mlp.down_proj",))
     assert is_ignored("thinker.model.layers.1.mlp.down_proj", ignore)
     for other in ("11.mlp.down_proj", "21.mlp.down_proj", "1.mlp.up_proj"):
         assert not is_ignored(f"thinker.model.layers.{other}", ignore)
 
 
-# --- a whole checkpoint --------------------------------------------------------------------------------------
+# --- a complete checkpoint -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def written(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Omni in both formats, data-free, with layer 1's down_proj left float."""
+    """The tiny Omni quantized data-free in both formats. down_proj of layer 1 stays float."""
     folder = tmp_path_factory.mktemp("formats")
     recipe = """
 apiversion: multimodal_vlm_modelslim_v1
@@ -427,7 +427,7 @@ def test_every_tensor_has_a_description(written: Path) -> None:
         if name in tensors and kind == "W8A8_DYNAMIC":
             assert tensors[name].dtype == ("I8" if name.endswith(".weight") else "F32")
     assert description["thinker.model.layers.1.mlp.down_proj.weight"] == "FLOAT"
-    assert sum(kind == "W8A8_DYNAMIC" for kind in description.values()) == 27 * 3 + 1  # and model_quant_type
+    assert sum(kind == "W8A8_DYNAMIC" for kind in description.values()) == 27 * 3 + 1  # + 1 for model_quant_type
     assert "quantization_config" not in json.dumps(read_json(written / "ascendv1_saver" / "config.json"))
 
 
@@ -440,7 +440,7 @@ def test_dequantized_weights_are_within_half_a_step(tiny: Path, written: Path, n
             continue
         scale = load_tensor(tensors[f"{weight}_scale"]).float()
         error = (source.load(weight).float() - load_tensor(info).float() * scale).abs()
-        # A scale stored in bfloat16 is off by up to 2^-9 of itself, 127 steps long.
+        # A scale in bfloat16 has a relative error of up to 2^-9, multiplied by up to 127 steps.
         slack = 1e-5 if name == "ascendv1_saver" else 127 * 2**-8
         assert (error <= scale * (0.5 + slack)).all()
         checked += 1
@@ -448,7 +448,7 @@ def test_dequantized_weights_are_within_half_a_step(tiny: Path, written: Path, n
 
 
 @pytest.mark.parametrize("name", W8A8_FORMATS)
-def test_everything_else_is_byte_for_byte_the_source(tiny: Path, written: Path, name: str) -> None:
+def test_everything_else_equals_the_source(tiny: Path, written: Path, name: str) -> None:
     source, tensors = open_checkpoint(tiny), tensors_of(written / name)
     quantized = {n.removesuffix(".weight") for n, info in tensors.items() if info.dtype == "I8"}
     assert source.tensors.keys() <= tensors.keys()
@@ -470,7 +470,7 @@ def test_weight_offsets_are_zero(written: Path) -> None:
     assert all(not load_tensor(info).any() for info in offsets.values())
 
 
-def test_excluded_linear_is_in_the_ignore_list_of_the_output(written: Path) -> None:
+def test_excluded_linear_is_in_the_ignore_list(written: Path) -> None:
     config = read_json(written / "compressed_tensors" / "config.json")
     ignore = config["quantization_config"]["ignore"]
     assert ignore == config["thinker_config"]["quantization_config"]["ignore"]
@@ -479,7 +479,7 @@ def test_excluded_linear_is_in_the_ignore_list_of_the_output(written: Path) -> N
             assert is_ignored(name.removesuffix(".weight"), ignore) == (info.dtype != "I8")
 
 
-def test_format_tensors_keep_the_checkpoints_order(job: OutputJob) -> None:
+def test_format_tensors_keep_the_source_order(job: OutputJob) -> None:
     names = [tensor.spec.name for tensor in format_tensors(ascend, job)]
     assert names == [
         f"{NAME}.weight", f"{NAME}.weight_scale", f"{NAME}.weight_offset", f"{NAME}.bias",

@@ -1,4 +1,4 @@
-"""The 4-bit layouts: to the byte, against each other, and through a reader that shares nothing with the writer."""
+"""The 4-bit layouts: exact bytes, comparison with each other, and an independent reader."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ OUT, IN, GROUPS = 8, 256, 2
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-# --- a layer made by hand ------------------------------------------------------------------------------------
+# --- a Linear with known values ------------------------------------------------------------------------------
 
 
 def code(o: int, i: int) -> int:
-    """Eight neighbours differ on either axis, and the two axes from each other."""
+    """A code in 0..15. Eight neighbours differ along both axes, and the axes differ from each other."""
     return (3 * o + 5 * i + 1) % 16
 
 
@@ -54,7 +54,7 @@ def table(entry: Callable[[int, int], float], rows: int, columns: int, dtype: to
     return torch.tensor([[entry(row, column) for column in range(columns)] for row in range(rows)], dtype=dtype)
 
 
-def hand_made(scheme: QuantScheme) -> QuantizedLinear:
+def known_linear(scheme: QuantScheme) -> QuantizedLinear:
     groups = IN // (scheme.group_size or IN)
     qweight = table(lambda o, i: code(o, i) - 8, OUT, IN, torch.int8)
     zeros = None if scheme.symmetric else table(lambda o, g: zero_code(o, g) - 8, OUT, groups, torch.int8)
@@ -62,7 +62,7 @@ def hand_made(scheme: QuantScheme) -> QuantizedLinear:
 
 
 def word(codes: Sequence[int]) -> int:
-    """Eight codes, the first in the lowest nibble, as the signed number that int32 makes of them."""
+    """Pack eight codes into a signed int32, the first in the lowest nibble."""
     unsigned = sum(c << (4 * i) for i, c in enumerate(codes))
     return unsigned - 2**32 if unsigned >= 2**31 else unsigned
 
@@ -83,7 +83,7 @@ NORM = torch.tensor([1.0, 1e30], dtype=torch.bfloat16)
 def output_job(tmp_path: Path, scheme: QuantScheme) -> OutputJob:
     return OutputJob(
         items=(
-            out_linear(hand_made(scheme)),
+            out_linear(known_linear(scheme)),
             float_tensor(f"{NAME}.bias", BIAS),
             float_tensor("thinker.model.norm.weight", NORM),
         ),
@@ -96,9 +96,9 @@ def output_job(tmp_path: Path, scheme: QuantScheme) -> OutputJob:
     )
 
 
-def test_words_by_hand() -> None:
-    """Outputs 0..7 of input 0 are coded 1 4 7 10 13 0 3 6; inputs 0..7 of output 0 are coded 1 6 11 0 5 10 15 4."""
-    linear = hand_made(ASYM)
+def test_packed_words() -> None:
+    """The codes of outputs 0..7 of input 0: 1 4 7 10 13 0 3 6; of inputs 0..7 of output 0: 1 6 11 0 5 10 15 4."""
+    linear = known_linear(ASYM)
     assert linear.zeros is not None
     gemm, gemm_zeros = nibbles.pack_gemm(linear.qweight), nibbles.pack_gemm(linear.zeros)
     assert gemm[0].tolist() == [0x60A43D71]
@@ -109,7 +109,7 @@ def test_words_by_hand() -> None:
     assert plain_zeros.tolist() == [[0x50B61C72, 0xE94FA50B - 2**32]]
 
 
-def test_words_of_the_docstring() -> None:
+def test_packed_words_of_the_module_docstring() -> None:
     q = torch.arange(-8, 0, dtype=torch.int8).unsqueeze(1)  # [8, 1]
     assert nibbles.pack_plain(q, axis=0).item() == 0x76543210 == 1985229328
     assert nibbles.pack_gemm(q).item() == 0x75316420 == 1966171168
@@ -120,7 +120,7 @@ def words(rows: Sequence[Sequence[int]]) -> bytes:
     return np.array(rows, "<i4").tobytes()
 
 
-def test_awq_file_to_the_byte(tmp_path: Path) -> None:
+def test_awq_file_bytes(tmp_path: Path) -> None:
     write(output_job(tmp_path, ASYM), "awq", tmp_path / "out")
     header = (
         '{"__metadata__":{"format":"pt"},'
@@ -132,15 +132,15 @@ def test_awq_file_to_the_byte(tmp_path: Path) -> None:
     )
     data = words([[word([code(o, i) for o in GEMM_ORDER])] for i in range(IN)])
     data += words([[word([zero_code(o, g) for o in GEMM_ORDER])] for g in range(GROUPS)])
-    bias = [1.5, -2.0, 0.10009765625, 65280.0, 0.0, 3.0, 4.0, 5.0]  # 0.1 as bfloat16 has it
+    bias = [1.5, -2.0, 0.10009765625, 65280.0, 0.0, 3.0, 4.0, 5.0]  # 0.1 rounded to bfloat16
     data += np.array(bias, "<f2").tobytes()
     data += np.array([[scale(o, g) for o in range(OUT)] for g in range(GROUPS)], "<f2").tobytes()
-    data += b"\x80\x3f" + b"\x4a\x71"  # 1.0 and 1e30, beyond float16: not of a quantized Linear, so untouched
+    data += b"\x80\x3f" + b"\x4a\x71"  # 1.0 and 1e30 (not in float16): the norm is not quantized and stays unchanged
     assert file_parts(tmp_path / "out" / "model.safetensors") == file_parts_of(golden(header, data))
 
 
 @pytest.mark.parametrize("scheme", [SYM, ASYM])
-def test_pack_quantized_file_to_the_byte(tmp_path: Path, scheme: QuantScheme) -> None:
+def test_pack_quantized_file_bytes(tmp_path: Path, scheme: QuantScheme) -> None:
     write(output_job(tmp_path, scheme), "compressed_tensors", tmp_path / "out")
     entries = [
         (f"{NAME}.weight_shape", "I64", [2], np.array([OUT, IN], "<i8").tobytes()),
@@ -174,7 +174,7 @@ def test_pack_quantized_file_to_the_byte(tmp_path: Path, scheme: QuantScheme) ->
 
 
 def bfloat_bytes(values: Sequence[float]) -> bytes:
-    """Numbers that bfloat16 holds: the upper half of the float32."""
+    """The bytes of numbers that are exact in bfloat16: the upper half of the float32."""
     return (np.array(values, "<f4").view("<u4") >> 16).astype("<u2").tobytes()
 
 
@@ -183,16 +183,16 @@ def file_parts(path: Path) -> tuple[str, bytes]:
 
 
 def file_parts_of(content: bytes) -> tuple[str, bytes]:
-    """Header and data, so that a difference in the first is readable."""
+    """Split into header and data, so that pytest shows a difference in the header as text."""
     length = int.from_bytes(content[:8], "little")
     return content[8 : 8 + length].decode(), content[8 + length :]
 
 
-# --- what is written, read by another --------------------------------------------------------------------------
+# --- written tensors, read by an independent reader ------------------------------------------------------------
 
 
 def written_tensors(fmt: str, linear: OutLinear) -> dict[str, Any]:
-    """Arrays by the end of their names; floats as float32. Shapes and dtypes are those that were announced."""
+    """The arrays by the end of their names, floats as float32. Checks that shapes and dtypes match the specs."""
     arrays = {}
     for tensor in FORMATS[fmt].linear_tensors(linear):
         data = tensor.load()
@@ -212,7 +212,7 @@ def random_linear(scheme: QuantScheme, rows: int, columns: int, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("group_size", [32, 128])
-def test_awq_read_back_is_exactly_the_dequantized_weight(dtype: torch.dtype, group_size: int) -> None:
+def test_awq_tensors_give_the_dequantized_weight(dtype: torch.dtype, group_size: int) -> None:
     linear = random_linear(replace(ASYM, group_size=group_size), 24, 256, dtype)
     arrays = written_tensors("awq", out_linear(linear, DTYPE_NAMES[dtype]))
     weight = dequantizers.dequantize_gemm(arrays["qweight"], arrays["qzeros"], arrays["scales"])
@@ -221,8 +221,8 @@ def test_awq_read_back_is_exactly_the_dequantized_weight(dtype: torch.dtype, gro
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("scheme", [SYM, ASYM])
-@pytest.mark.parametrize(("rows", "group_size"), [(24, 128), (10, 32)])  # 10: a part word of zero points
-def test_pack_quantized_read_back_is_exactly_the_dequantized_weight(
+@pytest.mark.parametrize(("rows", "group_size"), [(24, 128), (10, 32)])  # 10: an incomplete word of zero points
+def test_pack_quantized_tensors_give_the_dequantized_weight(
     dtype: torch.dtype, scheme: QuantScheme, rows: int, group_size: int
 ) -> None:
     linear = random_linear(replace(scheme, group_size=group_size), rows, 256, dtype)
@@ -234,18 +234,18 @@ def test_pack_quantized_read_back_is_exactly_the_dequantized_weight(
     assert torch.equal(torch.from_numpy(weight), dequantize(linear))
 
 
-def test_both_formats_hold_the_same_integers_and_scales() -> None:
+def test_both_formats_store_the_same_integers_and_scales() -> None:
     linear = out_linear(random_linear(ASYM, 40, 384, torch.bfloat16))
     awq, packed = written_tensors("awq", linear), written_tensors("compressed_tensors", linear)
     q, z = dequantizers.gemm_codes(awq["qweight"]).T - 8, dequantizers.gemm_codes(awq["qzeros"]).T - 8
     assert np.array_equal(q, dequantizers.plain_codes(packed["weight_packed"], 384))
     assert np.array_equal(z.T, dequantizers.plain_codes(packed["weight_zero_point"].T.copy(), 40))
     assert np.array_equal(awq["scales"].T, packed["weight_scale"])
-    assert len(np.unique(q)) == 16 and len(np.unique(z)) > 3  # the test would see a mix-up
+    assert len(np.unique(q)) == 16 and len(np.unique(z)) > 3  # enough values to detect a wrong order
 
 
 @given(words=st.integers(1, 5), k=st.integers(1, 9), data=st.data())
-def test_gemm_packing_is_undone_by_another_reader(words: int, k: int, data: st.DataObject) -> None:
+def test_independent_reader_unpacks_gemm_order(words: int, k: int, data: st.DataObject) -> None:
     codes = data.draw(st.lists(st.integers(-8, 7), min_size=8 * words * k, max_size=8 * words * k))
     q = torch.tensor(codes, dtype=torch.int8).reshape(8 * words, k)
     packed = nibbles.pack_gemm(q)
@@ -254,7 +254,7 @@ def test_gemm_packing_is_undone_by_another_reader(words: int, k: int, data: st.D
 
 
 @given(rows=st.integers(1, 19), columns=st.integers(1, 19), axis=st.sampled_from([0, 1]), data=st.data())
-def test_plain_packing_is_undone_by_another_reader(rows: int, columns: int, axis: int, data: st.DataObject) -> None:
+def test_independent_reader_unpacks_plain_order(rows: int, columns: int, axis: int, data: st.DataObject) -> None:
     codes = data.draw(st.lists(st.integers(-8, 7), min_size=rows * columns, max_size=rows * columns))
     q = torch.tensor(codes, dtype=torch.int8).reshape(rows, columns)
     packed = nibbles.pack_plain(q, axis)
@@ -265,18 +265,18 @@ def test_plain_packing_is_undone_by_another_reader(rows: int, columns: int, axis
         assert np.array_equal(dequantizers.plain_codes(packed.numpy().T.copy(), rows).T, q.numpy())
 
 
-def test_packing_in_blocks_is_packing_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_in_blocks_gives_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
     q = torch.randint(-8, 8, (40, 50), generator=torch.Generator().manual_seed(0)).to(torch.int8)
 
     def packed() -> list[torch.Tensor]:
         return [nibbles.pack_gemm(q), nibbles.pack_plain(q, 0), nibbles.pack_plain(q, 1)]
 
-    whole = packed()
+    at_once = packed()
     monkeypatch.setattr(nibbles, "_BLOCK_ELEMENTS", 300)
-    assert all(torch.equal(once, blocks) for once, blocks in zip(whole, packed(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(at_once, packed(), strict=True))
 
 
-def test_nothing_is_read_before_it_is_written() -> None:
+def test_linear_tensors_loads_nothing() -> None:
     def unread() -> torch.Tensor:
         raise AssertionError("read too early")
 
@@ -288,7 +288,7 @@ def test_nothing_is_read_before_it_is_written() -> None:
 # --- configs and refusals --------------------------------------------------------------------------------------
 
 
-def test_awq_config_stands_at_both_places(tmp_path: Path) -> None:
+def test_awq_config_is_in_both_places(tmp_path: Path) -> None:
     job = output_job(tmp_path, ASYM)
     write(job, "awq", tmp_path / "out")
     config = read_json(tmp_path / "out" / "config.json")
@@ -343,9 +343,9 @@ def test_pack_quantized_config(tmp_path: Path, scheme: QuantScheme) -> None:
         ("awq", {ASYM, W8A8}, "not W8A8_DYNAMIC"),
         ("compressed_tensors", {QuantScheme(4, None)}, "not W4A16_SYM"),
         ("compressed_tensors", {QuantScheme(4, 8, group_size=128)}, "not W4A8_DYNAMIC"),
-        ("compressed_tensors", {ASYM, SYM, W8A8}, "one form of int4, not W4A16_G128 and W4A16_G128_SYM"),
-        ("ascendv1_saver", {ASYM}, "no Ascend runtime serves W4A16_G128 for dense Linears"),
-        ("ascendv1_saver", {SYM, W8A8}, "no Ascend runtime serves W4A16_G128_SYM for dense Linears"),
+        ("compressed_tensors", {ASYM, SYM, W8A8}, "one int4 scheme, not W4A16_G128 and W4A16_G128_SYM"),
+        ("ascendv1_saver", {ASYM}, "no Ascend runtime supports W4A16_G128 for dense Linears"),
+        ("ascendv1_saver", {SYM, W8A8}, "no Ascend runtime supports W4A16_G128_SYM for dense Linears"),
     ],
 )
 def test_refusals(fmt: str, schemes: set[QuantScheme], why: str) -> None:
@@ -353,33 +353,35 @@ def test_refusals(fmt: str, schemes: set[QuantScheme], why: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", [ASYM, SYM])
-def test_int8_and_one_form_of_int4_go_together(scheme: QuantScheme) -> None:
+def test_int8_and_one_int4_scheme_can_be_mixed(scheme: QuantScheme) -> None:
     assert FORMATS["compressed_tensors"].refusal(frozenset({scheme, W8A8})) == ""
 
 
 @pytest.mark.parametrize(("fmt", "scheme"), [("awq", ASYM), ("compressed_tensors", ASYM), ("compressed_tensors", SYM)])
-def test_what_differs_only_in_method_is_one_scheme(fmt: str, scheme: QuantScheme) -> None:
+def test_schemes_that_differ_only_in_method_are_accepted(fmt: str, scheme: QuantScheme) -> None:
     schemes = {scheme, replace(scheme, weight_method="mse"), replace(scheme, weight_method="gptq")}
     assert FORMATS[fmt].refusal(frozenset(schemes)) == ""
 
 
-def test_awq_refuses_outputs_that_do_not_fill_a_word() -> None:
+def test_awq_refuses_outputs_that_are_not_a_multiple_of_8() -> None:
     linear = out_linear(random_linear(ASYM, 12, 256, torch.bfloat16))
-    with pytest.raises(QuantError, match=rf"{NAME}: .* does not divide 12\n  hint: exclude this Linear"):
+    with pytest.raises(QuantError, match=rf"{NAME}: .* 12 is not a multiple\n  hint: exclude this Linear"):
         FORMATS["awq"].linear_tensors(linear)
 
 
 @pytest.mark.parametrize("value", [65536.0, -1e30])
-def test_awq_refuses_a_bias_beyond_float16(tmp_path: Path, value: float) -> None:
+def test_awq_refuses_a_bias_outside_the_float16_range(tmp_path: Path, value: float) -> None:
     job = output_job(tmp_path, ASYM)
     bias = torch.tensor([0.0] * 7 + [value])
     job = replace(job, items=(job.items[0], float_tensor(f"{NAME}.bias", bias, "F32")))
-    with pytest.raises(QuantError, match=rf"{NAME}\.bias: .* is beyond float16(.|\n)*save as compressed_tensors"):
+    with pytest.raises(
+        QuantError, match=rf"{NAME}\.bias: .* exceeds the range of float16(.|\n)*save as compressed_tensors"
+    ):
         write(job, "awq", tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_awq_bias_of_a_quantized_linear_is_float16_and_no_other(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_only_biases_of_quantized_linears_become_float16(tmp_path: Path, dtype: torch.dtype) -> None:
     other, name = NAME.replace(".0.", ".1."), DTYPE_NAMES[dtype]
     bias = torch.tensor([0.5, -65280.0, 1e-3, 0, 0, 0, 0, 0]).to(dtype)
     job = output_job(tmp_path, ASYM)
@@ -390,14 +392,14 @@ def test_awq_bias_of_a_quantized_linear_is_float16_and_no_other(tmp_path: Path, 
     assert tensors[f"{other}.bias"].dtype == dtype and torch.equal(tensors[f"{other}.bias"], bias)
 
 
-def test_awq_tensors_keep_the_checkpoints_order(tmp_path: Path) -> None:
+def test_awq_tensors_keep_the_source_order(tmp_path: Path) -> None:
     names = [tensor.spec.name for tensor in format_tensors(FORMATS["awq"], output_job(tmp_path, ASYM))]
     assert names == [
         f"{NAME}.qweight", f"{NAME}.qzeros", f"{NAME}.scales", f"{NAME}.bias", "thinker.model.norm.weight",
     ]  # fmt: skip
 
 
-# --- a whole checkpoint ----------------------------------------------------------------------------------------
+# --- a complete checkpoint -------------------------------------------------------------------------------------
 
 RECIPE = """
 apiversion: multimodal_vlm_modelslim_v1
@@ -412,7 +414,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def written(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Omni in both formats, data-free, with layer 1's down_proj left float."""
+    """The tiny Omni quantized data-free in both formats. down_proj of layer 1 stays float."""
     folder = tmp_path_factory.mktemp("formats_4bit")
     (folder / "recipe.yaml").write_text(RECIPE)
     quantize(tiny, folder / "out", device="cpu", config_path=str(folder / "recipe.yaml"))
@@ -425,11 +427,11 @@ def checkpoint_tensors(folder: Path) -> Tensors:
 
 
 def arrays_of(tensors: Tensors, name: str, *parts: str) -> list[Any]:
-    found = [tensors[f"{name}.{part}"] for part in parts]
-    return [(tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in found]
+    selected = [tensors[f"{name}.{part}"] for part in parts]
+    return [(tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in selected]
 
 
-def test_a_checkpoint_in_both_formats(tiny: Path, written: Path) -> None:
+def test_checkpoint_in_both_formats(tiny: Path, written: Path) -> None:
     source = open_checkpoint(tiny)
     awq, packed = (checkpoint_tensors(written / fmt) for fmt in ("awq", "compressed_tensors"))
     quantized = sorted(name.removesuffix(".qweight") for name in awq if name.endswith(".qweight"))
@@ -439,7 +441,7 @@ def test_a_checkpoint_in_both_formats(tiny: Path, written: Path) -> None:
         parts = arrays_of(packed, name, "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
         assert np.array_equal(weight, dequantizers.dequantize_packed(*parts))
         step = np.repeat(parts[1], 128, axis=1)
-        # Half a step; where a range ends on the rounded zero point or on a rounded scale, up to one.
+        # Half a step, or up to one step at the end of a range with a rounded zero point or scale.
         assert (np.abs(source.load(f"{name}.weight").float().numpy() - weight) <= step).all()
     weights = {f"{name}.weight" for name in quantized}
     for name in source.tensors.keys() - weights:

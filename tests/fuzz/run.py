@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of what reads files from elsewhere, by atheris.
+"""Coverage-guided fuzzing of the readers of untrusted files with atheris.
 
     python tests/fuzz/run.py safetensors --seconds 120
 
-What makes a target fail is left under build/fuzz/crashes; it belongs into REGRESSIONS of tests/test_fuzz.py then.
+Inputs that make a target fail are written to build/fuzz/crashes. Add them to REGRESSIONS in tests/test_fuzz.py.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ NAMES = ("safetensors", "index", "recipe", "samples", "config", "manifest")
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("targets", nargs="*", metavar="target", help=f"of {' '.join(NAMES)}; left out: all")
-    parser.add_argument("--seconds", type=int, default=60, help="for each target")
-    parser.add_argument("--memory", type=int, default=2048, help="MiB that a target may take")
+    parser.add_argument("targets", nargs="*", metavar="target", help=f"any of {' '.join(NAMES)} (default: all)")
+    parser.add_argument("--seconds", type=int, default=60, help="per target")
+    parser.add_argument("--memory", type=int, default=2048, help="MiB, the limit per target")
     options = parser.parse_args()
     if unknown := set(options.targets) - set(NAMES):
         parser.error(f"unknown: {' '.join(sorted(unknown))}")
@@ -33,18 +33,18 @@ def main() -> int:
 
 
 def _survives(name: str, seconds: int, memory: int) -> bool:
-    """Fuzz one target in a process of its own; tell how many inputs it was given."""
+    """Fuzz one target in a separate process and print the number of inputs. Returns whether it passed."""
     limits = [f"-max_total_time={seconds}", f"-rss_limit_mb={memory}", "-timeout=10", "-max_len=4096"]
-    more = ["-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={CRASHES}/{name}-"]
-    words = [sys.executable, __file__, "--inside", name, *limits, *more]
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace")
-    told = done.stdout + done.stderr
-    count = re.search(r"number_of_executed_units: *(\d+)", told)
-    peak = re.search(r"peak_rss_mb: *(\d+)", told)
+    options = ["-print_final_stats=1", "-verbosity=0", f"-artifact_prefix={CRASHES}/{name}-"]
+    command = [sys.executable, __file__, "--inside", name, *limits, *options]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    output = done.stdout + done.stderr
+    count = re.search(r"number_of_executed_units: *(\d+)", output)
+    peak = re.search(r"peak_rss_mb: *(\d+)", output)
     figures = f"{count[1] if count else '?'} inputs, peak {peak[1] if peak else '?'} MiB"
-    print(f"{name}: {'sound' if done.returncode == 0 else 'FAILED'}, {figures}", flush=True)
+    print(f"{name}: {'passed' if done.returncode == 0 else 'FAILED'}, {figures}", flush=True)
     if done.returncode:
-        print(told[-6000:])
+        print(output[-6000:])
     return done.returncode == 0
 
 
@@ -52,7 +52,7 @@ def _fuzz(name: str, arguments: list[str]) -> None:
     import atheris
 
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    import yaml  # noqa: F401  # beforehand: instrumented by atheris 2.3 on Python 3.11 its scanner breaks on sound files
+    import yaml  # noqa: F401  # first: atheris 2.3 on Python 3.11 instruments its scanner wrongly
 
     with atheris.instrument_imports(include=["msmodelslim_omni", "json"]):
         import fuzz_targets

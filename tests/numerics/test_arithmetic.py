@@ -1,4 +1,4 @@
-"""The arithmetic against numbers worked by hand and against plain loops."""
+"""The arithmetic, compared with values computed by hand and with plain loops."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 
 MINMAX = QuantScheme(8, 8, "minmax")
 MSE = QuantScheme(8, 8, "mse")
-SYM4 = QuantScheme(4, None, "minmax", 4, symmetric=True)  # groups of 4 inputs, for numbers worked by hand
+SYM4 = QuantScheme(4, None, "minmax", 4, symmetric=True)  # groups of 4 inputs, for values computed by hand
 ASYM4 = QuantScheme(4, None, "minmax", 4, symmetric=False)
 INT4 = (SYM4, ASYM4)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def loop_error(row: torch.Tensor, scale: float) -> float:
-    """sum((w - s q)^2) of one row in Python's doubles."""
+    """Return sum((w - s q)^2) of one row, computed in Python floats."""
     q = [max(-127, min(127, round(w / scale))) for w in row.tolist()]
     return sum((w - scale * i) ** 2 for w, i in zip(row.tolist(), q, strict=True))
 
@@ -71,7 +71,7 @@ def test_row_of_zeros_has_scale_one(scheme: QuantScheme) -> None:
 
 @pytest.mark.parametrize("scheme", [MINMAX, MSE])
 def test_subnormal_rows_stay_finite(scheme: QuantScheme) -> None:
-    quantized = quantize_weight(torch.full((1, 4), 1e-45), scheme)  # absmax / 127 is 0 in float32
+    quantized = quantize_weight(torch.full((1, 4), 1e-45), scheme)  # absmax / 127 underflows to 0 in float32
     assert quantized.scales.item() > 0
     assert torch.isfinite(dequantize(quantized)).all()
 
@@ -104,7 +104,7 @@ def test_weight_is_not_modified(dtype: torch.dtype, scheme: QuantScheme) -> None
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", [MINMAX, MSE])
-def test_half_source_is_worked_in_float32(dtype: torch.dtype, scheme: QuantScheme) -> None:
+def test_half_weight_is_quantized_in_float32(dtype: torch.dtype, scheme: QuantScheme) -> None:
     weight = normal(16, 24).to(dtype)
     half, full = quantize_weight(weight, scheme), quantize_weight(weight.float(), scheme)
     assert torch.equal(half.qweight, full.qweight)
@@ -126,14 +126,14 @@ def test_nan_and_inf_are_refused(bad: float) -> None:
         quantize_weight(weight, MINMAX)
 
 
-def test_blocks_of_rows_give_what_one_block_gives() -> None:
-    weight = normal(5, 700_000)  # one row a block
+def test_result_does_not_depend_on_row_blocks() -> None:
+    weight = normal(5, 700_000)  # one row per block
     assert [(block.start, block.stop) for block in row_blocks(weight)] == [(i, i + 1) for i in range(5)]
-    whole = quantize_weight(weight, MINMAX)
+    quantized = quantize_weight(weight, MINMAX)
     for i in range(5):
         row = quantize_weight(weight[i : i + 1], MINMAX)
-        assert torch.equal(whole.qweight[i : i + 1], row.qweight)
-        assert torch.equal(whole.scales[i : i + 1], row.scales)
+        assert torch.equal(quantized.qweight[i : i + 1], row.qweight)
+        assert torch.equal(quantized.scales[i : i + 1], row.scales)
 
 
 def test_blocks_cover_every_row_once() -> None:
@@ -173,20 +173,20 @@ def test_mse_is_never_worse_than_minmax() -> None:
         assert loop_error(row, clipped.item()) <= loop_error(row, plain.item()) * (1 + 1e-5)
 
 
-def test_mse_finds_about_what_a_fine_grid_finds() -> None:
+def test_mse_is_close_to_a_fine_grid_search() -> None:
     weight = normal(12, 64)
-    weight[:, 0] = 6.0  # an outlier that is cheap to clip
-    found = quantize_weight(weight, MSE).scales
-    for row, scale in zip(weight, found, strict=True):
+    weight[:, 0] = 6.0  # an outlier; clipping it lowers the error
+    scales = quantize_weight(weight, MSE).scales
+    for row, scale in zip(weight, scales, strict=True):
         full = row.abs().max().item() / 127
         best = min(loop_error(row, full * (0.5 + 0.001 * i)) for i in range(501))
-        mine = loop_error(row, scale.item())
-        assert mine < loop_error(row, full)
-        assert mine <= 1.1 * best
+        error = loop_error(row, scale.item())
+        assert error < loop_error(row, full)
+        assert error <= 1.1 * best
 
 
 def test_mse_by_hand() -> None:
-    # One 127 and 20000 times 0.5. With q = (127, 1, 1, ...) the error (127 - 127 s)^2 + 20000 (0.5 - s)^2 is least at
+    # One 127 and 20000 values 0.5. For q = (127, 1, 1, ...), (127 - 127 s)^2 + 20000 (0.5 - s)^2 has its minimum at
     # s = (127^2 + 20000 * 0.5) / (127^2 + 20000); at s = 1, 0.5 rounds to 0 and the error is 5000.
     weight = torch.full((1, 20001), 0.5)
     weight[0, 0] = 127.0
@@ -204,7 +204,7 @@ def test_mse_keeps_an_exact_row(sign: float) -> None:
     assert torch.equal(dequantize(quantized), weight)
 
 
-# --- int4 in groups ------------------------------------------------------------------------------------------
+# --- int4 groups ------------------------------------------------------------------------------------------
 
 
 def test_symmetric_groups_by_hand() -> None:
@@ -216,8 +216,8 @@ def test_symmetric_groups_by_hand() -> None:
     assert dequantize(quantized).tolist() == [[7.0, -8.0, 3.0, -3.0, 14.0, 4.0, -4.0, 0.0]]
 
 
-def test_symmetric_scale_is_the_tightest_that_clips_nothing() -> None:
-    # 8 alone asks 8 / 7; -8 alone only -8 / -8, since the lowest code is used too.
+def test_symmetric_scale_is_the_smallest_without_clipping() -> None:
+    # 8 requires 8 / 7; -8 requires only -8 / -8, because the lowest code is used too.
     assert quantize_weight(torch.tensor([[-8.0, 0.0, 0.0, 1.0]]), SYM4).scales.item() == 1.0
     assert quantize_weight(torch.tensor([[-4.0, 0.0, 0.0, 7.0]]), SYM4).scales.item() == 1.0
     assert quantize_weight(torch.tensor([[8.0, 0.0, 0.0, 1.0]]), SYM4).scales.item() == pytest.approx(8 / 7, rel=2**-8)
@@ -234,7 +234,7 @@ def test_asymmetric_groups_by_hand() -> None:
 
 
 def test_groups_of_one_sign_by_hand() -> None:
-    # Zero is drawn into the range: s = 15 / 15, z is the lowest code or the highest; 7.5 rounds to 8.
+    # The range is extended to zero: s = 15 / 15, z is the lowest or highest code, 7.5 rounds to 8.
     weight = torch.tensor([[15.0, 7.5, 3.0, 1.0, -15.0, -7.5, -3.0, -1.0]])
     quantized = quantize_weight(weight, ASYM4)
     assert quantized.scales.tolist() == [[1.0, 1.0]]
@@ -250,7 +250,7 @@ def test_groups_of_one_sign_do_not_collapse(scheme: QuantScheme, sign: float, me
     wide = replace(scheme, group_size=64, weight_method=method)
     weight = sign * torch.linspace(0.02, 1.0, 64)[None]
     quantized = quantize_weight(weight, wide)
-    # A symmetric scheme has seven levels above zero, or eight below.
+    # A symmetric scheme has seven levels above zero and eight below.
     assert quantized.qweight.unique().numel() >= (7 if scheme.symmetric else 12)
     zero = 0 if quantized.zeros is None else quantized.zeros.item()
     assert -8 <= zero <= 7
@@ -268,37 +268,37 @@ def test_group_of_zeros_is_exact(scheme: QuantScheme, method: Any) -> None:
 
 @pytest.mark.parametrize("scheme", INT4)
 @pytest.mark.parametrize("value", [3.0, -3.0, 1e-3, -250.0])
-def test_constant_group_is_a_level(scheme: QuantScheme, value: float) -> None:
+def test_constant_group_uses_one_level(scheme: QuantScheme, value: float) -> None:
     quantized = quantize_weight(torch.full((2, 4), value), scheme)
     assert quantized.qweight.unique().numel() == 1
     torch.testing.assert_close(dequantize(quantized), torch.full((2, 4), value), rtol=2**-8, atol=0)
 
 
 @pytest.mark.parametrize("scheme", INT4)
-def test_groups_are_worked_alone(scheme: QuantScheme) -> None:
-    """A group's integers depend on no other group, a row's on no other row."""
+def test_groups_are_independent(scheme: QuantScheme) -> None:
+    """The integers of a group do not depend on other groups or rows."""
     weight = normal(6, 24)
-    whole = quantize_weight(weight, scheme)
+    quantized = quantize_weight(weight, scheme)
     for row in range(6):
         for group in range(6):
             columns = slice(4 * group, 4 * group + 4)
-            alone = quantize_weight(weight[row : row + 1, columns], scheme)
-            assert torch.equal(whole.qweight[row, columns], alone.qweight[0])
-            assert whole.scales[row, group] == alone.scales[0, 0]
+            single = quantize_weight(weight[row : row + 1, columns], scheme)
+            assert torch.equal(quantized.qweight[row, columns], single.qweight[0])
+            assert quantized.scales[row, group] == single.scales[0, 0]
 
 
-def test_int4_blocks_of_rows_give_what_one_block_gives() -> None:
+def test_int4_result_does_not_depend_on_row_blocks() -> None:
     weight = normal(3, 700_000)
-    whole = quantize_weight(weight, ASYM4)
-    assert whole.zeros is not None and whole.scales.shape == whole.zeros.shape == (3, 175_000)
+    quantized = quantize_weight(weight, ASYM4)
+    assert quantized.zeros is not None and quantized.scales.shape == quantized.zeros.shape == (3, 175_000)
     last = quantize_weight(weight[2:], ASYM4)
     assert last.zeros is not None
-    assert torch.equal(whole.qweight[2:], last.qweight) and torch.equal(whole.scales[2:], last.scales)
-    assert torch.equal(whole.zeros[2:], last.zeros)
-    rows = linear_rows(whole, slice(2, 3))
+    assert torch.equal(quantized.qweight[2:], last.qweight) and torch.equal(quantized.scales[2:], last.scales)
+    assert torch.equal(quantized.zeros[2:], last.zeros)
+    rows = linear_rows(quantized, slice(2, 3))
     assert torch.equal(dequantize(rows), dequantize(last))
-    difference = (weight.double() - dequantize(whole).double()).norm() / weight.double().norm()
-    assert weight_error(weight, whole) == pytest.approx(difference.item(), rel=1e-5)
+    difference = (weight.double() - dequantize(quantized).double()).norm() / weight.double().norm()
+    assert weight_error(weight, quantized) == pytest.approx(difference.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("scheme", INT4)
@@ -316,7 +316,7 @@ def test_dequantize_with_zeros_by_hand() -> None:
     scales = torch.tensor([[0.5, 2.0], [1.0, 3.0]])
     linear = QuantizedLinear(q, scales, replace(ASYM4, group_size=2), zeros)
     assert dequantize(linear).tolist() == [[0.0, -4.5, 18.0, 4.0], [10.0, 10.0, 0.0, 0.0]]
-    # Nothing is rounded where no activations are.
+    # With float activations, nothing else is rounded.
     x = torch.tensor([[1.0, 0.0, 0.25, 0.125]])
     assert quantized_matmul(x, linear, torch.tensor([1.0, 2.0])).tolist() == [[6.0, 12.0]]
 
@@ -327,7 +327,7 @@ GROUPS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=8, max_size=8)
 @given(st.lists(GROUPS, min_size=1, max_size=3), st.sampled_from(INT4))
 @settings(max_examples=200, deadline=None)
 def test_int4_minmax_is_within_half_a_step(rows: list[list[float]], scheme: QuantScheme) -> None:
-    """Half a step, and what the outermost code loses because the scale was rounded for storage."""
+    """The limit is half a step, plus the clipping that results from rounding the scale for storage."""
     weight = torch.tensor(rows, dtype=torch.float32)
     quantized = quantize_weight(weight, scheme)
     grouped = weight.double().view(len(rows), 2, 4)
@@ -347,26 +347,26 @@ def test_int4_minmax_is_within_half_a_step(rows: list[list[float]], scheme: Quan
 
 @given(st.lists(st.floats(2.0**-40, 65504.0, width=32), min_size=1, max_size=20))
 @settings(max_examples=200, deadline=None)
-def test_stored_scales_are_the_same_number_in_every_format(scales: list[float]) -> None:
-    given_ = torch.tensor(scales)
-    stored = storable_scales(given_)
+def test_stored_scales_are_equal_in_every_format(scales: list[float]) -> None:
+    exact = torch.tensor(scales)
+    stored = storable_scales(exact)
     assert torch.equal(stored.to(torch.float16).float(), stored)
     assert torch.equal(stored.to(torch.bfloat16).float(), stored)
     assert (stored > 0).all() and stored.dtype == torch.float32
-    # Eight bits, or steps of 2^-24 where float16 is subnormal; what is smaller than that becomes the smallest.
-    limit = torch.maximum(given_.double() * 2.0**-8, torch.tensor(2.0**-24, dtype=torch.float64))
-    assert ((stored.double() - given_.double()).abs() <= limit).all()
+    # Eight bits, or steps of 2^-24 in float16's subnormal range; smaller scales become 2^-24.
+    limit = torch.maximum(exact.double() * 2.0**-8, torch.tensor(2.0**-24, dtype=torch.float64))
+    assert ((stored.double() - exact.double()).abs() <= limit).all()
 
 
 def test_stored_scales_by_hand() -> None:
-    # 1 + 2^-8 lies between two neighbours of bfloat16 and goes to the even one; 3 * 2^-25 is 1.5 steps of subnormals.
-    given_ = torch.tensor([1.0, 1 + 2**-7, 1 + 2**-8, 3 * 2**-25, 5 * 2**-25, 2**-30, 65504.0])
+    # 1 + 2^-8 is halfway between two bfloat16 values and rounds to the even one; 3 * 2^-25 is 1.5 subnormal steps.
+    scales = torch.tensor([1.0, 1 + 2**-7, 1 + 2**-8, 3 * 2**-25, 5 * 2**-25, 2**-30, 65504.0])
     expected = [1.0, 1 + 2**-7, 1.0, 2 * 2**-24, 2 * 2**-24, 2**-24, 65280.0]
-    assert storable_scales(given_).tolist() == expected
+    assert storable_scales(scales).tolist() == expected
 
 
 @pytest.mark.parametrize("scheme", INT4)
-def test_weights_of_almost_nothing_stay_finite(scheme: QuantScheme) -> None:
+def test_tiny_int4_weights_stay_finite(scheme: QuantScheme) -> None:
     weight = torch.tensor([[1e-9, -1e-9, 1e-12, 0.0], [3e-8, -6e-8, 2e-7, 0.0], [1e-45, 0.0, 0.0, 0.0]])
     quantized = quantize_weight(weight, scheme)
     assert (quantized.scales >= 2.0**-24).all()
@@ -385,14 +385,14 @@ def test_scale_beyond_float16_is_refused(scheme: QuantScheme, method: Any) -> No
 
 
 def group_loss(row: list[float], scale: float, zero: int, h: Callable[[list[float]], float]) -> float:
-    """What `h` makes of the rounding errors of one group, in Python's doubles."""
+    """Return `h` of the rounding errors of one group, computed in Python floats."""
     codes = [min(7, max(-8, round(w / scale) + zero)) for w in row]
     return h([(q - zero) * scale - w for q, w in zip(codes, row, strict=True)])
 
 
-def best_of_the_clips(row: list[float], symmetric: bool, h: Callable[[list[float]], float]) -> tuple[float, float]:
-    """(least loss, loss of the full range) over the clipped ranges."""
-    found = []
+def best_clip_loss(row: list[float], symmetric: bool, h: Callable[[list[float]], float]) -> tuple[float, float]:
+    """Return the least loss over all clipped ranges, and the loss of the full range."""
+    losses = []
     for share in arithmetic._GROUP_SHRINKS:
         low, high = min(row) * share, max(row) * share
         if symmetric:
@@ -403,8 +403,8 @@ def best_of_the_clips(row: list[float], symmetric: bool, h: Callable[[list[float
         scale = storable_scales(torch.tensor([scale])).item()
         if not symmetric:
             zero = min(7, max(-8, round(-8 - low / scale)))
-        found.append(group_loss(row, scale, zero, h))
-    return min(found), found[0]
+        losses.append(group_loss(row, scale, zero, h))
+    return min(losses), losses[0]
 
 
 IMPORTANCE = ("none", "inputs", "blocks")
@@ -413,10 +413,10 @@ IMPORTANCE = ("none", "inputs", "blocks")
 @pytest.mark.parametrize("kind", IMPORTANCE)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_clip_search_finds_the_best_of_its_grid(kind: str, symmetric: bool) -> None:
-    """Against a loop over rows, groups and clips; the loss is the sum of d d, of h d d, or d H d."""
+    """Compared with a loop over rows, groups and clips. The loss is the sum of d d, the sum of h d d, or d H d."""
     size, groups = 16, 3
     weight = normal(10, groups * size, seed=3)
-    weight[::2, ::size] *= 4  # outliers, which are cheap or dear to clip
+    weight[::2, ::size] *= 4  # outliers, which are worth clipping or not
     x = normal(40, groups, size, seed=4) * torch.rand((groups, size), generator=torch.Generator().manual_seed(5)) ** 3
     blocks = torch.einsum("tgi,tgj->gij", x, x)
     inputs = blocks.diagonal(dim1=1, dim2=2)
@@ -433,10 +433,10 @@ def test_clip_search_finds_the_best_of_its_grid(kind: str, symmetric: bool) -> N
     for row in range(10):
         for group in range(groups):
             columns = slice(group * size, group * size + size)
-            least, of_plain = best_of_the_clips(weight[row, columns].tolist(), symmetric, loss(group))
-            for quantized, expected in ((clipped, least), (plain, of_plain)):
-                found = dequantize(quantized)[row, columns] - weight[row, columns]
-                assert loss(group)(found.tolist()) == pytest.approx(expected, rel=1e-4)
+            least, full_range = best_clip_loss(weight[row, columns].tolist(), symmetric, loss(group))
+            for quantized, expected in ((clipped, least), (plain, full_range)):
+                error = dequantize(quantized)[row, columns] - weight[row, columns]
+                assert loss(group)(error.tolist()) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("scheme", INT4)
@@ -452,8 +452,8 @@ def test_mse_of_groups_is_never_worse_than_minmax(scheme: QuantScheme) -> None:
     assert (errors[1][:20] < 0.95 * errors[0][:20]).sum() >= 5
 
 
-def test_a_clip_spares_what_matters() -> None:
-    """An outlier whose input is always zero is clipped for the others' sake; if it alone matters, it is exact."""
+def test_clip_search_follows_the_importance() -> None:
+    """An outlier with zero importance is clipped to improve the other weights; one with all importance is not."""
     weight = torch.cat([torch.tensor([2.0]), torch.linspace(-1, 1, 15)])[None]
     scheme = QuantScheme(4, None, "mse", 16, symmetric=True)
     others = torch.ones(1, 16)
@@ -502,7 +502,7 @@ def test_act_scale_is_per_token_and_input_is_kept() -> None:
     assert torch.equal(s, x.abs().amax(-1, keepdim=True) / 127)
     assert torch.equal(x, before)
     assert torch.equal(q, q.round()) and q.abs().max() == 127
-    # One token alone gets the same integers: no other token has a say.
+    # The integers of a token do not depend on other tokens.
     assert torch.equal(quantize_act(x[1, 2])[0], q[1, 2])
 
 
@@ -524,11 +524,11 @@ def test_matmul_by_hand() -> None:
     assert quantized_matmul(x, linear).tolist() == [[expected[0][0] - 10, expected[0][1] - 20]]
 
 
-def test_matmul_is_the_integer_product() -> None:
+def test_matmul_equals_the_integer_product() -> None:
     x, weight, bias = normal(2, 3, 20), normal(7, 20, seed=1), normal(7, seed=2)
     linear = quantize_weight(weight, MINMAX)
-    got = quantized_matmul(x, linear, bias)
-    for token, out in zip(x.reshape(-1, 20), got.reshape(-1, 7), strict=True):
+    product = quantized_matmul(x, linear, bias)
+    for token, out in zip(x.reshape(-1, 20), product.reshape(-1, 7), strict=True):
         s_x = token.abs().max().item() / 127
         q_x = (token / (token.abs().max() / 127)).round().to(torch.int64)
         for channel in range(7):
@@ -559,7 +559,7 @@ def test_weight_error_over_several_blocks() -> None:
     assert weight_error(weight, replace(linear, error=None)) == pytest.approx(difference.item(), rel=1e-5)
 
 
-def test_float32_whatever_the_default_dtype() -> None:
+def test_float32_for_any_default_dtype() -> None:
     weight = normal(20, 300)
     expected = quantize_weight(weight, MINMAX)
     torch.set_default_dtype(torch.bfloat16)
@@ -571,7 +571,7 @@ def test_float32_whatever_the_default_dtype() -> None:
 
 @pytest.mark.parametrize("scheme", [MINMAX, MSE])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_finds_the_weight_s_error_on_the_way(dtype: torch.dtype, scheme: QuantScheme) -> None:
+def test_rounding_also_computes_the_weight_error(dtype: torch.dtype, scheme: QuantScheme) -> None:
     weight = normal(40, 50_000).to(dtype)  # several blocks
     linear = quantize_weight(weight, scheme)
     assert linear.error == pytest.approx(weight_error(weight, replace(linear, error=None)), rel=1e-6)

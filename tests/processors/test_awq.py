@@ -1,4 +1,4 @@
-"""AWQ: the search finds the least of its grid, the folds are exact, and what is reported is what is got."""
+"""AWQ: the search finds the minimum of its grid, the folds are exact, and the reported gain is the real gain."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import awq, linear_quant
 from msmodelslim_omni.processors.awq import search_losses
 from msmodelslim_omni.processors.gptq import DAMPING, factorize
-from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, round_group, cholesky_for_gptq
+from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, cholesky_for_gptq, round_group
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe.schema import AwqConfig, LinearQuantConfig
 from msmodelslim_omni.statistics.capture import input_stats
@@ -49,7 +49,7 @@ def linear_quant_of(scheme: QuantScheme) -> LinearQuantConfig:
 def outlier_work(
     scheme: QuantScheme, dtype: torch.dtype = torch.bfloat16, samples: list[Sample] = SAMPLES
 ) -> LayerWork:
-    """A layer in which the input of every group has channels far larger than the others."""
+    """A layer in which the input of every group has outlier channels."""
     weights = layer_weights(dtype)
     for name, channels in (("self_attn.v_proj", (5, 20)), ("mlp.up_proj", (7, 61))):
         weights[f"{name}.weight"][list(channels)] *= 24
@@ -68,17 +68,17 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# --- the search, against a loop of its own -------------------------------------------------------------------
+# --- the search, compared with a direct loop -----------------------------------------------------------------
 
 
 def tokens_of(weights: dict[str, torch.Tensor], group: LinearGroup) -> tuple[torch.Tensor, torch.Tensor]:
-    """What reaches a group, [tokens, in] float64, and the modality of each token."""
+    """The input of a group, [tokens, in] float64, and the modality of each token."""
     stats = record(weights, SAMPLES)[group.name]
     return stats.rows.double(), stats.row_modality
 
 
 def balanced(modality: torch.Tensor) -> torch.Tensor:
-    """The weight of each token where every modality has the same say; over all tokens they sum to one."""
+    """The weight of each token if every modality has the same weight; the weights of all tokens sum to one."""
     counts = modality.long().bincount(minlength=len(MODALITIES))
     return 1 / (counts[modality.long()] * (counts > 0).sum()).double()
 
@@ -88,7 +88,7 @@ def storable(scale: torch.Tensor) -> torch.Tensor:
 
 
 def fake_quantized(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """Nearest rounding in groups of 32, in float64: s = range / 15 and a zero point, or one side over 7 or 8."""
+    """Nearest rounding in groups of 32, in float64: s = range / 15 and a zero point; symmetric: max / 7 or -min / 8."""
     grouped = weight.view(len(weight), -1, 32)
     low, high = grouped.amin(2, keepdim=True), grouped.amax(2, keepdim=True)
     if scheme.symmetric:
@@ -101,7 +101,7 @@ def fake_quantized(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
 
 
 def shared(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
-    """The mean over the query heads that read one key-value head, laid out for every query head again."""
+    """The mean over the query heads that read one key-value head, repeated for each of these heads."""
     heads = per_input.view(-1, group.repeat, group.head_dim).mean(1, keepdim=True)
     return heads.expand(-1, group.repeat, -1).flatten()
 
@@ -109,19 +109,19 @@ def shared(per_input: torch.Tensor, group: LinearGroup) -> torch.Tensor:
 def autoawq_scales(
     x: torch.Tensor, weight_of_token: torch.Tensor, weights: list[torch.Tensor], group: LinearGroup, n_grid: int
 ) -> list[torch.Tensor]:
-    """AutoAWQ's scales for each ratio, with duo scaling and without, after the identity: [in] each."""
+    """The identity, then the scales of AutoAWQ for each ratio with and without duo scaling: [in] each."""
     x_mean = shared((x.abs() * weight_of_token[:, None]).sum(0), group)
     stacked = torch.cat(weights)
     magnitude = stacked.abs().view(len(stacked), -1, 32)
     w_mean = shared((magnitude / (magnitude.amax(2, keepdim=True) + 1e-6)).flatten(1).mean(0), group)
-    found = [torch.ones_like(x_mean)]
+    all_scales = [torch.ones_like(x_mean)]
     for step in range(n_grid + 1):
         ratio = step / n_grid
         with_duo = x_mean.pow(ratio) / (w_mean.pow(1 - ratio) + 1e-4)
         for scales in (with_duo, x_mean.pow(ratio)) if step else (with_duo,):
             scales = scales.clamp_min(1e-4)
-            found.append(scales / (scales.max() * scales.min()).sqrt())
-    return found
+            all_scales.append(scales / (scales.max() * scales.min()).sqrt())
+    return all_scales
 
 
 def direct_loss(
@@ -131,7 +131,7 @@ def direct_loss(
     scales: torch.Tensor,
     scheme: QuantScheme,
 ) -> float:
-    """The squared error of the outputs over their energy, summed over the Linears; each token by its weight."""
+    """The weighted squared error of the outputs relative to their energy, summed over the Linears."""
     total = 0.0
     for weight in weights:
         exact = x @ weight.T
@@ -144,8 +144,8 @@ def direct_loss(
 
 @pytest.mark.parametrize("scheme", [MINMAX, SYM], ids=["asym", "sym"])
 @pytest.mark.parametrize("name", GROUPS)
-def test_search_is_the_least_of_a_loop_over_the_grid(name: str, scheme: QuantScheme) -> None:
-    """The scales, their losses and the winner, from the tokens themselves in float64 by AutoAWQ's formula."""
+def test_search_finds_the_minimum_of_a_direct_loop_over_the_grid(name: str, scheme: QuantScheme) -> None:
+    """Computes the scales, their losses and the best one from the tokens in float64 with the formula of AutoAWQ."""
     group, work = GROUPS[name], outlier_work(scheme, torch.float32)
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
@@ -156,23 +156,23 @@ def test_search_is_the_least_of_a_loop_over_the_grid(name: str, scheme: QuantSch
     doubles, share = [weight.double() for weight in weights], balanced(modality)
     scales = autoawq_scales(x, share, doubles, group, 10)
     assert len(candidates) == len(scales) == 1 + 11 + 10
-    wanted = [direct_loss(x, share, doubles, s, scheme) for s in scales]
+    expected_losses = [direct_loss(x, share, doubles, s, scheme) for s in scales]
     for number, expected in enumerate(scales):
-        factors = awq.repeated(candidates[number].factors, group).double()
+        factors = awq.repeat_for_query_heads(candidates[number].factors, group).double()
         torch.testing.assert_close(factors, expected, rtol=1e-4, atol=0)
-        assert losses[number] == pytest.approx(wanted[number], rel=0.02)
+        assert losses[number] == pytest.approx(expected_losses[number], rel=0.02)
 
     scaled = awq.apply(work, config(group.subgraph, n_grid=10), frozenset(group.linears))
-    chosen = min(range(len(wanted)), key=wanted.__getitem__)
+    chosen = min(range(len(expected_losses)), key=expected_losses.__getitem__)
     assert chosen != 0
-    if records(scaled)[name].alpha != candidates[chosen].ratio:  # two points of the grid may be equally good
+    if records(scaled)[name].alpha != candidates[chosen].ratio:  # two grid points may be equally good
         ratios = [i for i, c in enumerate(candidates) if c.ratio == records(scaled)[name].alpha]
-        assert min(wanted[i] for i in ratios) < 1.01 * wanted[chosen]
-    assert records(scaled)[name].gain == pytest.approx((wanted[chosen] / wanted[0]) ** 0.5, rel=0.02)
+        assert min(expected_losses[i] for i in ratios) < 1.01 * expected_losses[chosen]
+    assert records(scaled)[name].gain == pytest.approx((expected_losses[chosen] / expected_losses[0]) ** 0.5, rel=0.02)
 
 
-def test_with_gptq_the_search_weighs_errors_by_what_gptq_leaves_of_them() -> None:
-    """The sum of L_ii^2 d_i^2, L of the damped H in the order of the rounding, in float64."""
+def test_search_with_gptq_weights_errors_by_the_pivots() -> None:
+    """The loss is the sum of L_ii^2 d_i^2, with L of the damped H in rounding order, in float64."""
     group, work = GROUPS["gate_up"], outlier_work(GPTQ, torch.float32)
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
@@ -188,7 +188,7 @@ def test_with_gptq_the_search_weighs_errors_by_what_gptq_leaves_of_them() -> Non
     pivots = torch.empty(len(h), dtype=torch.float64)
     pivots[order] = torch.linalg.cholesky(damped[order][:, order]).diagonal().square()
     for number, candidate in enumerate(candidates):
-        scales, total = awq.repeated(candidate.factors, group).double(), 0.0
+        scales, total = awq.repeat_for_query_heads(candidate.factors, group).double(), 0.0
         for weight in (w.double() for w in weights):
             change = fake_quantized(weight * scales, GPTQ) / scales - weight
             total += float((change.square() @ pivots).sum() / ((weight @ h) * weight).sum())
@@ -207,20 +207,20 @@ def test_identity_is_always_in_the_grid(n_grid: int) -> None:
         assert all((c.factors > 0).all() and torch.isfinite(c.factors).all() for c in candidates)
 
 
-def test_search_over_spread_rows_finds_nearly_the_best() -> None:
-    """Where a Linear is large only some of its output channels are tried; their losses are like those of all."""
+def test_search_over_sampled_rows_estimates_the_loss_of_all_rows() -> None:
+    """The search uses only some output channels of a large Linear; their losses are close to those of all channels."""
     x = normal(300, 64, seed=1)
     x[:, [3, 40]] *= 30
     gram = Gram(x.T @ x, None, 300)
     weights = [normal(8192, 64, seed=2)]
     group = LinearGroup("g", ("a",), "norm", "norm-linear")
     candidates = [awq.Candidate(r, False, x.abs().mean(0).pow(r)) for r in (0.0, 0.25, 0.5, 0.75)]
-    some = search_losses(candidates, group, weights, MINMAX, gram, None)
+    losses = search_losses(candidates, group, weights, MINMAX, gram, None)
     doubles = weights[0].double()
     for number, candidate in enumerate(candidates):
         scales = candidate.factors.double()
         error = ((x.double() / scales) @ fake_quantized(doubles * scales, MINMAX).T - x.double() @ doubles.T).square()
-        assert some[number] == pytest.approx(float(error.sum() / (x.double() @ doubles.T).square().sum()), rel=0.05)
+        assert losses[number] == pytest.approx(float(error.sum() / (x.double() @ doubles.T).square().sum()), rel=0.05)
 
 
 # --- the folds are exact -------------------------------------------------------------------------------------
@@ -232,7 +232,7 @@ def test_search_over_spread_rows_finds_nearly_the_best() -> None:
     ids=["bfloat16-minmax", "bfloat16-gptq", "float16-minmax", "float32-mse"],
 )
 def test_float_function_is_unchanged(dtype: torch.dtype, scheme: QuantScheme) -> None:
-    """To what float32 itself rounds, though norms and biases stay in the dtype that they are stored in."""
+    """Up to float32 rounding, although norms and biases keep their stored dtype."""
     work, unseen = outlier_work(scheme, dtype), sample(seed=7)
     exact = output(work.weights, unseen)
     for kind, groups in KINDS.items():
@@ -249,7 +249,7 @@ def test_float_function_is_unchanged(dtype: torch.dtype, scheme: QuantScheme) ->
     assert differing <= together.changed
 
 
-def test_factors_of_o_are_shared_by_the_query_heads_of_a_key_value_head() -> None:
+def test_query_heads_of_a_key_value_head_share_the_factors_of_o() -> None:
     work = outlier_work(MINMAX, torch.float32)
     scaled = awq.apply(work, config("ov"), ALL)
     columns = (scaled.tensor("self_attn.o_proj.weight") / work.weights["self_attn.o_proj.weight"]).median(0).values
@@ -264,27 +264,27 @@ def test_factors_of_o_are_shared_by_the_query_heads_of_a_key_value_head() -> Non
 
 
 @METHODS
-def test_statistics_are_those_of_the_scaled_layer(scheme: QuantScheme) -> None:
-    """What follows sees the inputs as they are now: rows, sums, and H or its factors."""
+def test_statistics_match_the_scaled_layer(scheme: QuantScheme) -> None:
+    """The next processor sees the current inputs: rows, sums, and H or its factor."""
     scaled = awq.apply(outlier_work(scheme), config(), ALL)
     again = work_of(tensors(scaled), SAMPLES, scheme)
     assert scaled.stats is not None and again.stats is not None
     for name in GROUPS:
-        mine, true = scaled.stats[name], again.stats[name]
-        torch.testing.assert_close(mine.rows, true.rows, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(mine.abssum, true.abssum, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(mine.absmax, true.absmax, rtol=1e-3, atol=1e-4)
+        kept, true = scaled.stats[name], again.stats[name]
+        torch.testing.assert_close(kept.rows, true.rows, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(kept.abssum, true.abssum, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(kept.absmax, true.absmax, rtol=1e-3, atol=1e-4)
         assert (name in scaled.cholesky_factors) == (scheme.weight_method == "gptq")
         if name not in scaled.cholesky_factors:
-            ours, theirs = mine.gram(scaled.importance), true.gram(again.importance)
-            assert relative(ours.diagonal(), theirs.diagonal()) < 1e-3
+            kept_gram, true_gram = kept.gram(scaled.importance), true.gram(again.importance)
+            assert relative(kept_gram.diagonal(), true_gram.diagonal()) < 1e-3
 
 
-# --- what is chosen ------------------------------------------------------------------------------------------
+# --- the choice ----------------------------------------------------------------------------------------------
 
 
 def group_error(work: LayerWork, quantized: Mapping[str, Any], group: LinearGroup, exact: LayerWork) -> float:
-    """The squared error of a group's outputs over their energy, tokens by their importance, from its own rows."""
+    """The squared error of the outputs of a group relative to their energy, from its rows weighted by importance."""
     assert work.stats is not None and exact.stats is not None
     before, now = exact.stats[group.name].rows.double(), work.stats[group.name].rows.double()
     share = balanced(exact.stats[group.name].row_modality)[:, None]
@@ -308,11 +308,11 @@ def test_outlier_channels_are_scaled_and_the_error_falls(name: str, scheme: Quan
     ratio = (group_error(scaled, with_awq, group, work) / group_error(work, without, group, work)) ** 0.5
     assert ratio < 0.97
     if scheme.weight_method == "minmax":
-        assert ratio == pytest.approx(records(scaled)[name].gain, rel=0.02)  # the gain is what a user gets
+        assert ratio == pytest.approx(records(scaled)[name].gain, rel=0.02)  # the reported gain is the real gain
 
 
-def test_a_layer_that_rounds_exactly_is_left_alone() -> None:
-    """Every weight is a code already, the whole range used in every group: any change can only lose."""
+def test_layer_that_rounds_exactly_is_unchanged() -> None:
+    """Every weight is already a code, and every group uses the full range, so that any change adds error."""
     weights = layer_weights(torch.float32)
     for name, tensor in weights.items():
         if tensor.ndim == 2:
@@ -325,10 +325,10 @@ def test_a_layer_that_rounds_exactly_is_left_alone() -> None:
     for name in GROUPS:
         assert (records(scaled)[name].alpha, records(scaled)[name].gain) == (None, 1.0)
         assert "the identity is best" in records(scaled)[name].reason
-        assert "tokens" in records(scaled)[name].reason  # what was known of H
+        assert "tokens" in records(scaled)[name].reason  # how H is stored
 
 
-def test_partly_selected_group_is_recorded_and_left() -> None:
+def test_partly_selected_group_is_recorded_and_unchanged() -> None:
     work = outlier_work(MINMAX)
     scaled = awq.apply(work, config("norm-linear"), ALL - {"self_attn.k_proj"})
     assert records(scaled)["qkv"] == SmoothingRecord(
@@ -339,7 +339,7 @@ def test_partly_selected_group_is_recorded_and_left() -> None:
     assert set(records(scaled)) == {"qkv", "gate_up"}
 
 
-def test_group_with_a_float_member_is_recorded_and_left() -> None:
+def test_group_with_a_float_member_is_recorded_and_unchanged() -> None:
     work = outlier_work(MINMAX)
     schemes = {name: MINMAX for name in SPEC.linears if name != "mlp.gate_proj"}
     scaled = awq.apply(replace(work, schemes=schemes), config("norm-linear"), ALL)
@@ -347,8 +347,8 @@ def test_group_with_a_float_member_is_recorded_and_left() -> None:
     assert "mlp.gate_proj stays float" in records(scaled)["gate_up"].reason
 
 
-def one_channel_each(weight_of: Mapping[int, float]) -> torch.Tensor:
-    """The factors of a group whose audio tokens are large in channel 2 and whose video tokens are in channel 9."""
+def factors_of_two_modalities(weight_of: Mapping[int, float]) -> torch.Tensor:
+    """The factors of a group with audio tokens that are large in channel 2 and video tokens that are in channel 9."""
     x = normal(400, 32, seed=3)
     modality = torch.tensor([AUDIO, VIDEO] * 200, dtype=torch.int8)
     x[::2, 2] *= 50
@@ -364,10 +364,10 @@ def one_channel_each(weight_of: Mapping[int, float]) -> torch.Tensor:
     return 1 / scaled.weights["norm.weight"]
 
 
-def test_modalities_count_as_their_weights_say() -> None:
-    audio = one_channel_each({AUDIO: 1 / 200, VIDEO: 0.0})
-    video = one_channel_each({AUDIO: 0.0, VIDEO: 1 / 200})
-    both = one_channel_each({AUDIO: 1 / 400, VIDEO: 1 / 400})
+def test_modalities_count_by_their_weights() -> None:
+    audio = factors_of_two_modalities({AUDIO: 1 / 200, VIDEO: 0.0})
+    video = factors_of_two_modalities({AUDIO: 0.0, VIDEO: 1 / 200})
+    both = factors_of_two_modalities({AUDIO: 1 / 400, VIDEO: 1 / 400})
     assert audio[2] > 2 * audio[9] and video[9] > 2 * video[2]
     assert 0.6 < both[2] / both[9] < 1.6
     others = [factors[torch.arange(32).remainder(7) == 3].median() for factors in (audio, video, both)]
@@ -377,72 +377,72 @@ def test_modalities_count_as_their_weights_say() -> None:
 # --- the probe decides ---------------------------------------------------------------------------------------
 
 
-class Told:
-    """A probe that answers 0 for the one rounding that it is told of and 1 for any other, and remembers the asked."""
+class FakeProbe:
+    """A probe that returns error 0 for one given rounding and 1 for any other, and records its calls."""
 
-    def __init__(self, liked: dict[str, torch.Tensor]) -> None:
-        self.liked = liked
-        self.asked: list[tuple[str, dict[str, torch.Tensor]]] = []
+    def __init__(self, preferred: dict[str, torch.Tensor]) -> None:
+        self.preferred = preferred
+        self.calls: list[tuple[str, dict[str, torch.Tensor]]] = []
 
     def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
-        self.asked.append((block, dict(weights)))
-        return 0.0 if all(torch.equal(self.liked[name], tensor) for name, tensor in weights.items()) else 1.0
+        self.calls.append((block, dict(weights)))
+        return 0.0 if all(torch.equal(self.preferred[name], tensor) for name, tensor in weights.items()) else 1.0
 
 
 def unscaled_rounding(work: LayerWork) -> dict[str, torch.Tensor]:
-    """Every Linear rounded as it is by the layer's method, dequantized."""
+    """Every Linear, rounded without scaling by the method of the layer and dequantized."""
     assert work.stats is not None
-    found = {}
+    dequantized = {}
     for group in SPEC.groups:
         gram = work.stats[group.name].gram(work.importance)
         weights = {linear: work.weights[f"{linear}.weight"].float() for linear in group.linears}
         schemes = {linear: work.schemes[linear] for linear in group.linears}
         rounded = round_group(weights.items(), schemes, gram, cholesky_for_gptq(schemes, gram))
-        found |= {f"{linear}.weight": dequantize(quantized) for linear, quantized in rounded.items()}
-    return found
+        dequantized |= {f"{linear}.weight": dequantize(quantized) for linear, quantized in rounded.items()}
+    return dequantized
 
 
 @METHODS
 def test_probe_may_prefer_the_identity(scheme: QuantScheme) -> None:
     work = outlier_work(scheme)
-    probe = Told(unscaled_rounding(work))
+    probe = FakeProbe(unscaled_rounding(work))
     scaled = awq.apply(replace(work, probe=probe), config("norm-linear"), ALL)
-    assert {block for block, _ in probe.asked} == {"self_attn", "mlp"}
+    assert {block for block, _ in probe.calls} == {"self_attn", "mlp"}
     for name in ("qkv", "gate_up"):
         assert (records(scaled)[name].alpha, records(scaled)[name].gain) == (None, 1.0)
     assert scaled.weights is work.weights
-    # It is shown the block's Linears as the float layer has them, rounded: near, and never scaled.
-    for _, weights in probe.asked:
+    # The probe gets rounded weights in the scale of the float layer.
+    for _, weights in probe.calls:
         assert all(relative(tensor, work.weights[name]) < 0.3 for name, tensor in weights.items())
 
 
-def test_probe_may_prefer_what_the_search_ranks_second() -> None:
-    """The search's least is asked of, and loses to the runner-up that the probe likes."""
+def test_probe_may_prefer_the_second_best_of_the_search() -> None:
+    """The probe also measures the best candidate of the search, and prefers the second best."""
     work = outlier_work(MINMAX)
-    watching = Told(unscaled_rounding(work))
-    awq.apply(replace(work, probe=watching), config("norm-linear"), frozenset(GROUPS["qkv"].linears))
-    assert len(watching.asked) == 3
-    first, second = (records_after(work, Told(weights)) for _, weights in watching.asked[1:])
+    recording = FakeProbe(unscaled_rounding(work))
+    awq.apply(replace(work, probe=recording), config("norm-linear"), frozenset(GROUPS["qkv"].linears))
+    assert len(recording.calls) == 3
+    first, second = (record_with(work, FakeProbe(weights)) for _, weights in recording.calls[1:])
     assert first.alpha is not None and second.alpha is not None
     assert first.reason != second.reason
-    assert "judged by the output of self_attn" in second.reason
-    assert first.gain == second.gain == 0.0  # as the probe says
+    assert "measured on the output of self_attn" in second.reason
+    assert first.gain == second.gain == 0.0  # from the probe
 
 
-def records_after(work: LayerWork, probe: Told) -> SmoothingRecord:
+def record_with(work: LayerWork, probe: FakeProbe) -> SmoothingRecord:
     scaled = awq.apply(replace(work, probe=probe), config("norm-linear"), frozenset(GROUPS["qkv"].linears))
     return records(scaled)["qkv"]
 
 
 def layer_probe(work: LayerWork) -> LayerProbe:
     probe = LayerProbe(build(work.weights), {"self_attn", "mlp"}, work.importance)
-    for one in SAMPLES:
-        probe.watch(one.inputs, one.modality)
+    for watched in SAMPLES:
+        probe.watch(watched.inputs, watched.modality)
     return probe
 
 
 @METHODS
-def test_with_the_real_layer_the_blocks_true_error_is_never_worse_than_unscaled(scheme: QuantScheme) -> None:
+def test_true_block_error_is_less_than_that_of_unscaled_rounding(scheme: QuantScheme) -> None:
     work = outlier_work(scheme)
     probe = layer_probe(work)
     for name in ("qkv", "gate_up"):
@@ -453,40 +453,40 @@ def test_with_the_real_layer_the_blocks_true_error_is_never_worse_than_unscaled(
         back = {f"{linear}.weight": dequantize(rounded[linear]) / factors.median(0).values for linear in group.linears}
         plain = {name: tensor for name, tensor in unscaled_rounding(work).items() if name in back}
         ratio = (probe.block_error(group.block, back) / probe.block_error(group.block, plain)) ** 0.5
-        assert records(scaled)[name].alpha is not None  # outliers that large are worth it
+        assert records(scaled)[name].alpha is not None  # outliers this large make scaling worthwhile
         assert ratio == pytest.approx(records(scaled)[name].gain, rel=1e-3)
         assert ratio < 0.98
 
 
 @METHODS
-def test_what_is_folded_into_a_blocks_rows_is_no_error_of_it(
+def test_factors_folded_into_rows_do_not_count_as_block_error(
     scheme: QuantScheme, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`down` is scaled before gate, up and `o` before q, k, v: the block is judged with both sides of that fold."""
-    asked: dict[str, list[float]] = {}
+    """`down` is scaled before gate and up, `o` before q, k and v: the block error includes both sides of the folds."""
+    errors_of: dict[str, list[float]] = {}
     real = awq._block_error
 
-    def told(work: LayerWork, group: LinearGroup, *rest: Any) -> float:
-        asked.setdefault(group.name, []).append(found := real(work, group, *rest))
-        return found
+    def recording(work: LayerWork, group: LinearGroup, *rest: Any) -> float:
+        errors_of.setdefault(group.name, []).append(error := real(work, group, *rest))
+        return error
 
-    monkeypatch.setattr(awq, "_block_error", told)
+    monkeypatch.setattr(awq, "_block_error", recording)
     work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
-    whole = awq.apply(work, config(), ALL)
-    assert all(record.alpha is not None for record in whole.smoothing)
-    together = {name: errors[0] for name, errors in asked.items()}  # of the identity
+    scaled = awq.apply(work, config(), ALL)
+    assert all(record.alpha is not None for record in scaled.smoothing)
+    together = {name: errors[0] for name, errors in errors_of.items()}  # of the identity
     for name in KINDS["norm-linear"]:
-        asked.clear()
+        errors_of.clear()
         awq.apply(work, config("norm-linear"), frozenset(GROUPS[name].linears))
-        assert together[name] == pytest.approx(asked[name][0], rel=0.2)
+        assert together[name] == pytest.approx(errors_of[name][0], rel=0.2)
 
 
 # --- rounding afterwards -------------------------------------------------------------------------------------
 
 
 @METHODS
-def test_what_is_rounded_are_the_weights_as_they_are_now(scheme: QuantScheme) -> None:
-    """Also those that the search has rounded itself already, and those whose rows a later fold has divided."""
+def test_current_weights_are_rounded(scheme: QuantScheme) -> None:
+    """Also if the search already rounded the weights, or a later fold divided their rows."""
     work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
     scaled = awq.apply(work, config(), ALL)
     assert all(record.alpha is not None for record in scaled.smoothing)
@@ -503,7 +503,7 @@ def test_what_is_rounded_are_the_weights_as_they_are_now(scheme: QuantScheme) ->
 
 @METHODS
 @pytest.mark.parametrize("second", ["ov", "norm-linear"])
-def test_a_second_awq_goes_on_from_the_first(second: str, scheme: QuantScheme) -> None:
+def test_second_awq_continues_from_the_first(second: str, scheme: QuantScheme) -> None:
     work = replace(outlier_work(scheme), probe=layer_probe(outlier_work(scheme)))
     twice = awq.apply(awq.apply(work, config("norm-linear"), ALL), config(second), ALL)
     assert relative(output(tensors(twice), SAMPLES[0]), output(work.weights, SAMPLES[0])) < 1e-5
@@ -512,17 +512,17 @@ def test_a_second_awq_goes_on_from_the_first(second: str, scheme: QuantScheme) -
         assert relative(dequantize(quantized[linear]), twice.weight(linear)) < 0.3, linear
 
 
-def test_too_few_tokens_for_gptq_are_said() -> None:
+def test_too_few_tokens_for_gptq_are_reported() -> None:
     few = [sample(tokens=4, seed=3)]
     work = work_of(layer_weights(), few, GPTQ)
     done = linear_quant.apply(awq.apply(work, config(n_grid=4), ALL), linear_quant_of(GPTQ), ALL)
     notes = {note.split(":")[0]: note for note in done.notes}
     assert set(notes) == set(GROUPS)
     assert notes["qkv"] == (
-        f"qkv: 4 tokens are too few for GPTQ on 64 inputs (it takes {round(64 * TOKENS_PER_INPUT)}); rounded to the"
-        " nearest level on searched clips instead"
+        f"qkv: 4 tokens are too few for GPTQ on 64 inputs (it needs {round(64 * TOKENS_PER_INPUT)}); rounded to the"
+        " nearest level with a clip search instead"
     )
-    assert f"on 96 inputs (it takes {round(96 * TOKENS_PER_INPUT)})" in notes["down"]
+    assert f"on 96 inputs (it needs {round(96 * TOKENS_PER_INPUT)})" in notes["down"]
     assert not done.cholesky_factors
     enough = linear_quant.apply(work_of(layer_weights(), [sample(24)], GPTQ), linear_quant_of(GPTQ), ALL)
     assert enough.notes == () and set(enough.quantized) == ALL

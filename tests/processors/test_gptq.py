@@ -1,4 +1,4 @@
-"""GPTQ against the textbook's: the same integers, less output error, on tokens it has not seen as well."""
+"""GPTQ: the same integers as the published algorithm, and less output error, on unseen tokens too."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from msmodelslim_omni.processors.gptq import (
     DAMPING,
     CholeskyFactor,
     factorize,
-    split_into_parts,
     round_in_order,
+    split_into_parts,
 )
 from msmodelslim_omni.processors.rounding import (
     TOKENS_PER_INPUT,
+    cholesky_for_gptq,
     has_enough_tokens,
     round_group,
-    cholesky_for_gptq,
 )
 
 ASYM = QuantScheme(4, None, "gptq", 32, symmetric=False)
 SYM = replace(ASYM, symmetric=True)
 MINMAX, MSE = replace(ASYM, weight_method="minmax"), replace(ASYM, weight_method="mse")
 SCHEMES = pytest.mark.parametrize("scheme", [ASYM, SYM])
-OUT, IN = 48, 320  # two blocks of GPTQ and half a third
+OUT, IN = 48, 320  # two and a half blocks of GPTQ
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,7 +38,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def tokens(count: int, seed: int = 0, width: int = IN) -> torch.Tensor:
-    """What a Linear reads: most of it in a few directions, channels of very different size."""
+    """Realistic inputs of a Linear: mostly in a few directions, with channels of very different magnitude."""
     directions = normal(width // 8, width, seed=1000)
     size = normal(width, seed=1001).exp()
     return (normal(count, width // 8, seed=seed) @ directions + normal(count, width, seed=seed + 500)) * size
@@ -48,7 +48,7 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, linear: QuantizedLinear)
     return float((x.double() @ (dequantize(linear).double() - weight.double()).T).square().sum())
 
 
-def same(a: QuantizedLinear, b: QuantizedLinear) -> float:
+def share_of_equal_integers(a: QuantizedLinear, b: QuantizedLinear) -> float:
     return float((a.qweight == b.qweight).double().mean())
 
 
@@ -58,17 +58,17 @@ def damped(x: torch.Tensor) -> torch.Tensor:
 
 
 def lower(cholesky: CholeskyFactor) -> torch.Tensor:
-    """L in float64, put together from the blocks of a CholeskyFactor."""
+    """L in float64, assembled from the blocks of a CholeskyFactor."""
     size = len(cholesky.order)
-    whole = torch.zeros((size, size), dtype=torch.float64)
+    matrix = torch.zeros((size, size), dtype=torch.float64)
     first = 0
     for inner, below in zip(cholesky.inner, cholesky.below, strict=True):
         end = first + len(inner)
-        whole[first:end, first:end] = inner.double()
+        matrix[first:end, first:end] = inner.double()
         under = below if cholesky.factor is None else cholesky.factor[:, end:].T @ below
-        whole[end:, first:end] = under.double()
+        matrix[end:, first:end] = under.double()
         first = end
-    return whole
+    return matrix
 
 
 # --- the factorization ---------------------------------------------------------------------------------------
@@ -76,21 +76,21 @@ def lower(cholesky: CholeskyFactor) -> torch.Tensor:
 
 @FORMS
 @pytest.mark.parametrize("count", [200, 1000])
-def test_triangle_is_the_cholesky_factor(form: Form, count: int) -> None:
+def test_factorize_gives_the_cholesky_factor(form: Form, count: int) -> None:
     x = tokens(count)
     cholesky = factorize(form(x))
     ordered = damped(x)[cholesky.order][:, cholesky.order]
-    found = lower(cholesky)
-    assert torch.equal(found, found.tril())
-    error = (found @ found.T - ordered).abs() / (ordered.diagonal()[:, None] * ordered.diagonal()).sqrt()
+    factor = lower(cholesky)
+    assert torch.equal(factor, factor.tril())
+    error = (factor @ factor.T - ordered).abs() / (ordered.diagonal()[:, None] * ordered.diagonal()).sqrt()
     assert error.max() < 1e-5
     energy = x.double().square().sum(0)[cholesky.order]
-    assert (energy[1:] >= energy[:-1] * (1 - 1e-5)).all()  # the largest come last, and are rounded first
+    assert (energy[1:] >= energy[:-1] * (1 - 1e-5)).all()  # the largest are last and are rounded first
 
 
 @FORMS
-def test_pivots_are_what_no_other_input_can_make_up_for(form: Form) -> None:
-    """L_ii^2 is the error that is left of input i when those after it, rounded before it, are taken as given."""
+def test_pivots_are_the_error_that_no_other_input_can_correct(form: Form) -> None:
+    """L_ii^2 is the remaining error of input i if the inputs after it, which are rounded before it, are fixed."""
     x = tokens(700)
     cholesky = factorize(form(x))
     order, h = cholesky.order, damped(x)
@@ -102,17 +102,17 @@ def test_pivots_are_what_no_other_input_can_make_up_for(form: Form) -> None:
 @SCHEMES
 @FORMS
 def test_output_error_is_the_sum_over_pivots(form: Form, scheme: QuantScheme) -> None:
-    """Of L_ii^2 (w_i - t_i)^2, where w_i is the level nearest to its target t_i."""
+    """The sum of L_ii^2 (w_i - t_i)^2, with w_i the nearest level to its target t_i."""
     x, weight = tokens(700), normal(OUT, IN, seed=1)
     cholesky = factorize(form(x))
     quantized = round_in_order(weight, quantize_weight(weight, scheme), cholesky)
     delta = (dequantize(quantized).double() - weight.double())[:, cholesky.order]
     exact = torch.linalg.cholesky(damped(x)[cholesky.order][:, cholesky.order])
-    missed = (delta @ exact) / exact.diagonal()  # level - target, [out, in] in the order
+    missed = (delta @ exact) / exact.diagonal()  # level - target, [out, in] sorted by the order
     pivots = cholesky.pivots()[cholesky.order].double()
     true = ((delta @ damped(x)[cholesky.order][:, cholesky.order]) * delta).sum()
     assert float((pivots * missed.square()).sum()) == pytest.approx(float(true), rel=1e-3)
-    # Nearest: within half a step, but where the range ends.
+    # The nearest level is within half a step, except at the ends of the range.
     steps = quantized.scales.repeat_interleave(32, dim=1)[:, cholesky.order]
     inside = (quantized.qweight[:, cholesky.order] > -8) & (quantized.qweight[:, cholesky.order] < 7)
     assert float(((missed.abs() <= 0.501 * steps) | ~inside).double().mean()) > 0.999
@@ -120,34 +120,34 @@ def test_output_error_is_the_sum_over_pivots(form: Form, scheme: QuantScheme) ->
 
 @FORMS
 def test_rescaled_is_the_factor_of_the_scaled_matrix(form: Form) -> None:
-    """X / s has D^-1 (H + damping) D^-1: the damping is scaled too, and the order stays."""
+    """X / s has D^-1 (H + damping) D^-1: the damping is scaled too, and the order is unchanged."""
     x, factors = tokens(700), torch.rand(IN, generator=torch.Generator().manual_seed(3)) * 5 + 0.2
     cholesky = factorize(form(x))
     rescaled = cholesky.rescaled(factors)
-    wanted = (damped(x) / factors.double() / factors.double()[:, None])[cholesky.order][:, cholesky.order]
-    found = lower(rescaled)
-    error = (found @ found.T - wanted).abs() / (wanted.diagonal()[:, None] * wanted.diagonal()).sqrt()
+    expected = (damped(x) / factors.double() / factors.double()[:, None])[cholesky.order][:, cholesky.order]
+    factor = lower(rescaled)
+    error = (factor @ factor.T - expected).abs() / (expected.diagonal()[:, None] * expected.diagonal()).sqrt()
     assert error.max() < 1e-5
     torch.testing.assert_close(rescaled.pivots(), cholesky.pivots() / factors.square(), rtol=1e-5, atol=0)
-    assert torch.equal(lower(cholesky), lower(factorize(form(x))))  # the first is as it was
+    assert torch.equal(lower(cholesky), lower(factorize(form(x))))  # unchanged
 
 
-def test_rounding_scaled_weights_with_the_rescaled_triangle_is_rounding_by_the_scaled_matrix() -> None:
+def test_rescaled_factor_rounds_like_the_scaled_matrix() -> None:
     x, weight = tokens(700), normal(OUT, IN, seed=1)
     factors = torch.rand(IN, generator=torch.Generator().manual_seed(3)) + 0.5
     order = factorize(as_matrix(x)).order
     grid = quantize_weight(weight * factors, MINMAX)
-    found = round_in_order(weight * factors, grid, factorize(as_matrix(x)).rescaled(factors))
-    wanted = textbook(weight * factors, grid, damped(x) / factors.double() / factors.double()[:, None], order.flip(0))
-    assert same(found, wanted) > 0.99
+    rounded = round_in_order(weight * factors, grid, factorize(as_matrix(x)).rescaled(factors))
+    expected = textbook(weight * factors, grid, damped(x) / factors.double() / factors.double()[:, None], order.flip(0))
+    assert share_of_equal_integers(rounded, expected) > 0.99
 
 
-# --- against the textbook ------------------------------------------------------------------------------------
+# --- compared with the published algorithm -------------------------------------------------------------------
 
 
 def textbook(weight: torch.Tensor, grid: QuantizedLinear, h: torch.Tensor, order: torch.Tensor) -> QuantizedLinear:
-    """GPTQ as published, in float64: with U the upper Cholesky factor of H^-1 the rounding error of each column,
-    over U_ii, is taken from the columns that follow. `h` is damped; `order`: which input comes first."""
+    """GPTQ as published, in float64: the rounding error of each column over U_ii, with U the upper Cholesky factor of
+    H^-1, is subtracted from the columns that follow. h: damped. order: the inputs in rounding order."""
     u = torch.linalg.cholesky(torch.linalg.inv(h[order][:, order]), upper=True)
     w, q = weight.double()[:, order].clone(), torch.empty(weight.shape, dtype=torch.float64)
     group_size = weight.shape[1] // grid.scales.shape[1]
@@ -163,16 +163,16 @@ def textbook(weight: torch.Tensor, grid: QuantizedLinear, h: torch.Tensor, order
 @SCHEMES
 @FORMS
 @pytest.mark.parametrize("count", [250, 1000])
-def test_integers_are_those_of_the_textbook(form: Form, scheme: QuantScheme, count: int) -> None:
+def test_integers_match_the_published_algorithm(form: Form, scheme: QuantScheme, count: int) -> None:
     x, weight = tokens(count), normal(OUT, IN, seed=1)
     cholesky = factorize(form(x))
     grid = quantize_weight(weight, scheme)
-    found = round_in_order(weight, grid, cholesky)
-    wanted = textbook(weight, grid, damped(x), cholesky.order.flip(0))
-    assert same(found, wanted) > 0.99
-    assert output_error(x, weight, found) == pytest.approx(output_error(x, weight, wanted), rel=0.01)
-    assert torch.equal(found.scales, grid.scales)
-    assert scheme.symmetric or torch.equal(found.zeros, grid.zeros)
+    rounded = round_in_order(weight, grid, cholesky)
+    expected = textbook(weight, grid, damped(x), cholesky.order.flip(0))
+    assert share_of_equal_integers(rounded, expected) > 0.99
+    assert output_error(x, weight, rounded) == pytest.approx(output_error(x, weight, expected), rel=0.01)
+    assert torch.equal(rounded.scales, grid.scales)
+    assert scheme.symmetric or torch.equal(rounded.zeros, grid.zeros)
 
 
 @SCHEMES
@@ -181,11 +181,11 @@ def test_matrix_and_tokens_give_the_same_integers(scheme: QuantScheme, count: in
     x, weight = tokens(count), normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, scheme)
     a, b = (round_in_order(weight, grid, factorize(form(x))) for form in (as_matrix, as_factor))
-    assert same(a, b) > 0.99
+    assert share_of_equal_integers(a, b) > 0.99
     assert output_error(x, weight, a) == pytest.approx(output_error(x, weight, b), rel=0.01)
 
 
-# --- what it is good for -------------------------------------------------------------------------------------
+# --- output error --------------------------------------------------------------------------------------------
 
 
 @SCHEMES
@@ -193,17 +193,17 @@ def test_matrix_and_tokens_give_the_same_integers(scheme: QuantScheme, count: in
 def test_gptq_beats_rounding_to_the_nearest(form: Form, scheme: QuantScheme) -> None:
     x, unseen, weight = tokens(2000), tokens(2000, seed=77), normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, replace(scheme, weight_method="minmax"))
-    found = round_in_order(weight, grid, factorize(form(x)))
-    for judged in (x, unseen):
-        assert output_error(judged, weight, found) < 0.6 * output_error(judged, weight, grid)
+    rounded = round_in_order(weight, grid, factorize(form(x)))
+    for inputs in (x, unseen):
+        assert output_error(inputs, weight, rounded) < 0.6 * output_error(inputs, weight, grid)
 
 
-def test_few_tokens_are_not_fitted_too_closely() -> None:
-    """As few as are taken: what is gained on them holds on others too, if less."""
+def test_few_tokens_do_not_overfit() -> None:
+    """The fewest tokens that GPTQ accepts also reduce the error on unseen tokens."""
     x, unseen, weight = tokens(round(TOKENS_PER_INPUT * IN)), tokens(2000, seed=77), normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, MINMAX)
-    found = round_in_order(weight, grid, factorize(as_factor(x)))
-    assert output_error(unseen, weight, found) < 0.9 * output_error(unseen, weight, grid)
+    rounded = round_in_order(weight, grid, factorize(as_factor(x)))
+    assert output_error(unseen, weight, rounded) < 0.9 * output_error(unseen, weight, grid)
 
 
 @FORMS
@@ -213,12 +213,12 @@ def test_uncorrelated_inputs_are_rounded_to_the_nearest(form: Form) -> None:
     x = torch.diag(normal(IN, seed=2).exp())
     assert torch.equal(round_in_order(weight, grid, factorize(form(x))).qweight, grid.qweight)
     x = normal(20_000, IN, seed=3)
-    found = round_in_order(weight, grid, factorize(as_matrix(x)))
-    assert same(found, grid) > 0.9
-    assert output_error(x, weight, found) == pytest.approx(output_error(x, weight, grid), rel=0.05)
+    rounded = round_in_order(weight, grid, factorize(as_matrix(x)))
+    assert share_of_equal_integers(rounded, grid) > 0.9
+    assert output_error(x, weight, rounded) == pytest.approx(output_error(x, weight, grid), rel=0.05)
 
 
-# --- odd inputs ----------------------------------------------------------------------------------------------
+# --- unusual inputs ------------------------------------------------------------------------------------------
 
 
 @FORMS
@@ -228,14 +228,14 @@ def test_inputs_that_no_token_reached_are_rounded_to_the_nearest(form: Form) -> 
     x[:, dead] = 0.0
     grid = quantize_weight(weight, MINMAX)
     cholesky = factorize(form(x))
-    found = round_in_order(weight, grid, cholesky)
-    assert torch.equal(found.qweight[:, dead], grid.qweight[:, dead])
+    rounded = round_in_order(weight, grid, cholesky)
+    assert torch.equal(rounded.qweight[:, dead], grid.qweight[:, dead])
     assert torch.isfinite(cholesky.pivots()).all() and (cholesky.pivots() > 0).all()
-    assert output_error(x, weight, found) < 0.6 * output_error(x, weight, grid)
+    assert output_error(x, weight, rounded) < 0.6 * output_error(x, weight, grid)
 
 
 @FORMS
-def test_nothing_but_zeros_is_rounded_to_the_nearest(form: Form) -> None:
+def test_all_zero_inputs_are_rounded_to_the_nearest(form: Form) -> None:
     weight = normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, MINMAX)
     cholesky = factorize(form(torch.zeros(400, IN)))
@@ -243,27 +243,27 @@ def test_nothing_but_zeros_is_rounded_to_the_nearest(form: Form) -> None:
 
 
 @FORMS
-def test_one_direction_only(form: Form) -> None:
-    """Every token the same but for its size: H has rank one, and the damping carries all the rest."""
+def test_inputs_of_rank_one(form: Form) -> None:
+    """All tokens have the same direction, so that H has rank one plus the damping."""
     x = normal(400, 1, seed=5) * normal(1, IN, seed=6)
     weight = normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, MINMAX)
-    found = round_in_order(weight, grid, factorize(form(x)))
-    assert output_error(x, weight, found) < 0.1 * output_error(x, weight, grid)
+    rounded = round_in_order(weight, grid, factorize(form(x)))
+    assert output_error(x, weight, rounded) < 0.1 * output_error(x, weight, grid)
 
 
 @FORMS
 @pytest.mark.parametrize("size", [1e2, 1e4])
-def test_a_few_enormous_activations(form: Form, size: float) -> None:
-    """One token is `size` times the others in a few channels, as the first token is in real models."""
+def test_a_few_very_large_activations(form: Form, size: float) -> None:
+    """One token is `size` times larger in a few channels, like the first token in real models."""
     x, weight = tokens(700), normal(OUT, IN, seed=1)
     x[0, [7, 90, 200]] += size * x.abs().mean()
     grid = quantize_weight(weight, MINMAX)
-    found = round_in_order(weight, grid, factorize(form(x)))
-    assert output_error(x, weight, found) < 0.6 * output_error(x, weight, grid)
+    rounded = round_in_order(weight, grid, factorize(form(x)))
+    assert output_error(x, weight, rounded) < 0.6 * output_error(x, weight, grid)
 
 
-def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_in_parts_matches_rounding_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gptq, "_PART", 32 * 500)
     x, weight = tokens(80, width=32), normal(540, 32, seed=1)
     assert [(rows.start, rows.stop) for rows in split_into_parts(weight)] == [(0, 270), (270, 540)]
@@ -284,14 +284,12 @@ def test_more_rows_than_are_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         ((5, 1), [5]),
     ],
 )
-def test_parts_are_as_wide_as_memory_allows_and_two_where_that_is_worth_it(
-    shape: tuple[int, int], sizes: list[int]
-) -> None:
-    weight = torch.empty(1).expand(shape)  # no memory
+def test_sizes_of_parts(shape: tuple[int, int], sizes: list[int]) -> None:
+    weight = torch.empty(1).expand(shape)  # takes no memory
     assert [len(range(shape[0])[rows]) for rows in split_into_parts(weight)] == sizes
 
 
-def test_the_same_again_gives_the_same_bytes_and_changes_no_input() -> None:
+def test_rounding_is_deterministic_and_does_not_change_its_inputs() -> None:
     x, weight = tokens(700), normal(OUT, IN, seed=1)
     for form in (as_matrix, as_factor):
         gram, grid, before = form(x), quantize_weight(weight, ASYM), weight.clone()
@@ -305,14 +303,14 @@ def test_the_same_again_gives_the_same_bytes_and_changes_no_input() -> None:
 # --- rounding a group of Linears -----------------------------------------------------------------------------
 
 
-def test_gptq_asks_for_tokens_enough() -> None:
-    least = round(TOKENS_PER_INPUT * IN)
-    assert has_enough_tokens(as_factor(tokens(least))) and not has_enough_tokens(as_factor(tokens(least - 1)))
-    gram = as_factor(tokens(least - 1))
+def test_gptq_needs_enough_tokens() -> None:
+    minimum = round(TOKENS_PER_INPUT * IN)
+    assert has_enough_tokens(as_factor(tokens(minimum))) and not has_enough_tokens(as_factor(tokens(minimum - 1)))
+    gram = as_factor(tokens(minimum - 1))
     assert cholesky_for_gptq({"a": ASYM}, gram) is None
-    assert cholesky_for_gptq({"a": MINMAX}, as_factor(tokens(least))) is None
+    assert cholesky_for_gptq({"a": MINMAX}, as_factor(tokens(minimum))) is None
     assert cholesky_for_gptq({"a": ASYM}, None) is None
-    assert cholesky_for_gptq({"a": MINMAX, "b": ASYM}, as_factor(tokens(least))) is not None
+    assert cholesky_for_gptq({"a": MINMAX, "b": ASYM}, as_factor(tokens(minimum))) is not None
 
 
 def test_each_linear_is_rounded_by_its_own_method() -> None:
@@ -330,8 +328,8 @@ def test_each_linear_is_rounded_by_its_own_method() -> None:
     assert torch.equal(quantized["gptq"].qweight, round_in_order(weights["gptq"], grid, cholesky).qweight)
 
 
-def test_clips_serve_the_output_where_h_is_known() -> None:
-    """Searched on the blocks of H they leave less output error than searched on the weight alone."""
+def test_clip_search_minimizes_the_output_error_if_h_is_known() -> None:
+    """A clip search with the blocks of H gives less output error than a search on the weight only."""
     x, weight = tokens(700), normal(OUT, IN, seed=1)
     by_weight = round_group([("a", weight)], {"a": MSE}, None, None)["a"]
     by_output = round_group([("a", weight)], {"a": MSE}, as_matrix(x), None)["a"]
@@ -341,7 +339,7 @@ def test_clips_serve_the_output_where_h_is_known() -> None:
     assert output_error(x, weight, by_output) < output_error(x, weight, by_weight)
 
 
-def test_a_fault_names_the_linear() -> None:
+def test_error_names_the_linear() -> None:
     weight = normal(OUT, IN)
     weight[3, 4] = torch.nan
     with pytest.raises(QuantError, match=r"mlp\.up_proj\.weight: the weight holds NaN or Inf"):

@@ -1,4 +1,4 @@
-"""Smoothing: the folds are exact, no modality gets worse than plain rounding, and refusals are recorded."""
+"""Smoothing: the folds are exact, no modality is worse than plain rounding, and skipped groups are recorded."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
 from msmodelslim_omni.numerics.arithmetic import quantize_weight, quantized_matmul
 from msmodelslim_omni.processors import fold, smooth
-from msmodelslim_omni.processors.fold import repeated
+from msmodelslim_omni.processors.fold import repeat_for_query_heads
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe.schema import IterSmoothConfig, SmoothQuantConfig
 from msmodelslim_omni.statistics.capture import InputStats, input_stats
@@ -47,10 +47,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_float_function_is_unchanged(dtype: torch.dtype, kinds: tuple[str, ...]) -> None:
     work = layer_work(dtype)
     smoothed = smooth.apply(work, iter_smooth(*kinds), ALL)
-    taken = {name for name, record in records(smoothed).items() if record.alpha is not None}
-    assert taken == {group for kind in kinds for group in GROUPS[kind]}  # something was really folded
-    one = sample(seed=7)  # not the sample that was calibrated on
-    assert relative(output(tensors(smoothed), one), output(work.weights, one)) < 1e-5
+    smoothed_groups = {name for name, record in records(smoothed).items() if record.alpha is not None}
+    assert smoothed_groups == {group for kind in kinds for group in GROUPS[kind]}  # all groups were folded
+    unseen = sample(seed=7)  # not a calibration sample
+    assert relative(output(tensors(smoothed), unseen), output(work.weights, unseen)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -66,7 +66,7 @@ def test_norms_and_biases_keep_their_dtype_and_pair_with_the_weights(dtype: torc
         assert not torch.equal(before, after)
         for linear in linears:
             name = f"{linear}.weight"
-            # v_proj and up_proj are also divided by the factors of what follows them; that is per row.
+            # The rows of v_proj and up_proj are also divided by the factors of the Linear after them.
             old = before.double() * work.weights[name].double()
             new = after.double() * smoothed.tensor(name).double()
             rows = (new.abs().sum(1) / old.abs().sum(1))[:, None]
@@ -76,7 +76,7 @@ def test_norms_and_biases_keep_their_dtype_and_pair_with_the_weights(dtype: torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_norm_alone_pairs_to_float32_rounding(dtype: torch.dtype) -> None:
+def test_norm_times_weight_is_unchanged_up_to_float32_rounding(dtype: torch.dtype) -> None:
     work = layer_work(dtype)
     smoothed = smooth.apply(work, iter_smooth("norm-linear"), ALL)
     for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"):
@@ -85,7 +85,7 @@ def test_norm_alone_pairs_to_float32_rounding(dtype: torch.dtype) -> None:
         torch.testing.assert_close(new, old, rtol=3e-7, atol=0)
 
 
-def test_unrelated_tensors_are_untouched_and_changed_says_the_rest() -> None:
+def test_changed_names_the_changed_tensors_and_no_others() -> None:
     work = layer_work()
     smoothed = smooth.apply(work, iter_smooth("up-down"), ALL)
     assert smoothed.changed == {"mlp.up_proj.weight", "mlp.down_proj.weight"}
@@ -95,7 +95,7 @@ def test_unrelated_tensors_are_untouched_and_changed_says_the_rest() -> None:
         assert torch.equal(work.weights[name], layer_work().weights[name])
 
 
-def test_every_tensor_that_changed_is_said_to() -> None:
+def test_changed_includes_every_changed_tensor() -> None:
     work = layer_work()
     smoothed = smooth.apply(work, iter_smooth(), ALL)
     differing = {n for n, t in work.weights.items() if not torch.equal(t.float(), smoothed.tensor(n).float())}
@@ -104,7 +104,7 @@ def test_every_tensor_that_changed_is_said_to() -> None:
     assert "input_layernorm.weight" in differing
 
 
-def test_factor_is_shared_by_the_query_heads_of_a_key_value_head() -> None:
+def test_query_heads_of_a_key_value_head_share_factors() -> None:
     work = layer_work(torch.float32)
     smoothed = smooth.apply(work, iter_smooth("ov"), ALL)
     name = "self_attn.o_proj.weight"
@@ -117,16 +117,16 @@ def test_factor_is_shared_by_the_query_heads_of_a_key_value_head() -> None:
     torch.testing.assert_close(rows.values, heads[::2].flatten(), rtol=1e-5, atol=0)
 
 
-def test_shared_and_repeated_by_hand() -> None:
+def test_query_head_helpers_by_hand() -> None:
     # 2 key-value heads of 2 channels, each read by 2 query heads: 8 inputs of o_proj, 4 channels of v_proj.
     group = LinearGroup("o", ("o",), "v", "ov", repeat=2, head_dim=2)
     per_input = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, 0.0, 6.0, 9.0])
     assert fold.max_over_query_heads(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
     factors = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert repeated(factors, group).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
+    assert repeat_for_query_heads(factors, group).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
     plain = LinearGroup("g", ("a",), "norm", "norm-linear")
     assert fold.max_over_query_heads(per_input, plain).tolist() == per_input.tolist()
-    assert repeated(factors, plain).tolist() == factors.tolist()
+    assert repeat_for_query_heads(factors, plain).tolist() == factors.tolist()
 
 
 def test_zero_norm_weights_and_dead_channels() -> None:
@@ -137,7 +137,7 @@ def test_zero_norm_weights_and_dead_channels() -> None:
     for linear in ("q", "k", "v"):
         name = f"self_attn.{linear}_proj.weight"
         weights[name] = weights[name].clone()
-        weights[name][:, 9] = 0.0  # nobody reads channel 9
+        weights[name][:, 9] = 0.0  # no Linear reads channel 9
     weights["mlp.up_proj.weight"] = weights["mlp.up_proj.weight"].clone()
     weights["mlp.up_proj.weight"][17] = 0.0  # channel 17 of down_proj's input is always zero
     work = replace(work, weights=weights, stats=record(weights, [sample()]))
@@ -147,12 +147,12 @@ def test_zero_norm_weights_and_dead_channels() -> None:
     assert smoothed.weights["input_layernorm.weight"][[0, 5]].tolist() == [0.0, 0.0]
     assert torch.equal(smoothed.weights["input_layernorm.weight"][9], weights["input_layernorm.weight"][9])
     assert not smoothed.tensor("mlp.up_proj.weight")[17].any()
-    one = sample(seed=3)
-    assert relative(output(tensors(smoothed), one), output(weights, one)) < 1e-5
+    unseen = sample(seed=3)
+    assert relative(output(tensors(smoothed), unseen), output(weights, unseen)) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_previous_linear_that_stays_float_gets_powers_of_two(dtype: torch.dtype) -> None:
+def test_previous_linear_that_stays_float_is_divided_by_powers_of_two(dtype: torch.dtype) -> None:
     work = layer_work(dtype)
     schemes = {name: W8A8 for name in SPEC.linears if name not in ("mlp.gate_proj", "mlp.up_proj")}
     work = replace(work, schemes=schemes)
@@ -161,15 +161,16 @@ def test_a_previous_linear_that_stays_float_gets_powers_of_two(dtype: torch.dtyp
     up, before = smoothed.tensor("mlp.up_proj.weight"), work.weights["mlp.up_proj.weight"]
     assert up.dtype == dtype
     ratio = before.float() / up.float()
-    exponents = ratio.log2()[before.float().abs() > 2**-12]  # below, float16 is subnormal and rounds these too
+    # Smaller values are subnormal in float16, where dividing by a power of two rounds too.
+    exponents = ratio.log2()[before.float().abs() > 2**-12]
     assert torch.equal(exponents, exponents.round())
     assert exponents.unique().numel() > 1
     assert relative(output(tensors(smoothed), sample()), output(work.weights, sample())) < 1e-5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_float_previous_linear_with_a_bias_stays_exact(dtype: torch.dtype) -> None:
-    """The bias of a v_proj that stays float is divided together with its weight, without rounding either."""
+def test_float_previous_linear_with_a_bias_stays_exact(dtype: torch.dtype) -> None:
+    """The bias and weight of a v_proj that stays float are both divided without rounding."""
     weights = layer_work(dtype).weights
     for kind in ("weight", "bias"):
         weights[f"self_attn.v_proj.{kind}"] = weights[f"self_attn.v_proj.{kind}"].clone()
@@ -190,21 +191,21 @@ def test_a_float_previous_linear_with_a_bias_stays_exact(dtype: torch.dtype) -> 
 )
 @settings(max_examples=200, deadline=None)
 def test_divide_rounded(values: list[float], factors: list[float], dtype: torch.dtype) -> None:
-    vector, wanted = torch.tensor(values).to(dtype), torch.tensor(factors)
-    s, divided = fold._divide_rounded(vector, wanted)
+    vector = torch.tensor(values).to(dtype)
+    s, divided = fold._divide_rounded(vector, torch.tensor(factors))
     assert divided.dtype == dtype
     assert torch.isfinite(divided).all() and torch.isfinite(s).all() and (s > 0).all()
     torch.testing.assert_close(divided.double() * s.double(), vector.double(), rtol=2e-7, atol=0)
 
 
-# --- statistics afterwards -----------------------------------------------------------------------------------
+# --- statistics after smoothing ------------------------------------------------------------------------------
 
 
-def test_stats_are_of_the_new_inputs() -> None:
-    one = sample()
-    work = layer_work(samples=[one])
+def test_stats_match_the_new_inputs() -> None:
+    calibration = sample()
+    work = layer_work(samples=[calibration])
     smoothed = smooth.apply(work, iter_smooth("norm-linear"), ALL)
-    again = record(tensors(smoothed), [one])
+    again = record(tensors(smoothed), [calibration])
     assert smoothed.stats is not None
     for group in ("qkv", "gate_up"):
         torch.testing.assert_close(smoothed.stats[group].rows, again[group].rows, rtol=1e-4, atol=1e-5)
@@ -220,7 +221,7 @@ def test_smoothing_twice_stays_exact() -> None:
     assert relative(output(tensors(twice), sample()), output(work.weights, sample())) < 1e-5
 
 
-# --- what is taken -------------------------------------------------------------------------------------------
+# --- the choice ----------------------------------------------------------------------------------------------
 
 
 def norm_layer(
@@ -255,15 +256,15 @@ def test_outlier_channel_is_smoothed_away() -> None:
     assert smoothed.stats is not None and work.stats is not None
     before = output_error(work.stats["g"], work.weights["linear.weight"], 0)
     after = output_error(smoothed.stats["g"], smoothed.tensor("linear.weight"), 0)
-    assert after / before == pytest.approx(record.gain, rel=1e-4)  # the gain is what a user gets
+    assert after / before == pytest.approx(record.gain, rel=1e-4)  # the reported gain is the real gain
     assert smoothed.weights["norm.weight"][4] < smoothed.weights["norm.weight"][5] / 5
 
 
 def one_sided(sign: int) -> tuple[LayerWork, torch.Tensor, torch.Tensor]:
-    """Video tokens with an outlier in channel 0; audio tokens that live in channel 0 alone, whose weight is small.
+    """Video tokens with an outlier in channel 0, and audio tokens that are zero in channel 0.
 
-    Dividing channel 0 helps video. Its weights grow by it, so that every other weight of a row gets a coarser
-    scale; sign -1 leaves the audio out.
+    Dividing channel 0 helps video. It makes the weights of channel 0 larger, so that all other weights of a row get a
+    coarser scale, which hurts audio. sign -1 omits the audio tokens.
     """
     video = normal(200, 32, seed=3)
     video[:, 0] *= 300
@@ -279,35 +280,36 @@ def one_sided(sign: int) -> tuple[LayerWork, torch.Tensor, torch.Tensor]:
 
 
 def test_worst_modality_decides() -> None:
-    """A candidate is taken for video alone and refused where it would cost the audio tokens."""
+    """A candidate is accepted for video only and rejected if it makes audio worse."""
     config = SmoothQuantConfig.model_validate({"type": "smooth_quant", "alpha": 0.5})
-    alone, _, _ = one_sided(-1)
-    (record,) = smooth.apply(alone, config, frozenset({"linear"})).smoothing
+    video_only, _, _ = one_sided(-1)
+    (record,) = smooth.apply(video_only, config, frozenset({"linear"})).smoothing
     assert record.alpha == 0.5 and record.gain < 0.9
 
     both, _, _ = one_sided(1)
-    refused = smooth.apply(both, config, frozenset({"linear"}))
-    (record,) = refused.smoothing
+    rejected = smooth.apply(both, config, frozenset({"linear"}))
+    (record,) = rejected.smoothing
     assert (record.alpha, record.gain) == (None, 1.0)
-    assert "left alone" in record.reason and "0.5" in record.reason
-    assert refused.weights is both.weights and not refused.changed
-    assert refused.stats is both.stats
+    assert "unchanged" in record.reason and "0.5" in record.reason
+    assert rejected.weights is both.weights and not rejected.changed
+    assert rejected.stats is both.stats
 
 
-def test_refusal_is_due_to_audio() -> None:
-    """The refused candidate really helps video and hurts audio, so that an average would have taken it."""
+def test_rejection_is_due_to_audio() -> None:
+    """The rejected candidate helps video and hurts audio."""
     both, _, _ = one_sided(1)
     group, weight = both.spec.groups[0], both.weights["linear.weight"]
     assert both.stats is not None
     stats = both.stats["g"]
-    judge = smooth._OutputErrors(stats, [weight], W8A8)
+    output_errors = smooth._OutputErrors(stats, [weight], W8A8)
     candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
-    assert len(candidates) == 2  # A as the peak, and with the modalities balanced
+    assert len(candidates) == 2  # A as the maximum, and balanced over the modalities
     for candidate in candidates:
-        errors, plain, _ = judge.sums(repeated(candidate.factors, group))[0]
+        factors = repeat_for_query_heads(candidate.factors, group)
+        errors, plain, _ = output_errors.sums(factors)[0]
         by_modality = dict(zip(stats.present(), (errors / plain).tolist(), strict=True))
         assert by_modality[VIDEO] < 1 < by_modality[AUDIO]
-        assert judge.worst_ratio(repeated(candidate.factors, group)) == pytest.approx(by_modality[AUDIO] ** 0.5)
+        assert output_errors.worst_ratio(factors) == pytest.approx(by_modality[AUDIO] ** 0.5)
 
 
 def test_auto_is_never_worse_than_a_fixed_alpha() -> None:
@@ -321,28 +323,29 @@ def test_auto_is_never_worse_than_a_fixed_alpha() -> None:
 
 
 def test_alpha_by_hand() -> None:
-    # A = (4, 16), W = (1, 4): alpha 0.5 gives s = (2, 2), which is no smoothing at all; alpha 1 gives s = A = (4, 16),
-    # over its geometric mean 8: (0.5, 2); alpha 0 gives s = 1 / W = (1, 1/4) over 1/2: (2, 0.5).
+    # A = (4, 16), W = (1, 4). alpha 0.5: s = (2, 2), no smoothing. alpha 1: s = A = (4, 16), divided by its geometric
+    # mean 8: (0.5, 2). alpha 0: s = 1 / W = (1, 1/4), divided by 1/2: (2, 0.5).
     x = torch.tensor([[4.0, -1.0], [-2.0, 16.0]])
     weight = torch.tensor([[1.0, 0.5], [-0.5, -4.0]])
     work = norm_layer(x, torch.zeros(2, dtype=torch.int8), weight)
     assert work.stats is not None
-    found = smooth._candidates(work.stats["g"], weight.abs().amax(0), work.spec.groups[0], (0.0, 0.5, 1.0), 1e-5)
-    for candidate, expected in zip(found, ([2.0, 0.5], [1.0, 1.0], [0.5, 2.0]), strict=True):
+    candidates = smooth._candidates(work.stats["g"], weight.abs().amax(0), work.spec.groups[0], (0.0, 0.5, 1.0), 1e-5)
+    for candidate, expected in zip(candidates, ([2.0, 0.5], [1.0, 1.0], [0.5, 2.0]), strict=True):
         assert candidate.factors.tolist() == pytest.approx(expected)
 
 
-def test_weights_of_all_linears_of_a_group_count() -> None:
+def test_factors_use_the_weights_of_all_linears_of_a_group() -> None:
     group = LinearGroup("g", ("a", "b"), "norm", "norm-linear")
     stats = input_stats(torch.ones(1, 2), torch.zeros(1, dtype=torch.int8), torch.arange(1))
     weights = {"a.weight": torch.tensor([[1.0, 1.0]]), "b.weight": torch.tensor([[16.0, 0.5]])}
     peaks = smooth._column_peaks(LayerWork(0, SPEC, {}, weights), group)
     (candidate,) = smooth._candidates(stats, peaks, group, (0.5,), 1e-5)
-    assert candidate.factors.tolist() == pytest.approx([0.5, 2.0])  # 1 / sqrt(16) and 1, over their mean 1/2
+    # 1 / sqrt(16) and 1, divided by their geometric mean 1/2
+    assert candidate.factors.tolist() == pytest.approx([0.5, 2.0])
 
 
-def test_a_group_that_nothing_improves_is_left_alone() -> None:
-    """Plain rounding is exact here (every scale is 1), so that any change can only lose."""
+def test_group_that_no_candidate_improves_is_unchanged() -> None:
+    """Plain rounding is exact here (every scale is 1), so that any change adds error."""
     x = 127 * normal(32, 16, seed=1).sign()
     weight = (10 * normal(8, 16, seed=2)).round()
     weight[:, 5] = 127
@@ -354,8 +357,8 @@ def test_a_group_that_nothing_improves_is_left_alone() -> None:
     assert smoothed.weights is work.weights
 
 
-def test_kept_modalities_only() -> None:
-    """A modality without tokens has no say, not even a division by zero."""
+def test_absent_modalities_do_not_count() -> None:
+    """A modality without tokens has no weight and causes no division by zero."""
     x = normal(64, 32, seed=1)
     x[:, 4] *= 200
     work = norm_layer(x, torch.full((64,), AUDIO, dtype=torch.int8), normal(16, 32, seed=2))
@@ -363,7 +366,7 @@ def test_kept_modalities_only() -> None:
     assert record.gain < 0.5
 
 
-# --- which groups --------------------------------------------------------------------------------------------
+# --- selected groups -----------------------------------------------------------------------------------------
 
 
 def test_smooth_quant_is_norm_to_linear_only() -> None:
@@ -373,11 +376,11 @@ def test_smooth_quant_is_norm_to_linear_only() -> None:
     assert records(smoothed)["qkv"].alpha == 0.5
 
 
-def test_subgraph_types_are_obeyed() -> None:
+def test_only_enabled_subgraph_types_are_smoothed() -> None:
     assert set(records(smooth.apply(layer_work(), iter_smooth("ov", "up-down"), ALL))) == {"o", "down"}
 
 
-def test_partly_selected_group_is_recorded_and_left() -> None:
+def test_partly_selected_group_is_recorded_and_unchanged() -> None:
     work = layer_work()
     linears = ALL - {"self_attn.k_proj"}
     smoothed = smooth.apply(work, iter_smooth("norm-linear"), linears)
@@ -388,7 +391,7 @@ def test_partly_selected_group_is_recorded_and_left() -> None:
     assert smoothed.weights["input_layernorm.weight"] is work.weights["input_layernorm.weight"]
 
 
-def test_group_with_a_float_member_is_recorded_and_left() -> None:
+def test_group_with_a_float_member_is_recorded_and_unchanged() -> None:
     work = layer_work()
     schemes = {name: W8A8 for name in SPEC.linears if name != "mlp.gate_proj"}
     smoothed = smooth.apply(replace(work, schemes=schemes), iter_smooth("norm-linear"), ALL)
@@ -398,12 +401,12 @@ def test_group_with_a_float_member_is_recorded_and_left() -> None:
     assert smoothed.tensor("mlp.up_proj.weight") is work.weights["mlp.up_proj.weight"]
 
 
-def test_group_that_is_not_selected_is_not_mentioned() -> None:
+def test_unselected_group_is_not_recorded() -> None:
     smoothed = smooth.apply(layer_work(), iter_smooth(), frozenset({"mlp.down_proj"}))
     assert set(records(smoothed)) == {"down"}
 
 
-def test_layer_is_the_librarys() -> None:
+def test_layer_is_from_transformers() -> None:
     assert type(build(layer_work().weights)).__name__ == "Qwen2_5OmniDecoderLayer"
     text = CONFIG["thinker_config"]["text_config"]
     assert (text["num_attention_heads"], text["num_key_value_heads"]) == (4, 2)

@@ -1,4 +1,4 @@
-"""export: every pair of formats, what is refused, the thinker alone, and what stands in the way."""
+"""export: every pair of formats, refused conversions, the thinker only, and bad input."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
 
 
 @pytest.mark.parametrize(("source", "target"), [("awq", "packed"), ("packed", "awq"), ("ascend", "int8")])
-def test_what_a_direct_run_writes(outputs: dict[str, Path], tmp_path: Path, source: str, target: str) -> None:
+def test_export_equals_a_direct_run(outputs: dict[str, Path], tmp_path: Path, source: str, target: str) -> None:
     done = export(outputs[source], tmp_path / "out", SAVERS[target])
     assert files(tmp_path / "out") == files(outputs[target])
     assert (done.source_format, done.save_format, done.linears) == (SAVERS[source], SAVERS[target], LINEARS)
@@ -53,40 +53,43 @@ def test_what_a_direct_run_writes(outputs: dict[str, Path], tmp_path: Path, sour
     assert done.output_bytes == sum(t.nbytes for t in all_tensors(outputs[target]).values())
 
 
-def test_scales_that_were_rounded_stay_so(outputs: dict[str, Path], tmp_path: Path) -> None:
-    """compressed_tensors has the scales in bfloat16, so ascendv1_saver gets these; all else is a direct run's."""
+def test_rounded_scales_stay_rounded(outputs: dict[str, Path], tmp_path: Path) -> None:
+    """compressed_tensors stores scales in bfloat16, so the export to ascendv1_saver has the rounded values.
+
+    Everything else equals a direct run.
+    """
     export(outputs["int8"], tmp_path / "out", "ascendv1_saver")
-    found, direct = all_tensors(tmp_path / "out"), all_tensors(outputs["ascend"])
-    assert found.keys() == direct.keys()
+    exported, direct = all_tensors(tmp_path / "out"), all_tensors(outputs["ascend"])
+    assert exported.keys() == direct.keys()
     for name, tensor in direct.items():
         expected = tensor.bfloat16().float() if name.endswith("weight_scale") else tensor
-        assert torch.equal(found[name], expected) and found[name].dtype == tensor.dtype, name
+        assert torch.equal(exported[name], expected) and exported[name].dtype == tensor.dtype, name
     left, right = files(tmp_path / "out"), files(outputs["ascend"])
     assert {n for n in right if left[n] != right[n]} == {"quant_model_weights.safetensors"}
 
 
 @pytest.mark.parametrize("kind", ["ascend", "int8", "awq", "packed"])
-def test_there_and_back(outputs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_export_and_back_restores_the_files(outputs: dict[str, Path], tmp_path: Path, kind: str) -> None:
     other = {"ascend": "int8", "int8": "ascend", "awq": "packed", "packed": "awq"}[kind]
     export(outputs[kind], tmp_path / "there", SAVERS[other])
     export(tmp_path / "there", tmp_path / "back", SAVERS[kind])
-    if kind == "ascend":  # its scales were rounded on the way
-        found, direct = open_quantized(tmp_path / "back"), open_quantized(outputs["int8"])
-        assert torch.equal(dequantize(found.load_linear(NAME)), dequantize(direct.load_linear(NAME)))
+    if kind == "ascend":  # compressed_tensors rounds its scales
+        exported, direct = open_quantized(tmp_path / "back"), open_quantized(outputs["int8"])
+        assert torch.equal(dequantize(exported.load_linear(NAME)), dequantize(direct.load_linear(NAME)))
     else:
         assert files(tmp_path / "back") == files(outputs[kind])
 
 
 @pytest.mark.parametrize("kind", ["ascend", "int8", "awq", "packed", "symmetric"])
-def test_the_same_format_is_a_copy(outputs: dict[str, Path], tmp_path: Path, kind: str) -> None:
+def test_export_to_the_source_format_is_a_copy(outputs: dict[str, Path], tmp_path: Path, kind: str) -> None:
     export(outputs[kind], tmp_path / "out", SAVERS.get(kind, "compressed_tensors"))
     assert files(tmp_path / "out") == files(outputs[kind])
 
 
-def test_shards_are_a_direct_runs(
+def test_shards_equal_those_of_a_direct_run(
     outputs: dict[str, Path], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GB is a megabyte here."""
+    """GB is set to a megabyte."""
     monkeypatch.setattr(shards, "GB", 10**6)
     export(outputs["awq"], tmp_path / "shards", "compressed_tensors", part_file_size=1)
     export(tmp_path / "shards", tmp_path / "back", "awq", part_file_size=1)
@@ -97,14 +100,14 @@ def test_shards_are_a_direct_runs(
     assert files(tmp_path / "one") == files(outputs["packed"])
 
 
-def test_biases_that_float16_rounded(outputs: dict[str, Path], tmp_path: Path) -> None:
-    """A float32 bias that is no bfloat16 is kept as it is; one that is becomes one again."""
-    odd = torch.full((128,), 1 + 2.0**-20)
-    source = edited(outputs["ascend"], tmp_path / "source", replaced(f"{NAME}.bias", odd))
+def test_biases_return_to_bfloat16_only_if_exact(outputs: dict[str, Path], tmp_path: Path) -> None:
+    """A float32 bias that bfloat16 cannot represent stays float32."""
+    inexact = torch.full((128,), 1 + 2.0**-20)
+    source = edited(outputs["ascend"], tmp_path / "source", replaced(f"{NAME}.bias", inexact))
     export(source, tmp_path / "out", "compressed_tensors")
-    found = all_tensors(tmp_path / "out")
-    assert torch.equal(found[f"{NAME}.bias"], odd)
-    assert found[f"{NAME.replace('k_proj', 'q_proj')}.bias"].dtype == torch.bfloat16
+    exported = all_tensors(tmp_path / "out")
+    assert torch.equal(exported[f"{NAME}.bias"], inexact)
+    assert exported[f"{NAME.replace('k_proj', 'q_proj')}.bias"].dtype == torch.bfloat16
 
 
 def test_report_and_config(outputs: dict[str, Path], tmp_path: Path) -> None:
@@ -126,7 +129,7 @@ def test_report_and_config(outputs: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not JSON"])
-def test_a_source_without_a_report_of_ours(outputs: dict[str, Path], tmp_path: Path, content: str | None) -> None:
+def test_a_source_without_a_report(outputs: dict[str, Path], tmp_path: Path, content: str | None) -> None:
     source = Path(shutil.copytree(outputs["awq"], tmp_path / "source"))
     (source / "quant_report.json").unlink()
     if content is not None:
@@ -139,16 +142,16 @@ def test_a_source_without_a_report_of_ours(outputs: dict[str, Path], tmp_path: P
     assert open_quantized(tmp_path / "out").saver == "awq"
 
 
-# --- the thinker alone ---------------------------------------------------------------------------------------
+# --- the thinker only ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["ascend", "int8", "awq", "packed"])
 def test_thinker_only(outputs: dict[str, Path], tmp_path: Path, kind: str) -> None:
     done = export(outputs[kind], tmp_path / "out", SAVERS[kind], thinker_only=True)
     before, after = all_tensors(outputs[kind]), all_tensors(tmp_path / "out")
-    gone = {name: tensor for name, tensor in before.items() if not name.startswith("thinker.")}
-    assert done.left_out_bytes == sum(tensor.nbytes for tensor in gone.values()) > 0
-    assert after.keys() == before.keys() - gone.keys()
+    omitted = {name: tensor for name, tensor in before.items() if not name.startswith("thinker.")}
+    assert done.left_out_bytes == sum(tensor.nbytes for tensor in omitted.values()) > 0
+    assert after.keys() == before.keys() - omitted.keys()
     assert all(torch.equal(after[name], before[name]) for name in after)
     old, new = (json.loads((f / "config.json").read_text()) for f in (outputs[kind], tmp_path / "out"))
     assert new == {**old, "enable_audio_output": False} and new["thinker_config"] and new["talker_config"]
@@ -162,20 +165,20 @@ def test_thinker_only(outputs: dict[str, Path], tmp_path: Path, kind: str) -> No
         assert not [name for name in description if name.startswith(("talker", "token2wav"))]
 
 
-# --- what is refused -----------------------------------------------------------------------------------------
+# --- refused conversions -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "save_format", "message"),
     [
-        ("symmetric", "awq", "awq cannot hold .*: it stores a zero point with every group"),
-        ("symmetric", "ascendv1_saver", "no Ascend runtime serves W4A16_G64_SYM"),
-        ("awq", "ascendv1_saver", "no Ascend runtime serves W4A16_G64"),
+        ("symmetric", "awq", "awq cannot hold .*: awq and its runtimes require a zero point for every group"),
+        ("symmetric", "ascendv1_saver", "no Ascend runtime supports W4A16_G64_SYM"),
+        ("awq", "ascendv1_saver", "no Ascend runtime supports W4A16_G64"),
         ("int8", "awq", "int4 weights per group with float activations, not W8A8_DYNAMIC"),
         ("awq", "gguf", "unknown save_format 'gguf'. Known: ascendv1_saver, compressed_tensors, awq"),
     ],
 )
-def test_formats_that_cannot_hold_it(
+def test_formats_that_cannot_hold_the_source_are_refused(
     outputs: dict[str, Path], tmp_path: Path, kind: str, save_format: str, message: str
 ) -> None:
     with pytest.raises(QuantError, match=message):
@@ -194,16 +197,16 @@ def change_scale(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(1 + 2.0**-20, "no numbers of float16"), (1e6, "no numbers of float16"), (float("nan"), "NaN or Inf")],
+    [(1 + 2.0**-20, "not exact in float16"), (1e6, "not exact in float16"), (float("nan"), "NaN or Inf")],
 )
-def test_scales_that_would_change(outputs: dict[str, Path], tmp_path: Path, value: float, message: str) -> None:
+def test_inexact_scales_are_refused(outputs: dict[str, Path], tmp_path: Path, value: float, message: str) -> None:
     source = edited(outputs["packed"], tmp_path / "source", change_scale(value))
     with pytest.raises(QuantError, match=f"{NAME}: its scales .*{message}"):
         export(source, tmp_path / "out", "awq")
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_quantized_tower(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_quantized_tower_is_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     tower = "thinker.visual.blocks.0.mlp.down_proj"
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
@@ -215,12 +218,12 @@ def test_a_quantized_tower(outputs: dict[str, Path], tmp_path: Path) -> None:
         export(source, tmp_path / "out", "compressed_tensors")
 
 
-def test_part_file_size_below_nothing(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_negative_part_file_size_is_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(QuantError, match="part_file_size is -1"):
         export(outputs["awq"], tmp_path / "out", "awq", part_file_size=-1)
 
 
-def test_a_full_disk_is_foreseen(outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_space_is_checked_first(outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, free=10**6))
     with pytest.raises(QuantError, match=r"needs 12.* MiB, but only 976.* are free"):
         export(outputs["awq"], tmp_path / "out", "awq")
@@ -229,7 +232,7 @@ def test_a_full_disk_is_foreseen(outputs: dict[str, Path], tmp_path: Path, monke
 # --- bad input -----------------------------------------------------------------------------------------------
 
 
-def test_sources_that_are_none(outputs: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
+def test_unusable_sources_are_refused(outputs: dict[str, Path], tiny: Path, tmp_path: Path) -> None:
     for source, message in (
         (tmp_path / "nothing", "does not exist"),
         (tmp_path, "is not a checkpoint"),
@@ -240,15 +243,15 @@ def test_sources_that_are_none(outputs: dict[str, Path], tiny: Path, tmp_path: P
             export(source, tmp_path / "out", "compressed_tensors")
     broken = Path(shutil.copytree(outputs["awq"], tmp_path / "b"))
     weights_file(broken).write_bytes(weights_file(broken).read_bytes()[:-100])
-    with pytest.raises(QuantError, match="not a whole safetensors file"):
+    with pytest.raises(QuantError, match="not a valid safetensors file"):
         export(broken, tmp_path / "out", "compressed_tensors")
     edit_config(broken, lambda config: config["quantization_config"].update(quant_method="fp8"))
-    with pytest.raises(QuantError, match="quantized as 'fp8', a format that is not read"):
+    with pytest.raises(QuantError, match="quantized as 'fp8', an unsupported format"):
         export(broken, tmp_path / "out", "compressed_tensors")
     assert not (tmp_path / "out").exists()
 
 
-def test_save_paths(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_unusable_save_paths_are_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     source = Path(shutil.copytree(outputs["awq"], tmp_path / "source"))
     for inside in (source, source / "out", tmp_path):
         with pytest.raises(QuantError, match="lie inside one another"):
@@ -273,41 +276,50 @@ def test_overwrite_replaces_an_output(outputs: dict[str, Path], tmp_path: Path) 
     assert files(tmp_path / "out") == files(outputs["packed"])
 
 
-def test_a_stopped_export_goes_on(outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_export_resumes(outputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "GB", 10**6)
     monkeypatch.setattr(assembly, "PIECE_BYTES", 10**6)
     out, written, write = tmp_path / "out", [0], os.pwrite
 
-    def counted(stream: int, chunk: memoryview, place: int) -> int:
+    def counting_pwrite(stream: int, chunk: memoryview, place: int) -> int:
         written[0] += len(chunk)
         return write(stream, chunk, place)
 
-    monkeypatch.setattr(os, "pwrite", counted)
-    export(outputs["awq"], tmp_path / "at_once", "compressed_tensors", part_file_size=3)
-    at_once, written[0] = written[0], 0
+    monkeypatch.setattr(os, "pwrite", counting_pwrite)
+    export(outputs["awq"], tmp_path / "unstopped", "compressed_tensors", part_file_size=3)
+    total, written[0] = written[0], 0
     with pytest.raises(KeyboardInterrupt):
         export(
             outputs["awq"], out, "compressed_tensors", part_file_size=3, progress=StopAt("write compressed_tensors", 5)
         )
     assert [entry.name for entry in out.iterdir()] == [".msmodelslim_work"]
-    assert 4 * 10**6 < written[0] < at_once - 4 * 10**6
+    assert 4 * 10**6 < written[0] < total - 4 * 10**6
     with pytest.raises(QuantError, match="save_format was compressed_tensors, is awq"):
         export(outputs["awq"], out, "awq", part_file_size=3)
     export(outputs["awq"], out, "compressed_tensors", part_file_size=3)
-    assert written[0] == at_once
-    assert files(out) == files(tmp_path / "at_once")
+    assert written[0] == total
+    assert files(out) == files(tmp_path / "unstopped")
 
 
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def test_command(outputs: dict[str, Path], tmp_path: Path) -> None:
-    words = ["export", outputs["awq"], "--save_path", tmp_path / "out", "--save-format", "compressed_tensors", "--json"]
-    said = command(*words, "--thinker_only", "--part_file_size", 0).done().json
-    assert (said["source_format"], said["save_format"], said["linears"]) == ("awq", "compressed_tensors", LINEARS)
-    assert said["left_out_bytes"] > 0
-    assert "not empty" in command(*words).fault()
-    table = command(*words[:-1], "--overwrite").done().out
+def test_command_prints_and_exports(outputs: dict[str, Path], tmp_path: Path) -> None:
+    arguments = [
+        "export",
+        outputs["awq"],
+        "--save_path",
+        tmp_path / "out",
+        "--save-format",
+        "compressed_tensors",
+        "--json",
+    ]
+    summary = command(*arguments, "--thinker_only", "--part_file_size", 0).done().json
+    formats = (summary["source_format"], summary["save_format"], summary["linears"])
+    assert formats == ("awq", "compressed_tensors", LINEARS)
+    assert summary["left_out_bytes"] > 0
+    assert "not empty" in command(*arguments).fault()
+    table = command(*arguments[:-1], "--overwrite").done().out
     assert f"{LINEARS} quantized Linears" in table and "compressed_tensors" in table
     assert "zero point" in command(
         "export", outputs["symmetric"], "--save_path", tmp_path / "no", "--save_format", "awq"

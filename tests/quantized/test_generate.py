@@ -1,4 +1,4 @@
-"""generate: the same tokens as the library with our weights, media, speech, memory, and what stands in the way."""
+"""generate: tokens equal to the library's with the same weights, media, speech, memory, and bad input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.quantized.export import export
 from msmodelslim_omni.quantized.generate import (
     RoundingLinear,
-    dequantized,
+    dequantize_by_rows,
     fill_model,
     generate,
     open_model,
@@ -37,7 +37,7 @@ from msmodelslim_omni.run.emulation import EmulatedLinear
 from msmodelslim_omni.runtime.device import Device
 from msmodelslim_omni.runtime.progress import Progress
 
-CPU = Device("cpu", "as asked")
+CPU = Device("cpu", "as requested")
 TEXT = "Why is the sky blue?"
 SYSTEM = (
     "You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and "
@@ -54,7 +54,7 @@ def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return quantize_all(tiny, tmp_path_factory.getbasetemp() / "outputs")
 
 
-class Heard(Progress):
+class RecordedProgress(Progress):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -71,21 +71,21 @@ def answer(path: Path, text: str = TEXT, **options: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def library(tiny: Path) -> Any:
-    """The float thinker as transformers itself loads it, in float32."""
+    """The float thinker in float32, loaded by transformers."""
     from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
     return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32).eval()
 
 
-def by_the_library(thinker: Any, tiny: Path) -> list[int]:
-    """Greedy tokens, by the library's own processor and generate."""
+def library_tokens(thinker: Any, tiny: Path) -> list[int]:
+    """Greedy tokens from the library's own processor and generate."""
     from transformers import Qwen2_5OmniProcessor
 
     processor = Qwen2_5OmniProcessor.from_pretrained(tiny)
-    turns = [
+    messages = [
         {"role": role, "content": [{"type": "text", "text": t}]} for role, t in (("system", SYSTEM), ("user", TEXT))
     ]
-    text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, return_tensors="pt")
     ends = json.loads((tiny / "generation_config.json").read_text())["eos_token_id"]
     ids = thinker.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=ends[-1])
@@ -93,13 +93,13 @@ def by_the_library(thinker: Any, tiny: Path) -> list[int]:
 
 
 def with_weights_of(thinker: Any, output: Path) -> Any:
-    """A copy of the thinker with our integers in the place of its Linears."""
+    """A copy of the thinker with the quantized Linears of an output."""
     import copy
 
-    changed, found = copy.deepcopy(thinker), open_quantized(output)
+    changed, quantized = copy.deepcopy(thinker), open_quantized(output)
     text = getattr(changed.model, "language_model", changed.model)
-    for name in found.linears:
-        linear = found.load_linear(name)
+    for name in quantized.linears:
+        linear = quantized.load_linear(name)
         layer, _, relative = name.removeprefix("thinker.model.layers.").partition(".")
         parent, _, child = relative.rpartition(".")
         owner = text.layers[int(layer)].get_submodule(parent)
@@ -110,31 +110,31 @@ def with_weights_of(thinker: Any, output: Path) -> Any:
     return changed
 
 
-def test_a_float_checkpoint_answers_as_the_library_does(tiny: Path, library: Any) -> None:
-    assert answer(tiny).tokens == by_the_library(library, tiny)
+def test_float_tokens_equal_the_librarys(tiny: Path, library: Any) -> None:
+    assert answer(tiny).tokens == library_tokens(library, tiny)
 
 
 @pytest.mark.parametrize("kind", ["ascend", "int8", "awq", "packed", "symmetric"])
-def test_a_quantized_one_answers_as_the_library_with_its_weights(
+def test_quantized_tokens_equal_the_librarys_with_these_weights(
     outputs: dict[str, Path], tiny: Path, library: Any, kind: str
 ) -> None:
     with torch.inference_mode():
-        expected = by_the_library(with_weights_of(library, outputs[kind]), tiny)
+        expected = library_tokens(with_weights_of(library, outputs[kind]), tiny)
     found = answer(outputs[kind])
     assert found.tokens == expected and len(found.tokens) == 12
-    assert found.tokens != by_the_library(library, tiny)  # random weights: rounding does show
+    assert found.tokens != library_tokens(library, tiny)  # random weights: rounding changes the tokens
 
 
-def test_the_text_comes_as_it_is_made(outputs: dict[str, Path]) -> None:
+def test_text_is_streamed_in_pieces(outputs: dict[str, Path]) -> None:
     pieces: list[str] = []
     found = answer(outputs["awq"], on_text=pieces.append)
     assert "".join(pieces) == found.text != "" and len([piece for piece in pieces if piece]) > 1
 
 
-def test_the_thinker_alone_answers_the_same(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_thinker_only_gives_equal_tokens(outputs: dict[str, Path], tmp_path: Path) -> None:
     export(outputs["awq"], tmp_path / "out", "compressed_tensors", thinker_only=True)
     assert answer(tmp_path / "out").tokens == answer(outputs["awq"]).tokens
-    with pytest.raises(QuantError, match="holds no parts that speak"):
+    with pytest.raises(QuantError, match="holds no speech parts"):
         answer(tmp_path / "out", speech=tmp_path / "x.wav")
 
 
@@ -146,8 +146,8 @@ IMAGE, AUDIO, VIDEO = (
 
 
 def test_media(outputs: dict[str, Path]) -> None:
-    seen = answer(outputs["int8"], images=[IMAGE], audios=[AUDIO], max_new_tokens=4)
-    assert len(seen.tokens) == 4 and seen.tokens != answer(outputs["int8"], max_new_tokens=4).tokens
+    with_media = answer(outputs["int8"], images=[IMAGE], audios=[AUDIO], max_new_tokens=4)
+    assert len(with_media.tokens) == 4 and with_media.tokens != answer(outputs["int8"], max_new_tokens=4).tokens
     assert len(answer(outputs["awq"], "", videos=[VIDEO], max_new_tokens=2).tokens) == 2
 
 
@@ -167,7 +167,7 @@ def test_wav_by_hand(tmp_path: Path) -> None:
     write_wav(tmp_path / "x.wav", torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5]), 24000)
     content = (tmp_path / "x.wav").read_bytes()
     assert content[44:] == b"\x00\x00\xff\x7f\x01\x80\xff\x7f\x00\x40"
-    for samples, message in ((torch.zeros(0), "no sound"), (torch.tensor([float("nan")]), "NaN or Inf")):
+    for samples, message in ((torch.zeros(0), "produced no audio"), (torch.tensor([float("nan")]), "NaN or Inf")):
         with pytest.raises(QuantError, match=message):
             write_wav(tmp_path / "y.wav", samples, 24000)
     assert not (tmp_path / "y.wav").exists()
@@ -182,13 +182,13 @@ def int8_linear() -> tuple[QuantizedLinear, torch.Tensor, torch.Tensor]:
     return quantize_weight(weight, QuantScheme(8, 8)), x, bias
 
 
-def test_int8_activations_in_float32_are_the_runtimes() -> None:
+def test_int8_activations_in_float32_equal_quantized_matmul() -> None:
     linear, x, bias = int8_linear()
     found = RoundingLinear(linear, bias, torch.float32, torch.device("cpu"))(x)
     assert torch.equal(found, quantized_matmul(x, linear, bias))
 
 
-def test_int8_activations_in_bfloat16_are_near() -> None:
+def test_int8_activations_in_bfloat16_are_close() -> None:
     linear, x, bias = int8_linear()
     x = x.bfloat16()
     found = RoundingLinear(linear, bias, torch.bfloat16, torch.device("cpu"))(x)
@@ -197,38 +197,38 @@ def test_int8_activations_in_bfloat16_are_near() -> None:
     assert (found.float() - exact).abs().max() < 0.01 * exact.abs().max()
 
 
-def test_dequantizing_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dequantizing_by_row_blocks_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("msmodelslim_omni.numerics.arithmetic._BLOCK_ELEMENTS", 256)
     scheme = QuantScheme(4, None, group_size=32, symmetric=False)
     linear = quantize_weight(torch.randn(20, 64), scheme)
-    assert torch.equal(dequantized(linear, torch.float32), dequantize(linear))
-    assert torch.equal(dequantized(linear, torch.bfloat16), dequantize(linear).bfloat16())
+    assert torch.equal(dequantize_by_rows(linear, torch.float32), dequantize(linear))
+    assert torch.equal(dequantize_by_rows(linear, torch.bfloat16), dequantize(linear).bfloat16())
 
 
-def test_the_dtype_follows_the_memory(outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_depends_on_available_memory(outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_HEADROOM", 0)
-    source, heard = open_source(outputs["int8"]), Heard()
+    source, progress = open_source(outputs["int8"]), RecordedProgress()
     parts = {"talker": torch.float32, "token2wav": torch.float32, "thinker": torch.float32}
     for available, dtype in ((40 << 20, torch.float32), (20 << 20, torch.bfloat16)):
         monkeypatch.setattr(module, "available_memory", lambda available=available: available)
         model = open_model(source, True)
-        fill_model(model, source, CPU, heard)
+        fill_model(model, source, CPU, progress)
         found = {name: p.dtype for name, p in model.module.named_parameters()}
         assert {name: found[name] for name in found} == {
             name: torch.float32 if name.startswith("token2wav") else dtype for name in found
         }
         assert not [name for name, tensor in model.module.state_dict().items() if tensor.is_meta]
     assert parts.keys() == {name.split(".")[0] for name in found}
-    assert heard.lines[0].startswith("cpu (as asked), float32: the weights take 27.")
-    assert heard.lines[1].startswith("cpu (as asked), bfloat16: the weights take 15.")
-    assert "on disk; int8 activations are emulated" in heard.lines[0]
+    assert progress.lines[0].startswith("cpu (as requested), float32: the weights take 27.")
+    assert progress.lines[1].startswith("cpu (as requested), bfloat16: the weights take 15.")
+    assert "on disk; int8 activations are emulated" in progress.lines[0]
     assert len(answer(outputs["int8"], max_new_tokens=3).tokens) == 3  # in bfloat16
     monkeypatch.setattr(module, "available_memory", lambda: 10 << 20)
     with pytest.raises(QuantError, match=r"10\.00 MiB of memory are available"):
         answer(outputs["int8"])
 
 
-def test_available_memory_is_told() -> None:
+def test_available_memory_is_plausible() -> None:
     available = module.available_memory()
     assert available is None or 1 << 20 < available < 1 << 50
 
@@ -242,25 +242,25 @@ def test_available_memory_is_told() -> None:
         ({"images": ["nothing.png"]}, "image '.*nothing.png' does not exist"),
         ({"audios": [IMAGE]}, "unsupported suffix"),
         ({"videos": ["https://example.org/x.mp4"]}, "is a URL; only local files are supported"),
-        ({"text": ""}, "nothing to answer"),
-        ({"text": "  "}, "nothing to answer"),
+        ({"text": ""}, "the prompt is empty"),
+        ({"text": "  "}, "the prompt is empty"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 1, "speech": "x.wav"}, "max_new_tokens is 1"),
         ({"speech": "x.wav", "speaker": "Chelsea"}, "unknown speaker 'Chelsea'. Known: Chelsie, Ethan. Did you mean"),
-        ({"speech": "x.mp3"}, "is no .wav file"),
-        ({"speech": "/nowhere/x.wav"}, "cannot be written there"),
+        ({"speech": "x.mp3"}, "is not a .wav file"),
+        ({"speech": "/nowhere/x.wav"}, "cannot be written"),
     ],
 )  # fmt: skip
-def test_faults_before_the_weights(
+def test_faults_are_found_before_the_weights_are_loaded(
     outputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
-    monkeypatch.setattr(module, "fill_model", None)  # nothing may get there
+    monkeypatch.setattr(module, "fill_model", None)  # a call would fail
     with pytest.raises(QuantError, match=message):
         answer(outputs["awq"], **options)
 
 
-def test_paths_that_are_no_checkpoint(tmp_path: Path, outputs: dict[str, Path]) -> None:
-    for path, message in ((tmp_path / "no", "does not exist"), (tmp_path, "holds no config.json")):
+def test_paths_that_are_not_checkpoints_are_refused(tmp_path: Path, outputs: dict[str, Path]) -> None:
+    for path, message in ((tmp_path / "no", "does not exist"), (tmp_path, "has no config.json")):
         with pytest.raises(QuantError, match=message):
             answer(path)
     broken = edited(outputs["awq"], tmp_path / "broken", without(f"{LINEAR}.qzeros"))
@@ -275,7 +275,7 @@ def nan_in(name: str) -> Any:
     return change
 
 
-def test_weights_that_are_wrong(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_wrong_weights_are_named(outputs: dict[str, Path], tmp_path: Path) -> None:
     norm = "thinker.visual.merger.ln_q.weight"
     for number, (change, message) in enumerate(
         [
@@ -289,22 +289,22 @@ def test_weights_that_are_wrong(outputs: dict[str, Path], tmp_path: Path) -> Non
             answer(edited(outputs["awq"], tmp_path / str(number), change))
 
 
-def test_voices_that_are_wrong(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_bad_voice_file_is_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     target = Path(shutil.copytree(outputs["awq"], tmp_path / "copy"))
     voices = target / "spk_dict.pt"
-    for content, message in ((b"no pickle", "cannot be read"), (None, "holds no spk_dict.pt")):
+    for content, message in ((b"no pickle", "cannot be read"), (None, "has no spk_dict.pt")):
         voices.unlink()
         if content is not None:
             voices.write_bytes(content)
         with pytest.raises(QuantError, match=message):
             answer(target, speech=tmp_path / "x.wav")
     torch.save({"Chelsie": {"bos_token": 1}}, voices)
-    with pytest.raises(QuantError, match="does not hold voices"):
+    with pytest.raises(QuantError, match="has no voices"):
         answer(target, speech=tmp_path / "x.wav")
     assert len(answer(target, max_new_tokens=1).tokens) == 1  # text needs no voice
 
 
-def test_a_config_of_another_shape(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_config_with_another_shape_is_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     target = Path(shutil.copytree(outputs["awq"], tmp_path / "copy"))
     edit_config(target, lambda config: config["thinker_config"]["vision_config"].update(num_heads="many"))
     with pytest.raises(QuantError, match="transformers cannot build this model"):
@@ -314,12 +314,12 @@ def test_a_config_of_another_shape(outputs: dict[str, Path], tmp_path: Path) -> 
 # --- the command ---------------------------------------------------------------------------------------------
 
 
-def test_command(outputs: dict[str, Path], tmp_path: Path) -> None:
-    words = ["generate", outputs["awq"], "--text", TEXT, "--device", "cpu"]
-    said = command(*words, "--max-new-tokens", 12).done()
-    assert said.out == answer(outputs["awq"]).text + "\n"
-    assert "float32: the weights take" in said.err and "12 tokens in" in said.err
-    assert "dequantized" in said.err and "int8" not in said.err
-    assert "is a URL" in command(*words, "--image", "http://x/y.png").fault()
-    assert "unknown device 'abacus'" in command(*words, "--device", "abacus").fault()
-    assert command(*words, "--max_new_tokens", 0).code == 2
+def test_command_prints_the_answer(outputs: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["generate", outputs["awq"], "--text", TEXT, "--device", "cpu"]
+    done = command(*arguments, "--max-new-tokens", 12).done()
+    assert done.out == answer(outputs["awq"]).text + "\n"
+    assert "float32: the weights take" in done.err and "12 tokens in" in done.err
+    assert "dequantized" in done.err and "int8" not in done.err
+    assert "is a URL" in command(*arguments, "--image", "http://x/y.png").fault()
+    assert "unknown device 'abacus'" in command(*arguments, "--device", "abacus").fault()
+    assert command(*arguments, "--max_new_tokens", 0).code == 2

@@ -1,4 +1,4 @@
-"""Recipes: what is accepted, and that every fault says file:line, the key and what is allowed."""
+"""Recipes: accepted files, and errors with file:line, the key and the allowed values."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from msmodelslim_omni.recipe.schema import (
 )
 
 # The recipe that msModelSlim ships for this model.
-THEIRS = (Path(__file__).parents[1] / "msmodelslim_recipe.yaml").read_text(encoding="utf-8")
+MSMODELSLIM_RECIPE = (Path(__file__).parents[1] / "msmodelslim_recipe.yaml").read_text(encoding="utf-8")
 
-# The smallest recipe; line numbers below count in it.
+# The smallest recipe. The tests refer to its line numbers.
 MINIMAL = """\
 apiversion: multimodal_vlm_modelslim_v1
 metadata:
-  config_id: mine
+  config_id: minimal
 spec:
   process:
     - type: linear_quant
@@ -51,14 +51,14 @@ spec:
 """
 
 
-def fault(text: str) -> QuantError:
+def parse_error(text: str) -> QuantError:
     with pytest.raises(QuantError) as caught:
         parse_recipe(text, Path("my.yaml"))
     return caught.value
 
 
 def with_spec(**changes: Any) -> str:
-    """MINIMAL as one line of flow YAML, with keys of spec replaced."""
+    """Return MINIMAL as one line of flow YAML, with keys of spec replaced."""
     data = yaml.safe_load(MINIMAL)
     data["spec"].update(changes)
     return json.dumps(data)
@@ -71,13 +71,13 @@ def with_process(*processors: dict[str, Any]) -> str:
 QCONFIG: dict[str, Any] = {"act": {}, "weight": {}}
 
 
-# --- what is accepted ----------------------------------------------------------------------------------------
+# --- accepted recipes ----------------------------------------------------------------------------------------
 
 
-def test_msmodelslims_own_recipe_runs_unchanged() -> None:
-    recipe = parse_recipe(THEIRS)
-    ((place, config),) = recipe.processors()
-    assert place == ("spec", "process", 0)
+def test_recipe_of_msmodelslim_is_accepted_unchanged() -> None:
+    recipe = parse_recipe(MSMODELSLIM_RECIPE)
+    ((location, config),) = recipe.processors()
+    assert location == ("spec", "process", 0)
     assert isinstance(config, LinearQuantConfig)
     assert (config.include, config.exclude) == (("*",), ("*audio_tower*", "*visual*"))
     assert (config.qconfig.weight.method, config.qconfig.act.scope) == ("minmax", "per_token")
@@ -86,10 +86,10 @@ def test_msmodelslims_own_recipe_runs_unchanged() -> None:
     assert [saver.type for saver in recipe.spec.save] == ["ascendv1_saver"]
     assert recipe.spec.default_text == "What are the elements can you see and hear in these medias."
     assert PROCESSORS[config.type].needs(config) == ""  # data-free
-    assert recipe.text == THEIRS
+    assert recipe.text == MSMODELSLIM_RECIPE
 
 
-def test_minimal_recipe_has_msmodelslims_defaults() -> None:
+def test_minimal_recipe_has_the_defaults_of_msmodelslim() -> None:
     recipe = parse_recipe(MINIMAL)
     assert recipe.spec.dataset == "calibVideos"
     assert recipe.spec.default_text == "Describe this image in detail."
@@ -125,7 +125,7 @@ def test_int4_and_awq_defaults() -> None:
 @pytest.mark.parametrize("size", [32, 64, 128])
 @pytest.mark.parametrize("method", ["minmax", "mse", "gptq"])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_int4_in_all_its_forms(size: int, method: str, symmetric: bool) -> None:
+def test_int4_options(size: int, method: str, symmetric: bool) -> None:
     weight = {"scope": "per_group", "dtype": "int4", "symmetric": symmetric, "method": method}
     weight["ext"] = {"group_size": size}
     text = with_process({"type": "linear_quant", "qconfig": {"weight": weight}})
@@ -136,50 +136,50 @@ def test_int4_in_all_its_forms(size: int, method: str, symmetric: bool) -> None:
 
 
 @pytest.mark.parametrize("weights", ["balanced", "tokens", {"text": 1.0, "audio": 0.0, "video": 2.5}, {"image": 1}])
-def test_modality_weights_that_are_accepted(weights: Any) -> None:
+def test_accepted_modality_weights(weights: Any) -> None:
     recipe = parse_recipe(with_spec(calibration={"modality_weights": weights}))
     assert recipe.spec.calibration.modality_weights == weights
 
 
 @pytest.mark.parametrize("quant_type", ["w4a16", "W4A16", "awq", "AWQ"])
-def test_awq_is_another_name_of_w4a16(quant_type: str) -> None:
+def test_awq_is_an_alias_of_w4a16(quant_type: str) -> None:
     for model in ("Qwen2.5-Omni-7B", "Qwen2.5-Omni-3B"):
         assert find_recipe(model, quant_type).metadata.config_id == "qwen2_5_omni_w4a16"
 
 
-def test_group_is_flattened_in_order_with_places() -> None:
+def test_group_is_flattened_in_order_with_locations() -> None:
     inner = [{"type": "smooth_quant", "alpha": "auto"}, {"type": "linear_quant", "qconfig": QCONFIG}]
     recipe = parse_recipe(with_process({"type": "iter_smooth"}, {"type": "group", "configs": inner}))
     assert isinstance(recipe.spec.process[1], GroupConfig)
-    assert [(place, config.type) for place, config in recipe.processors()] == [
+    assert [(location, config.type) for location, config in recipe.processors()] == [
         (("spec", "process", 0), "iter_smooth"),
         (("spec", "process", 1, "configs", 0), "smooth_quant"),
         (("spec", "process", 1, "configs", 1), "linear_quant"),
     ]
 
 
-def test_where_gives_the_line() -> None:
+def test_where_returns_the_line() -> None:
     recipe = parse_recipe(MINIMAL, Path("my.yaml"))
     assert recipe.where() == "my.yaml:1"
     assert recipe.where(("spec", "process")) == "my.yaml:5"
     assert recipe.where(("spec", "process", 0, "qconfig", "weight")) == "my.yaml:9"
     assert recipe.where(("spec", "save", 0, "type")) == "my.yaml:11"
-    assert recipe.where(("spec", "save", 7)) == "my.yaml:10"  # what is not there: the nearest that is
+    assert recipe.where(("spec", "save", 7)) == "my.yaml:10"  # a missing item: the line of its parent
 
 
-def test_top_level_key_that_holds_an_anchor_is_allowed_and_others_are_not() -> None:
+def test_unknown_top_level_key_needs_an_anchor() -> None:
     parse_recipe("x-anything: &a {act: {}, weight: {}}\n" + MINIMAL)
     parse_recipe("holder:\n  deep:\n    - &a 5\n" + MINIMAL)
-    assert "unknown key" in fault("holder: 5\n" + MINIMAL).message
+    assert "unknown key" in parse_error("holder: 5\n" + MINIMAL).message
 
 
 def test_key_that_only_uses_an_anchor_is_unknown() -> None:
     text = MINIMAL.replace("act: {}", "act: &a {}") + "user: *a\n"
-    assert "my.yaml:12: user: unknown key" in fault(text).message
+    assert "my.yaml:12: user: unknown key" in parse_error(text).message
 
 
-def test_a_known_key_may_hold_an_anchor() -> None:
-    assert parse_recipe(MINIMAL.replace("metadata:", "metadata: &m")).metadata.config_id == "mine"
+def test_known_key_may_hold_an_anchor() -> None:
+    assert parse_recipe(MINIMAL.replace("metadata:", "metadata: &m")).metadata.config_id == "minimal"
 
 
 def test_merge_keys() -> None:
@@ -194,13 +194,13 @@ def test_recipe_is_frozen() -> None:
         parse_recipe(MINIMAL).spec.dataset = "other"  # type: ignore[misc]
 
 
-# --- faults --------------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------
 
 SUPPORTED = ("linear_quant", "smooth_quant", "iter_smooth", "awq", "group")
 
-FAULTS: list[tuple[str, str, str, tuple[str, ...]]] = [
-    # what in MINIMAL, replaced by what; line and key; words of the message
-    ("  config_id: mine", "  config_ip: mine", "my.yaml:3: metadata.config_ip", ("unknown key", "'config_id'")),
+ERRORS: list[tuple[str, str, str, tuple[str, ...]]] = [
+    # text in MINIMAL, its replacement; line and key; words of the message
+    ("  config_id: minimal", "  config_ip: mine", "my.yaml:3: metadata.config_ip", ("unknown key", "'config_id'")),
     ("        act: {}", "        act: {scoop: x}", "my.yaml:8: spec.process[0].qconfig.act.scoop", ("scope",)),
     ("act: {}", "act: {scope: per_tensor}", "my.yaml:8", ("act.scope", "'per_tensor'", "'per_token'")),
     ("act: {}", "act: {dtype: int4}", "my.yaml:8", ("act.dtype", "'int4'", "allowed: 'int8'")),
@@ -241,15 +241,15 @@ FAULTS: list[tuple[str, str, str, tuple[str, ...]]] = [
         "my.yaml:12: spec.calibration.on_bad_sample",
         ("'fail' or 'skip'",),
     ),
-    ("  config_id: mine", "  score: -1", "my.yaml:3: metadata.score", ("'-1'",)),
-    ("  config_id: mine", "  label: {w_bit: 8}", "my.yaml:3: metadata.label.a_bit", ("missing",)),
-    ("  config_id: mine", "  label: {w_bit: 99, a_bit: 8}", "my.yaml:3: metadata.label.w_bit", ("16",)),
-    ("  config_id: mine", "  verified_model_types: x", "my.yaml:3: metadata.verified_model_types", ()),
-    ("  config_id: mine", "  5", "my.yaml:2: metadata is '5'", ()),
+    ("  config_id: minimal", "  score: -1", "my.yaml:3: metadata.score", ("'-1'",)),
+    ("  config_id: minimal", "  label: {w_bit: 8}", "my.yaml:3: metadata.label.a_bit", ("missing",)),
+    ("  config_id: minimal", "  label: {w_bit: 99, a_bit: 8}", "my.yaml:3: metadata.label.w_bit", ("16",)),
+    ("  config_id: minimal", "  verified_model_types: x", "my.yaml:3: metadata.verified_model_types", ("a list",)),
+    ("  config_id: minimal", "  5", "my.yaml:2: metadata is '5'", ()),
     ("multimodal_vlm_modelslim_v1", "modelslim_v1", "my.yaml:1: apiversion", ("'multimodal_vlm_modelslim_v1'",)),
     ("      qconfig:", "      include: []\n      qconfig:", "my.yaml:7: spec.process[0].include", ("at least one",)),
     ("      qconfig:", "      include: ['*', 5]\n      qconfig:", "my.yaml:7: spec.process[0].include", ("string",)),
-    ("      qconfig:", "      exclude: 'x'\n      qconfig:", "my.yaml:7: spec.process[0].exclude", ()),
+    ("      qconfig:", "      exclude: 'x'\n      qconfig:", "my.yaml:7: spec.process[0].exclude", ("e.g. ['x']",)),
     ("      qconfig:", "      alpha: 0.5\n      qconfig:", "my.yaml:7: spec.process[0].alpha", ("unknown key",)),
     ("spec:\n", "spek:\n", "my.yaml:4: spek", ("unknown key", "'spec'")),
     ("spec:\n", "spek:\n", "my.yaml:1: spec", ("this key is missing",)),
@@ -257,10 +257,10 @@ FAULTS: list[tuple[str, str, str, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("old", "new", "where", "words"), FAULTS)
-def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("old", "new", "where", "words"), ERRORS)
+def test_error_names_line_key_and_allowed_values(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
     assert MINIMAL.count(old) == 1
-    error = fault(MINIMAL.replace(old, new))
+    error = parse_error(MINIMAL.replace(old, new))
     (line, *_) = [line for line in error.message.split("\n") if line.startswith(where)] or [error.message]
     assert line.startswith(where)
     for word in words:
@@ -271,11 +271,11 @@ def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("weight", "key", "words"),
     [
-        ("{dtype: int4}", "weight", "int8 goes with scope per_channel, int4 and nf4 with scope per_group"),
-        ("{scope: per_group}", "weight", "int8 goes with scope per_channel, int4 and nf4 with scope per_group"),
+        ("{dtype: int4}", "weight", "int8 requires scope per_channel; int4 and nf4 require scope per_group"),
+        ("{scope: per_group}", "weight", "int8 requires scope per_channel; int4 and nf4 require scope per_group"),
         ("{symmetric: False}", "weight", "int8 weights are symmetric"),
-        ("{method: gptq}", "weight", "gptq is for int4 per_group"),
-        ("{ext: {group_size: 64}}", "weight", "ext.group_size is for scope per_group"),
+        ("{method: gptq}", "weight", "gptq requires int4 per_group"),
+        ("{ext: {group_size: 64}}", "weight", "ext.group_size requires scope per_group"),
         ("{scope: per_group, dtype: int4, ext: {group_size: 96}}", "weight.ext.group_size", "32, 64 or 128"),
         ("{scope: per_group, dtype: int4, ext: {group_size: '64'}}", "weight.ext.group_size", "32, 64 or 128"),
         ("{scope: per_group, dtype: int4, ext: {groupsize: 64}}", "weight.ext.groupsize", "'group_size'"),
@@ -283,15 +283,15 @@ def test_fault(old: str, new: str, where: str, words: tuple[str, ...]) -> None:
         ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8', 'int4' or 'nf4'"),
     ],
 )
-def test_weight_fault(weight: str, key: str, words: str) -> None:
-    message = fault(MINIMAL.replace("weight: {}", f"weight: {weight}")).message
+def test_weight_error(weight: str, key: str, words: str) -> None:
+    message = parse_error(MINIMAL.replace("weight: {}", f"weight: {weight}")).message
     assert message.startswith(f"my.yaml:9: spec.process[0].qconfig.{key}") and words in message
 
 
-def test_int4_with_rounded_activations() -> None:
-    error = fault(MINIMAL.replace("weight: {}", "weight: {scope: per_group, dtype: int4}"))
+def test_int4_with_int8_activations() -> None:
+    error = parse_error(MINIMAL.replace("weight: {}", "weight: {scope: per_group, dtype: int4}"))
     assert error.message.startswith("my.yaml:7: spec.process[0].qconfig")
-    assert "int4 weights go with float activations; leave `act` out" in error.message
+    assert "int4 weights require float activations; remove `act`" in error.message
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_int4_with_rounded_activations() -> None:
         ("{text: much}", ".text is 'much'", "number"),
     ],
 )
-def test_modality_weight_fault(weights: str, key: str, words: str) -> None:
-    message = fault(MINIMAL + f"  calibration: {{modality_weights: {weights}}}\n").message
+def test_modality_weight_error(weights: str, key: str, words: str) -> None:
+    message = parse_error(MINIMAL + f"  calibration: {{modality_weights: {weights}}}\n").message
     assert message.startswith(f"my.yaml:12: spec.calibration.modality_weights{key}")
     assert words in message and "dict[" not in message
 
@@ -331,7 +331,10 @@ def test_modality_weight_fault(weights: str, key: str, words: str) -> None:
         ({"type": "awq", "n_grid": 1000}, ("n_grid", "100")),
         ({"type": "awq", "enable_subgraph_type": ["linear-linear"]}, ("enable_subgraph_type", "'ov'", "'up-down'")),
         ({"type": "awq", "alpha": 0.5}, ("alpha", "unknown key", "n_grid")),
-        ({"type": "awq", "weight_qconfig": {"dtype": "int4"}}, ("weight_qconfig", "int4 and nf4 with scope per_group")),
+        (
+            {"type": "awq", "weight_qconfig": {"dtype": "int4"}},
+            ("weight_qconfig", "int4 and nf4 require scope per_group"),
+        ),
         ({"type": "awq", "include": []}, ("include", "at least one")),
         ({"type": "linear_quant", "qconfig": {"weight": {}}}, ("qconfig", "int8 activations", "`act: {}`")),
         ({"type": "linear_quant"}, ("qconfig", "missing")),
@@ -339,12 +342,12 @@ def test_modality_weight_fault(weights: str, key: str, words: str) -> None:
         ({"type": ["linear_quant"]}, ("processor", "is not supported", "linear_quant")),
     ],
 )
-def test_processor_fault(processor: dict[str, Any], words: tuple[str, ...]) -> None:
-    error = fault(with_process(processor))
+def test_processor_error(processor: dict[str, Any], words: tuple[str, ...]) -> None:
+    error = parse_error(with_process(processor))
     assert error.message.startswith("my.yaml:1: ")
     for word in words:
         assert word in error.message
-    assert "\n" not in error.message  # one fault, one line
+    assert "\n" not in error.message  # one line per error
 
 
 def test_float_alpha_may_be_written_as_an_integer() -> None:
@@ -353,25 +356,25 @@ def test_float_alpha_may_be_written_as_an_integer() -> None:
 
 
 @pytest.mark.parametrize("number", [".nan", ".inf"])
-def test_alpha_that_is_no_number(number: str) -> None:
+def test_alpha_must_be_finite(number: str) -> None:
     text = MINIMAL.replace(
         "- type: linear_quant", f"- {{type: smooth_quant, alpha: {number}}}\n    - type: linear_quant"
     )
-    assert "alpha" in fault(text).message
+    assert "alpha" in parse_error(text).message
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_errors_are_reported_at_once() -> None:
     text = MINIMAL.replace("act: {}", "act: {dtype: int4}").replace("config_id", "konfig")
-    lines = fault(text).message.split("\n")
+    lines = parse_error(text).message.split("\n")
     assert [line.split(": ")[0] for line in sorted(lines)] == ["my.yaml:3", "my.yaml:8"]
 
 
-def test_hundreds_of_faults_are_cut() -> None:
+def test_at_most_ten_errors_are_reported() -> None:
     extra = "".join(f"  key{i}: 1\n" for i in range(300))
-    assert len(fault(MINIMAL.replace("  config_id: mine\n", extra)).message.split("\n")) == 10
+    assert len(parse_error(MINIMAL.replace("  config_id: minimal\n", extra)).message.split("\n")) == 10
 
 
-# --- YAML that is not a recipe -------------------------------------------------------------------------------
+# --- files that are not recipes -------------------------------------------------------------------------------
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join(['*' + old] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
@@ -381,31 +384,31 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "a recipe is a mapping"),
-        ("- a\n- b\n", "a recipe is a mapping with apiversion, metadata and spec"),
-        ("just text", "a recipe is a mapping"),
+        ("", "a recipe must be a mapping"),
+        ("- a\n- b\n", "a recipe must be a mapping with apiversion, metadata and spec"),
+        ("just text", "a recipe must be a mapping"),
         ("a: b: c", "my.yaml:1: not valid YAML: mapping values are not allowed here"),
         (MINIMAL + "x: [1,\n", "not valid YAML"),
         (MINIMAL + "\tx: 1\n", "my.yaml:12: not valid YAML"),
         (MINIMAL + "x: *nowhere\n", "my.yaml:12: not valid YAML: found undefined alias"),
         (MINIMAL + "---\na: 1\n", "not valid YAML"),
         (MINIMAL + "x: \x07\n", "not valid YAML"),
-        (MINIMAL + "spec: {}\n", "my.yaml:12: key 'spec' stands twice"),
-        (MINIMAL.replace("act: {}", "act: {dtype: int8, dtype: int8}"), "my.yaml:8: key 'dtype' stands twice"),
-        (MINIMAL + BOMB, "unfolds to more than a recipe can hold"),
-        (MINIMAL + "x: &x [*x]\n", "unfolds to more than a recipe can hold"),
-        (MINIMAL + "x: &x {y: *x}\n", "unfolds to more than a recipe can hold"),
+        (MINIMAL + "spec: {}\n", "my.yaml:12: key 'spec' appears twice"),
+        (MINIMAL.replace("act: {}", "act: {dtype: int8, dtype: int8}"), "my.yaml:8: key 'dtype' appears twice"),
+        (MINIMAL + BOMB, "expanded YAML is too large for a recipe"),
+        (MINIMAL + "x: &x [*x]\n", "expanded YAML is too large for a recipe"),
+        (MINIMAL + "x: &x {y: *x}\n", "expanded YAML is too large for a recipe"),
         ("[" * 100_000, "nested too deeply"),
-        ("a: " + "[" * 60 + "]" * 60, "unfolds to more than a recipe can hold"),
+        ("a: " + "[" * 60 + "]" * 60, "expanded YAML is too large for a recipe"),
         (MINIMAL + "5: 6\n", "my.yaml:12"),
     ],
 )
-def test_not_a_recipe(text: str, words: str) -> None:
-    began = time.monotonic()
-    error = fault(text)
+def test_file_that_is_not_a_recipe(text: str, words: str) -> None:
+    start = time.monotonic()
+    error = parse_error(text)
     assert words in error.message
     assert error.message.startswith("my.yaml")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -426,10 +429,10 @@ def test_not_a_recipe(text: str, words: str) -> None:
         "{<<: 5}",
     ],
 )
-def test_values_that_yaml_cannot_build(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tags that would run code, and values that the YAML library itself stumbles over: one message with the line."""
+def test_values_that_the_yaml_library_cannot_build(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tags that would run code, and values that make the YAML library fail, give one message with the line."""
     monkeypatch.chdir(tmp_path)
-    error = fault(MINIMAL.replace("config_id: mine", f"config_id: {value}"))
+    error = parse_error(MINIMAL.replace("config_id: minimal", f"config_id: {value}"))
     assert error.message.startswith("my.yaml:3: ")
     assert list(tmp_path.iterdir()) == []
 
@@ -439,12 +442,12 @@ def write(path: Path, content: bytes) -> Path:
     return path
 
 
-def test_file_faults(tmp_path: Path) -> None:
+def test_file_errors(tmp_path: Path) -> None:
     for path, words in (
         (tmp_path / "none.yaml", "No such file"),
         (tmp_path, "cannot read the recipe"),
         (write(tmp_path / "latin.yaml", b"# caf\xe9\n" + MINIMAL.encode()), "cannot read the recipe"),
-        (write(tmp_path / "big.yaml", b"#" * (2 << 20)), f"at most {MAX_RECIPE_BYTES} are read"),
+        (write(tmp_path / "big.yaml", b"#" * (2 << 20)), f"the limit is {MAX_RECIPE_BYTES}"),
     ):
         with pytest.raises(QuantError) as caught:
             load_recipe(path)
@@ -452,7 +455,7 @@ def test_file_faults(tmp_path: Path) -> None:
         assert str(path) in caught.value.message
 
 
-def test_loaded_recipe_keeps_path_and_text(tmp_path: Path) -> None:
+def test_recipe_keeps_path_and_text(tmp_path: Path) -> None:
     path = write(tmp_path / "我的 recipe.yaml", MINIMAL.encode())
     recipe = load_recipe(str(path))
     assert recipe.path == path
@@ -519,19 +522,19 @@ def needs_data(recipe: Recipe) -> bool:
     return any(PROCESSORS[config.type].needs(config) for _, config in recipe.processors())
 
 
-def test_minmax_is_data_free_and_the_default_is_not() -> None:
+def test_minmax_recipe_is_data_free_and_the_default_is_not() -> None:
     assert needs_data(find_recipe("Qwen2.5-Omni-7B", "w8a8"))
     assert not needs_data(resolve_recipe("qwen2_5_omni_w8a8_minmax"))
 
 
-def test_best_score_comes_first() -> None:
+def test_highest_score_comes_first() -> None:
     scores = [recipe.metadata.score for recipe in shipped_recipes()]
     assert scores == sorted(scores, reverse=True)
     for model in ("Qwen2.5-Omni-7B", "Qwen2.5-Omni-3B"):
-        found = find_recipe(model, "w8a8")
-        assert found.metadata.config_id == "qwen2_5_omni_w8a8"
-        fitting = [r for r in shipped_recipes() if r.quant_type == "w8a8"]
-        assert found.metadata.score == max(r.metadata.score for r in fitting)
+        best = find_recipe(model, "w8a8")
+        assert best.metadata.config_id == "qwen2_5_omni_w8a8"
+        candidates = [r for r in shipped_recipes() if r.quant_type == "w8a8"]
+        assert best.metadata.score == max(r.metadata.score for r in candidates)
 
 
 def test_quant_type_in_capitals() -> None:
@@ -560,10 +563,10 @@ def test_recipe_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert resolve_recipe(name).metadata.config_id == "qwen2_5_omni_w8a8"
 
 
-def test_a_file_goes_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_takes_precedence_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "qwen2_5_omni_w8a8", MINIMAL.encode())
-    assert resolve_recipe("qwen2_5_omni_w8a8").metadata.config_id == "mine"
+    assert resolve_recipe("qwen2_5_omni_w8a8").metadata.config_id == "minimal"
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_omni_w8a8x", "elsewhere/qwen2_5_omni_w8a8.yaml", "x.yaml"])
@@ -599,12 +602,12 @@ def test_every_reference_of_the_schema_resolves() -> None:
 
 def find_references(node: Any) -> list[str]:
     if isinstance(node, dict):
-        own = [node["$ref"]] if "$ref" in node else []
-        return own + [ref for value in node.values() for ref in find_references(value)]
+        direct = [node["$ref"]] if "$ref" in node else []
+        return direct + [ref for value in node.values() for ref in find_references(value)]
     return [ref for value in node for ref in find_references(value)] if isinstance(node, list) else []
 
 
-def test_schema_knows_every_key_of_the_shipped_recipes() -> None:
+def test_schema_has_every_key_of_the_shipped_recipes() -> None:
     schema = recipe_schema()
     known = {key for block in [schema, *schema["$defs"].values()] for key in block.get("properties", {})}
     for recipe in shipped_recipes():

@@ -1,4 +1,4 @@
-"""README.md of an output: a header that parses, the report's figures, and nothing of a stranger's in markup."""
+"""README.md of an output: a header that parses, the figures of the report, and no markup from untrusted text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.quantized.export import export
 from msmodelslim_omni.report.documents import stored_report, write_evaluation
-from msmodelslim_omni.report.model_card import make_card, renew_evaluation, write_card
+from msmodelslim_omni.report.model_card import make_card, update_evaluation, write_card
 from msmodelslim_omni.report.report import read_report
 from msmodelslim_omni.runtime.progress import Progress
 
@@ -41,12 +41,12 @@ def published_config(hidden: int = 2048, layers: int = 36, **more: Any) -> str:
 
 @pytest.fixture
 def output(tmp_path: Path) -> Path:
-    """A folder as the formats leave it: of the published 3B's shape, with the source's other files."""
+    """An output folder before the card is written; its config has the shape of the published 3B."""
     (tmp_path / "config.json").write_text(published_config(), encoding="utf-8")
     return tmp_path
 
 
-def card_of(output: Path, **changes: Any) -> str:
+def write_and_read_card(output: Path, **changes: Any) -> str:
     write_card(output, replace(made_report(), **changes), "awq", OMNI, "apiversion: x\n")
     return (output / "README.md").read_text(encoding="utf-8")
 
@@ -56,7 +56,7 @@ def card_of(output: Path, **changes: Any) -> str:
 
 def test_header_of_a_published_model(output: Path) -> None:
     (output / "README.md").write_text(SOURCE_CARD, encoding="utf-8")
-    assert header_of(card_of(output)) == {
+    assert header_of(write_and_read_card(output)) == {
         "license": "other",
         "license_name": "qwen-research",
         "license_link": "LICENSE",
@@ -83,13 +83,13 @@ def test_header_of_a_published_model(output: Path) -> None:
 )
 def test_base_model(output: Path, config: str, base: str | None) -> None:
     (output / "config.json").write_text(config, encoding="utf-8")
-    header = header_of(card_of(output))
+    header = header_of(write_and_read_card(output))
     assert header.get("base_model") == base and ("base_model_relation" in header) == (base is not None)
     assert "license" not in header and "language" not in header
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "expected"),
     [
         ("                   Apache License\n             Version 2.0, January 2004", {"license": "apache-2.0"}),
         ("MIT License\n\nCopyright", {"license": "mit"}),
@@ -97,10 +97,10 @@ def test_base_model(output: Path, config: str, base: str | None) -> None:
         ("All rights reserved.", {"license": "other"}),
     ],
 )
-def test_licence_of_a_source_without_a_card(output: Path, text: str, found: dict[str, str]) -> None:
+def test_licence_of_a_source_without_a_card(output: Path, text: str, expected: dict[str, str]) -> None:
     (output / "LICENSE").write_text(text, encoding="utf-8")
-    header = header_of(card_of(output))
-    assert {key: header.get(key) for key in found} == found
+    header = header_of(write_and_read_card(output))
+    assert {key: header.get(key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -115,26 +115,26 @@ def test_licence_of_a_source_without_a_card(output: Path, text: str, found: dict
         "",
     ],
 )
-def test_a_header_that_is_none(output: Path, card: str) -> None:
+def test_invalid_headers_are_dropped(output: Path, card: str) -> None:
     (output / "README.md").write_text(card, encoding="utf-8")
-    header = header_of(card_of(output))
+    header = header_of(write_and_read_card(output))
     assert not {"license", "license_link", "language", "evil"} & header.keys()
     assert (output / "README.source.md").read_text(encoding="utf-8") == card
 
 
-# --- what it says --------------------------------------------------------------------------------------------
+# --- the text ------------------------------------------------------------------------------------------------
 
 
-def test_what_it_says(output: Path) -> None:
-    card = card_of(output)
+def test_card_shows_the_figures_of_the_report(output: Path) -> None:
+    card = write_and_read_card(output)
     for words in (
         "# Qwen2.5-Omni-3B, W4A16_G64", "int4 weights in groups of 64 with zero points", "2.00 MiB",
         "| audio | 0.0600 |", "| q_proj |", "43 samples, 1000 tokens (text 60.0%", "--config_path recipe.yaml",
         "apiversion: x", "AutoAWQ 0.2.9", "Not evaluated",
     ):  # fmt: skip
         assert words in card, words
-    assert "/models/" not in card and "/out/" not in card  # no folder of the machine it was made on
-    assert "12.5" not in card and "GiB" not in card  # nor what differs from run to run
+    assert "/models/" not in card and "/out/" not in card  # no local folders
+    assert "12.5" not in card and "GiB" not in card  # no values that differ between runs
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_what_it_says(output: Path) -> None:
         ("ascendv1_saver", "W8A8_DYNAMIC", "vLLM-Ascend reads this format"),
     ],
 )
-def test_how_to_load_is_told_by_format(saver: str, scheme: str, expected: str) -> None:
+def test_loading_text_depends_on_the_format(saver: str, scheme: str, expected: str) -> None:
     report = made_report()
     layers = tuple(replace(la, linears=tuple(replace(li, scheme=scheme) for li in la.linears)) for la in report.layers)
     report = replace(report, layers=layers, output_bytes={saver: 1, "other": 2})
@@ -153,19 +153,17 @@ def test_how_to_load_is_told_by_format(saver: str, scheme: str, expected: str) -
     assert expected in card and ("library_name" in header_of(card)) == (saver != "ascendv1_saver")
 
 
-def test_a_data_free_run_has_the_error_of_the_weights(output: Path) -> None:
+def test_data_free_card_shows_weight_errors(output: Path) -> None:
     free = data_free(made_report())
     card = make_card(free, "awq", "", {}, "")
-    assert (
-        "of the weights, |W - Ŵ| / |W|" in card and "no data: weights alone" in card and "| q_proj | 0.0800 |" in card
-    )
+    assert "weight error |W - Ŵ| / |W|" in card and "none (data-free)" in card and "| q_proj | 0.0800 |" in card
 
 
-def test_hostile_names_stay_names(output: Path) -> None:
+def test_hostile_names_do_not_become_markup(output: Path) -> None:
     (output / "config.json").write_text(published_config(64, 2, _name_or_path=HOSTILE), encoding="utf-8")
     recipe = f"a: 1 # {HOSTILE}\n```\n# heading\n````\n<script>alert(2)</script>"
     write_card(output, made_report(2, HOSTILE), "awq", OMNI, recipe)
-    renew_evaluation(output, made_evaluation(HOSTILE))
+    update_evaluation(output, made_evaluation(HOSTILE))
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "license" not in header_of(card)
     fence = "`" * 5
@@ -173,42 +171,42 @@ def test_hostile_names_stay_names(output: Path) -> None:
     assert "script>" not in outside and "](http" not in outside and "alert(2)" in card
 
 
-# --- beside the source's, and renewed ------------------------------------------------------------------------
+# --- the source's card, and evaluations ----------------------------------------------------------------------
 
 
-def test_the_sources_cards_are_all_kept(output: Path) -> None:
+def test_source_cards_are_kept(output: Path) -> None:
     (output / "README.md").write_text("theirs", encoding="utf-8")
     (output / "README.source.md").write_text("older", encoding="utf-8")
-    first = card_of(output)
+    first = write_and_read_card(output)
     assert (output / "README.source.md").read_text(encoding="utf-8") == "older"
     assert (output / "README.source.source.md").read_text(encoding="utf-8") == "theirs"
-    assert card_of(output) == first  # one of ours is not kept: it is made anew
-    (output / "README.md").write_text("theirs", encoding="utf-8")  # as when a stopped run copies the files again
-    assert card_of(output) == first and len(list(output.glob("README*"))) == 3
+    assert write_and_read_card(output) == first  # our own card is replaced, not kept
+    (output / "README.md").write_text("theirs", encoding="utf-8")  # an interrupted run copies the files again
+    assert write_and_read_card(output) == first and len(list(output.glob("README*"))) == 3
 
 
-def test_an_evaluation_renews_its_part_of_our_card_alone(output: Path) -> None:
-    before = card_of(output)
-    assert renew_evaluation(output, made_evaluation())
+def test_evaluation_replaces_only_its_section(output: Path) -> None:
+    before = write_and_read_card(output)
+    assert update_evaluation(output, made_evaluation())
     after = (output / "README.md").read_text(encoding="utf-8")
     assert "Not evaluated" not in after and "| top-1 agreement |" in after and "40 samples of `data`" in after
     parts = [re.split("<!-- evaluation -->.*?<!-- end of evaluation -->", t, flags=re.DOTALL) for t in (before, after)]
     assert parts[0] == parts[1] and len(parts[0]) == 2
-    assert renew_evaluation(output, made_evaluation())  # again: the figures are replaced, not added
+    assert update_evaluation(output, made_evaluation())  # again: the figures are replaced, not added
     assert (output / "README.md").read_text(encoding="utf-8") == after
 
     (output / "README.md").write_text("<!-- evaluation --> theirs <!-- end of evaluation -->", encoding="utf-8")
-    assert not renew_evaluation(output, made_evaluation())
+    assert not update_evaluation(output, made_evaluation())
     (output / "README.md").unlink()
-    assert not renew_evaluation(output, made_evaluation()) and not (output / "README.md").exists()
+    assert not update_evaluation(output, made_evaluation()) and not (output / "README.md").exists()
 
 
-# --- the whole command ---------------------------------------------------------------------------------------
+# --- through the commands ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """From a source with a card, data-free."""
+    """Output of a data-free run on a source with a card."""
     folder = tmp_path_factory.mktemp("card")
     source = Path(shutil.copytree(tiny, folder / "source"))
     (source / "README.md").write_text(SOURCE_CARD, encoding="utf-8")
@@ -216,7 +214,7 @@ def quantized(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-def test_quant_writes_a_card_and_keeps_the_sources(quantized: Path) -> None:
+def test_quant_writes_a_card_and_keeps_the_source_card(quantized: Path) -> None:
     assert (quantized / "README.source.md").read_text(encoding="utf-8") == SOURCE_CARD
     card = (quantized / "README.md").read_text(encoding="utf-8")
     header = header_of(card)
@@ -226,9 +224,9 @@ def test_quant_writes_a_card_and_keeps_the_sources(quantized: Path) -> None:
     assert diagnosis.healthy and not [f for f in diagnosis.findings if "README" in f.where or "html" in f.where]
 
 
-def test_export_makes_a_card_of_its_own(quantized: Path, tmp_path: Path) -> None:
+def test_export_writes_its_own_card(quantized: Path, tmp_path: Path) -> None:
     (quantized / "eval").mkdir(exist_ok=True)
-    (quantized / "eval" / "quant_report.html").write_text("of the other weights", encoding="utf-8")
+    (quantized / "eval" / "quant_report.html").write_text("of the exported weights", encoding="utf-8")
     command("export", quantized, "--save_path", tmp_path / "out", "--save_format", "compressed_tensors").done()
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert header_of(card)["tags"][3] == "compressed-tensors" and header_of(card)["license_name"] == "qwen-research"
@@ -245,20 +243,20 @@ def test_export_makes_a_card_of_its_own(quantized: Path, tmp_path: Path) -> None
         {"output_bytes": {"awq": "much"}},
         {"layers": [{"index": 0, "linears": [], "smoothing": [{"group": 1}], "notes": []}]},
         {"layers": 5},
-        {"nothing of ours": 1},
+        {"unknown key": 1},
     ],
 )
-def test_a_report_that_is_not_ours_is_not_believed(quantized: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+def test_foreign_reports_are_ignored(quantized: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     source = Path(shutil.copytree(quantized, tmp_path / "source"))
     stored = json.loads((source / "quant_report.json").read_text(encoding="utf-8"))
     assert stored_report(source) is not None
     (source / "quant_report.json").write_text(json.dumps({**stored, **change}), encoding="utf-8")
     assert stored_report(source) is None
     export(source, tmp_path / "out", "compressed_tensors")
-    assert "left no report" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "has no quantization report" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_report_from_before_the_rise_of_memory_was_told(quantized: Path, tmp_path: Path) -> None:
+def test_reports_without_peak_rise_by_phase_can_be_read(quantized: Path, tmp_path: Path) -> None:
     stored = asdict(read_report(quantized))
     del stored["peak_rise_by_phase"]
     (tmp_path / "quant_report.json").write_text(json.dumps(stored), encoding="utf-8")
@@ -266,13 +264,13 @@ def test_a_report_from_before_the_rise_of_memory_was_told(quantized: Path, tmp_p
     assert stored_report(tmp_path) is not None
 
 
-def test_an_evaluation_is_put_beside_the_quantization(quantized: Path, tmp_path: Path) -> None:
+def test_evaluation_page_includes_the_quantization(quantized: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(quantized, tmp_path / "out"))
-    said: list[str] = []
+    messages: list[str] = []
     progress = Progress()
-    progress.say = said.append  # type: ignore[method-assign]
+    progress.say = messages.append  # type: ignore[method-assign]
     write_evaluation(replace(made_evaluation(), quant_path=str(output)), tmp_path, progress)
     page = (tmp_path / "quant_report.html").read_text(encoding="utf-8")
     assert "Evaluation: Qwen2.5-Omni-3B" in page and "Quantization: Qwen2.5-Omni-7B" in page and "apiversion" in page
     assert "| top-1 agreement |" in (output / "README.md").read_text(encoding="utf-8")
-    assert said == [f"the figures are in {output / 'README.md'} too"]
+    assert messages == [f"added the figures to the model card {output / 'README.md'}"]

@@ -1,4 +1,4 @@
-"""The HTML page: complete, self-contained, the same bytes for the same report, and deaf to what names say."""
+"""The HTML page: complete, self-contained, deterministic, and safe with untrusted names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "f
 
 
 class Page(HTMLParser):
-    """What of a page a browser would act on."""
+    """The tags, ids, links, labels and text of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class Page(HTMLParser):
         assert not self.open, self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
+        self._record(tag, attrs)
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._note(tag, attrs)
+        self._record(tag, attrs)
 
-    def _note(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def _record(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         for name, value in attrs:
             assert not name.startswith("on"), name
@@ -77,14 +77,14 @@ def page(report: Report) -> str:
     return as_html(report, made_evaluation(), "apiversion: x\n")
 
 
-def test_everything_of_a_quantization_is_on_the_page(report: Report) -> None:
+def test_page_shows_the_quantization_report(report: Report) -> None:
     parsed = Page(as_html(report, None, "apiversion: the recipe\n  indented: yes\n"))
     expected = (
         "5.00 MiB", "2.00 MiB", "40% of 5.00 MiB", "4.25", "12.50 s", "3.00 GiB",  # headline
         "decoder layers", "W4A16_G64", "43 samples, 1,000 tokens", "60.0%",
         "Output error of each Linear", "layer 35, down_proj, W4A16_G64: 7 % (text 1 %, image 2 %",
         "Fell back to plain rounding: layer 1.", "36 of 72 groups of Linears are scaled", "the identity is best",
-        "Time by phase", "Rise of peak memory by phase", "1.00 GiB", "/models/source", "2.13.0",
+        "Time by phase", "Increase of peak memory by phase", "1.00 GiB", "/models/source", "2.13.0",
         "apiversion: the recipe", "a tensor is odd",
     )  # fmt: skip
     for words in expected:
@@ -94,46 +94,46 @@ def test_everything_of_a_quantization_is_on_the_page(report: Report) -> None:
         assert kind.rsplit(".", 1)[-1] in parsed.text
 
 
-def test_everything_of_an_evaluation_is_on_the_page(page: str) -> None:
+def test_page_shows_the_evaluation_report(page: str) -> None:
     parsed = Page(page)
     for words in (
-        "KL divergence by modality", "same likeliest token", "shared among the five likeliest", "perplexity, float",
-        "exact answers, quantized", "Exact answers before and after", "Drift of the hidden states",
-        "(72.0 to 88.0)", "0.004 (0.0036 to 0.0044)", "farthest off video", "40 samples", "few samples: data",
+        "KL divergence by modality", "same most likely token", "overlap of the 5 most likely tokens",
+        "perplexity, float", "exact answers, quantized", "Exact answers before and after", "Drift of the hidden states",
+        "(72.0 to 88.0)", "0.004 (0.0036 to 0.0044)", "highest KL video", "40 samples", "few samples: data",
     ):  # fmt: skip
         assert words in parsed.text, words
     assert parsed.text.index("Evaluation:") < parsed.text.index("Quantization:")
-    alone = Page(as_html(None, made_evaluation()))
-    assert "Quantization:" not in alone.text and "Evaluation:" in alone.text
+    evaluation_only = Page(as_html(None, made_evaluation()))
+    assert "Quantization:" not in evaluation_only.text and "Evaluation:" in evaluation_only.text
 
 
-def test_nothing_is_fetched_and_nothing_runs(page: str) -> None:
+def test_page_has_no_requests_and_no_scripts(page: str) -> None:
     parsed = Page(page)
     assert all(link.startswith("#") for link in parsed.links)
     assert not {"script", "link", "iframe", "img", "image", "object", "embed", "form", "base"} & set(parsed.tags)
     assert "url(http" not in page and "@import" not in page and "default-src &#39;none&#39;" not in page
-    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page  # and a browser is told so
+    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page  # browsers enforce it
 
 
-def test_the_page_can_be_read_aloud_and_in_the_dark(page: str) -> None:
+def test_accessibility_and_dark_mode(page: str) -> None:
     parsed = Page(page)
     assert '<html lang="en">' in page and "width=device-width" in page and "prefers-color-scheme: dark" in page
     assert len(parsed.labels) >= parsed.tags.count("svg") > 8
     assert all(len(label) > 20 for label in parsed.labels if ". " in label)
     assert parsed.tags.count("caption") == parsed.tags.count("table")
     assert len(parsed.ids) == len(set(parsed.ids))
-    # Every colour of a drawing is the style sheet's but those of the heat maps' cells.
+    # Drawings take their colours from the style sheet, except the cells of heat maps.
     colours = set(re.findall(r"#[0-9a-f]{6}", re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)))
     assert not {colour for colour in colours if colour.startswith("#0102")}
     assert "color: currentColor" not in page and "fill: currentColor" in page
 
 
-def test_the_same_report_gives_the_same_bytes(report: Report, page: str) -> None:
+def test_page_is_deterministic(report: Report, page: str) -> None:
     assert as_html(report, made_evaluation(), "apiversion: x\n") == page
     assert not re.search(r"20\d\d-\d\d-\d\d", page)
 
 
-def test_hostile_names_stay_names() -> None:
+def test_hostile_names_do_not_become_markup() -> None:
     text = as_html(made_report(2, HOSTILE), made_evaluation(HOSTILE, 2), HOSTILE)
     parsed = Page(text)
     assert "script" not in parsed.tags and "<script" not in text
@@ -141,13 +141,13 @@ def test_hostile_names_stay_names() -> None:
     assert all(link.startswith("#") for link in parsed.links)
 
 
-def test_a_data_free_run_shows_the_error_of_the_weights(report: Report) -> None:
+def test_data_free_page_shows_weight_errors(report: Report) -> None:
     text = Page(as_html(data_free(report), None)).text
-    assert "Weight error of each Linear" in text and "8 %" in text and "knows no inputs" in text
-    assert "None: the recipe rounds" in text and "Error of each layer's output" not in text
+    assert "Weight error of each Linear" in text and "8 %" in text and "has no inputs" in text
+    assert "None. The recipe is data-free" in text and "Error of each layer's output" not in text
 
 
-def test_a_report_that_knows_nearly_nothing() -> None:
+def test_nearly_empty_report() -> None:
     bare = replace(
         made_report(0), tokens_by_modality={}, parts=(), output_bytes={}, source_bytes=0, seconds=0.0,
         seconds_by_phase={}, peak_rise_by_phase={}, warnings=(), bits_per_weight=0.0,
@@ -158,7 +158,7 @@ def test_a_report_that_knows_nearly_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0, 1e300])
-def test_errors_that_are_no_common_numbers(value: float) -> None:
+def test_extreme_error_values(value: float) -> None:
     report = made_report(2)
     first = report.layers[0]
     linears = (replace(first.linears[0], output_error=value), *first.linears[1:])
@@ -166,32 +166,32 @@ def test_errors_that_are_no_common_numbers(value: float) -> None:
     Page(as_html(replace(report, layers=(odd, report.layers[1])), None))
 
 
-def test_zero_on_a_logarithmic_axis_lies_at_its_left_end() -> None:
-    """A quantized model that is its float model has a KL of zero."""
-    svg = charts.spans("kl", ["a", "b"], {"after": [(0.0, 0.0, 0.0), (1e-3, 1e-4, 1e-2)]}, "nats", True)
+def test_zero_is_at_the_left_end_of_a_logarithmic_axis() -> None:
+    """A model compared with itself has a KL of zero."""
+    svg = charts.interval_chart("kl", ["a", "b"], {"after": [(0.0, 0.0, 0.0), (1e-3, 1e-4, 1e-2)]}, "nats", True)
     assert "0.0001" in svg and "0.01" in svg
 
 
-# --- where it is written -------------------------------------------------------------------------------------
+# --- through the command -------------------------------------------------------------------------------------
 
 
-def test_quant_writes_it(tiny: Path, dataset: Path, tmp_path: Path) -> None:
+def test_quant_writes_the_page(tiny: Path, dataset: Path, tmp_path: Path) -> None:
     words = ("--dataset", dataset, "--config_path", fast_recipe(tmp_path), "--save_format", "compressed_tensors")
-    answer = quant(tiny, tmp_path / "out", *words).done()
+    result = quant(tiny, tmp_path / "out", *words).done()
     text = Page((tmp_path / "out" / "quant_report.html").read_text(encoding="utf-8")).text
     assert "Output error of each Linear" in text and "Scales by layer and group: 16 rows" in text
-    assert "alpha: 0.5" in text and "iter_smooth" in text and "pip install" not in answer.err
+    assert "alpha: 0.5" in text and "iter_smooth" in text and "pip install" not in result.err
 
 
 def test_quant_works_without_the_extra(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as the import system marks what is not there
-    answer = quant(tiny, tmp_path / "without", "--config_path", MINMAX).done()
-    assert answer.err.count("pip install 'msmodelslim_omni[report]' writes an HTML report too") == 1
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # the import system then reports it as missing
+    result = quant(tiny, tmp_path / "without", "--config_path", MINMAX).done()
+    assert result.err.count("for an HTML report, run: pip install 'msmodelslim_omni[report]'") == 1
     assert not (tmp_path / "without" / "quant_report.html").exists()
     assert (tmp_path / "without" / "quant_report.md").is_file() and (tmp_path / "without" / "README.md").is_file()
 
 
-def test_the_rise_of_memory_by_phase_is_told(tiny: Path, tmp_path: Path) -> None:
+def test_report_has_the_peak_rise_of_every_phase(tiny: Path, tmp_path: Path) -> None:
     report = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--json").done().json
     rises = report["peak_rise_by_phase"]
     assert rises.keys() == report["seconds_by_phase"].keys() and all(rise >= 0 for rise in rises.values())

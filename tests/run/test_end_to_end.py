@@ -477,9 +477,7 @@ def test_dry_run_lists_every_linear_and_writes_nothing(tiny: Path, index: Path, 
 
 
 def test_estimated_output_size(tiny: Path, plain: Path, tmp_path: Path) -> None:
-    estimated = (
-        quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run", "--json").done().json["output_bytes"]
-    )
+    answer = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run", "--json").done()
     real = sum(f.stat().st_size for f in plain.iterdir())
     assert answer.json["output_bytes"][ASCEND] == pytest.approx(real, rel=0.02)
 
@@ -489,7 +487,7 @@ def test_stdout_is_json_only(tiny: Path, index: Path, tmp_path: Path) -> None:
     written = load_json(tmp_path / "out" / "quant_report.json")
     assert answer.json.pop("seconds") > 0 and answer.json["layers"] == written["layers"]
     assert "model type Qwen2.5-Omni-7B, derived from config.json" in answer.err
-    assert answer.err.startswith("device cpu (as asked)")
+    assert answer.err.startswith("device cpu (as requested)")
 
 
 def test_max_samples_selects_by_seed(tiny: Path, tmp_path: Path) -> None:
@@ -534,7 +532,7 @@ def test_wrong_usage_exits_with_2(tiny: Path, tmp_path: Path, words: tuple[str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_flags_and_unknown_verbs_exit_with_2() -> None:
+def test_missing_flags_and_unknown_commands_exit_with_2() -> None:
     assert command("quant", "--model_path", "x").code == 2
     assert command("quantise").code == 2
 

@@ -25,7 +25,7 @@ from msmodelslim_omni.numerics import arithmetic
 from msmodelslim_omni.numerics.arithmetic import dequantize, linear_rows, quantize_weight
 from msmodelslim_omni.numerics.nf4 import (
     NF4_LEVELS,
-    nest,
+    nest_absmax,
     pack_nf4,
     unpack_nf4,
 )
@@ -80,7 +80,7 @@ def test_quantization_equals_bitsandbytes(dtype: torch.dtype, double: bool, monk
 
 def test_double_quantization_has_the_layout_of_bitsandbytes() -> None:
     absmax = torch.rand(600, generator=torch.Generator().manual_seed(0))
-    nested = nest(absmax)
+    nested = nest_absmax(absmax)
     assert nested.codes.dtype == torch.uint8 and len(nested.scales) == 3 and len(nested.levels) == 256
     assert nested.offset == float(absmax.mean())
     assert float((nested.absmax() - absmax).abs().max()) < 0.01
@@ -237,11 +237,11 @@ def test_error_without_bitsandbytes(tiny: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("qconfig", "message"),
     [
-        ("{weight: {scope: per_channel, dtype: nf4}}", "nf4 with scope per_group"),
-        ("{weight: {scope: per_group, dtype: nf4, method: gptq}}", "nf4 takes method minmax"),
+        ("{weight: {scope: per_channel, dtype: nf4}}", "nf4 require scope per_group"),
+        ("{weight: {scope: per_group, dtype: nf4, method: gptq}}", "nf4 requires method minmax"),
         ("{weight: {scope: per_group, dtype: nf4, symmetric: False}}", "symmetric: true"),
-        ("{weight: {scope: per_group, dtype: int4, ext: {double_quant: True}}}", "double_quant is for nf4"),
-        ("{act: {}, weight: {scope: per_group, dtype: nf4}}", "nf4 weights go with float activations"),
+        ("{weight: {scope: per_group, dtype: int4, ext: {double_quant: True}}}", "double_quant requires dtype nf4"),
+        ("{act: {}, weight: {scope: per_group, dtype: nf4}}", "nf4 weights require float activations"),
     ],
 )
 def test_invalid_recipes(tmp_path: Path, qconfig: str, message: str) -> None:
@@ -257,7 +257,7 @@ def test_formats_without_nf4_are_refused(tiny: Path, tmp_path: Path, saver: str)
 
 def test_int8_recipe_is_refused_by_bitsandbytes(tiny: Path, tmp_path: Path) -> None:
     message = quant(tiny, tmp_path / "out", "--quant_type", "w8a8", "--save_format", "bitsandbytes").fault()
-    assert "it holds nf4, not W8A8_DYNAMIC" in message
+    assert "bitsandbytes supports nf4, not W8A8_DYNAMIC" in message
 
 
 def state_tensor(text: str) -> torch.Tensor:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import DATA, MINMAX, WORK, Answer, change_recipe, fast_recipe, files, quant, stop_at, write_index
+from command import DATA, MINMAX, WORK, CommandResult, change_recipe, fast_recipe, files, quant, stop_at, write_index
 from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni import QuantError, quantize
@@ -230,7 +230,7 @@ def test_interrupt_message_says_how_to_resume(
 # --- interrupted in this process -----------------------------------------------------------------------------
 
 
-def resume_run(model: Path, save: Path, index: Path, recipe: Path, *words: object) -> Answer:
+def resume_run(model: Path, save: Path, index: Path, recipe: Path, *words: object) -> CommandResult:
     """`quant` with the dataset and recipe of these tests; resumes if `save` has an interrupted run."""
     return quant(model, save, "--dataset", index, "--config_path", recipe, *words)
 
@@ -251,23 +251,18 @@ def write_recipe(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(
     "field", ["recipe process", "recipe calibration", "seed", "dataset", "checkpoint", "model_type"]
 )
-def test_resume_with_other_inputs_is_refused(
-    field: str, model: Path, index: Path, recipe: Path, tmp_path: Path
-) -> None:
+def test_resume_with_other_input_is_refused(field: str, model: Path, index: Path, recipe: Path, tmp_path: Path) -> None:
     save = tmp_path / "out"
     stop_at("layers", 1, model, save, index, config_path=str(recipe))
     before = files(save)
     words: tuple[object, ...] = ("--dataset", index, "--config_path", recipe)
     text = recipe.read_text(encoding="utf-8")
     if field == "recipe process":
-        words = (
-            "--dataset",
-            index,
-            "--config_path",
-            write_recipe(tmp_path, text.replace("alpha: 0.5 ", "alpha: 0.6 ")),
-        )
+        other = write_recipe(tmp_path, text.replace("alpha: 0.5 ", "alpha: 0.6 "))
+        words = ("--dataset", index, "--config_path", other)
     elif field == "recipe calibration":
-        words = ("--dataset", index, "--config_path", write_recipe(tmp_path, text.replace("12544", "100352")))
+        other = write_recipe(tmp_path, text.replace("12544", "100352"))
+        words = ("--dataset", index, "--config_path", other)
     elif field == "seed":
         words += ("--seed", 1)
     elif field == "dataset":

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: the library's own class reads what we write and sees what we see; formats, tools, and bad input."""
+"""Qwen2.5-VL: inputs, layers and outputs against transformers, all formats and commands, and error messages."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.doctor.linears import expected_linears
 from msmodelslim_omni.doctor.names import (
-    answers,
     ascend_modules,
     awq_loaders,
     compressed_tensors_loaders,
+    loader_views,
 )
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.evaluation.run import evaluate
 from msmodelslim_omni.formats import awq, compressed_tensors
 from msmodelslim_omni.formats.job import OutLinear, OutputJob
-from msmodelslim_omni.models import MODEL_TYPES, derive_model_type, named_model_type
+from msmodelslim_omni.models import MODEL_TYPES, derive_model_type, find_model_type
 from msmodelslim_omni.models import qwen2_5_vl as vl
 from msmodelslim_omni.models.inputs import MODALITIES, LayerInput, MediaLimits, ModelInputs
-from msmodelslim_omni.models.spec import ModelSpec, renamed
+from msmodelslim_omni.models.spec import ModelSpec, apply_renaming
 from msmodelslim_omni.numerics.arithmetic import dequantize
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.quantized.export import export
@@ -49,7 +49,7 @@ SPEC = MODEL_TYPES["Qwen2.5-VL-7B-Instruct"]
 FLOAT_LINEAR = "model.layers.1.mlp.down_proj"
 IMAGE, OTHER_IMAGE = str(DATA / "images/notice_zh.png"), str(DATA / "images/coffee cup.jpg")
 CLIP, OTHER_CLIP = str(DATA / "videos/cat_pan_zh.mp4"), str(DATA / "videos/bouncing ball.mp4")
-SOUND = str(DATA / "audio/three_beeps.wav")
+AUDIO = str(DATA / "audio/three_beeps.wav")
 
 CONVERSATION = [
     {"role": "user", "content": [{"type": "image", "image": IMAGE}, {"type": "text", "text": "What is it?"}]},
@@ -61,7 +61,7 @@ MIXES: dict[str, dict[str, Any]] = {
     "answered": {"text": "三加五等于几？", "answer": "八。", "system": "Be brief."},
     "image": {"image": IMAGE, "text": "Read it.", "answer": "It is a notice."},
     "two images": {"image": [IMAGE, OTHER_IMAGE], "text": "Compare."},
-    "video with a sound that is not heard": {"video": CLIP, "text": "What moves?", "use_audio_in_video": True},
+    "video with an unused audio track": {"video": CLIP, "text": "What moves?", "use_audio_in_video": True},
     "everything": {"image": IMAGE, "video": [OTHER_CLIP, CLIP], "text": "Describe."},
     "conversation": {"messages": CONVERSATION},
 }
@@ -73,7 +73,7 @@ def model(request: pytest.FixtureRequest, tiny_vl: Path, tied_vl: Path) -> Path:
 
 
 def library_class() -> Any:
-    vl.library()
+    vl.load_transformers()
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     return Qwen2_5_VLForConditionalGeneration
@@ -82,23 +82,23 @@ def library_class() -> Any:
 # --- names and shapes ----------------------------------------------------------------------------------------
 
 
-def test_the_real_class_reads_the_tiny_model_and_saves_its_names(model: Path, tmp_path: Path) -> None:
-    loaded, said = library_class().from_pretrained(model, output_loading_info=True)
+def test_transformers_loads_and_saves_the_tiny_model(model: Path, tmp_path: Path) -> None:
+    loaded, info = library_class().from_pretrained(model, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not said[kind], kind
+        assert not info[kind], kind
     loaded.save_pretrained(tmp_path)
-    theirs = {name: tensor.shape for name, tensor in all_tensors(tmp_path).items()}
-    found = open_checkpoint(model)
-    assert {name: torch.Size(info.shape) for name, info in found.tensors.items()} == theirs
-    expected, optional = vl.expected_tensors(found.config)
-    assert {name: torch.Size(shape) for name, shape in expected.items() if name not in optional} == theirs
-    assert optional == ({"lm_head.weight"} if "lm_head.weight" not in theirs else set())
-    assert SPEC.head_of(found.config) == ("model.embed_tokens.weight" if optional else "lm_head.weight")
+    saved = {name: tensor.shape for name, tensor in all_tensors(tmp_path).items()}
+    checkpoint = open_checkpoint(model)
+    assert {name: torch.Size(tensor.shape) for name, tensor in checkpoint.tensors.items()} == saved
+    expected, optional = vl.expected_tensors(checkpoint.config)
+    assert {name: torch.Size(shape) for name, shape in expected.items() if name not in optional} == saved
+    assert optional == ({"lm_head.weight"} if "lm_head.weight" not in saved else set())
+    assert SPEC.lm_head_tensor(checkpoint.config) == ("model.embed_tokens.weight" if optional else "lm_head.weight")
 
 
-def test_a_config_that_the_library_saved_is_read_too(tied_vl: Path, tmp_path: Path) -> None:
-    """It has a text_config; the published one is flat."""
-    vl.library()
+def test_config_saved_by_transformers_is_read(tied_vl: Path, tmp_path: Path) -> None:
+    """It has a text_config, while the published config is flat."""
+    vl.load_transformers()
     from transformers import Qwen2_5_VLConfig
 
     Qwen2_5_VLConfig.from_pretrained(tied_vl).save_pretrained(tmp_path)
@@ -111,11 +111,11 @@ def test_a_config_that_the_library_saved_is_read_too(tied_vl: Path, tmp_path: Pa
     assert vl.expected_tensors(nested)[0] == vl.expected_tensors(flat)[0]
 
 
-def test_model_types_and_their_other_names() -> None:
-    assert named_model_type("Qwen2.5-VL-3B").model_type == "Qwen2.5-VL-3B-Instruct"
-    assert named_model_type("Qwen2.5-VL-7B-Instruct").model_type == "Qwen2.5-VL-7B-Instruct"
+def test_model_types_and_aliases() -> None:
+    assert find_model_type("Qwen2.5-VL-3B").model_type == "Qwen2.5-VL-3B-Instruct"
+    assert find_model_type("Qwen2.5-VL-7B-Instruct").model_type == "Qwen2.5-VL-7B-Instruct"
     with pytest.raises(QuantError, match=r"Did you mean 'Qwen2\.5-VL-7B-Instruct'"):
-        named_model_type("Qwen2.5-VL-7B-instruct")
+        find_model_type("Qwen2.5-VL-7B-instruct")
     config = {"model_type": "qwen2_5_vl", "hidden_size": 2048, "num_hidden_layers": 36}
     assert derive_model_type(config).model_type == "Qwen2.5-VL-3B-Instruct"
     nested = {"model_type": "qwen2_5_vl", "text_config": {"hidden_size": 3584, "num_hidden_layers": 28}}
@@ -125,11 +125,11 @@ def test_model_types_and_their_other_names() -> None:
             assert "qwen2_5_vl" in find_recipe(f"Qwen2.5-VL-{size}-Instruct", quant_type).metadata.config_id
 
 
-# --- what reaches the layers -----------------------------------------------------------------------------------
+# --- layer inputs --------------------------------------------------------------------------------------------
 
 
 def as_messages(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """As a user of transformers writes it; the chat template puts the system turn before it."""
+    """The conversation as users of transformers write it. The chat template adds the system turn."""
     if "messages" in entry:
         return list(entry["messages"])
     parts = []
@@ -145,8 +145,8 @@ def as_messages(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def library_inputs(entry: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
-    """The standard flow: chat template, process_vision_info, processor."""
-    vl.library()
+    """The standard processing: chat template, process_vision_info, processor."""
+    vl.load_transformers()
     from qwen_omni_utils import process_vision_info
     from transformers import Qwen2_5_VLProcessor, __version__
 
@@ -154,13 +154,13 @@ def library_inputs(entry: dict[str, Any], path: Path) -> dict[str, torch.Tensor]
     messages = as_messages(entry)
     answered = messages[-1]["role"] == "assistant"
     text = processor.apply_chat_template(messages, add_generation_prompt=not answered, tokenize=False)
-    images, videos, said = process_vision_info(messages, return_video_kwargs=True)
-    options: dict[str, Any] = {"fps": said["fps"]} if videos and __version__.startswith("4.") else {}
+    images, videos, info = process_vision_info(messages, return_video_kwargs=True)
+    options: dict[str, Any] = {"fps": info["fps"]} if videos and __version__.startswith("4.") else {}
     if videos and not options:
         lengths = [len(video) for video in videos]
         options["video_metadata"] = [
             {"fps": rate, "total_num_frames": n, "frames_indices": list(range(n))}
-            for rate, n in zip(said["fps"], lengths, strict=True)
+            for rate, n in zip(info["fps"], lengths, strict=True)
         ]
     encoded = processor(
         text=[text], images=images, videos=videos, return_tensors="pt", do_sample_frames=False, **options
@@ -173,68 +173,72 @@ def library(tied_vl: Path) -> Any:
     return library_class().from_pretrained(tied_vl, dtype=torch.float32, attn_implementation="sdpa").eval()
 
 
-def whole_model(library: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """What enters every decoder layer of the library's model, and what leaves the last before the final norm."""
-    seen: list[torch.Tensor] = []
+def full_model_states(library: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The input of every decoder layer of the transformers model, and the input of the final norm."""
+    states: list[torch.Tensor] = []
 
-    def entering(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen.append(arguments[0] if arguments else keywords["hidden_states"])
+    def record_input(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        states.append(arguments[0] if arguments else keywords["hidden_states"])
 
     decoder = library.model.language_model
-    hooks = [module.register_forward_pre_hook(entering, with_kwargs=True) for module in (*decoder.layers, decoder.norm)]
+    modules = (*decoder.layers, decoder.norm)
+    hooks = [module.register_forward_pre_hook(record_input, with_kwargs=True) for module in modules]
     with torch.inference_mode():
         library(**inputs, use_cache=False)
     for hook in hooks:
         hook.remove()
-    return seen
+    return states
 
 
-def our_inputs(entry: dict[str, Any], path: Path, folder: Path, max_pixels: int | None = None) -> ModelInputs:
+def model_inputs(entry: dict[str, Any], path: Path, folder: Path, max_pixels: int | None = None) -> ModelInputs:
     media = vl.open_media_processor(path, MediaLimits(8192, max_pixels, 2.0), False)
     (sample,) = load_calib_set(str(write_index(folder, entry)), "Describe.", SPEC).samples
     assert not sample.use_audio_in_video
     return prepare_sample(sample, media)
 
 
-def streamed(checkpoint: Checkpoint, reached: LayerInput) -> Iterator[torch.Tensor]:
-    hidden = reached.hidden
+def layer_states(checkpoint: Checkpoint, first: LayerInput) -> Iterator[torch.Tensor]:
+    """Yield the input of every decoder layer and the output of the last."""
+    hidden = first.hidden
     for index in range(vl.num_layers(checkpoint.config)):
         yield hidden
         shapes = vl.layer_spec(checkpoint.config).shapes
         weights = {name: checkpoint.load(SPEC.layer_name(index, name)).float() for name in shapes}
-        hidden = run_layer(vl.build_layer(checkpoint.config, index, weights), LayerInput(hidden, reached.arguments))
+        hidden = run_layer(vl.build_layer(checkpoint.config, index, weights), LayerInput(hidden, first.arguments))
     yield hidden
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_layer_inputs_equal_the_whole_model(mix: str, tied_vl: Path, library: Any, tmp_path: Path) -> None:
-    inputs, theirs = our_inputs(MIXES[mix], tied_vl, tmp_path), library_inputs(MIXES[mix], tied_vl)
-    assert set(inputs.tensors) == set(theirs)
-    for name, tensor in theirs.items():
+def test_layer_inputs_equal_the_full_model(mix: str, tied_vl: Path, library: Any, tmp_path: Path) -> None:
+    inputs, reference = model_inputs(MIXES[mix], tied_vl, tmp_path), library_inputs(MIXES[mix], tied_vl)
+    assert set(inputs.tensors) == set(reference)
+    for name, tensor in reference.items():
         assert torch.equal(inputs.tensors[name], tensor), name
     checkpoint = open_checkpoint(tied_vl)
     stem = vl.open_stem(checkpoint, torch.device("cpu"), 1 << 30)
-    found, expected = list(streamed(checkpoint, stem.layer_input(inputs))), whole_model(library, theirs)
-    assert len(found) == len(expected) == 5
-    for mine, wanted in zip(found, expected, strict=True):
-        assert mine.shape == wanted.shape and float((mine - wanted).norm() / wanted.norm()) < 1e-5
+    actual = list(layer_states(checkpoint, stem.layer_input(inputs)))
+    expected = full_model_states(library, reference)
+    assert len(actual) == len(expected) == 5
+    for state, expected_state in zip(actual, expected, strict=True):
+        assert state.shape == expected_state.shape
+        assert float((state - expected_state).norm() / expected_state.norm()) < 1e-5
     ids = inputs.tensors["input_ids"][0]
     assert inputs.modality.tolist() == [
         MODALITIES.index({2828: "image", 2829: "video"}.get(token, "text")) for token in ids.tolist()
     ]
 
 
-def test_the_norm_is_the_librarys(tied_vl: Path, library: Any) -> None:
+def test_norm_equals_transformers(tied_vl: Path, library: Any) -> None:
     checkpoint = open_checkpoint(tied_vl)
     norm = vl.build_norm(checkpoint.config, checkpoint.load(SPEC.norm).float())
     x = torch.randn(1, 5, 256, generator=torch.Generator().manual_seed(0))
     assert torch.equal(norm(x), library.model.language_model.norm(x))
 
 
-def test_max_pixels_reaches_fetching_and_processor(tied_vl: Path, tmp_path: Path) -> None:
+def test_max_pixels_limits_images_and_videos(tied_vl: Path, tmp_path: Path) -> None:
     limit = 32 * 28 * 28
-    small = our_inputs(MIXES["everything"], tied_vl, tmp_path, max_pixels=limit)
-    large = our_inputs(MIXES["everything"], tied_vl, tmp_path)
+    small = model_inputs(MIXES["everything"], tied_vl, tmp_path, max_pixels=limit)
+    large = model_inputs(MIXES["everything"], tied_vl, tmp_path)
     for kind in ("image", "video"):
         grids = (inputs.tensors[f"{kind}_grid_thw"][:, 1:].prod(1) * 14 * 14 for inputs in (small, large))
         smaller, larger = (int(grid.max()) for grid in grids)
@@ -246,18 +250,18 @@ def test_max_pixels_reaches_fetching_and_processor(tied_vl: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def outputs(tied_vl: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every format, data-free, of the tied model, with one Linear left float."""
+    """Data-free outputs of the tied model in every format, with one Linear kept float."""
     return quantize_all(tied_vl, tmp_path_factory.mktemp("vl") / "outputs", FLOAT_LINEAR)
 
 
 @pytest.mark.parametrize("name", ["ascend", "int8", "awq", "packed", "symmetric"])
-def test_doctor_finds_nothing(name: str, outputs: dict[str, Path], tied_vl: Path) -> None:
-    found = [finding for finding in examine(outputs[name], tied_vl).findings if finding.level != "ok"]
-    # AutoAWQ's list cannot tell one layer from another.
-    assert {finding.code for finding in found} == ({"autoawq_cannot_say"} if name == "awq" else set())
+def test_doctor_finds_no_problem(name: str, outputs: dict[str, Path], tied_vl: Path) -> None:
+    problems = [finding for finding in examine(outputs[name], tied_vl).findings if finding.level != "ok"]
+    # AutoAWQ's list of excluded names cannot name a single layer.
+    assert {finding.code for finding in problems} == ({"autoawq_cannot_say"} if name == "awq" else set())
 
 
-def test_only_the_decoder_is_quantized_and_the_rest_kept(outputs: dict[str, Path], tied_vl: Path) -> None:
+def test_only_the_decoder_is_quantized(outputs: dict[str, Path], tied_vl: Path) -> None:
     source = all_tensors(tied_vl)
     for name, path in outputs.items():
         kept = all_tensors(path)
@@ -267,7 +271,7 @@ def test_only_the_decoder_is_quantized_and_the_rest_kept(outputs: dict[str, Path
                 assert torch.equal(kept[key].view(torch.uint8), tensor.view(torch.uint8)), (name, key)
 
 
-def test_ascend_describes_the_lm_head_that_vllm_asks_for(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_ascend_description_lists_the_tied_lm_head(outputs: dict[str, Path], tmp_path: Path) -> None:
     description = json.loads((outputs["ascend"] / "quant_model_description.json").read_text())
     assert description["lm_head.weight"] == "FLOAT"
     assert description["visual.blocks.0.attn.qkv.weight"] == "FLOAT"
@@ -279,30 +283,30 @@ def test_ascend_describes_the_lm_head_that_vllm_asks_for(outputs: dict[str, Path
     assert (fault.code, fault.where) == ("description_missing_entry", "lm_head.weight")
 
 
-@pytest.mark.parametrize(("one", "other"), [("awq", "packed"), ("packed", "awq"), ("ascend", "int8")])
+@pytest.mark.parametrize(("source", "target"), [("awq", "packed"), ("packed", "awq"), ("ascend", "int8")])
 def test_export_gives_the_tensors_of_a_direct_run(
-    one: str, other: str, outputs: dict[str, Path], tmp_path: Path
+    source: str, target: str, outputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    save_format = {"awq": "awq", "packed": "compressed_tensors", "int8": "compressed_tensors"}[other]
-    export(outputs[one], tmp_path / "out", save_format)
-    mine, wanted = all_tensors(tmp_path / "out"), all_tensors(outputs[other])
-    assert mine.keys() == wanted.keys()
-    assert all(torch.equal(mine[key].view(torch.uint8), wanted[key].view(torch.uint8)) for key in wanted)
-    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", outputs[other])]
+    save_format = {"awq": "awq", "packed": "compressed_tensors", "int8": "compressed_tensors"}[target]
+    export(outputs[source], tmp_path / "out", save_format)
+    actual, expected = all_tensors(tmp_path / "out"), all_tensors(outputs[target])
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key].view(torch.uint8), expected[key].view(torch.uint8)) for key in expected)
+    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", outputs[target])]
     assert configs[0] == configs[1]
 
 
-def test_generate_answers_as_the_library_does(model: Path, tmp_path: Path) -> None:
+def test_generate_equals_transformers(model: Path, tmp_path: Path) -> None:
     entry = {"image": IMAGE, "video": OTHER_CLIP, "text": "What is it?"}
     loaded = library_class().from_pretrained(model, dtype=torch.float32, attn_implementation="sdpa").eval()
-    limited = our_inputs(entry, model, tmp_path, max_pixels=768 * 28 * 28).tensors
+    limited = model_inputs(entry, model, tmp_path, max_pixels=768 * 28 * 28).tensors
     ids = loaded.generate(**limited, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    wanted = ids[0, limited["input_ids"].shape[1] :].tolist()
+    expected = ids[0, limited["input_ids"].shape[1] :].tolist()
     answer = generate(model, entry["text"], images=[IMAGE], videos=[OTHER_CLIP], max_new_tokens=8, device="cpu")
-    assert answer.tokens == wanted
+    assert answer.tokens == expected
 
 
-def test_eval_gives_the_figures_of_the_librarys_whole_models(
+def test_eval_equals_the_full_models_of_transformers(
     outputs: dict[str, Path], tied_vl: Path, library: Any, tmp_path: Path
 ) -> None:
     entries = [MIXES["answered"], MIXES["image"], MIXES["everything"]]
@@ -314,46 +318,46 @@ def test_eval_gives_the_figures_of_the_librarys_whole_models(
         module.weight.data = dequantize(output.load_linear(name))
     kl: dict[str, list[float]] = {}
     for kind, entry in zip(("text", "image", "video"), entries, strict=True):
-        inputs = our_inputs(entry, tied_vl, tmp_path / kind, max_pixels=200704)
+        inputs = model_inputs(entry, tied_vl, tmp_path / kind, max_pixels=200704)
         with torch.inference_mode():
             p, q = (m(**inputs.tensors, use_cache=False).logits[0].double().log_softmax(-1) for m in (library, other))
         of_text = [t for t in range(len(inputs.modality) - 1) if inputs.modality[t + 1] == 0]
         scored = range(inputs.answer[0] - 1, inputs.answer[1] - 1) if inputs.answer else of_text
         kl[kind] = [float((p[t].exp() * (p[t] - q[t])).sum()) for t in scored]
-    kl["image"] += kl["video"]  # the last sample holds both
+    kl["image"] += kl["video"]  # the last sample has both
     for kind, values in kl.items():
         assert report.by_modality[kind].positions == len(values)
         assert report.by_modality[kind].kl_mean.value == pytest.approx(sum(values) / len(values), rel=1e-4)
-    itself = evaluate(tied_vl, tied_vl, str(tmp_path), device="cpu", save_path=tmp_path / "itself")
-    assert itself.overall.kl_mean.value == 0.0 and itself.overall.exact_float == itself.overall.exact_quant
+    same = evaluate(tied_vl, tied_vl, str(tmp_path), device="cpu", save_path=tmp_path / "same")
+    assert same.overall.kl_mean.value == 0.0 and same.overall.exact_float == same.overall.exact_quant
 
 
 @pytest.mark.parametrize("name", ["int8", "awq"])
-def test_generate_takes_quantized_ones(name: str, outputs: dict[str, Path]) -> None:
+def test_generate_with_quantized_checkpoints(name: str, outputs: dict[str, Path]) -> None:
     assert generate(outputs[name], "Why?", images=[IMAGE], max_new_tokens=3, device="cpu").tokens
 
 
 def test_calibrated_run_with_the_shipped_recipe(tiny_vl: Path, tmp_path: Path) -> None:
-    """Samples with audio are left out, with the reason; the others bring their modalities."""
+    """Samples with audio are skipped with a reason. All others are used."""
     index = write_index(
         tmp_path / "data",
         {"text": "Why is the sky blue?", "answer": "Short waves scatter most."},
-        {"audio": SOUND, "text": "How many?"},
+        {"audio": AUDIO, "text": "How many?"},
         {"image": IMAGE, "text": "Read it."},
         {"video": CLIP, "text": "What moves?"},
     )
     quant(tiny_vl, tmp_path / "out", "--quant_type", "w8a8", "--dataset", index).done()
     report = json.loads((tmp_path / "out" / "quant_report.json").read_text())
     assert report["samples"] == 3 and set(report["tokens_by_modality"]) == {"text", "image", "video"}
-    told = "sample skipped: index.jsonl:2: audio: Qwen2.5-VL-7B-Instruct does not take it"
-    assert any(told in warning for warning in report["warnings"])
+    skipped = "sample skipped: index.jsonl:2: audio is not supported by Qwen2.5-VL-7B-Instruct"
+    assert any(skipped in warning for warning in report["warnings"])
     assert not [finding for finding in examine(tmp_path / "out", tiny_vl).findings if finding.level != "ok"]
 
 
-# --- prompts alone -------------------------------------------------------------------------------------------
+# --- text prompts --------------------------------------------------------------------------------------------
 
 
-def test_a_list_of_prompts_calibrates(tied_vl: Path, tmp_path: Path) -> None:
+def test_calibration_on_a_list_of_prompts(tied_vl: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Why is the sky blue?\n\n  三加五等于几？\n{not json}\n", encoding="utf-8")
     texts = [sample.messages[-1]["content"][0]["text"] for sample in load_calib_set(str(prompts), "", SPEC).samples]
@@ -364,18 +368,18 @@ def test_a_list_of_prompts_calibrates(tied_vl: Path, tmp_path: Path) -> None:
     assert report["samples"] == 3 and set(report["tokens_by_modality"]) == {"text"}
 
 
-def test_the_shipped_prompts_are_texts_of_some_length() -> None:
+def test_shipped_prompts() -> None:
     calib = load_calib_set("prompts", "", SPEC)
     assert len(calib.samples) >= 32 and not calib.warnings
     assert {kind for sample in calib.samples for kind in sample.modalities()} == {"text"}
     recipe = find_recipe("Qwen2.5-VL-3B-Instruct", "w4a16")
-    assert recipe.metadata.config_id == "qwen2_5_vl_w4a16"  # the one with media is the default
+    assert recipe.metadata.config_id == "qwen2_5_vl_w4a16"  # the recipe with media is the default
 
 
-# --- bad input -----------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------------
 
 
-def fault_of(model: Path, **options: Any) -> QuantError:
+def preparation_error(model: Path, **options: Any) -> QuantError:
     with pytest.raises(QuantError) as caught:
         prepare(QuantRequest(model, device="cpu", **options))
     return caught.value
@@ -390,56 +394,57 @@ def recipe_with(folder: Path, include: str) -> str:
     return str(path)
 
 
-def test_model_types_of_the_other_family(tiny: Path, tiny_vl: Path) -> None:
-    error = fault_of(tiny_vl, model_type="Qwen2.5-Omni-7B")
-    assert "config.json has model_type 'qwen2_5_vl'; Qwen2.5-Omni-7B is 'qwen2_5_omni'" in error.message
+def test_model_type_of_the_other_family(tiny: Path, tiny_vl: Path) -> None:
+    error = preparation_error(tiny_vl, model_type="Qwen2.5-Omni-7B")
+    assert "config.json has model_type 'qwen2_5_vl'; Qwen2.5-Omni-7B requires 'qwen2_5_omni'" in error.message
     assert "--model_type Qwen2.5-VL-7B-Instruct" in error.hint
-    error = fault_of(tiny, model_type="Qwen2.5-VL-3B")
-    assert "config.json has model_type 'qwen2_5_omni'; Qwen2.5-VL-3B-Instruct is 'qwen2_5_vl'" in error.message
+    error = preparation_error(tiny, model_type="Qwen2.5-VL-3B")
+    assert "config.json has model_type 'qwen2_5_omni'; Qwen2.5-VL-3B-Instruct requires 'qwen2_5_vl'" in error.message
     assert "--model_type Qwen2.5-Omni-7B" in error.hint
 
 
 @pytest.mark.parametrize("weights", ["vl", "omni"])
 def test_config_of_the_other_family(weights: str, tiny: Path, tied_vl: Path, tmp_path: Path) -> None:
-    mine, other = (tied_vl, tiny) if weights == "vl" else (tiny, tied_vl)
-    mixed = shutil.copytree(mine, tmp_path / "mixed")
+    source, other = (tied_vl, tiny) if weights == "vl" else (tiny, tied_vl)
+    mixed = shutil.copytree(source, tmp_path / "mixed")
     shutil.copy(other / "config.json", mixed / "config.json")
-    error = fault_of(mixed)
-    said, real = ("qwen2_5_omni", "qwen2_5_vl") if weights == "vl" else ("qwen2_5_vl", "qwen2_5_omni")
-    assert f"config.json has model_type '{said}', but the tensors are named as those of '{real}'" in error.message
+    error = preparation_error(mixed)
+    declared, actual = ("qwen2_5_omni", "qwen2_5_vl") if weights == "vl" else ("qwen2_5_vl", "qwen2_5_omni")
+    assert f"config.json has model_type '{declared}', but the tensor names are those of '{actual}'" in error.message
     assert {"vl": "Qwen2.5-VL", "omni": "Qwen2.5-Omni"}[weights] in error.hint
 
 
 @pytest.mark.parametrize("weights", ["vl", "omni"])
 def test_model_type_of_the_other_family_in_a_config(weights: str, tiny: Path, tied_vl: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tied_vl if weights == "vl" else tiny, tmp_path / "copy")
-    said, real = ("qwen2_5_omni", "qwen2_5_vl") if weights == "vl" else ("qwen2_5_vl", "qwen2_5_omni")
-    edit_config(copy, lambda config: config.update(model_type=said))
-    assert f"'{said}', but the tensors are named as those of '{real}'" in fault_of(copy).message
+    declared, actual = ("qwen2_5_omni", "qwen2_5_vl") if weights == "vl" else ("qwen2_5_vl", "qwen2_5_omni")
+    edit_config(copy, lambda config: config.update(model_type=declared))
+    assert f"'{declared}', but the tensor names are those of '{actual}'" in preparation_error(copy).message
 
 
 @pytest.mark.parametrize("more", [{}, {"image": IMAGE, "text": "Both?"}])
-def test_audio_is_refused_with_the_line(more: dict[str, str], tiny_vl: Path, tmp_path: Path) -> None:
-    index = write_index(tmp_path, {"text": "Hello"}, {"audio": SOUND, **more})
+def test_error_on_audio_names_the_line(more: dict[str, str], tiny_vl: Path, tmp_path: Path) -> None:
+    index = write_index(tmp_path, {"text": "Hello"}, {"audio": AUDIO, **more})
     recipe = tmp_path / "strict.yaml"
     text = find_recipe("Qwen2.5-VL-7B-Instruct", "w8a8").text
     recipe.write_text(text.replace("on_bad_sample: skip", "on_bad_sample: fail"), encoding="utf-8")
-    error = fault_of(tiny_vl, dataset=str(index), config_path=str(recipe))
-    assert "index.jsonl:2: audio: Qwen2.5-VL-7B-Instruct does not take it; it takes text, image, video" in error.message
+    error = preparation_error(tiny_vl, dataset=str(index), config_path=str(recipe))
+    expected = "index.jsonl:2: audio is not supported by Qwen2.5-VL-7B-Instruct, which supports text, image, video"
+    assert expected in error.message
     assert "on_bad_sample" in error.hint
-    told = command("generate", tiny_vl, "--audio", SOUND, "--text", "How many?").fault()
-    assert "Qwen2.5-VL-7B-Instruct does not take it" in told
+    message = command("generate", tiny_vl, "--audio", AUDIO, "--text", "How many?").fault()
+    assert "audio is not supported by Qwen2.5-VL-7B-Instruct" in message
 
 
-def test_lm_head_in_a_recipe(tiny_vl: Path, tied_vl: Path, tmp_path: Path) -> None:
+def test_error_on_lm_head_in_a_recipe(tiny_vl: Path, tied_vl: Path, tmp_path: Path) -> None:
     recipe = recipe_with(tmp_path, "*lm_head*")
-    assert "decides the token" in fault_of(tiny_vl, config_path=recipe).message
-    error = fault_of(tied_vl, config_path=recipe)
-    assert "asks for lm_head (lm_head)" in error.message
-    assert "it is tied to model.embed_tokens.weight, and stored as that alone" in error.message
+    assert "selects the output token" in preparation_error(tiny_vl, config_path=recipe).message
+    error = preparation_error(tied_vl, config_path=recipe)
+    assert "selects lm_head (lm_head)" in error.message
+    assert "it is tied to model.embed_tokens.weight and not stored itself" in error.message
 
 
-def test_a_tied_lm_head_may_be_in_the_files_all_the_same(tied_vl: Path, tmp_path: Path) -> None:
+def test_stored_tied_lm_head_is_accepted(tied_vl: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tied_vl, tmp_path / "copy")
     tensors = all_tensors(copy)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -447,10 +452,10 @@ def test_a_tied_lm_head_may_be_in_the_files_all_the_same(tied_vl: Path, tmp_path
     assert not prepare(QuantRequest(copy, device="cpu", config_path="qwen2_5_vl_w8a8_minmax")).plan.warnings
 
 
-def test_an_lm_head_that_is_missing(tied_vl: Path, tmp_path: Path) -> None:
+def test_error_on_a_missing_lm_head(tied_vl: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tied_vl, tmp_path / "copy")
     edit_config(copy, lambda config: config.update(tie_word_embeddings=False))
-    assert "tensor lm_head.weight is missing" in fault_of(copy).message
+    assert "tensor lm_head.weight is missing" in preparation_error(copy).message
 
 
 @pytest.mark.parametrize(
@@ -462,18 +467,18 @@ def test_an_lm_head_that_is_missing(tied_vl: Path, tmp_path: Path) -> None:
         ("ascend", "ascend W8A8_DYNAMIC"),
     ],
 )
-def test_a_quantized_source_says_its_scheme(name: str, scheme: str, outputs: dict[str, Path]) -> None:
-    assert f"is already quantized ({scheme})" in fault_of(outputs[name]).message
+def test_error_on_a_quantized_source_names_its_scheme(name: str, scheme: str, outputs: dict[str, Path]) -> None:
+    assert f"is already quantized ({scheme})" in preparation_error(outputs[name]).message
 
 
-def test_no_speech(outputs: dict[str, Path], tied_vl: Path, tmp_path: Path) -> None:
-    with pytest.raises(QuantError, match="a qwen2_5_vl answers in text alone"):
+def test_error_on_speech(outputs: dict[str, Path], tied_vl: Path, tmp_path: Path) -> None:
+    with pytest.raises(QuantError, match="a qwen2_5_vl answers in text only"):
         generate(tied_vl, "Hello", speech=tmp_path / "x.wav", device="cpu")
-    with pytest.raises(QuantError, match="a qwen2_5_vl has no parts that speak"):
+    with pytest.raises(QuantError, match="a qwen2_5_vl has no speech parts"):
         export(outputs["awq"], tmp_path / "out", "compressed_tensors", thinker_only=True)
 
 
-def test_recipes_of_vl_match_every_pattern(tiny_vl: Path) -> None:
+def test_every_pattern_of_the_vl_recipes_matches(tiny_vl: Path) -> None:
     for path in sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")):
         if SPEC.model_type in load_recipe(path).metadata.verified_model_types:
             options = {"config_path": str(path)}
@@ -481,21 +486,21 @@ def test_recipes_of_vl_match_every_pattern(tiny_vl: Path) -> None:
             assert not [warning for warning in warnings if "pattern" in warning], path
 
 
-# --- the real shapes -----------------------------------------------------------------------------------------
+# --- published shapes ----------------------------------------------------------------------------------------
 
-# Parameters and entries of the state dict as published and as the library counts them.
-REAL = {"vl-3b": (3_754_622_976, 825), "vl-7b": (8_292_166_656, 729)}
+# Published numbers of parameters, and entries of the state dict in transformers.
+PUBLISHED = {"vl-3b": (3_754_622_976, 825), "vl-7b": (8_292_166_656, 729)}
 
 
-@pytest.mark.parametrize("name", REAL)
-def test_every_loader_converts_the_decoder_of_the_real_models_alone(name: str) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_loader_converts_only_the_decoder(name: str) -> None:
     config = vl_config(VL_SHAPES[name], "bfloat16")
     model = derive_model_type(config)
     assert model.model_type == {"vl-3b": "Qwen2.5-VL-3B-Instruct", "vl-7b": "Qwen2.5-VL-7B-Instruct"}[name]
     expected, optional = vl.expected_tensors(config)
     stored = {tensor: shape for tensor, shape in expected.items() if tensor not in optional}
-    # The library counts a tied lm_head as an entry of its own.
-    assert (sum(torch.Size(shape).numel() for shape in stored.values()), len(expected)) == REAL[name]
+    # transformers counts a tied lm_head as a separate entry.
+    assert (sum(torch.Size(shape).numel() for shape in stored.values()), len(expected)) == PUBLISHED[name]
     linears = sorted(expected_linears(expected))
     decoder = {linear for linear in linears if linear.startswith("model.layers.")}
     assert len(decoder) == 7 * vl.num_layers(config)
@@ -504,10 +509,11 @@ def test_every_loader_converts_the_decoder_of_the_real_models_alone(name: str) -
         awq_loaders(model, awq.modules_to_not_convert(job), decoder),
         compressed_tensors_loaders(model, compressed_tensors.quantization_config(job)["ignore"], ["Linear"]),
     ):
-        found = list(answers(loaders, linears))
-        assert {"transformers 4.57, full class", "transformers 5.x, full class", "vLLM"} <= {a.loader for a in found}
-        for answer in found:
-            assert answer.taken == decoder and not answer.split, answer.loader
+        results = list(loader_views(loaders, linears))
+        names = {result.loader for result in results}
+        assert {"transformers 4.57, full class", "transformers 5.x, full class", "vLLM"} <= names
+        for result in results:
+            assert result.converted == decoder and not result.split, result.loader
     assert "language_model.lm_head" in ascend_modules(model, linears)
 
 
@@ -521,11 +527,11 @@ def output_job(linears: list[str], model: ModelSpec) -> OutputJob:
     return OutputJob(items, (), model.ignore_patterns, model.config_paths, {}, Path(), ())
 
 
-def test_names_of_modules_are_the_librarys(tiny_vl: Path) -> None:
-    """Ours of transformers are checked against the class itself, so that a fault of one table is seen."""
+def test_module_names_equal_transformers(tiny_vl: Path) -> None:
+    """Checks the renaming tables of this package against the class itself."""
     modules = dict(library_class().from_pretrained(tiny_vl).named_modules())
-    theirs = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
+    expected = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
     (full,) = SPEC.loaders.classes
     on_disk = expected_linears(vl.expected_tensors(open_checkpoint(tiny_vl).config)[0])
     for renaming in (full.modules, full.modules_5):
-        assert {renamed(name, renaming) for name in on_disk} == theirs
+        assert {apply_renaming(name, renaming) for name in on_disk} == expected

@@ -1,4 +1,4 @@
-"""W4A16 from end to end on the tiny Omni: both layouts of one run, what is reported, and what is said of hard cases."""
+"""W4A16 end to end on the tiny Omni: both layouts of one run, the report, and fallbacks to plain rounding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from command import DATA, files, int4_recipe, quant, stop_at, thinker_inputs, write_index
 from make_tiny_omni import make_tiny_omni
 from safetensors.torch import load_file, save_file
-from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, load_thinker, logits, relative
+from test_end_to_end import decoder, linear_names, load_checkpoint, load_json, load_thinker, logits, relative_difference
 from test_resume import finished_layers, start
 from tiny_layer import arguments
 
@@ -38,7 +38,7 @@ LAYERS = 4
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six samples of every modality, with tokens enough for GPTQ on every Linear."""
+    """Six samples that cover every modality, with enough tokens for GPTQ on every Linear."""
     return write_index(
         tmp_path_factory.mktemp("data"),
         {"text": "Why is the sky blue?", "answer": "Short waves scatter most."},
@@ -57,7 +57,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def both(tiny: Path, index: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scaled, clipped and rounded by GPTQ; in both layouts from one run."""
+    """Scaled, clipped and rounded by GPTQ, written in both layouts by one run."""
     save = tmp_path_factory.mktemp("runs") / "both"
     quant(tiny, save, "--config_path", recipe, "--dataset", index).done()
     return save
@@ -83,11 +83,11 @@ def packed_weight(tensors: Tensors, name: str) -> torch.Tensor:
     return torch.from_numpy(dequantizers.dequantize_packed(packed, scale, shape, zeros))
 
 
-def test_report_says_what_was_gained(both: Path) -> None:
+def test_report(both: Path) -> None:
     report = report_of(both / AWQ)
     assert report == report_of(both / COMPRESSED)
     assert report["samples"] == 6 and set(report["tokens_by_modality"]) == {"text", "image", "audio", "video"}
-    # 4 bits, and 16 + 4 for the scale and the zero point of every 128 weights.
+    # 4 bits per weight, and 16 + 4 bits for the scale and zero point of every 128 weights.
     assert report["bits_per_weight"] == pytest.approx(4 + 20 / 128, rel=1e-3)
     assert len(report["layers"]) == LAYERS
     for layer in report["layers"]:
@@ -101,18 +101,18 @@ def test_report_says_what_was_gained(both: Path) -> None:
     assert min(layer["error_over_plain"] for layer in report["layers"]) < 0.8
     assert {"towers", "forward", "awq", "linear_quant", "check", "propagate"} <= set(report["seconds_by_phase"])
     page = (both / AWQ / "quant_report.md").read_text(encoding="utf-8")
-    assert "4.156 bits per weight" in page and "over plain" in page and "int8" not in page
+    assert "4.156 bits per weight" in page and "vs. plain" in page and "int8" not in page
 
 
 def test_both_layouts_hold_the_same_weights(tiny: Path, both: Path) -> None:
-    """Through a reader of their descriptions; of one run they are the same numbers, not just near ones."""
+    """Decoded by independent readers of the formats, the weights are bitwise equal."""
     gemm, packed, source = load_checkpoint(both / AWQ), load_checkpoint(both / COMPRESSED), load_checkpoint(tiny)
     for name in linear_names():
-        mine, theirs = gemm_weight(gemm, name), packed_weight(packed, name)
-        assert torch.equal(mine, theirs), name
-        assert mine.shape == source[f"{name}.weight"].shape
+        gemm_values, packed_values = gemm_weight(gemm, name), packed_weight(packed, name)
+        assert torch.equal(gemm_values, packed_values), name
+        assert gemm_values.shape == source[f"{name}.weight"].shape
         codes = dequantizers.gemm_codes(gemm[f"{name}.qweight"].numpy())
-        assert set(range(16)) == set(codes.flatten().tolist()), "codes that are never used"
+        assert set(range(16)) == set(codes.flatten().tolist()), "unused codes"
         if f"{name}.bias" in source:
             torch.testing.assert_close(gemm[f"{name}.bias"].float(), packed[f"{name}.bias"].float(), rtol=1e-3, atol=0)
     others = set(source) - {f"{n}.{part}" for n in linear_names() for part in ("weight", "bias")}
@@ -124,12 +124,12 @@ def test_both_layouts_hold_the_same_weights(tiny: Path, both: Path) -> None:
 
 @pytest.fixture(scope="module")
 def samples(tiny: Path, index: Path) -> list[dict[str, Any]]:
-    """Those of the calibration, and one that it has not seen, as keyword arguments of the thinker."""
+    """The calibration samples as keyword arguments of the thinker."""
     return thinker_inputs(tiny, index, 50176)
 
 
 def quantized_thinker(tiny: Path, written: Tensors) -> Any:
-    """The float thinker with the norms and biases of an output and its Linears' weights dequantized."""
+    """The float thinker with the norms, biases and dequantized weights of an output."""
     thinker = load_thinker(tiny)
     for number, layer in enumerate(decoder(thinker).layers):
         prefix = f"thinker.model.layers.{number}."
@@ -140,88 +140,91 @@ def quantized_thinker(tiny: Path, written: Tensors) -> Any:
     return thinker
 
 
-def test_outputs_are_nearer_than_those_of_plain_rounding(
+def test_outputs_have_a_smaller_error_than_plain_rounding(
     tiny: Path, index: Path, both: Path, samples: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    """The whole model from the files, against the float one; and the scaling alone is exact but for the rounding."""
+    """The full model is loaded from the files and compared with the float model."""
     plain = int4_recipe(tmp_path, method="minmax", scale=False)
     quant(tiny, tmp_path / "plain", "--config_path", plain, "--save_format", AWQ).done()
     exact = logits(load_thinker(tiny), samples)
-    mine = relative(logits(quantized_thinker(tiny, load_checkpoint(both / AWQ)), samples), exact)
-    theirs = relative(logits(quantized_thinker(tiny, load_checkpoint(tmp_path / "plain")), samples), exact)
-    assert mine < 0.8 * theirs
+    error = relative_difference(logits(quantized_thinker(tiny, load_checkpoint(both / AWQ)), samples), exact)
+    plain_tensors = load_checkpoint(tmp_path / "plain")
+    plain_error = relative_difference(logits(quantized_thinker(tiny, plain_tensors), samples), exact)
+    assert error < 0.8 * plain_error
     report = report_of(tmp_path / "plain")
     assert report["data_free"] and all(layer["error_over_plain"] is None for layer in report["layers"])
 
 
-# --- the same again ------------------------------------------------------------------------------------------
+# --- determinism ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Text alone: no tower is run."""
+    """Text samples only, so that no tower runs."""
     texts = ({"text": f"Sentence {'very ' * n}long."} for n in range(20, 120, 20))
     return write_index(tmp_path_factory.mktemp("text"), *texts)
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe in which every layer sees the float model's hidden states."""
+def no_propagation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe in which every layer gets the float model's hidden states."""
     return int4_recipe(tmp_path_factory.mktemp("other"), propagate_error=False)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Path, text: Path, other: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    save = tmp_path_factory.mktemp("runs") / "whole"
-    quant(tiny, save, "--config_path", other, "--dataset", text).done()
+def uninterrupted(
+    tiny: Path, text: Path, no_propagation: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    save = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    quant(tiny, save, "--config_path", no_propagation, "--dataset", text).done()
     return files(save)
 
 
 def test_two_runs_give_the_same_bytes(
-    tiny: Path, text: Path, other: Path, undisturbed: dict[str, bytes], tmp_path: Path
+    tiny: Path, text: Path, no_propagation: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
-    quant(tiny, tmp_path / "again", "--config_path", other, "--dataset", text).done()
-    assert files(tmp_path / "again") == undisturbed
+    quant(tiny, tmp_path / "repeated", "--config_path", no_propagation, "--dataset", text).done()
+    assert files(tmp_path / "repeated") == uninterrupted
 
 
-@pytest.mark.full  # what W8A8 is asked in test_resume.py
-def test_killed_run_goes_on_to_the_same_bytes(
+@pytest.mark.full  # test_resume.py covers W8A8
+def test_killed_run_resumes_to_the_same_bytes(
     tiny: Path,
     text: Path,
-    other: Path,
-    undisturbed: dict[str, bytes],
+    no_propagation: Path,
+    uninterrupted: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SIGKILL once a layer is finished, while the next is worked on and another may be read or written."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as here: the last bits of a sum depend on the number of threads
-    save, words = tmp_path / "out", ("--config_path", other, "--dataset", text)
-    run = start(tiny, save, tmp_path / "said", *words)
+    """SIGKILL after the first layer, while the next is computed and another may be read or written."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process, because sums depend on it
+    save, words = tmp_path / "out", ("--config_path", no_propagation, "--dataset", text)
+    run = start(tiny, save, tmp_path / "log", *words)
     run.wait_until(lambda: finished_layers(save) >= 1)
     assert run.stop(signal.SIGKILL) == -signal.SIGKILL, run.messages
     assert finished_layers(save) >= 1
     answer = quant(tiny, save, *words).done()
     assert "resuming at layer" in answer.err
-    assert files(save) == undisturbed
+    assert files(save) == uninterrupted
 
 
-def test_a_run_of_another_recipe_is_not_gone_on_with(small: Path, tmp_path: Path) -> None:
+def test_resume_with_another_recipe_is_refused(small: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path / "data", {"text": "One sentence."})
     stop_at("layers", 1, small, tmp_path / "out", index, config_path=str(int4_recipe(tmp_path)))
-    for change, named in (
+    for change, field in (
         ({"method": "mse"}, "recipe process"),
         ({"modality_weights": {"text": 1.0}}, "recipe calibration"),
     ):
         recipe = int4_recipe(tmp_path, **change)
         message = quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index).fault()
-        assert f"{named} was " in message and "--overwrite" in message
+        assert f"{field} was " in message and "--overwrite" in message
 
 
-# --- hard cases are said -------------------------------------------------------------------------------------
+# --- fallback to plain rounding ------------------------------------------------------------------------------
 
 
 def test_too_few_tokens_for_gptq_are_reported(small: Path, tmp_path: Path) -> None:
-    """Few are few for a Linear with many inputs and enough for one with fewer."""
+    """The same tokens are too few for a Linear with many inputs and enough for a Linear with fewer."""
     index = write_index(tmp_path / "data", {"text": "Hi."}, {"text": "Ho."})
     save = tmp_path / "out"
     words = ("--config_path", int4_recipe(tmp_path), "--dataset", index, "--max_samples", 1)
@@ -232,8 +235,8 @@ def test_too_few_tokens_for_gptq_are_reported(small: Path, tmp_path: Path) -> No
     for layer in report["layers"]:
         for group, inputs in (("qkv", 256), ("o", 256), ("gate_up", 256), ("down", 512)):
             note = (
-                f"{group}: {tokens} tokens are too few for GPTQ on {inputs} inputs (it takes"
-                f" {round(TOKENS_PER_INPUT * inputs)}); rounded to the nearest level on searched clips instead"
+                f"{group}: {tokens} tokens are too few for GPTQ on {inputs} inputs (it needs"
+                f" {round(TOKENS_PER_INPUT * inputs)}); rounded to the nearest level with a clip search instead"
             )
             assert (note in layer["notes"]) == (tokens < TOKENS_PER_INPUT * inputs)
         assert layer["error_over_plain"] <= 1
@@ -251,30 +254,30 @@ def rewrite(folder: Path, change: Any) -> None:
         save_file(tensors, shard, {"format": "pt"})
 
 
-def codes_already(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Weights that are levels of the int4 grid, the whole range used in every group of 128."""
+def grid_weights(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """Weights on the levels of the int4 grid, with the full range used in every group of 128."""
     codes = torch.randint(-8, 8, weight.shape, generator=torch.Generator().manual_seed(len(name))).float()
     codes[:, ::128], codes[:, 1::128] = -8, 7
     return codes / 128
 
 
-def test_a_layer_that_plain_rounding_keeps_exactly_is_plainly_rounded(small: Path, tmp_path: Path) -> None:
-    """Nothing can be nearer: the report says that it fell back, and not that something else would have been better."""
+def test_layer_without_rounding_error_falls_back(small: Path, tmp_path: Path) -> None:
+    """Plain rounding is exact here. The report shows the fallback and no note that the search was better."""
     model = Path(shutil.copytree(small, tmp_path / "model"))
-    rewrite(model, lambda name, weight: codes_already(name, weight) if ".layers.1." in name else weight)
+    rewrite(model, lambda name, weight: grid_weights(name, weight) if ".layers.1." in name else weight)
     index = write_index(tmp_path / "data", *({"text": f"A {'very ' * 40}long sentence {n}."} for n in range(3)))
     quant(model, tmp_path / "out", "--config_path", int4_recipe(tmp_path), "--dataset", index).done()
     first, second = report_of(tmp_path / "out" / AWQ)["layers"]
     assert first["error_over_plain"] < 1 and first["notes"] == []
     assert second["error_over_plain"] == 1.0 and second["output_error"] == 0.0
     assert all(entry["alpha"] is None for entry in second["smoothing"])
-    assert not any("0.000x" in note for note in second["notes"]), "nothing would have been better"
+    assert not any("0.000x" in note for note in second["notes"]), "no search result can be better"
     written, source = load_checkpoint(tmp_path / "out" / AWQ), load_checkpoint(model)
     for name in (name for name in linear_names() if ".layers.1." in name):
         assert torch.equal(gemm_weight(written, name), source[f"{name}.weight"].float())
 
 
-def test_a_layer_that_stays_float_is_not_said_to_fall_back(small: Path, tmp_path: Path) -> None:
+def test_float_layer_is_not_reported_as_fallback(small: Path, tmp_path: Path) -> None:
     index = write_index(tmp_path / "data", *({"text": f"A {'very ' * 40}long sentence {n}."} for n in range(3)))
     recipe = int4_recipe(tmp_path, exclude=("*.layers.0.*",))
     quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index).done()
@@ -286,7 +289,7 @@ def test_a_layer_that_stays_float_is_not_said_to_fall_back(small: Path, tmp_path
 
 
 def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
-    """A plan, one of its layers as loaded, and the layer's probe on random hidden states."""
+    """A plan, its first layer as loaded, and a probe that has watched the layer on random hidden states."""
     index = write_index(folder / "data", {"text": "One sentence."})
     plan = prepare(QuantRequest(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index))).plan
     layer = plan.layers[0]
@@ -300,7 +303,7 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     return plan, loaded, probe
 
 
-def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_path: Path) -> None:
+def test_layer_worse_than_plain_rounding_falls_back(small: Path, tmp_path: Path) -> None:
     plan, loaded, probe = layer_for(small, tmp_path)
     plain = {
         linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"))
@@ -313,35 +316,35 @@ def test_a_layer_worse_than_plain_rounding_is_plainly_rounded(small: Path, tmp_p
         work, quantized={**plain, "mlp.up_proj": replace(plain["mlp.up_proj"], scales=9 * plain["mlp.up_proj"].scales)}
     )
 
-    found, errors = layers._no_worse_than_rounding(plan, loaded, worse, probe)
-    assert found.over_plain == 1.0
-    assert found.smoothing == (SmoothingRecord("qkv", None, 1.0, "reverted: as searched"),)
-    assert found.weights is loaded.weights and not found.changed  # norms and biases of the checkpoint, no factors
-    for linear, quantized in found.quantized.items():
+    kept, errors = layers._no_worse_than_rounding(plan, loaded, worse, probe)
+    assert kept.over_plain == 1.0
+    assert kept.smoothing == (SmoothingRecord("qkv", None, 1.0, "reverted: as searched"),)
+    assert kept.weights is loaded.weights and not kept.changed  # nothing is folded in
+    for linear, quantized in kept.quantized.items():
         assert torch.equal(quantized.qweight, plain[linear].qweight)
         assert torch.equal(quantized.scales, plain[linear].scales)
-    assert found.notes[0] == "before"
-    of_worse, of_found = (probe.errors(layers._module(plan, made)) for made in (worse, found))
-    torch.testing.assert_close(errors[0], of_found[0], rtol=1e-4, atol=0.0)
-    ratio = (probe.weighted_error(of_worse) / probe.weighted_error(of_found)) ** 0.5
-    assert ratio > 2 and found.notes[1].startswith("fell back to plain rounding") and f"{ratio:.3f}x" in found.notes[1]
+    assert kept.notes[0] == "before"
+    worse_errors, kept_errors = (probe.errors(layers._module(plan, result)) for result in (worse, kept))
+    torch.testing.assert_close(errors[0], kept_errors[0], rtol=1e-4, atol=0.0)
+    ratio = (probe.weighted_error(worse_errors) / probe.weighted_error(kept_errors)) ** 0.5
+    assert ratio > 2 and kept.notes[1].startswith("fell back to plain rounding") and f"{ratio:.3f}x" in kept.notes[1]
 
 
-def test_a_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path) -> None:
+def test_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path) -> None:
     plan, loaded, probe = layer_for(small, tmp_path)
     exact = {linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="mse"))
              for linear, scheme in loaded.schemes.items()}  # fmt: skip
-    better = replace(loaded, quantized={"mlp.up_proj": exact["mlp.up_proj"]})  # all others as they are
-    found, _ = layers._no_worse_than_rounding(plan, loaded, better, probe)
-    assert found.quantized is better.quantized and found.notes == ()
-    assert found.over_plain is not None and 0 < found.over_plain < 1
+    better = replace(loaded, quantized={"mlp.up_proj": exact["mlp.up_proj"]})  # all others unquantized
+    kept, _ = layers._no_worse_than_rounding(plan, loaded, better, probe)
+    assert kept.quantized is better.quantized and kept.notes == ()
+    assert kept.over_plain is not None and 0 < kept.over_plain < 1
 
 
-# --- the say of each modality --------------------------------------------------------------------------------
+# --- modality weights ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("weights", "words"),
+    ("weights", "expected"),
     [
         ({"video": 1.0}, "a weight for video, but no sample of"),
         ({"text": 1.0, "audio": 1.0, "image": 0.5}, "a weight for image"),
@@ -349,28 +352,28 @@ def test_a_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path)
         ({}, "all modality weights are zero"),
     ],
 )
-def test_modality_weights_that_do_not_fit_the_data(
-    weights: dict[str, float], words: str, small: Path, tmp_path: Path
+def test_modality_weights_that_contradict_the_data(
+    weights: dict[str, float], expected: str, small: Path, tmp_path: Path
 ) -> None:
     sound = {"audio": str(DATA / "audio" / "three_beeps.wav"), "text": "How many?"}
     index = write_index(tmp_path / "data", {"text": "Hi."}, sound)
     recipe = int4_recipe(tmp_path, modality_weights=weights)
     message = quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index, "--dry_run").fault()
-    assert words in message and "int4.yaml:1" in message
+    assert expected in message and "int4.yaml:1" in message
     if "video" in weights:
         assert "the samples have audio, text" in message and "add samples with that modality" in message
     assert not (tmp_path / "out").exists()
 
 
-def test_modality_weights_change_what_is_written(tiny: Path, index: Path, both: Path, tmp_path: Path) -> None:
+def test_modality_weights_change_the_output(tiny: Path, index: Path, both: Path, tmp_path: Path) -> None:
     recipe = int4_recipe(tmp_path, modality_weights={"audio": 1.0})
     quant(tiny, tmp_path / "audio", "--config_path", recipe, "--dataset", index, "--save_format", AWQ).done()
-    heard, every = (load_checkpoint(folder) for folder in (tmp_path / "audio", both / AWQ))
-    assert all(not torch.equal(heard[f"{name}.qweight"], every[f"{name}.qweight"]) for name in linear_names())
+    audio, mixed = (load_checkpoint(folder) for folder in (tmp_path / "audio", both / AWQ))
+    assert all(not torch.equal(audio[f"{name}.qweight"], mixed[f"{name}.qweight"]) for name in linear_names())
 
 
-def test_the_only_weighed_modality_may_be_left_out_with_its_samples(small: Path, tmp_path: Path) -> None:
-    """The sound is longer than max_tokens allows, and is skipped; nothing that has a say is left."""
+def test_error_if_all_samples_of_the_weighted_modalities_are_skipped(small: Path, tmp_path: Path) -> None:
+    """The audio sample exceeds max_tokens and is skipped, so that no sample with a weight remains."""
     sound = {"audio": str(DATA / "audio" / "letters.wav"), "text": "Which letters?"}
     index = write_index(tmp_path / "data", {"text": "Hi."}, sound)
     limits = {"max_tokens": 50, "on_bad_sample": "skip"}
@@ -379,10 +382,10 @@ def test_the_only_weighed_modality_may_be_left_out_with_its_samples(small: Path,
     assert "modality_weights" in message and "index.jsonl:2" in message
 
 
-# --- other ways to the same scheme ---------------------------------------------------------------------------
+# --- dry runs ------------------------------------------------------------------------------------------------
 
 
-def test_shipped_recipe_by_its_name(tiny: Path, index: Path, tmp_path: Path) -> None:
+def test_shipped_recipe_by_quant_type(tiny: Path, index: Path, tmp_path: Path) -> None:
     words = ("--quant_type", "awq", "--dataset", index, "--dry_run", "--json")
     answer = quant(tiny, tmp_path / "out", *words).done().json
     assert {linear["scheme"] for linear in answer["linears"]} == {"W4A16_G128"}
@@ -390,10 +393,10 @@ def test_shipped_recipe_by_its_name(tiny: Path, index: Path, tmp_path: Path) -> 
     assert answer["output_bytes"].keys() == {"awq"}
 
 
-def test_foretold_size_is_that_of_the_files(tiny: Path, index: Path, recipe: Path, both: Path, tmp_path: Path) -> None:
+def test_estimated_size_matches_the_files(tiny: Path, index: Path, recipe: Path, both: Path, tmp_path: Path) -> None:
     words = ("--config_path", recipe, "--dataset", index, "--dry_run", "--json")
-    foretold = quant(tiny, tmp_path / "out", *words).done().json
+    estimated = quant(tiny, tmp_path / "out", *words).done().json
     for name in (AWQ, COMPRESSED):
         real = sum(file.stat().st_size for file in (both / name).iterdir())
-        assert foretold["output_bytes"][name] == pytest.approx(real, rel=0.02)
-    assert foretold["disk_bytes"] > sum(foretold["output_bytes"].values())
+        assert estimated["output_bytes"][name] == pytest.approx(real, rel=0.02)
+    assert estimated["disk_bytes"] > sum(estimated["output_bytes"].values())

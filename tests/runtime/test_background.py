@@ -1,4 +1,4 @@
-"""The thread beside the main one: results, faults, and that nothing is left running."""
+"""The background thread: results, exceptions, and no thread left at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.runtime.background import Background, one_ahead
+from msmodelslim_omni.runtime.background import Background, prefetch
 
 
 def test_result_of_a_call() -> None:
@@ -22,22 +22,22 @@ def test_result_of_a_call() -> None:
         assert not background.busy
 
 
-def test_one_call_after_the_other() -> None:
+def test_calls_in_sequence() -> None:
     with Background() as background:
         for number in range(5):
             background.start(lambda n: n * n, number)
             assert background.result() == number * number
 
 
-def test_call_runs_beside_the_main_thread() -> None:
-    meeting = threading.Barrier(2, timeout=10)
+def test_call_runs_concurrently() -> None:
+    barrier = threading.Barrier(2, timeout=10)
     with Background() as background:
-        background.start(meeting.wait)
-        meeting.wait()  # neither would come here alone
+        background.start(barrier.wait)
+        barrier.wait()  # passes only if both threads arrive
         background.result()
 
 
-def test_what_a_call_raises_is_raised_by_result() -> None:
+def test_result_raises_the_exception_of_the_call() -> None:
     def fail() -> None:
         raise QuantError("the disk is full", "free some space")
 
@@ -46,28 +46,28 @@ def test_what_a_call_raises_is_raised_by_result() -> None:
         with pytest.raises(QuantError, match="the disk is full") as caught:
             background.result()
         assert caught.value.hint == "free some space"
-        assert not background.busy  # and it can be used again
+        assert not background.busy  # the thread can be reused
         background.start(int, "7")
         assert background.result() == 7
 
 
-@pytest.mark.parametrize("by_fault", [False, True])
-def test_leaving_the_block_waits_for_the_call(by_fault: bool) -> None:
-    """What is being written is whole afterwards, however the block is left."""
+@pytest.mark.parametrize("by_exception", [False, True])
+def test_exit_waits_for_the_call(by_exception: bool) -> None:
+    """A write in progress completes, whether the block ends normally or by an exception."""
     done: list[str] = []
 
     def write() -> None:
         time.sleep(0.2)
         done.append("written")
 
-    with pytest.raises(KeyboardInterrupt) if by_fault else nullcontext(), Background() as background:
+    with pytest.raises(KeyboardInterrupt) if by_exception else nullcontext(), Background() as background:
         background.start(write)
-        if by_fault:
+        if by_exception:
             raise KeyboardInterrupt
     assert done == ["written"]
 
 
-def test_no_thread_is_left() -> None:
+def test_thread_ends_with_the_block() -> None:
     before = threading.active_count()
     with Background() as background:
         background.start(time.sleep, 0)
@@ -75,51 +75,51 @@ def test_no_thread_is_left() -> None:
     assert threading.active_count() == before
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_one_ahead_gives_each_in_order_and_makes_no_more_than_the_next(ahead: bool) -> None:
-    made: list[int] = []
+@pytest.mark.parametrize("enabled", [False, True])
+def test_prefetch_keeps_order_and_computes_one_item_ahead(enabled: bool) -> None:
+    computed: list[int] = []
 
     def square(number: int) -> int:
-        made.append(number)
+        computed.append(number)
         return number * number
 
     for count in (0, 1, 4):
-        made.clear()
-        found = []
-        with one_ahead(square, range(count), ahead) as squares:
-            for done, each in enumerate(squares, 1):
-                found.append(each)
-                assert len(made) <= min(count, done + ahead)
-        assert found == [number * number for number in range(count)]
-        assert made == list(range(count))
+        computed.clear()
+        results = []
+        with prefetch(square, range(count), enabled) as squares:
+            for received, result in enumerate(squares, 1):
+                results.append(result)
+                assert len(computed) <= min(count, received + enabled)
+        assert results == [number * number for number in range(count)]
+        assert computed == list(range(count))
 
 
-def test_one_ahead_makes_the_next_meanwhile() -> None:
-    meeting = threading.Barrier(2, timeout=10)
-    with one_ahead(lambda number: number and meeting.wait(), range(2)) as results:
+def test_prefetch_computes_the_next_item_concurrently() -> None:
+    barrier = threading.Barrier(2, timeout=10)
+    with prefetch(lambda number: number and barrier.wait(), range(2)) as results:
         assert next(results) == 0
-        meeting.wait()  # neither would come here alone
+        barrier.wait()  # passes only if both threads arrive
         next(results)
 
 
-def test_one_ahead_holds_nothing_that_it_gave() -> None:
+def test_prefetch_keeps_no_reference_to_results() -> None:
     class Weight:
         pass
 
-    with one_ahead(lambda number: Weight(), range(3)) as weights:
+    with prefetch(lambda number: Weight(), range(3)) as weights:
         weight = next(weights)
-        seen = weakref.ref(weight)
+        reference = weakref.ref(weight)
         del weight
-        assert seen() is None
+        assert reference() is None
 
 
-def test_one_ahead_raises_what_the_call_raises_in_its_turn() -> None:
+def test_prefetch_raises_an_exception_at_its_item() -> None:
     def fail(number: int) -> int:
         if number:
             raise QuantError("cannot be read")
         return number
 
-    with one_ahead(fail, range(2)) as results:
+    with prefetch(fail, range(2)) as results:
         assert next(results) == 0
         with pytest.raises(QuantError, match="cannot be read"):
             next(results)

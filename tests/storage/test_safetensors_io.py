@@ -1,4 +1,4 @@
-"""The reader and writer against the safetensors library, and against files that lie."""
+"""The reader and the writers, compared with the safetensors library, and with invalid files."""
 
 from __future__ import annotations
 
@@ -51,52 +51,52 @@ def random_tensor(dtype: torch.dtype, shape: tuple[int, ...], seed: int = 0) -> 
 
 
 def every_kind() -> dict[str, torch.Tensor]:
-    """All dtypes, each as a matrix, without dimensions, and empty in two ways."""
+    """Each dtype as a matrix, as a scalar, and as two kinds of empty tensor."""
     tensors = {}
     for number, (name, dtype) in enumerate(TORCH_DTYPES.items()):
         tensors[f"{name}.matrix"] = random_tensor(dtype, (3, 5), number)
         tensors[f"{name}.scalar"] = random_tensor(dtype, (), number)
         tensors[f"{name}.empty"] = torch.empty((0,), dtype=dtype)
-        tensors[f"{name}.hollow"] = torch.empty((2, 0, 3), dtype=dtype)
+        tensors[f"{name}.empty_dimension"] = torch.empty((2, 0, 3), dtype=dtype)
     return tensors
 
 
-def assert_same(found: torch.Tensor, true: torch.Tensor) -> None:
-    assert found.dtype == true.dtype and found.shape == true.shape
-    assert raw_bytes(found) == raw_bytes(true)
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert actual.dtype == expected.dtype and actual.shape == expected.shape
+    assert raw_bytes(actual) == raw_bytes(expected)
 
 
-# --- with the library, both ways -----------------------------------------------------------------------------
+# --- against the library, in both directions -----------------------------------------------------------------
 
 
-def test_library_reads_what_we_write(tmp_path: Path) -> None:
+def test_library_reads_our_files(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, every_kind(), {"format": "pt"})
-    found = safetensors.torch.load_file(path)
-    assert found.keys() == every_kind().keys()
+    loaded = safetensors.torch.load_file(path)
+    assert loaded.keys() == every_kind().keys()
     for name, tensor in every_kind().items():
-        assert_same(found[name], tensor)
+        assert_same(loaded[name], tensor)
     with safetensors.safe_open(path, "pt") as opened:
         assert opened.metadata() == {"format": "pt"}
 
 
-def test_we_read_what_the_library_writes(tmp_path: Path) -> None:
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     safetensors.torch.save_file(every_kind(), path, {"format": "pt"})
-    found = read_header(path)
-    assert found.keys() == every_kind().keys()
+    infos = read_header(path)
+    assert infos.keys() == every_kind().keys()
     for name, tensor in every_kind().items():
-        assert (found[name].shape, found[name].nbytes) == (tuple(tensor.shape), tensor.nbytes)
-        assert_same(load_tensor(found[name]), tensor)
+        assert (infos[name].shape, infos[name].nbytes) == (tuple(tensor.shape), tensor.nbytes)
+        assert_same(load_tensor(infos[name]), tensor)
 
 
-def test_our_bytes_are_the_librarys(tmp_path: Path) -> None:
+def test_bytes_equal_those_of_the_library(tmp_path: Path) -> None:
     tensors = {"a": random_tensor(torch.float32, (4, 3)), "b": random_tensor(torch.int8, (5,))}
     write_tensors(tmp_path / "ours", tensors)
     assert (tmp_path / "ours").read_bytes() == safetensors.torch.save(tensors)
 
 
-def test_file_by_hand(tmp_path: Path) -> None:
+def test_written_file_equals_expected_bytes(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"b": torch.tensor([1, -1], dtype=torch.int8), "a": torch.tensor([2.0])})
     header = (
@@ -119,15 +119,15 @@ def test_dtype_names_are_a_bijection() -> None:
 
 @given(st.dictionaries(st.text(min_size=1, max_size=8), st.lists(st.integers(0, 4), max_size=3), max_size=5))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_names_and_shapes_come_back(tmp_path: Path, shapes: dict[str, list[int]]) -> None:
+def test_any_names_and_shapes_round_trip(tmp_path: Path, shapes: dict[str, list[int]]) -> None:
     shapes = {n: s for n, s in shapes.items() if n != "__metadata__" and n.isprintable()}
     tensors = {name: random_tensor(torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
     path = tmp_path / "x.safetensors"
     write_tensors(path, tensors)
-    found = read_header(path)
-    assert found.keys() == tensors.keys()
+    infos = read_header(path)
+    assert infos.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert_same(load_tensor(found[name]), tensor)
+        assert_same(load_tensor(infos[name]), tensor)
 
 
 # --- reading parts -------------------------------------------------------------------------------------------
@@ -148,16 +148,16 @@ def test_read_bytes_from_the_middle(tmp_path: Path) -> None:
     assert list(buffer) == [40, 41, 42, 43, 44]
 
 
-def test_file_that_shrank_after_its_header_was_read(tmp_path: Path) -> None:
+def test_file_truncated_after_its_header_was_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"t": torch.ones(1000)})
     info = read_header(path)["t"]
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(QuantError, match=r"x\.safetensors.*'t' ends early"):
+    with pytest.raises(QuantError, match=r"x\.safetensors.*ends within tensor 't'"):
         load_tensor(info)
 
 
-def test_file_that_vanished(tmp_path: Path) -> None:
+def test_file_deleted_after_its_header_was_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"t": torch.ones(10)})
     info = read_header(path)["t"]
@@ -168,10 +168,10 @@ def test_file_that_vanished(tmp_path: Path) -> None:
         read_header(path)
 
 
-# --- files that lie ------------------------------------------------------------------------------------------
+# --- invalid files -------------------------------------------------------------------------------------------
 
 
-def file_of(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
+def file_bytes(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:
     encoded = header if isinstance(header, bytes) else json.dumps(header).encode()
     return (len(encoded) if length is None else length).to_bytes(8, "little") + encoded + data
 
@@ -183,43 +183,46 @@ def entry(begin: Any, end: Any, shape: Any = (4,), dtype: Any = "U8") -> dict[st
 GOOD = {"a": entry(0, 4), "b": entry(4, 8)}
 EIGHT = bytes(range(8))
 
-LIES: dict[str, tuple[bytes, str]] = {
-    "empty": (b"", "claims 0 bytes in a file of 0"),
+INVALID: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "claims 0 bytes, the file has 0"),
     "seven bytes": (b"1234567", "claims"),
-    "header beyond the file": (file_of(GOOD, EIGHT, length=500), "claims 500 bytes"),
-    "huge header": (file_of(GOOD, EIGHT, length=2**63), "claims 9223372036854775808 bytes"),
-    "not JSON": (file_of(b"{not json"), "header is not JSON"),
-    "not UTF-8": (file_of(b'{"\xff": 1}'), "header is not JSON"),
-    "nested too deeply": (file_of(b"[" * 100_000), "header is not JSON"),
-    "no object": (file_of([1, 2]), "not a JSON object"),
-    "entry is a number": (file_of({"a": 5}), "'a' has no dtype, shape and data_offsets"),
-    "entry is null": (file_of({"a": None}), "'a' has no dtype"),
-    "no shape": (file_of({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, EIGHT), "'a' has no dtype, shape"),
-    "one offset": (file_of({"a": {**entry(0, 4), "data_offsets": [0]}}, EIGHT), "'a' has no dtype"),
-    "shape is a number": (file_of({"a": entry(0, 4, 4)}, EIGHT[:4]), "'a' has no dtype"),
-    "unknown dtype": (file_of({"a": entry(0, 4, dtype="F4")}, EIGHT[:4]), "'a' has the unknown dtype 'F4'"),
-    "dtype is a list": (file_of({"a": entry(0, 4, dtype=["U8"])}, EIGHT[:4]), "'a' has no dtype"),
-    "negative size": (file_of({"a": entry(0, 4, (-4,))}, EIGHT[:4]), "'a' has impossible numbers"),
-    "negative offset": (file_of({"a": entry(-4, 0)}, EIGHT[:4]), "'a' has impossible numbers"),
-    "fractions": (file_of({"a": entry(0, 4, (4.0,))}, EIGHT[:4]), "'a' has impossible numbers"),
-    "true for one": (file_of({"a": entry(0, 1, (True,))}, b"1"), "'a' has impossible numbers"),
-    "text for a number": (file_of({"a": entry(0, "4")}, EIGHT[:4]), "'a' has impossible numbers"),
-    "too many dimensions": (file_of({"a": entry(0, 1, [1] * 40)}, b"1"), "'a' has impossible numbers"),
-    "enormous shape": (file_of({"a": entry(0, 4, (2**60,))}, EIGHT[:4]), "'a' has impossible numbers"),
-    "product overflows": (file_of({"a": entry(0, 4, [2**40] * 8)}, EIGHT[:4]), "claims 4"),
-    "too short for its shape": (file_of({"a": entry(0, 4, (8,))}, EIGHT[:4]), "of 8 bytes claims 4"),
-    "end before begin": (file_of({"a": entry(4, 0)}, EIGHT[:4]), "claims -4"),
-    "overlap": (file_of({"a": entry(0, 4), "b": entry(2, 6)}, EIGHT[:6]), "'b' overlaps another"),
-    "hole": (file_of({"a": entry(0, 4), "b": entry(6, 10)}, bytes(10)), "leaves a hole"),
-    "hole at the front": (file_of({"a": entry(4, 8)}, EIGHT), "leaves a hole"),
-    "beyond the file": (file_of(GOOD, EIGHT[:7]), "the file has"),
-    "bytes left over": (file_of(GOOD, EIGHT + b"?"), "the file has"),
+    "header beyond the file": (file_bytes(GOOD, EIGHT, length=500), "claims 500 bytes"),
+    "huge header": (file_bytes(GOOD, EIGHT, length=2**63), "claims 9223372036854775808 bytes"),
+    "not JSON": (file_bytes(b"{not json"), "header is not valid JSON"),
+    "not UTF-8": (file_bytes(b'{"\xff": 1}'), "header is not valid JSON"),
+    "nested too deeply": (file_bytes(b"[" * 100_000), "header is not valid JSON"),
+    "not an object": (file_bytes([1, 2]), "not a JSON object"),
+    "entry is a number": (file_bytes({"a": 5}), "'a' has no dtype, shape and data_offsets"),
+    "entry is null": (file_bytes({"a": None}), "'a' has no dtype"),
+    "no shape": (file_bytes({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, EIGHT), "'a' has no dtype, shape"),
+    "one offset": (file_bytes({"a": {**entry(0, 4), "data_offsets": [0]}}, EIGHT), "'a' has no dtype"),
+    "shape is a number": (file_bytes({"a": entry(0, 4, 4)}, EIGHT[:4]), "'a' has no dtype"),
+    "unknown dtype": (file_bytes({"a": entry(0, 4, dtype="F4")}, EIGHT[:4]), "'a' has the unsupported dtype 'F4'"),
+    "dtype is a list": (file_bytes({"a": entry(0, 4, dtype=["U8"])}, EIGHT[:4]), "'a' has no dtype"),
+    "negative size": (file_bytes({"a": entry(0, 4, (-4,))}, EIGHT[:4]), "'a' has an invalid shape"),
+    "negative offset": (file_bytes({"a": entry(-4, 0)}, EIGHT[:4]), "'a' has an invalid shape"),
+    "fractions": (file_bytes({"a": entry(0, 4, (4.0,))}, EIGHT[:4]), "'a' has an invalid shape"),
+    "true for one": (file_bytes({"a": entry(0, 1, (True,))}, b"1"), "'a' has an invalid shape"),
+    "text for a number": (file_bytes({"a": entry(0, "4")}, EIGHT[:4]), "'a' has an invalid shape"),
+    "too many dimensions": (file_bytes({"a": entry(0, 1, [1] * 40)}, b"1"), "'a' has an invalid shape"),
+    "enormous shape": (file_bytes({"a": entry(0, 4, (2**60,))}, EIGHT[:4]), "'a' has an invalid shape"),
+    "product overflows": (file_bytes({"a": entry(0, 4, [2**40] * 8)}, EIGHT[:4]), "span 4"),
+    "too short for its shape": (
+        file_bytes({"a": entry(0, 4, (8,))}, EIGHT[:4]),
+        "needs 8 bytes, its data_offsets span 4",
+    ),
+    "end before begin": (file_bytes({"a": entry(4, 0)}, EIGHT[:4]), "span -4"),
+    "overlap": (file_bytes({"a": entry(0, 4), "b": entry(2, 6)}, EIGHT[:6]), "'b' overlaps another tensor"),
+    "gap": (file_bytes({"a": entry(0, 4), "b": entry(6, 10)}, bytes(10)), "leaves a gap"),
+    "gap at the start": (file_bytes({"a": entry(4, 8)}, EIGHT), "leaves a gap"),
+    "beyond the file": (file_bytes(GOOD, EIGHT[:7]), "the file at byte"),
+    "bytes left over": (file_bytes(GOOD, EIGHT + b"?"), "the file at byte"),
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
-def test_lying_file_is_refused_by_name(tmp_path: Path, lie: str) -> None:
-    content, why = LIES[lie]
+@pytest.mark.parametrize("fault", INVALID)
+def test_invalid_file_is_refused_with_its_name(tmp_path: Path, fault: str) -> None:
+    content, why = INVALID[fault]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(QuantError) as caught:
@@ -230,14 +233,14 @@ def test_lying_file_is_refused_by_name(tmp_path: Path, lie: str) -> None:
         assert caught.value.hint == "fetch or copy the file again"
 
 
-def test_the_good_file_that_the_lies_are_made_from(tmp_path: Path) -> None:
+def test_good_file_behind_the_invalid_ones_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    path.write_bytes(file_of(GOOD, EIGHT))
+    path.write_bytes(file_bytes(GOOD, EIGHT))
     assert load_tensor(read_header(path)["b"]).tolist() == [4, 5, 6, 7]
 
 
 def test_header_limit_is_checked_before_reading(tmp_path: Path) -> None:
-    """A sparse file of 32 MiB that claims a header of as much: refused at once, unread."""
+    """A sparse file of 32 MiB that claims a header above the limit is refused before the header is read."""
     path = tmp_path / "x"
     with path.open("wb") as stream:
         stream.write((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
@@ -246,13 +249,13 @@ def test_header_limit_is_checked_before_reading(tmp_path: Path) -> None:
         read_header(path)
 
 
-def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
+def test_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QuantError, match="cannot be read: Is a directory"):
         read_header(tmp_path)
 
 
-def only_quant_errors(path: Path, content: bytes) -> None:
-    """Whatever the bytes are: a QuantError, or tensors that can all be loaded."""
+def check_loads_or_raises_quant_error(path: Path, content: bytes) -> None:
+    """Any content must either raise QuantError or give tensors that can all be loaded."""
     path.write_bytes(content)
     try:
         tensors = read_header(path)
@@ -275,14 +278,14 @@ JSON_VALUES = st.recursive(
 @given(st.binary(max_size=200))
 @FUZZ
 def test_fuzz_random_bytes(tmp_path: Path, content: bytes) -> None:
-    only_quant_errors(tmp_path / "x", content)
-    only_quant_errors(tmp_path / "x", len(content).to_bytes(8, "little") + content)
+    check_loads_or_raises_quant_error(tmp_path / "x", content)
+    check_loads_or_raises_quant_error(tmp_path / "x", len(content).to_bytes(8, "little") + content)
 
 
 @given(JSON_VALUES)
 @FUZZ
 def test_fuzz_any_json_as_header(tmp_path: Path, header: Any) -> None:
-    only_quant_errors(tmp_path / "x", file_of(header, EIGHT))
+    check_loads_or_raises_quant_error(tmp_path / "x", file_bytes(header, EIGHT))
 
 
 @given(
@@ -291,25 +294,25 @@ def test_fuzz_any_json_as_header(tmp_path: Path, header: Any) -> None:
     JSON_VALUES,
 )
 @FUZZ
-def test_fuzz_one_value_of_a_good_header(tmp_path: Path, name: str, key: str, value: Any) -> None:
+def test_fuzz_one_value_of_a_valid_header(tmp_path: Path, name: str, key: str, value: Any) -> None:
     header: Header = json.loads(json.dumps(GOOD))
     header.setdefault(name, {})[key] = value
-    only_quant_errors(tmp_path / "x", file_of(header, EIGHT))
+    check_loads_or_raises_quant_error(tmp_path / "x", file_bytes(header, EIGHT))
 
 
 @given(st.integers(0, 200), st.integers(0, 255))
 @FUZZ
-def test_fuzz_one_byte_of_a_good_file(tmp_path: Path, position: int, value: int) -> None:
-    content = bytearray(file_of(GOOD, EIGHT))
+def test_fuzz_one_byte_of_a_valid_file(tmp_path: Path, position: int, value: int) -> None:
+    content = bytearray(file_bytes(GOOD, EIGHT))
     content[position % len(content)] = value
-    only_quant_errors(tmp_path / "x", bytes(content))
+    check_loads_or_raises_quant_error(tmp_path / "x", bytes(content))
 
 
 @pytest.mark.parametrize("kept", range(0, 130, 3))
 def test_truncated_file(tmp_path: Path, kept: int) -> None:
-    whole = file_of(GOOD, EIGHT)
-    assert kept < len(whole)
-    (tmp_path / "x").write_bytes(whole[:kept])
+    complete = file_bytes(GOOD, EIGHT)
+    assert kept < len(complete)
+    (tmp_path / "x").write_bytes(complete[:kept])
     with pytest.raises(QuantError):
         read_header(tmp_path / "x")
 
@@ -319,7 +322,7 @@ def test_truncated_file(tmp_path: Path, kept: int) -> None:
 SPECS = [TensorSpec("small", "I8", (3,)), TensorSpec("large", "F32", (2,))]
 
 
-def test_writer_orders_by_item_size_so_that_all_are_aligned(tmp_path: Path) -> None:
+def test_writer_aligns_tensors_by_item_size(tmp_path: Path) -> None:
     specs = [TensorSpec(n, d, (3,)) for n, d in (("z", "I8"), ("y", "F64"), ("x", "BF16"), ("w", "F32"))]
     writer = SafetensorsWriter(tmp_path / "x", specs)
     assert [spec.name for spec in writer.specs] == ["y", "w", "x", "z"]
@@ -330,13 +333,13 @@ def test_writer_orders_by_item_size_so_that_all_are_aligned(tmp_path: Path) -> N
         assert info.start % TORCH_DTYPES[info.dtype].itemsize == 0
 
 
-def test_writer_takes_chunks_of_bytes(tmp_path: Path) -> None:
+def test_writer_accepts_chunks_of_bytes(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x", [TensorSpec("t", "U8", (6,))]) as writer:
         writer.write("t", iter([memoryview(b"abc"), memoryview(b"de"), memoryview(b"f")]))
     assert bytes(load_tensor(read_header(tmp_path / "x")["t"]).tolist()) == b"abcdef"
 
 
-def test_writer_takes_views(tmp_path: Path) -> None:
+def test_writer_accepts_views(tmp_path: Path) -> None:
     tensor = torch.arange(12.0).view(3, 4).T
     write_tensors(tmp_path / "x", {"t": tensor})
     assert_same(load_tensor(read_header(tmp_path / "x")["t"]), tensor)
@@ -362,23 +365,23 @@ def interrupted(writer: SafetensorsWriter) -> None:
 @pytest.mark.parametrize(
     ("fault", "kind", "why"),
     [
-        (wrong_order, ValueError, "tensor large is due, not small"),
-        (wrong_size, ValueError, "tensor large has 12 bytes, not 8"),
-        (too_few, ValueError, "tensor small was never written"),
+        (wrong_order, ValueError, "expected tensor large, got small"),
+        (wrong_size, ValueError, "expected 8 bytes for tensor large, got 12"),
+        (too_few, ValueError, "tensor small was not written"),
         (interrupted, KeyboardInterrupt, ""),
     ],
 )
-def test_writer_leaves_nothing_behind_a_fault(
+def test_failed_write_keeps_the_old_file(
     tmp_path: Path, fault: Callable[[SafetensorsWriter], None], kind: type[BaseException], why: str
 ) -> None:
-    (tmp_path / "x").write_bytes(b"what was there before")
+    (tmp_path / "x").write_bytes(b"old content")
     with pytest.raises(kind, match=why), SafetensorsWriter(tmp_path / "x", SPECS) as writer:
         fault(writer)
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert (tmp_path / "x").read_bytes() == b"what was there before"
+    assert (tmp_path / "x").read_bytes() == b"old content"
 
 
-def test_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path) -> None:
     with SafetensorsWriter(tmp_path / "x", SPECS) as writer:
         writer.write("large", torch.zeros(2))
         assert not (tmp_path / "x").exists()
@@ -387,7 +390,7 @@ def test_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
 
 
 def cached(path: Path) -> bool:
-    """Whether the page cache has the second megabyte of a file. Looking brings it there, so look once."""
+    """Whether the second megabyte of a file is in the page cache. The check itself can load it, so call this once."""
     with path.open("rb", buffering=0) as stream:
         try:
             return os.preadv(stream.fileno(), [bytearray(1 << 20)], 1 << 20, os.RWF_NOWAIT) > 0
@@ -395,15 +398,15 @@ def cached(path: Path) -> bool:
             return False
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux tells what is cached")
-def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="only Linux shows what is cached")
+def test_synced_data_leaves_the_page_cache(tmp_path: Path) -> None:
     tensor = random_tensor(torch.float32, (4 << 20,))
     (tmp_path / "plain").write_bytes(raw_bytes(tensor))
     with (tmp_path / "plain").open("rb") as stream:
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached(tmp_path / "plain"):
-        pytest.skip("this file system is one of memory")
+        pytest.skip("this file system is in memory")
     shard = RandomAccessShard(tmp_path / "x", [TensorSpec("a", "F32", (4 << 20,))])
     shard.put("a", tensor)
     shard.sync()
@@ -415,26 +418,29 @@ def test_what_is_on_the_disk_leaves_the_page_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize("start", [0, 1, 4095, 4096, 100_001])
 @pytest.mark.parametrize("size", [(1 << 20) - 1, 1 << 20, (1 << 20) + 4097, (17 << 20) + 5])
 @pytest.mark.parametrize("fault", ["none", "refused", "refused later", "short"])
-def test_parts_of_any_place_and_size_are_written(
+def test_data_of_any_offset_and_size_is_written(
     tmp_path: Path, start: int, size: int, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Past the page cache and through it; also where a file system refuses the first, or writes less than asked."""
+    """Direct and buffered writes, including file systems that refuse direct writes or write fewer bytes."""
     length, data = start + size + 7, random_tensor(torch.int8, (size,))
     (tmp_path / "x").write_bytes(b"." * length)
     file, pwrite, counts = DirectFile(tmp_path / "x"), os.pwrite, []
     direct = file._direct
     if direct is None:
-        pytest.skip("this file system has no direct writing")
+        pytest.skip("this file system does not support O_DIRECT")
 
-    def some(to: int, piece: memoryview, at: int) -> int:
-        if to != direct:
-            return pwrite(to, piece, at)
-        if fault == "refused" or (fault == "refused later" and at >= 8 << 20):
+    def faulty_pwrite(descriptor: int, piece: memoryview, offset: int) -> int:
+        if descriptor != direct:
+            return pwrite(descriptor, piece, offset)
+        if fault == "refused" or (fault == "refused later" and offset >= 8 << 20):
             raise OSError(errno.EINVAL, "not with this alignment")
-        counts.append(pwrite(file._stream.fileno(), piece[:5000], at) if fault == "short" else pwrite(to, piece, at))
+        if fault == "short":
+            counts.append(pwrite(file._stream.fileno(), piece[:5000], offset))
+        else:
+            counts.append(pwrite(descriptor, piece, offset))
         return counts[-1]
 
-    monkeypatch.setattr(os, "pwrite", some)
+    monkeypatch.setattr(os, "pwrite", faulty_pwrite)
     file.write(start, byte_view(data))
     file.sync()
     file.close()
@@ -445,19 +451,19 @@ def test_parts_of_any_place_and_size_are_written(
         assert size - 2 * 4096 < sum(counts) <= size
 
 
-def test_a_full_disk_is_told_when_written_directly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_by_direct_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(bytes(3 << 20))
     file, pwrite = DirectFile(tmp_path / "x"), os.pwrite
     direct = file._direct
     if direct is None:
-        pytest.skip("this file system has no direct writing")
+        pytest.skip("this file system does not support O_DIRECT")
 
-    def full(to: int, piece: memoryview, at: int) -> int:
-        if to == direct:
+    def full_disk_pwrite(descriptor: int, piece: memoryview, offset: int) -> int:
+        if descriptor == direct:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return pwrite(to, piece, at)
+        return pwrite(descriptor, piece, offset)
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(os, "pwrite", full_disk_pwrite)
     with pytest.raises(OSError, match="No space left"):
         file.write(5, byte_view(torch.zeros(2 << 20, dtype=torch.uint8)))
     file.close()
@@ -469,7 +475,7 @@ def test_a_full_disk_is_told_when_written_directly(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("position", [0, 499, 999])
-def test_nan_and_inf_are_refused_by_name(tmp_path: Path, dtype: torch.dtype, bad: float, position: int) -> None:
+def test_tensor_with_nan_or_inf_is_refused(tmp_path: Path, dtype: torch.dtype, bad: float, position: int) -> None:
     tensor = random_tensor(dtype, (1000,))
     tensor[position] = bad
     write_tensors(tmp_path / "x.safetensors", {"layer.weight": tensor, "fine": torch.ones(3)})
@@ -480,7 +486,7 @@ def test_nan_and_inf_are_refused_by_name(tmp_path: Path, dtype: torch.dtype, bad
     assert torch.equal(load_finite(infos["fine"]), torch.ones(3))
 
 
-def test_every_dtype_passes_the_check(tmp_path: Path) -> None:
+def test_finite_tensors_of_every_dtype_are_loaded(tmp_path: Path) -> None:
     write_tensors(tmp_path / "x", every_kind())
     for name, info in read_header(tmp_path / "x").items():
         assert_same(load_finite(info), every_kind()[name])

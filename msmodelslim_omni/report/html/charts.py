@@ -94,7 +94,9 @@ def bar_chart(name: str, labels: Sequence[str], series: Mapping[str, Sequence[fl
     for number, (key, values) in enumerate(series.items()):
         offset = (number - (len(series) - 1) / 2) * height
         colours = [_colour(key if len(series) > 1 else label) for label in labels]
-        axes.barh([i + offset for i in range(len(labels))], _finite_or_zero(values), height * 0.9, color=colours, label=key)
+        axes.barh(
+            [i + offset for i in range(len(labels))], _finite_or_zero(values), height * 0.9, color=colours, label=key
+        )
     longest = [max(column) for column in zip(*map(_finite_or_zero, series.values()), strict=True)]
     for position, (value, text) in enumerate(zip(longest, texts, strict=True)):
         axes.annotate(text, (value, position), (5, 0), textcoords="offset points", va="center")

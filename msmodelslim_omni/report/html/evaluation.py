@@ -128,7 +128,9 @@ def _drift(report: EvalReport, groups: dict[str, Fidelity]) -> Section:
         "Drift of the hidden states over the layers",
         charts.line_chart("drift", layers, series, "error, %"),
         "Accumulated error after each layer; a steep rise shows the layers that add most.",
-        "; ".join(f"{n}: {format_percent(report.layers[-1].error_by_modality.get(n))} after the last layer" for n in names)
+        "; ".join(
+            f"{n}: {format_percent(report.layers[-1].error_by_modality.get(n))} after the last layer" for n in names
+        )
         if report.layers
         else "no layers",
     )
@@ -139,7 +141,9 @@ def _drift(report: EvalReport, groups: dict[str, Fidelity]) -> Section:
         ("embeddings, cosine", *(f"{g.embedding_cosine:.5f}" for g in groups.values())),
     ]
     table = Table("States that the talker reads", ("figure", *groups), tuple(rows))
-    text = "The talker, which produces speech, is not quantized, but it reads these states. A cosine of 1 means no change."
+    text = (
+        "The talker, which produces speech, is not quantized, but it reads these states. A cosine of 1 means no change."
+    )
     return Section("Hidden states", text, (chart,) if report.layers else (), (table,))
 
 

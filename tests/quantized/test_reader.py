@@ -1,4 +1,4 @@
-"""Reading quantized checkpoints back: every format, what other tools vary, and what is missing or wrong."""
+"""Reading quantized checkpoints: every format, variants from other tools, and missing or wrong tensors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return quantize_all(tiny, tmp_path_factory.getbasetemp() / "outputs")
 
 
-# --- nibbles -------------------------------------------------------------------------------------------------
+# --- unpacking nibbles ---------------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.booleans(), st.integers(0, 2**32))
@@ -64,7 +64,7 @@ def test_unpacking_undoes_packing(words: int, columns: int, transposed: bool, se
 
 
 def test_unpacking_by_hand() -> None:
-    """The words of nibbles.py's docstring; the second ends after three."""
+    """The words in the docstring of nibbles.py; the second is cut after three nibbles."""
     rising = torch.arange(-8, 0, dtype=torch.int8)
     assert torch.equal(nibbles.unpack_gemm(torch.tensor([[0x75316420]], dtype=torch.int32)), rising.unsqueeze(1))
     word = torch.tensor([[0x76543210]], dtype=torch.int32)
@@ -79,31 +79,35 @@ def test_unpacking_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(nibbles.unpack_gemm(packed), q)
 
 
-# --- our outputs ---------------------------------------------------------------------------------------------
+# --- our own outputs -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SAVERS)
-def test_what_is_found(outputs: dict[str, Path], kind: str, tiny: Path) -> None:
-    found = open_quantized(outputs[kind])
-    assert found.saver == SAVERS[kind] and found.model.model_type == "Qwen2.5-Omni-7B" and found.faults == ()
-    assert len(found.linears) == LINEARS and FLOAT_LINEAR not in found.linears
-    assert {scheme.name for scheme in found.schemes} == {SCHEMES.get(kind, "W4A16_G64_SYM")}
-    linear = found.linears[NAME].linear
+def test_contents_of_an_output(outputs: dict[str, Path], kind: str, tiny: Path) -> None:
+    checkpoint = open_quantized(outputs[kind])
+    assert (
+        checkpoint.saver == SAVERS[kind]
+        and checkpoint.model.model_type == "Qwen2.5-Omni-7B"
+        and checkpoint.faults == ()
+    )
+    assert len(checkpoint.linears) == LINEARS and FLOAT_LINEAR not in checkpoint.linears
+    assert {scheme.name for scheme in checkpoint.schemes} == {SCHEMES.get(kind, "W4A16_G64_SYM")}
+    linear = checkpoint.linears[NAME].linear
     assert (linear.name, linear.shape, linear.float_dtype) == (NAME, (128, 256), "BF16")
-    loaded = found.load_linear(NAME)
+    loaded = checkpoint.load_linear(NAME)
     assert (loaded.qweight.dtype, loaded.scales.dtype) == (torch.int8, torch.float32)
     assert (loaded.zeros is None) == (kind in ("ascend", "int8", "symmetric"))
-    parts = {part.name for stored in found.linears.values() for part in stored.parts.values()}
-    assert parts.isdisjoint(found.floats) and parts | set(found.floats) == set(all_tensors(outputs[kind]))
+    parts = {part.name for stored in checkpoint.linears.values() for part in stored.parts.values()}
+    assert parts.isdisjoint(checkpoint.floats) and parts | set(checkpoint.floats) == set(all_tensors(outputs[kind]))
     source = {n: i.shape for file in tiny.glob("*.safetensors") for n, i in read_header(file).items()}
-    assert set(source) == {*found.floats, *(f"{name}.weight" for name in found.linears)}
+    assert set(source) == {*checkpoint.floats, *(f"{name}.weight" for name in checkpoint.linears)}
     assert torch.equal(
-        found.load_float(f"{LAYER}.input_layernorm.weight"),
+        checkpoint.load_float(f"{LAYER}.input_layernorm.weight"),
         all_tensors(outputs[kind])[f"{LAYER}.input_layernorm.weight"],
     )
 
 
-def test_every_format_stands_for_the_same_weights(outputs: dict[str, Path]) -> None:
+def test_formats_hold_equal_weights(outputs: dict[str, Path]) -> None:
     ascend, int8, gemm, packed = (open_quantized(outputs[kind]) for kind in ("ascend", "int8", "awq", "packed"))
     for name in gemm.linears:
         assert torch.equal(ascend.load_linear(name).qweight, int8.load_linear(name).qweight)
@@ -112,7 +116,7 @@ def test_every_format_stands_for_the_same_weights(outputs: dict[str, Path]) -> N
 
 
 @pytest.mark.parametrize("kind", ["awq", "packed", "symmetric"])
-def test_weights_by_another_reader(outputs: dict[str, Path], kind: str) -> None:
+def test_weights_agree_with_an_independent_reader(outputs: dict[str, Path], kind: str) -> None:
     tensors = {n.rpartition(".")[2]: t for n, t in all_tensors(outputs[kind]).items() if n.startswith(f"{NAME}.")}
     arrays: dict[str, Any] = {n: (t.float() if t.is_floating_point() else t).numpy() for n, t in tensors.items()}
     if kind == "awq":
@@ -126,7 +130,7 @@ def test_weights_by_another_reader(outputs: dict[str, Path], kind: str) -> None:
 
 
 def test_only_headers_are_read(outputs: dict[str, Path], tmp_path: Path) -> None:
-    """The data of a sparse file of the same header are holes."""
+    """A sparse file with the original header and holes in place of data can be opened."""
     target = Path(shutil.copytree(outputs["awq"], tmp_path / "sparse"))
     file = weights_file(target)
     size, head = file.stat().st_size, file.read_bytes()[: 1 << 20]
@@ -137,7 +141,7 @@ def test_only_headers_are_read(outputs: dict[str, Path], tmp_path: Path) -> None
     assert len(open_quantized(target).linears) == LINEARS
 
 
-# --- what is not whole ---------------------------------------------------------------------------------------
+# --- incomplete or damaged checkpoints -----------------------------------------------------------------------
 
 PARTS = [
     ("ascend", "weight"),
@@ -161,9 +165,9 @@ def test_missing_parts_are_named(outputs: dict[str, Path], tmp_path: Path, kind:
     broken = edited(outputs[kind], tmp_path / "broken", without(f"{NAME}.{part}"))
     with pytest.raises(QuantError, match=f"{NAME}: {part} is missing"):
         open_quantized(broken)
-    found = read_quantized(broken)
-    assert [(fault.linear, fault.message) for fault in found.faults] == [(NAME, f"{part} is missing")]
-    assert len(found.linears) == LINEARS - 1
+    checkpoint = read_quantized(broken)
+    assert [(fault.linear, fault.message) for fault in checkpoint.faults] == [(NAME, f"{part} is missing")]
+    assert len(checkpoint.linears) == LINEARS - 1
 
 
 @pytest.mark.parametrize(("kind", "part"), PARTS)
@@ -173,20 +177,20 @@ def test_wrong_shapes_and_dtypes_are_named(outputs: dict[str, Path], tmp_path: P
     for number, value in enumerate((longer, old.to(torch.float64 if old.dtype.itemsize < 4 else torch.int16))):
         broken = edited(outputs[kind], tmp_path / str(number), replaced(f"{NAME}.{part}", value))
         if number == 1 and value.is_floating_point() and old.is_floating_point():
-            continue  # another float dtype is as good
+            continue  # another float dtype is valid
         faults = read_quantized(broken).faults
         assert {fault.linear for fault in faults} == {NAME}, faults
 
 
-@pytest.mark.parametrize("gone", [f"{LAYER}.input_layernorm.weight", f"{NAME}.bias", f"{FLOAT_LINEAR}.weight"])
-def test_missing_floats_of_layers_are_named(outputs: dict[str, Path], tmp_path: Path, gone: str) -> None:
-    broken = edited(outputs["awq"], tmp_path / "broken", without(gone))
-    owner, _, ending = gone.rpartition(".")
+@pytest.mark.parametrize("removed", [f"{LAYER}.input_layernorm.weight", f"{NAME}.bias", f"{FLOAT_LINEAR}.weight"])
+def test_missing_floats_of_layers_are_named(outputs: dict[str, Path], tmp_path: Path, removed: str) -> None:
+    broken = edited(outputs["awq"], tmp_path / "broken", without(removed))
+    owner, _, ending = removed.rpartition(".")
     with pytest.raises(QuantError, match=f"{owner}: {ending} is missing"):
         open_quantized(broken)
 
 
-def test_a_whole_linear_lost(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_linear_without_any_part_is_named(outputs: dict[str, Path], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for part in ("qweight", "qzeros", "scales"):
             del tensors[f"{NAME}.{part}"]
@@ -195,7 +199,7 @@ def test_a_whole_linear_lost(outputs: dict[str, Path], tmp_path: Path) -> None:
         open_quantized(edited(outputs["awq"], tmp_path / "broken", change))
 
 
-def test_a_list_of_faults_ends(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_long_list_of_faults_is_cut(outputs: dict[str, Path], tmp_path: Path) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("weight_scale")]:
             del tensors[name]
@@ -205,10 +209,10 @@ def test_a_list_of_faults_ends(outputs: dict[str, Path], tmp_path: Path) -> None
         open_quantized(broken)
 
 
-def test_no_checkpoint(tmp_path: Path, tiny: Path, outputs: dict[str, Path]) -> None:
+def test_folders_that_are_not_checkpoints_are_refused(tmp_path: Path, tiny: Path, outputs: dict[str, Path]) -> None:
     with pytest.raises(QuantError, match="does not exist"):
         open_quantized(tmp_path / "nothing")
-    with pytest.raises(QuantError, match=r"holds no config\.json"):
+    with pytest.raises(QuantError, match=r"has no config\.json"):
         open_quantized(tmp_path)
     with pytest.raises(QuantError, match="is a float checkpoint"):
         open_quantized(tiny)
@@ -216,7 +220,7 @@ def test_no_checkpoint(tmp_path: Path, tiny: Path, outputs: dict[str, Path]) -> 
     with pytest.raises(QuantError, match="holds no weights"):
         open_quantized(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(weights_file(outputs["awq"]).read_bytes()[:-1])
-    with pytest.raises(QuantError, match="not a whole safetensors file"):
+    with pytest.raises(QuantError, match="not a valid safetensors file"):
         open_quantized(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "quantization_config": {}}', encoding="utf-8")
     with pytest.raises(QuantError, match="'llama'"):
@@ -224,7 +228,7 @@ def test_no_checkpoint(tmp_path: Path, tiny: Path, outputs: dict[str, Path]) -> 
 
 
 def test_shards_by_their_index(outputs: dict[str, Path], tmp_path: Path) -> None:
-    """quant_model_weights and an index, and one shard of it gone."""
+    """quant_model_weights with an index; then one shard is missing, then the index is empty."""
     target = Path(shutil.copytree(outputs["ascend"], tmp_path / "sharded"))
     tensors = all_tensors(target)
     weights_file(target).unlink()
@@ -245,7 +249,7 @@ def test_shards_by_their_index(outputs: dict[str, Path], tmp_path: Path) -> None
         open_quantized(target)
 
 
-# --- what other tools write, and what is not read ------------------------------------------------------------
+# --- files from other tools, and unsupported settings --------------------------------------------------------
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -264,7 +268,7 @@ def weights_argument(**values: Any) -> Change:
     return change
 
 
-def twice(config: dict[str, Any]) -> None:
+def duplicate_group(config: dict[str, Any]) -> None:
     groups = config["quantization_config"]["config_groups"]
     groups["group_1"] = groups["group_0"]
 
@@ -281,16 +285,16 @@ def twice(config: dict[str, Any]) -> None:
         ("awq", setting(group_size=96), "group_size 96 does not divide"),
         ("awq", setting(group_size=128), "qzeros has shape"),
         ("packed", setting(format="marlin-24"), "marlin-24"),
-        ("packed", setting(config_groups=None), "holds no group"),
-        ("packed", twice, "two groups of the same bits"),
+        ("packed", setting(config_groups=None), "contains no group"),
+        ("packed", duplicate_group, "two groups with the same bits"),
         ("packed", weights_argument(num_bits=3), "pack-quantized 3"),
         ("packed", weights_argument(group_size=128), "weight_packed has shape"),
-        ("packed", weights_argument(group_size=None), "is not read"),
+        ("packed", weights_argument(group_size=None), "is not supported"),
         ("int8", weights_argument(strategy="tensor"), "tensor"),
-        ("int8", weights_argument(symmetric=False), "asymmetric is not read"),
+        ("int8", weights_argument(symmetric=False), "asymmetric is not supported"),
     ],
 )  # fmt: skip
-def test_settings_that_are_not_read(
+def test_unsupported_settings_are_refused(
     outputs: dict[str, Path], tmp_path: Path, kind: str, change: Change, message: str
 ) -> None:
     target = Path(shutil.copytree(outputs[kind], tmp_path / "other"))
@@ -299,20 +303,20 @@ def test_settings_that_are_not_read(
         open_quantized(target)
 
 
-def test_descriptions_that_are_not_read(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_unsupported_descriptions_are_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     target = Path(shutil.copytree(outputs["ascend"], tmp_path / "other"))
     file = target / "quant_model_description.json"
     description = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**description, f"{NAME}.weight": "W4A8_DYNAMIC"}), encoding="utf-8")
-    with pytest.raises(QuantError, match="W4A8_DYNAMIC; read is W8A8_DYNAMIC"):
+    with pytest.raises(QuantError, match="W4A8_DYNAMIC; only W8A8_DYNAMIC is supported"):
         open_quantized(target)
     file.write_text(json.dumps({n: k for n, k in description.items() if not n.startswith(NAME)}), encoding="utf-8")
-    with pytest.raises(QuantError, match=f"{NAME}: the description says nothing of it"):
+    with pytest.raises(QuantError, match=f"{NAME}: the description lists no kind for its weight"):
         open_quantized(target)
 
 
-def test_awq_of_another_tool(outputs: dict[str, Path], tmp_path: Path) -> None:
-    """AutoAWQ's own words, in one place of the config; everything in float16."""
+def test_awq_from_another_tool(outputs: dict[str, Path], tmp_path: Path) -> None:
+    """AutoAWQ's key names, at the top level of the config only; all tensors in float16."""
 
     def change(config: dict[str, Any]) -> None:
         del config["thinker_config"]["quantization_config"]
@@ -320,18 +324,20 @@ def test_awq_of_another_tool(outputs: dict[str, Path], tmp_path: Path) -> None:
             "quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM",
         }  # fmt: skip
 
-    def halves(tensors: dict[str, torch.Tensor]) -> None:
+    def to_float16(tensors: dict[str, torch.Tensor]) -> None:
         tensors.update({name: t.to(torch.float16) for name, t in tensors.items() if t.dtype == torch.bfloat16})
 
-    target = edited(outputs["awq"], tmp_path / "other", halves)
+    target = edited(outputs["awq"], tmp_path / "other", to_float16)
     edit_config(target, change)
-    found, ours = open_quantized(target), open_quantized(outputs["awq"])
-    assert found.linears[NAME].linear.float_dtype == "F16"
-    assert torch.equal(dequantize(found.load_linear(NAME)), dequantize(ours.load_linear(NAME)))
+    foreign, original = open_quantized(target), open_quantized(outputs["awq"])
+    assert foreign.linears[NAME].linear.float_dtype == "F16"
+    assert torch.equal(dequantize(foreign.load_linear(NAME)), dequantize(original.load_linear(NAME)))
 
 
-def test_awq_with_one_group_a_row() -> None:
-    assert awq._layout_fault(_infos(qweight=("I32", (64, 2)), qzeros=("I32", (1, 2)), scales=("F16", (1, 16))), -1) == ""
+def test_awq_with_one_group_per_row() -> None:
+    assert (
+        awq._layout_fault(_infos(qweight=("I32", (64, 2)), qzeros=("I32", (1, 2)), scales=("F16", (1, 16))), -1) == ""
+    )
 
 
 def test_packed_per_channel_and_weight_only_int8() -> None:
@@ -347,9 +353,9 @@ def test_packed_per_channel_and_weight_only_int8() -> None:
     assert (scheme.weight_bits, scheme.act_bits) == (8, None)
 
 
-def test_an_order_of_the_weights_own(outputs: dict[str, Path], tmp_path: Path) -> None:
+def test_an_activation_order_is_refused(outputs: dict[str, Path], tmp_path: Path) -> None:
     order = replaced(f"{NAME}.weight_g_idx", torch.zeros(256, dtype=torch.int32))
-    with pytest.raises(QuantError, match=f"{NAME}: weight_g_idx is there"):
+    with pytest.raises(QuantError, match=f"{NAME}: weight_g_idx is present"):
         open_quantized(edited(outputs["packed"], tmp_path / "other", order))
 
 
