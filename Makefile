@@ -1,16 +1,23 @@
 # make demo    set up .venv, quantize the trained tiny Omni to W8A8 and W4A16, ask what each still knows
 # make test    set up .venv, run the test suite
+# make test-isa  run the suite under other instruction sets and thread counts, about six minutes each
 # make fuzz    fuzz what reads files from elsewhere, a minute each; SECONDS_EACH=600 TARGETS=recipe for more or one
 # Nothing but Python >= 3.10 and make is needed beforehand.
 
 PYTHON ?= python3
 VENV := .venv
+# Settings of ATen, oneDNN, MKL and OpenMP: SSE only; AVX2 on two threads; no VNNI and AMX; everything on two threads.
+ISA_SETTINGS := \
+  "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1" \
+  "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=2" \
+  "ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=1" \
+  "OMP_NUM_THREADS=2"
 SECONDS_EACH ?= 60
 TARGETS ?=
 RUN := "$(CURDIR)/$(VENV)/bin/python"
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: install demo test test-full test-clients fuzz lint types clean
+.PHONY: install demo test test-isa test-full test-clients fuzz lint types clean
 
 install: $(VENV)/installed
 
@@ -28,6 +35,9 @@ demo: install
 
 test: install
 	$(RUN) -m pytest -n 2 --dist loadfile
+
+test-isa: install
+	set -e; for setting in $(ISA_SETTINGS); do echo "== $$setting"; env $$setting $(RUN) -m pytest -n 2 --dist loadfile; done
 
 test-full: install
 	$(RUN) -m pytest -m full

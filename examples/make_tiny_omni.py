@@ -2,11 +2,10 @@
 
     python examples/make_tiny_omni.py OUT [--dtype bfloat16|float32] [--seed 0] [--layers 4] [--single_file]
 
-The checkpoint has everything the real ones have: thinker, talker and token2wav weights, config, tokenizer,
-processor settings, chat template and ``spk_dict.pt``. Tensor names and shapes come from the model classes of
-the installed transformers (4.57 or 5.x); the values come from a generator seeded per tensor. The files are
-therefore the same under both transformers versions, which is why config and processor files are written as
-plain JSON and never through the library.
+The checkpoint has all parts of the real ones: thinker, talker and token2wav weights, config, tokenizer, processor
+settings, chat template and ``spk_dict.pt``. Tensor names and shapes come from the model classes of the installed
+transformers (4.57 or 5.x); the values come from a generator seeded per tensor. Config and processor files are written
+as plain JSON, not through the library, so that all files are the same under both transformers versions.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 Json = dict[str, Any]
 
-# Special tokens in the official order: the id of the n-th is the id of the first (<|endoftext|>) plus n.
+# Special tokens in the official order: token n has the id of token 0 (<|endoftext|>) plus n.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_bos|>", "<|vision_eos|>", "<|vision_pad|>",
@@ -39,7 +38,7 @@ SPECIAL_TOKENS = (
 N_TRUE_SPECIAL = 14  # the official files do not mark the tool and fill-in-the-middle tokens as special
 BPE_SIZE = 2816  # tokens of the trained tokenizer; larger vocabularies are padded with unused ones
 USER_TOKEN_ID = 872  # id of "user" in the official vocabulary
-# Speech ids of the thinker's vocabulary lie past the tokenizer; offsets from the id of <|endoftext|>.
+# Speech ids of the thinker's vocabulary come after the tokenizer's ids; offsets from the id of <|endoftext|>.
 TTS_OFFSETS = {"pad": 216, "start": 217, "end": 218}
 SPEAKER_OFFSETS = {"Chelsie": 229, "Ethan": 230}
 CODEC_OFFSETS = {"pad": 0, "start": 1, "end": 2, "mask": 4}
@@ -79,7 +78,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# The English part of the tokenizer's corpus is Python's own language reference; this is the rest.
+# The English part of the tokenizer's corpus is Python's language reference; this is the rest.
 CORPUS = """
 system
 You are Qwen, a virtual human developed by the Qwen Team, Alibaba Group, capable of perceiving auditory and
@@ -101,7 +100,7 @@ The quick brown fox jumps over the lazy dog. How many people are there? There ar
 
 @dataclass(frozen=True)
 class OmniShape:
-    """Sizes of one Qwen2.5-Omni model: what differs between models, per part, with config.json's keys."""
+    """Sizes that differ between Qwen2.5-Omni models, by part, with the keys of config.json."""
 
     text: Json
     vision: Json
@@ -143,17 +142,17 @@ TINY = OmniShape(
         "enc_attention_channels": 16, "enc_se_channels": 16, "look_ahead_layers": [1],
         "look_backward_layers": [0],
     },
-    # Every one of the six upsampling steps halves the channels.
+    # Each of the six upsampling steps halves the channels.
     bigvgan={"upsample_initial_channel": 128},
     endoftext_id=BPE_SIZE,
     codec_pad_id=500,
-    # The processor pads every audio to this length: 30 s is 1.5 MB of features, the official 300 s are 15 MB.
+    # The processor pads every audio to this length: 30 s are 1.5 MB of features, the official 300 s are 15 MB.
     audio_seconds=30,
     reference_frames=60,
 )  # fmt: skip
 
 
-# What no model changes.
+# Sizes that are the same in all models.
 _DIT_FIXED: Json = {
     "ff_mult": 2, "rope_theta": 10000.0, "max_position_embeddings": 32768, "block_size": 24, "repeats": 2,
     "mel_dim": 80, "dropout": 0.1, "enc_kernel_sizes": [5, 3, 3, 3, 1], "enc_dilations": [1, 2, 3, 4, 1],
@@ -178,7 +177,7 @@ def _rope(mrope_section: Sequence[int]) -> Json:
 
 
 def _decoder(sizes: Json) -> Json:
-    """The keys that the thinker's text model and the talker have in common."""
+    """The keys that the thinker's text model and the talker share."""
     sizes = dict(sizes)
     mrope_section = sizes.pop("mrope_section")
     return {
@@ -203,7 +202,7 @@ def special_ids(endoftext_id: int, tokens: Sequence[str] = SPECIAL_TOKENS) -> di
 
 
 def omni_config(shape: OmniShape, dtype: str) -> Json:
-    """The whole config.json, in the layout of transformers 4.57 and of the official repositories."""
+    """The complete config.json, in the layout of transformers 4.57 and of the official repositories."""
     ids = special_ids(shape.endoftext_id)
     media_ids = {
         "audio_token_index": ids["<|AUDIO|>"],
@@ -287,7 +286,7 @@ def generation_config(endoftext_id: int) -> Json:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write ``value`` indented, with non-ASCII text as it is and a final newline."""
+    """Write ``value`` indented, with unescaped non-ASCII text and a final newline."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -297,12 +296,12 @@ def write_json(path: Path, value: Json) -> None:
 def corpus() -> Iterator[str]:
     """Training text for the tokenizer: Python's language reference, some chat and Chinese sentences.
 
-    The reference, and so the token ids of a text, can differ between Python versions; the weights do not.
+    The reference can differ between Python versions, and with it the token ids of a text; the weights do not.
     """
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
-    yield from [CORPUS] * 20  # often enough that the Chinese words and the roles become tokens of their own
+    yield from [CORPUS] * 20  # often enough that Chinese words and roles become tokens
 
 
 @functools.cache
@@ -324,7 +323,7 @@ def train_bpe(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
     tokenizer.train_from_iterator(corpus(), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     vocab: dict[str, int] = model["vocab"]
-    # Merges name tokens, not ids, so two tokens may swap their ids.
+    # Merges refer to tokens, not ids, so two tokens may swap their ids.
     resident = next(token for token, index in vocab.items() if index == USER_TOKEN_ID)
     vocab[resident], vocab["user"] = vocab["user"], USER_TOKEN_ID
     merges = [_pair(merge) for merge in model["merges"]]
@@ -332,13 +331,13 @@ def train_bpe(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """Both tokens of a merge; releases of tokenizers write it as one string or as a list."""
+    """Both tokens of a merge, which is one string or a list, depending on the release of tokenizers."""
     left, right = merge.split(" ") if isinstance(merge, str) else merge
     return left, right
 
 
 def pad_vocab(vocab: dict[str, int], size: int) -> dict[str, int]:
-    """``vocab`` filled up to ``size`` with tokens that no text produces, so that later ids come out right."""
+    """``vocab`` padded to ``size`` with tokens that no text produces, so that the special tokens get their ids."""
     return {**vocab, **{f"<unused_{index}>": index for index in range(len(vocab), size)}}
 
 
@@ -376,7 +375,7 @@ def tokenizer_json(vocab: dict[str, int], merges: Sequence[tuple[str, str]], ids
 
 
 def added_tokens(ids: dict[str, int]) -> dict[int, Json]:
-    """Settings of the special tokens by id, as tokenizer.json and tokenizer_config.json spell them."""
+    """Settings of the special tokens by id, in the form of tokenizer.json and tokenizer_config.json."""
     return {
         index: {
             "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
@@ -439,7 +438,7 @@ IMAGE_SETTINGS: Json = {
 def preprocessor_config(audio_seconds: int) -> Json:
     """preprocessor_config.json: image (and video) settings and Whisper's audio settings in one file.
 
-    ``processor.save_pretrained`` of 4.57 would lose the image half; the official file has both.
+    ``processor.save_pretrained`` of 4.57 would omit the image settings; the official file has both.
     """
     sampling_rate, hop_length = 16000, 160
     return {
@@ -471,7 +470,7 @@ def write_processor(out: Path, shape: OmniShape) -> None:
 
 
 def write_vocabulary(out: Path, ids: dict[str, int]) -> None:
-    """Write the tokenizer's files of text tokens, with these special tokens behind them."""
+    """Write the tokenizer's vocabulary files: the text tokens, followed by these special tokens."""
     vocab, merges = train_bpe(BPE_SIZE)
     vocab = pad_vocab(vocab, min(ids.values()))
     write_json(out / "tokenizer.json", tokenizer_json(vocab, merges, ids))
@@ -482,7 +481,7 @@ def write_vocabulary(out: Path, ids: dict[str, int]) -> None:
 
 
 def write_speakers(out: Path, shape: OmniShape, seed: int) -> None:
-    """Write spk_dict.pt: per voice a start token, a speaker vector and a reference mel spectrogram."""
+    """Write spk_dict.pt: start token, speaker vector and reference mel spectrogram of each voice."""
     normal = SeededNormal(seed)
     mel_dim = _DIT_FIXED["mel_dim"]
     speakers = {
@@ -501,7 +500,7 @@ def write_speakers(out: Path, shape: OmniShape, seed: int) -> None:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the checkpoint: its name on disk and the normal distribution its values come from."""
+    """One tensor of the checkpoint: its name on disk, and the normal distribution of its values."""
 
     name: str
     shape: tuple[int, ...]
@@ -521,11 +520,11 @@ class TensorSpec:
 
 
 def shim_torchvision() -> None:
-    """Let a torchvision built for CUDA be imported beside a torch without CUDA; else do nothing.
+    """Make a torchvision built for CUDA importable with a torch without CUDA; otherwise do nothing.
 
-    PyPI's torchvision is the CUDA build: without its libraries it does not register its operators, its import
-    then fails on ``torchvision::nms``, and with it that of every transformers model that touches images.
-    Declaring the operators is enough, for nothing here runs them.
+    PyPI's torchvision is the CUDA build. Without the CUDA libraries it does not register its operators; then its import
+    fails on ``torchvision::nms``, and so does the import of every transformers model that uses images. Declaring the
+    operators is enough, because nothing here runs them.
     """
     spec = find_spec("torchvision")
     if torch.version.cuda is not None or spec is None or spec.origin is None:
@@ -539,7 +538,7 @@ def shim_torchvision() -> None:
     _SHIM.append(library)
 
 
-_SHIM: list[torch.library.Library] = []  # the operators live as long as the library object
+_SHIM: list[torch.library.Library] = []  # keeps the library object alive, and with it the operators
 
 # transformers 5 nests the thinker's parts one level deeper than the files do.
 _DISK_NAMES = (
@@ -548,7 +547,7 @@ _DISK_NAMES = (
     ("thinker.model.audio_tower.", "thinker.audio_tower."),
 )
 _VOCODER = "token2wav.code2wav_bigvgan_model."
-_VOCODER_GAIN = 0.7  # at 1 the vocoder's many residual sums drive the waveform into its limits
+_VOCODER_GAIN = 0.7  # at 1 the vocoder's many residual sums clip the waveform
 _DIT_INV_FREQ = "token2wav.code2wav_dit_model.rotary_embed.inv_freq"
 
 
@@ -566,7 +565,7 @@ def value_range(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[f
         return 0.0, 0.05
     if isinstance(module, nn.Embedding):
         return 0.0, 1.0
-    if isinstance(module, nn.ConvTranspose1d):  # (in, out, kernel); each output sees kernel / stride taps
+    if isinstance(module, nn.ConvTranspose1d):  # (in, out, kernel); each output reads kernel / stride taps
         return 0.0, (shape[0] * shape[2] / module.stride[0]) ** -0.5
     if len(shape) > 1:  # linear (out, in) and convolution (out, in, kernel...)
         return 0.0, math.prod(shape[1:]) ** -0.5
@@ -578,9 +577,9 @@ def value_range(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[f
 
 
 def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
-    """Every tensor of the model that ``config_dir``/config.json describes, in the order they are stored.
+    """Every tensor of the model described by ``config_dir``/config.json, in storage order.
 
-    The model is instantiated on the meta device: only names and shapes are used, no memory.
+    The model is instantiated on the meta device, so it takes no memory; only names and shapes are used.
     """
     shim_torchvision()
     from transformers import Qwen2_5OmniConfig, Qwen2_5OmniForConditionalGeneration
@@ -590,18 +589,18 @@ def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
         model = Qwen2_5OmniForConditionalGeneration(config)
     specs = {}
     for spec in parameter_specs(model, disk_name, dtype):
-        # The official files keep the vocoder part in float32; the library runs it so in any case.
+        # The official files store token2wav in float32, and the library always runs it in float32.
         stored = torch.float32 if spec.name.startswith("token2wav.") else dtype
         gain = _VOCODER_GAIN if spec.name.startswith(_VOCODER) and len(spec.shape) > 1 else 1.0
         specs[spec.name] = replace(spec, dtype=stored, std=spec.std * gain)
-    # The only buffer in the official files; transformers 5 no longer has it as such.
+    # The only buffer in the official files; in transformers 5 it is not a buffer.
     half_head = config.token2wav_config.dit_config.head_dim // 2
     specs[_DIT_INV_FREQ] = TensorSpec(_DIT_INV_FREQ, (half_head,), torch.float32, 0.0, 0.0)
     return sorted(specs.values(), key=_storage_order)
 
 
 def parameter_specs(model: nn.Module, named: Callable[[str], str], dtype: torch.dtype) -> Iterator[TensorSpec]:
-    """Every parameter of ``model`` under its name in the files; one that two modules share comes twice."""
+    """Every parameter of ``model`` with its name in the files; a parameter that two modules share appears twice."""
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             shape = tuple(parameter.shape)
@@ -609,12 +608,12 @@ def parameter_specs(model: nn.Module, named: Callable[[str], str], dtype: torch.
 
 
 def _storage_order(spec: TensorSpec) -> tuple[Any, ...]:
-    """Sort key: thinker, talker, token2wav; within them by name, numbers by value."""
+    """Sort key: thinker, talker, token2wav; within each by name, with numbers by value."""
     return ("thinker", "talker", "token2wav").index(spec.name.split(".")[0]), name_order(spec.name)
 
 
 def name_order(name: str) -> list[tuple[int, str]]:
-    """Sort key of a name, its numbers by value."""
+    """Sort key of a name, with numbers by value."""
     return [(int(s), "") if s.isdigit() else (-1, s) for s in name.split(".")]
 
 
@@ -625,13 +624,13 @@ NormalSource = Callable[[str, tuple[int, ...]], Tensor]
 
 
 def stable_hash(*parts: object) -> int:
-    """63-bit number that depends on ``parts`` only, not on the Python process."""
+    """63-bit number that depends only on ``parts``, not on the Python process."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 class SeededNormal:
-    """Normal values from a generator seeded by (seed, tag): independent of the order of the calls."""
+    """Normal values from a generator seeded by (seed, tag), independent of the order of calls."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
@@ -643,7 +642,7 @@ class SeededNormal:
 
 
 def outlier_gains(tag: str, size: int, seed: int) -> Tensor:
-    """Vector (size,) of ones with a few channels at 16 or 32, chosen by (seed, tag)."""
+    """Gains (size,): 16 or 32 for a few channels chosen by (seed, tag), 1 for the others."""
     generator = torch.Generator().manual_seed(stable_hash(seed, "outliers", tag))
     count = max(2, size // 64)
     gains = torch.ones(size)
@@ -653,7 +652,7 @@ def outlier_gains(tag: str, size: int, seed: int) -> Tensor:
 
 
 _LAYER_KEY = re.compile(r"((?:thinker\.)?model\.layers\.\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight")
-# Which tensor's rows are multiplied and which columns are divided by the gains of which activation.
+# Activation whose gains multiply a tensor's rows, and activation whose gains divide its columns.
 _ROW_GAINS = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in", "up_proj": "mlp_inner"}
 _COLUMN_GAINS = {
     "q_proj": "attn_in", "k_proj": "attn_in", "v_proj": "attn_in", "gate_proj": "mlp_in", "up_proj": "mlp_in",
@@ -662,11 +661,11 @@ _COLUMN_GAINS = {
 
 
 def outlier_factors(spec: TensorSpec, seed: int) -> tuple[Tensor | None, Tensor | None]:
-    """Factors for the rows (shape[0],) and the columns (shape[1],) of a tensor; None where there are none.
+    """Factors for the rows (shape[0],) and the columns (shape[1],) of a tensor; None if it has no such factors.
 
-    In the thinker's (or VL's) decoder layers a few channels of each norm's output, and a few of down_proj's input, are
-    made 16 or 32 times larger and the weights that read them as much smaller. The factors are powers of two,
-    so the model computes the same, but its activations have outlier channels as those of real LLMs do.
+    In the thinker's (or VL's) decoder layers, a few channels of each norm's output and of down_proj's input become 16
+    or 32 times larger, and the weights that read them become smaller by the same factor. The factors are powers of two,
+    so the model computes the same function, but its activations have outlier channels, as in real LLMs.
     """
     match = _LAYER_KEY.fullmatch(spec.name)
     if match is None:
@@ -680,7 +679,7 @@ def outlier_factors(spec: TensorSpec, seed: int) -> tuple[Tensor | None, Tensor 
     return rows, columns
 
 
-BLOCK = 1 << 18  # elements made at a time: bounds the memory, and stays in the processor's cache
+BLOCK = 1 << 18  # elements made at a time: limits the memory, and fits into the processor's cache
 
 
 def tensor_blocks(spec: TensorSpec, normal: NormalSource, outlier_seed: int | None) -> Iterator[Tensor]:
@@ -707,15 +706,15 @@ def tensor_blocks(spec: TensorSpec, normal: NormalSource, outlier_seed: int | No
 # ---------------------------------------------------------------------------------------------- files
 
 BlockSource = Callable[[TensorSpec], Iterator[Tensor]]
-"""Gives the values of one tensor as consecutive blocks of its rows."""
+"""Returns the values of one tensor as consecutive blocks of its rows."""
 
 _SAFETENSORS_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 def write_safetensors(path: Path, specs: Sequence[TensorSpec], blocks: BlockSource | None) -> None:
-    """Write one safetensors file tensor by tensor; without ``blocks`` a hole that reads as zeros.
+    """Write one safetensors file tensor by tensor; without ``blocks`` its data is a hole that reads as zeros.
 
-    The library's ``save_file`` wants all tensors of a file in memory at once, this needs one block.
+    The library's ``save_file`` needs all tensors of a file in memory; this function needs one block.
     """
     header: Json = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -727,7 +726,7 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], blocks: BlockSour
         }
         offset += spec.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data starts aligned
+    encoded += b" " * (-len(encoded) % 8)  # align the data
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(encoded)))
         file.write(encoded)
@@ -742,7 +741,7 @@ def write_safetensors(path: Path, specs: Sequence[TensorSpec], blocks: BlockSour
 
 
 def shard_plan(specs: Sequence[TensorSpec], shards: int) -> list[list[TensorSpec]]:
-    """``specs`` cut into at most ``shards`` consecutive groups of about the same size."""
+    """Split ``specs`` into at most ``shards`` consecutive groups of about equal size."""
     total = sum(spec.nbytes for spec in specs)
     groups: list[list[TensorSpec]] = [[] for _ in range(shards)]
     offset = 0
@@ -753,7 +752,7 @@ def shard_plan(specs: Sequence[TensorSpec], shards: int) -> list[list[TensorSpec
 
 
 def write_weights(out: Path, specs: Sequence[TensorSpec], shards: int, blocks: BlockSource | None) -> None:
-    """Write the safetensors files, and their index if there are several."""
+    """Write the safetensors files, and an index if there are several."""
     groups = shard_plan(specs, shards)
     if len(groups) == 1:
         write_safetensors(out / "model.safetensors", groups[0], blocks)
@@ -779,11 +778,10 @@ def write_checkpoint(
     shard_bytes: float = math.inf,
     outliers: bool = True,
 ) -> list[TensorSpec]:
-    """Write a whole checkpoint of the given shape into ``out``; returns what its tensors are.
+    """Write a complete checkpoint of the given shape into ``out`` and return the specs of its tensors.
 
-    ``dtype`` is that of thinker and talker (token2wav is always float32); ``normal`` gives the values, without it
-    there are none, only headers. The tensors go into ``shards`` files, by default as many as it takes to have about
-    ``shard_bytes`` in each.
+    ``dtype`` is the dtype of thinker and talker; token2wav is always float32. ``normal`` gives the values; without it
+    the files have headers only. The tensors go into ``shards`` files, by default into files of about ``shard_bytes``.
     """
     make_folder(out)
     write_json(out / "config.json", omni_config(shape, dtype))
@@ -806,7 +804,7 @@ def make_folder(out: Path) -> None:
 
 
 def shard_count(specs: Sequence[TensorSpec], shard_bytes: float) -> int:
-    """How many files it takes to have about ``shard_bytes`` in each."""
+    """Number of files of about ``shard_bytes`` each."""
     return max(1, math.ceil(sum(spec.nbytes for spec in specs) / shard_bytes))
 
 
@@ -821,8 +819,8 @@ def make_tiny_omni(
 ) -> Path:
     """Write the tiny checkpoint into ``out`` (created, must hold no checkpoint yet) and return ``out``.
 
-    ``shards=1`` gives a single model.safetensors without an index. The same arguments give the same weight
-    bytes, and ``outliers=False`` gives a model that computes the same without outlier channels.
+    ``shards=1`` writes a single model.safetensors without an index. The same arguments give the same weight bytes.
+    ``outliers=False`` writes a model with the same function but no outlier channels.
     """
     out = Path(out)
     shape = TINY.with_layers(layers)
@@ -838,7 +836,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=4, help="decoder layers of the thinker")
-    parser.add_argument("--single_file", action="store_true", help="one model.safetensors without an index")
+    parser.add_argument("--single_file", action="store_true", help="write one model.safetensors without an index")
     args = parser.parse_args()
     shards = 1 if args.single_file else 2
     out = make_tiny_omni(args.out, dtype=args.dtype, seed=args.seed, layers=args.layers, shards=shards)

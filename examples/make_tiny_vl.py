@@ -2,9 +2,9 @@
 
     python examples/make_tiny_vl.py OUT [--tied] [--dtype bfloat16|float32] [--seed 0] [--layers 4] [--single_file]
 
-As make_tiny_omni.py does it: names and shapes come from the model class of the installed transformers (4.57 or 5.x),
-values from a generator seeded per tensor, config and processor files are plain JSON. config.json is flat, as the
-official ones are. ``--tied`` is as the 3B: lm_head is the embedding, and not in the files.
+As in make_tiny_omni.py, names and shapes come from the model class of the installed transformers (4.57 or 5.x), values
+come from a generator seeded per tensor, and config and processor files are plain JSON. config.json is flat, as in the
+official repositories. With ``--tied``, as in the 3B, lm_head is the embedding and is not stored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from make_tiny_omni import (
     write_weights,
 )
 
-# In the official order, as in make_tiny_omni.
+# In the official order, as in make_tiny_omni.py.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
     "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -68,7 +68,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class VlShape:
-    """Sizes of one Qwen2.5-VL model: what differs between models, with config.json's keys."""
+    """Sizes that differ between Qwen2.5-VL models, with the keys of config.json."""
 
     text: Json
     vision: Json
@@ -84,7 +84,7 @@ TINY_VL = VlShape(text=TINY.text, vision=TINY.vision, tied=False, endoftext_id=B
 
 
 def vl_config(shape: VlShape, dtype: str) -> Json:
-    """The whole config.json, flat, as the official repositories have it."""
+    """The complete config.json, flat, as in the official repositories."""
     ids = special_ids(shape.endoftext_id, SPECIAL_TOKENS)
     text = dict(shape.text)
     mrope_section = text.pop("mrope_section")
@@ -162,7 +162,7 @@ def disk_name(name: str) -> str:
 
 
 def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
-    """Every tensor of the model that ``config_dir``/config.json describes, in the order they are stored."""
+    """Every tensor of the model described by ``config_dir``/config.json, in storage order."""
     shim_torchvision()
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -170,7 +170,7 @@ def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     specs = {spec.name: spec for spec in parameter_specs(model, disk_name, dtype)}
-    if config.tie_word_embeddings:  # multiplied with hidden states too: values as an lm_head has them
+    if config.tie_word_embeddings:  # the embedding is also the lm_head, so its values are scaled like an lm_head's
         head = specs.pop("lm_head.weight")
         embedding = "model.embed_tokens.weight"
         specs[embedding] = replace(specs[embedding], std=head.shape[1] ** -0.5)
@@ -187,7 +187,7 @@ def write_checkpoint(
     shards: int | None = None,
     shard_bytes: float = math.inf,
 ) -> list[TensorSpec]:
-    """Write a whole checkpoint of the given shape into ``out``; see make_tiny_omni.write_checkpoint."""
+    """Write a complete checkpoint of the given shape into ``out``; see make_tiny_omni.write_checkpoint."""
     make_folder(out)
     write_json(out / "config.json", vl_config(shape, dtype))
     write_json(out / "generation_config.json", generation_config(shape.endoftext_id))
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=4, help="decoder layers")
-    parser.add_argument("--single_file", action="store_true", help="one model.safetensors without an index")
+    parser.add_argument("--single_file", action="store_true", help="write one model.safetensors without an index")
     args = parser.parse_args()
     shards = 1 if args.single_file else 2
     out = make_tiny_vl(args.out, tied=args.tied, dtype=args.dtype, seed=args.seed, layers=args.layers, shards=shards)

@@ -1,27 +1,27 @@
 #!/usr/bin/env python3
 """Make the calibration data set ``calibVideos``: texts, pictures, sounds, clips and mixtures of them.
 
-The set that this script makes is shipped beside it, so it has to be run only to change the set.
+The data set is shipped next to this script. Run the script only to change the data set.
 
-What it needs
+Requirements
     Debian packages: ``ffmpeg`` (with libx264, libvpx, libmp3lame, libopus), ``espeak-ng`` (its voice
     ``cmn-latn-pinyin`` speaks Mandarin), ``asterisk-core-sounds-en-wav`` (recorded speech),
-    ``asterisk-moh-opsound-wav`` (recorded music), ``fonts-wqy-microhei`` (Chinese letters).
-    Python 3.10 or newer with ``numpy``, ``pillow`` >= 10.1 and ``scikit-image`` (its wheel holds the
+    ``asterisk-moh-opsound-wav`` (recorded music), ``fonts-wqy-microhei`` (Chinese characters).
+    Python 3.10 or newer with ``numpy``, ``pillow`` >= 10.1 and ``scikit-image`` (its wheel contains the
     photographs).
 
 How to run
-    python make_calib_videos.py                     # writes calibVideos/ beside this script
+    python make_calib_videos.py                     # writes calibVideos/ next to this script
     python make_calib_videos.py --out elsewhere --sounds <folder> --music <folder> --cjk-font <file>
 
-    The asterisk packages need not be installed: ``apt-get download`` and ``dpkg -x`` unpack them, and
-    ``--sounds`` and ``--music`` name the folders that hold their files. Every random number is seeded
-    and the encoders run in one thread, so the same tool versions write the same bytes.
+    The asterisk packages need not be installed: download them with ``apt-get download``, unpack them with
+    ``dpkg -x``, and pass the folders of their files with ``--sounds`` and ``--music``. Every random number
+    is seeded and the encoders run in one thread, so the same tool versions write the same bytes.
 
 How to add a sample
-    Add a line to SAMPLES. Where it needs a new picture, sound or clip, add a recipe to IMAGES, SOUNDS
-    or CLIPS: the key is the file (its ending chooses the format), the value makes the content.
-    Credits for third-party files go to calibVideos/ATTRIBUTION.md.
+    Add an entry to SAMPLES. If it needs a new picture, sound or clip, add an entry to IMAGES, SOUNDS or
+    CLIPS: the key is the file (its suffix selects the format), the value makes the content. Credit
+    third-party files in calibVideos/ATTRIBUTION.md.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IMAGE_BOX = (320, 240)  # a picture costs about width * height / 784 tokens: keep it small
-CLIP_SIZE = (192, 144)  # even numbers, which yuv420p asks for
+IMAGE_BOX = (320, 240)  # a picture takes about width * height / 784 tokens: keep it small
+CLIP_SIZE = (192, 144)  # yuv420p needs even numbers
 SPEECH_RATE = 16000
-# espeak-ng 1.51 has two Mandarin voices. The plain "cmn" reads Chinese letters as pinyin spelt in English.
+# espeak-ng 1.51 has two Mandarin voices. The plain "cmn" reads Chinese characters as pinyin spelt in English.
 MANDARIN = "cmn-latn-pinyin"
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Where the third-party material lies."""
+    """Folders and files of the third-party material."""
 
     photos: Path
     sounds: Path
@@ -60,20 +60,20 @@ class Sources:
 
 @dataclass(frozen=True)
 class Sound:
-    """Samples in [-1, 1], one channel, and their rate."""
+    """One channel of samples in [-1, 1], and their rate."""
 
     samples: np.ndarray
     rate: int = SPEECH_RATE
 
     @property
     def seconds(self) -> float:
-        """Length of the sound."""
+        """Length in seconds."""
         return len(self.samples) / self.rate
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video: ``frame(t)`` draws the picture at second ``t``; ``sound`` is its sound track, if any."""
+    """A video: ``frame(t)`` draws the picture at second ``t``; ``sound`` is the optional sound track."""
 
     frame: Callable[[float], Image.Image]
     seconds: float
@@ -87,7 +87,7 @@ class Clip:
 
 
 def photo(sources: Sources, name: str, crop: tuple[float, float, float, float] | None = None) -> Image.Image:
-    """A photograph of scikit-image, cropped (as fractions of its sides) and fitted into IMAGE_BOX."""
+    """A photograph of scikit-image, cropped (fractions of its sides) and scaled to fit into IMAGE_BOX."""
     image = Image.open(sources.photos / name)
     image.load()
     if crop:
@@ -99,12 +99,12 @@ def photo(sources: Sources, name: str, crop: tuple[float, float, float, float] |
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own Latin font, so that no font package decides how the letters look."""
+    """Pillow's built-in Latin font, so that the letters do not depend on installed fonts."""
     return ImageFont.load_default(size)
 
 
 def bar_chart(labels: list[str], values: list[int]) -> Image.Image:
-    """A bar chart with a title, as a palette PNG (the format that office tools often write)."""
+    """A bar chart with a title, in palette mode (as office tools often write PNG)."""
     image = Image.new("RGB", (280, 196), "white")
     draw = ImageDraw.Draw(image)
     draw.text((140, 16), "Umbrellas sold per month", fill="black", font=font(15), anchor="mm")
@@ -118,7 +118,7 @@ def bar_chart(labels: list[str], values: list[int]) -> Image.Image:
 
 
 def notice(sources: Sources, lines: list[str]) -> Image.Image:
-    """A framed notice in Chinese: a heading and lines below it."""
+    """A framed notice in Chinese: a heading with lines below."""
     image = Image.new("RGB", (280, 168), "#fdf6e3")
     draw = ImageDraw.Draw(image)
     draw.rectangle((6, 6, 273, 161), outline="#b58900", width=3)
@@ -130,12 +130,12 @@ def notice(sources: Sources, lines: list[str]) -> Image.Image:
 
 IMAGES: dict[str, Callable[[Sources], Image.Image]] = {
     "images/astronaut.jpg": lambda s: photo(s, "astronaut.png"),
-    "images/coffee cup.jpg": lambda s: photo(s, "coffee.png"),  # the space in the name is wanted
+    "images/coffee cup.jpg": lambda s: photo(s, "coffee.png"),  # the space in the name is intentional
     "images/cat.webp": lambda s: photo(s, "chelsea.png"),
-    "images/cameraman.png": lambda s: photo(s, "camera.png"),  # stays grey, one channel
+    "images/cameraman.png": lambda s: photo(s, "camera.png"),  # stays grey: one channel
     "images/rocket.jpg": lambda s: photo(s, "rocket.jpg"),
     "images/deep_field.webp": lambda s: photo(s, "hubble_deep_field.jpg", (0.0, 0.0, 0.6, 0.5)),
-    "images/horse.png": lambda s: photo(s, "horse.png"),  # stays RGBA, four channels
+    "images/horse.png": lambda s: photo(s, "horse.png"),  # stays RGBA: four channels
     "images/brick.jpg": lambda s: photo(s, "brick.png"),
     "images/gravel.jpg": lambda s: photo(s, "gravel.png"),
     "images/sales_chart.png": lambda s: bar_chart(["Jan", "Feb", "Mar", "Apr"], [12, 18, 9, 15]),
@@ -149,21 +149,21 @@ IMAGES: dict[str, Callable[[Sources], Image.Image]] = {
 
 
 def read_wav(path: Path) -> Sound:
-    """A 16-bit mono WAV file."""
+    """Read a 16-bit mono WAV file."""
     with wave.open(str(path)) as file:
         data = np.frombuffer(file.readframes(file.getnframes()), dtype="<i2")
         return Sound(data.astype(np.float64) / 32768, file.getframerate())
 
 
 def trim(sound: Sound, threshold: float = 0.01) -> Sound:
-    """The sound without the silence at its ends (50 ms of it stay)."""
+    """The sound without the silence at its ends, except 50 ms."""
     loud = np.flatnonzero(np.abs(sound.samples) > threshold)
     margin = sound.rate // 20
     return Sound(sound.samples[max(loud[0] - margin, 0) : loud[-1] + margin], sound.rate)
 
 
 def say(text: str, voice: str, speed: int = 160, pitch: int = 50) -> Sound:
-    """Speech by espeak-ng; ``speed`` is in words a minute."""
+    """Speech by espeak-ng; ``speed`` is in words per minute."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "speech.wav"
         command = ["espeak-ng", "-b", "1", "-v", voice, "-s", str(speed), "-p", str(pitch), "-w", str(path)]
@@ -172,20 +172,20 @@ def say(text: str, voice: str, speed: int = 160, pitch: int = 50) -> Sound:
 
 
 def recorded(sources: Sources, *prompts: str, gap: float = 0.05) -> Sound:
-    """Recorded prompts, one after the other (``digits/5`` is the file digits/5.wav)."""
+    """Recorded prompts, one after another (``digits/5`` is the file digits/5.wav)."""
     parts = [trim(read_wav(sources.sounds / f"{prompt}.wav")) for prompt in prompts]
     return join(parts, gap)
 
 
 def music(sources: Sources, name: str, start: float, seconds: float) -> Sound:
-    """A cut of a recorded piece, faded in and out."""
+    """An excerpt of a recorded piece, faded in and out."""
     piece = read_wav(sources.music / f"{name}.wav")
     first = int(start * piece.rate)
     return faded(Sound(piece.samples[first : first + int(seconds * piece.rate)], piece.rate), 0.3)
 
 
 def faded(sound: Sound, seconds: float = 0.01) -> Sound:
-    """The sound with soft ends: a hard start or end would be heard as a click."""
+    """The sound with soft ends; a hard start or end would be audible as a click."""
     count = min(int(seconds * sound.rate), len(sound.samples) // 2)
     gain = np.ones(len(sound.samples))
     gain[:count] = np.linspace(0, 1, count)
@@ -206,13 +206,13 @@ def noise(seconds: float, level: float = 0.2, seed: int = 1, rate: int = SPEECH_
 
 
 def click() -> Sound:
-    """A short knock: noise that dies away within some milliseconds."""
+    """A short knock: noise that decays within some milliseconds."""
     burst = np.random.default_rng(2).uniform(-1, 1, SPEECH_RATE // 20)
     return Sound(0.8 * burst * np.exp(-np.arange(len(burst)) / (0.008 * SPEECH_RATE)))
 
 
 def join(sounds: list[Sound], gap: float = 0.0) -> Sound:
-    """Sounds of one rate, one after the other."""
+    """Sounds of equal rate, one after another, with ``gap`` seconds between them."""
     rate = sounds[0].rate
     pause = np.zeros(int(gap * rate))
     pieces = [piece for sound in sounds for piece in (sound.samples, pause)]
@@ -220,12 +220,15 @@ def join(sounds: list[Sound], gap: float = 0.0) -> Sound:
 
 
 def place(seconds: float, parts: list[tuple[float, Sound]]) -> Sound:
-    """A track of ``seconds`` with each sound laid in at its own time; what is too long is cut."""
+    """A track of ``seconds`` with each sound added at its start time; sounds are cut at the end of the track.
+
+    Raises ValueError if the sounds have different rates.
+    """
     rate = parts[0][1].rate
     track = np.zeros(int(seconds * rate))
     for start, sound in parts:
         if sound.rate != rate:
-            raise ValueError(f"sounds of {sound.rate} and {rate} Hz in one track")
+            raise ValueError(f"one track has sounds of {sound.rate} and {rate} Hz; use one rate")
         first = int(start * rate)
         piece = sound.samples[: max(len(track) - first, 0)]
         track[first : first + len(piece)] += piece
@@ -233,9 +236,9 @@ def place(seconds: float, parts: list[tuple[float, Sound]]) -> Sound:
 
 
 def with_noise(sound: Sound, level: float = 0.05) -> Sound:
-    """The sound with white noise under it."""
-    under = noise(sound.seconds + 1, level, seed=3, rate=sound.rate)
-    return Sound(np.clip(sound.samples + under.samples[: len(sound.samples)], -1, 1), sound.rate)
+    """The sound with white noise added."""
+    hiss = noise(sound.seconds + 1, level, seed=3, rate=sound.rate)
+    return Sound(np.clip(sound.samples + hiss.samples[: len(sound.samples)], -1, 1), sound.rate)
 
 
 SOUNDS: dict[str, Callable[[Sources], Sound]] = {
@@ -272,7 +275,7 @@ SOUNDS: dict[str, Callable[[Sources], Sound]] = {
 
 
 def canvas(color: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    """An empty frame and the pen that draws on it."""
+    """An empty frame, and the object that draws on it."""
     image = Image.new("RGB", CLIP_SIZE, color)
     return image, ImageDraw.Draw(image)
 
@@ -284,7 +287,7 @@ def camera_move(
     last: tuple[float, float, float],
     seconds: float,
 ) -> Callable[[float], Image.Image]:
-    """A photograph under a moving camera; a view is (left, top, width) as fractions of its width."""
+    """A camera moving over a photograph; a view is (left, top, width) as fractions of the photograph's width."""
     image = Image.open(sources.photos / name).convert("RGB")
     width, height = CLIP_SIZE
 
@@ -312,7 +315,7 @@ def ball_frame(color: str, bounces_per_second: float) -> Callable[[float], Image
 
 
 def crossing_frame(seconds: float) -> Callable[[float], Image.Image]:
-    """A red square goes right along the top, a blue circle goes left along the bottom."""
+    """A red square moves right along the top; a blue circle moves left along the bottom."""
 
     def frame(t: float) -> Image.Image:
         image, draw = canvas("white")
@@ -326,7 +329,7 @@ def crossing_frame(seconds: float) -> Callable[[float], Image.Image]:
 
 
 def clock_frame(seconds: float, turn: float) -> Callable[[float], Image.Image]:
-    """A clock whose one hand starts at twelve and goes clockwise through ``turn`` of a circle."""
+    """A clock whose single hand starts at twelve and turns clockwise by ``turn`` of a circle."""
 
     def frame(t: float) -> Image.Image:
         image, draw = canvas("#f2f2f2")
@@ -343,7 +346,7 @@ def clock_frame(seconds: float, turn: float) -> Callable[[float], Image.Image]:
 
 
 def digit_frame(t: float) -> Image.Image:
-    """A new big digit each second, from 1 on."""
+    """A new big digit each second, starting with 1."""
     number = int(t) + 1
     image, draw = canvas(("#264653", "#2a9d8f", "#8a5a00", "#9b2226")[(number - 1) % 4])
     draw.text((96, 72), str(number), fill="white", font=font(96), anchor="mm")
@@ -372,7 +375,7 @@ def rising_bar_frame(seconds: float) -> Callable[[float], Image.Image]:
 
 
 def rocket_countdown(sources: Sources) -> Clip:
-    """The camera goes near the rocket while a voice counts down; a noise follows."""
+    """The camera moves towards the rocket while a voice counts down; a noise follows."""
     words = [say(word, "en-us", 150) for word in ("three", "two", "one", "lift off!")]
     parts = [(0.1 + 0.8 * i, word) for i, word in enumerate(words)]
     parts.append((3.2, noise(0.8, 0.5, seed=5, rate=words[0].rate)))
@@ -387,7 +390,7 @@ def counting(sources: Sources) -> Clip:
 
 
 CLIPS: dict[str, Callable[[Sources], Clip]] = {
-    # Silent ones.
+    # Without sound.
     "videos/bouncing ball.mp4": lambda s: Clip(ball_frame("#ff7f0e", 1), 3),
     "videos/coffee_zoom.mp4": lambda s: Clip(
         camera_move(s, "coffee.png", (0.0, 0.0, 0.88), (0.35, 0.02, 0.45), 3), 3, fps=12
@@ -400,7 +403,7 @@ CLIPS: dict[str, Callable[[Sources], Clip]] = {
     "videos/cameraman_zoom_out.mp4": lambda s: Clip(
         camera_move(s, "camera.png", (0.25, 0.1, 0.4), (0.0, 0.05, 1.0), 2.5), 2.5, fps=8
     ),
-    # Those with a sound track.
+    # With a sound track.
     "videos/counting_digits.mp4": counting,
     "videos/rocket_countdown.webm": rocket_countdown,
     "videos/cat_pan_zh.mp4": lambda s: Clip(
@@ -629,7 +632,7 @@ SAMPLES: list[dict[str, Any]] = [
     },
     {
         "audio": "audio/how_many_bounces_zh.wav",
-        "video": "videos/ball_with_clicks.mp4",  # sound in the clip and a sound beside it
+        "video": "videos/ball_with_clicks.mp4",  # a sound in the clip and a separate sound
         "text": "请根据视频回答录音里的问题。",
         "answer": "红色的球一共跳了四次，每次落地都能听到一声响。",
     },
@@ -648,7 +651,7 @@ SAMPLES: list[dict[str, Any]] = [
         "text": "Listen to the question, then answer it from the picture and the clip.",
         "answer": "The picture shows a person, an astronaut in an orange suit. The clip only shows a bouncing ball.",
     },
-    # Whole conversations.
+    # Conversations.
     {
         "messages": [
             {"role": "system", "content": "You are a helpful assistant that answers briefly."},
@@ -701,7 +704,7 @@ AUDIO_CODECS = {
 H264 = ["-c:v", "libx264", "-crf", "25", "-preset", "slow", "-c:a", "aac", "-b:a", "48k"]
 VP9 = ["-c:v", "libvpx-vp9", "-crf", "34", "-b:v", "0", "-c:a", "libopus", "-b:a", "32k"]
 CLIP_CODECS = {".mp4": [*H264, "-movflags", "+faststart"], ".mov": H264, ".mkv": H264, ".webm": VP9}
-# One thread and no time stamps or version strings: the same input gives the same file.
+# One thread, and no time stamps or version strings, so that the same input gives the same file.
 REPRODUCIBLE = ["-threads", "1", "-fflags", "+bitexact", "-flags:v", "+bitexact", "-flags:a", "+bitexact"]
 
 
@@ -721,18 +724,18 @@ def pcm_input(sound: Sound, source: str) -> list[str]:
 
 
 def write_image(image: Image.Image, path: Path) -> None:
-    """Write a picture in the format that the file's ending names."""
+    """Write a picture in the format of the file's suffix."""
     options: dict[str, Any] = {".jpg": {"quality": 85}, ".webp": {"quality": 80}, ".png": {"optimize": True}}
     image.save(path, **options[path.suffix])
 
 
 def write_sound(sound: Sound, path: Path) -> None:
-    """Write a sound in the format that the file's ending names."""
+    """Write a sound in the format of the file's suffix."""
     run_ffmpeg([*pcm_input(sound, "-"), *AUDIO_CODECS[path.suffix], *REPRODUCIBLE, str(path)], pcm(sound))
 
 
 def write_clip(clip: Clip, path: Path) -> None:
-    """Write a clip, with its sound track where it has one."""
+    """Write a clip, with its sound track if it has one."""
     frames = b"".join(clip.frame(i / clip.fps).tobytes() for i in range(round(clip.seconds * clip.fps)))
     size = f"{CLIP_SIZE[0]}x{CLIP_SIZE[1]}"
     inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(clip.fps), "-i", "-"]
@@ -745,7 +748,7 @@ def write_clip(clip: Clip, path: Path) -> None:
 
 
 def media_of(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every (kind, path) of a sample, for both forms of sample."""
+    """Every (kind, path) of a sample, with or without ``messages``."""
     parts = [sample]
     for message in sample.get("messages", []):
         if not isinstance(message["content"], str):
@@ -758,15 +761,17 @@ def media_of(sample: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_tables() -> None:
-    """Every file that a sample names has a recipe, and every recipe is used."""
-    named = {path for sample in SAMPLES for _, path in media_of(sample)}
+    """Exit with a message unless every file of the samples is in a table, and every file in a table is used."""
+    used = {path for sample in SAMPLES for _, path in media_of(sample)}
     made = {*IMAGES, *SOUNDS, *CLIPS}
-    if named != made:
-        raise SystemExit(f"no recipe: {sorted(named - made)}; not used by any sample: {sorted(made - named)}")
+    if used != made:
+        raise SystemExit(
+            f"not in IMAGES, SOUNDS or CLIPS: {sorted(used - made)}; not used by any sample: {sorted(made - used)}"
+        )
 
 
 def summary(out: Path) -> str:
-    """How many samples of each kind there are, and the size of the files."""
+    """The number of samples of each kind, and the size of the files."""
     kinds: Counter[str] = Counter()
     for sample in SAMPLES:
         kinds["+".join(sorted({kind for kind, _ in media_of(sample)})) or "text"] += 1
@@ -791,50 +796,50 @@ def make(sources: Sources, out: Path) -> None:
 
 
 def photo_folder() -> Path:
-    """The folder of the scikit-image wheel that holds its photographs."""
-    import skimage  # only here: --help and --photos work without it
+    """The folder of photographs in the scikit-image wheel."""
+    import skimage  # imported here, so that --help and --photos work without it
 
     return Path(skimage.__file__).parent / "data"
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--out",
         type=Path,
         default=Path(__file__).resolve().parent / "calibVideos",
-        help="folder to write to (default: calibVideos beside this script)",
+        help="folder to write to (default: calibVideos next to this script)",
     )
-    parser.add_argument("--photos", type=Path, help="photographs (default: those of the installed scikit-image)")
+    parser.add_argument("--photos", type=Path, help="folder of photographs (default: the installed scikit-image's)")
     parser.add_argument(
         "--sounds",
         type=Path,
         default=Path("/usr/share/asterisk/sounds/en_US_f_Allison"),
-        help="recorded speech, of asterisk-core-sounds-en-wav (default: %(default)s)",
+        help="folder of recorded speech from asterisk-core-sounds-en-wav (default: %(default)s)",
     )
     parser.add_argument(
         "--music",
         type=Path,
         default=Path("/usr/share/asterisk/moh"),
-        help="recorded music, of asterisk-moh-opsound-wav (default: %(default)s)",
+        help="folder of recorded music from asterisk-moh-opsound-wav (default: %(default)s)",
     )
     parser.add_argument(
         "--cjk-font",
         type=Path,
         default=Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc"),
-        help="a font with Chinese letters (default: %(default)s)",
+        help="font with Chinese characters (default: %(default)s)",
     )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Make the data set and say what it holds."""
+    """Make the data set and print a summary."""
     args = parse_args()
     sources = Sources(args.photos or photo_folder(), args.sounds, args.music, args.cjk_font)
     for path in (sources.photos, sources.sounds, sources.music, sources.cjk_font):
         if not path.exists():
-            raise SystemExit(f"not found: {path} (see --help for the packages that are needed)")
+            raise SystemExit(f"not found: {path} (see --help for the required packages)")
     make(sources, args.out)
     print(summary(args.out))
 

@@ -9,17 +9,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads slow a shared machine
+# Before torch is imported. Processes that tests start inherit both.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are too small for more; `make test-isa` sets it too
 
 import pytest
-import torch
 from make_tiny_omni import make_tiny_omni
 from make_tiny_vl import make_tiny_vl
 
 from msmodelslim_omni.commands.shell import quiet_libraries
 
 quiet_libraries()
-torch.set_num_threads(1)  # the tensors of the tests are too small for more threads
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,7 @@
 """Score a checkpoint of the tiny Omni on held-out sets: `python examples/tiny_omni/score.py MODEL [--rounding]`.
 
-The calibration code of `msmodelslim quant` reads the inputs from the files. An answer is right if all its tokens and its
-end are the most probable ones, which is the case if greedy generation gives exactly that answer.
+The calibration code of `msmodelslim quant` reads the inputs from the files. An answer is right if all its tokens and
+its end are the most probable ones, which is the case if greedy generation gives exactly that answer.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def round_decoder(thinker: Any, bits: int, group: int) -> None:
 
 
 def site_statistics(thinker: Any, items: Sequence[Item]) -> dict[str, tuple[float, float]]:
-    """Per kind of Linear input: (kurtosis of its values, max / median of channel maxima), each the largest of all layers."""
+    """Per kind of Linear input: (kurtosis, max / median of channel maxima), each the largest value of all layers."""
     values: dict[str, list[Tensor]] = defaultdict(list)
     sites = {"q_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "down_proj": "down"}
     hooks = []
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--index", type=Path, default=Path(__file__).parent / "heldout" / "index.jsonl")
     parser.add_argument("--every", type=int, default=1, help="use only every n-th sample")
     parser.add_argument("--rounding", action="store_true", help="also score plainly rounded weights")
-    parser.add_argument("--trigram", action="store_true", help="add the perplexity of a trigram (needs the `bible` program)")
+    parser.add_argument("--trigram", action="store_true", help="also score a trigram (needs the `bible` program)")
     parser.add_argument("--sites", type=Path, metavar="INDEX", help="add statistics of activations on this set")
     parser.add_argument("--card", type=Path, help="write the tables into this file, between its two score marks")
     args = parser.parse_args()

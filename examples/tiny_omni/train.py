@@ -257,7 +257,7 @@ def cycle(step: int, steps: int) -> tuple[int, int]:
 
 
 def rate_factor(step: int, steps: int, flat: float) -> float:
-    """Share of the full rates: rises over WARM_UP, is flat, and falls linearly from the share `flat` of the steps on."""
+    """Share of the full rates: rises over WARM_UP, is flat, and after the share `flat` of the steps falls linearly."""
     fallen = max(0.0, (step / steps - flat) / (1 - flat))
     return min(1.0, (step + 1) / WARM_UP, 1 - fallen)
 
@@ -391,7 +391,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS, help="number of steps of the schedule")
-    parser.add_argument("--stop", type=int, default=None, help="stop after this step of the schedule; see MEAN_FROM")
+    parser.add_argument("--stop", type=int, default=None, help="stop after this many steps; see MEAN_FROM")
     parser.add_argument("--work", type=Path, default=None, help="folder for state and data (default: OUT.work)")
     args = parser.parse_args()
     work = args.work or args.out.with_name(args.out.name + ".work")

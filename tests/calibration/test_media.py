@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import av
-import librosa
 import numpy as np
 import pytest
 import soundfile
 import torch
+from librosa_uncompiled import librosa
 from media_files import probe_error, tone, write_video, write_wav
 from PIL import Image
 

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from librosa_uncompiled import librosa
 from omni_layers import difference, float_weights, open_stream
 
 from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
@@ -147,8 +148,6 @@ def as_messages(entry: dict[str, Any]) -> list[dict[str, Any]]:
 
 def audio_track(path: str) -> np.ndarray:
     """The audio track of a video as librosa.load returns it, decoded without an ffmpeg program."""
-    import librosa
-
     with av.open(path) as container:
         rate = container.streams.audio[0].rate
         resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)

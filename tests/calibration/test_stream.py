@@ -11,6 +11,7 @@ import torch
 from command import int4_recipe, write_index
 from omni_layers import difference, float_layer, float_weights, open_stream
 from safetensors.torch import load_file
+from ties import assert_rounded
 
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import qwen2_5_omni as omni
@@ -41,37 +42,45 @@ def test_unquantized_layer_has_no_error(prepared: Prepared, tmp_path: Path) -> N
         assert error.by_modality == dict.fromkeys(("text", "image", "audio", "video"), 0.0)
 
 
-def test_the_next_layer_sees_the_quantized_layers_output(prepared: Prepared, tmp_path: Path) -> None:
+def test_next_layer_gets_the_quantized_layers_output(prepared: Prepared, tmp_path: Path) -> None:
+    """The stored output equals that of a layer in plain torch that rounds its activations to the same integers.
+
+    The integers are those nearest to the plain layer's own activations, except at ties.
+    """
     plan = prepared.plan
     work = tmp_path / "work"
     stream = open_stream(prepared, work)
     weights = float_weights(plan.checkpoint, 0)
     module = omni.build_layer(plan.checkpoint.config, 0, weights)
-    seen = stream.capture(0, module, plan.layer_spec)
+    captured = stream.capture(0, module, plan.layer_spec)
     quantized = {
         name: quantize_weight(weights[f"{name}.weight"], QuantScheme(8, 8)) for name in plan.layer_spec.linears
     }
     emulate(module, quantized, weights)
-    error = stream.advance(0, lambda: module, seen.probe.errors(module))
+    activations: dict[str, list[torch.Tensor]] = {name: [] for name in plan.layer_spec.linears}
+    for name, inputs in activations.items():
+        module.get_submodule(name).register_forward_pre_hook(partial(append_input, inputs))
+    probe_errors = captured.probe.errors(module)
+    for inputs in activations.values():
+        inputs.clear()  # the probe's
+    error = stream.advance(0, lambda: module, probe_errors)
     stored = load_file(work / "hidden-0001.safetensors")
 
-    fake = omni.build_layer(plan.checkpoint.config, 0, rounded_per_channel(weights))
-    for linear in plan.layer_spec.linears:
-        fake.get_submodule(linear).register_forward_pre_hook(round_per_token)
+    plain = omni.build_layer(plan.checkpoint.config, 0, rounded_per_channel(weights))
+    integers: dict[str, torch.Tensor] = {}
+    for name in plan.layer_spec.linears:
+        plain.get_submodule(name).register_forward_pre_hook(partial(round_as, integers, name))
     exact = omni.build_layer(plan.checkpoint.config, 0, weights)
-    missed = signal = 0.0
-    differences = []
+    squared_error = signal = 0.0
     for number, hidden in enumerate(stored.values()):
         inputs = stem_inputs(work / "stem" / f"{number:06d}.safetensors")
-        expected = run_layer(fake, inputs)
-        wanted = run_layer(exact, inputs)
-        differences.append(difference(hidden, expected))
-        # An activation halfway between two integers may be rounded either way, depending on the processor.
-        assert differences[-1] < 0.01 * difference(wanted, expected)
-        missed += float((expected - wanted).double().square().sum())
-        signal += float((wanted - inputs.hidden).double().square().sum())
-    assert sorted(differences)[len(differences) // 2] < 1e-5
-    assert error.overall == pytest.approx((missed / signal) ** 0.5, rel=1e-3)
+        integers.update({name: in_steps(inputs[number]).round() for name, inputs in activations.items()})
+        expected = run_layer(plain, inputs)
+        assert difference(hidden, expected) < 1e-5
+        float_output = run_layer(exact, inputs)
+        squared_error += float((expected - float_output).double().square().sum())
+        signal += float((float_output - inputs.hidden).double().square().sum())
+    assert error.overall == pytest.approx((squared_error / signal) ** 0.5, rel=1e-3)
     assert error.overall > 1e-3
 
 
@@ -85,10 +94,22 @@ def rounded_per_channel(weights: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return rounded
 
 
-def round_per_token(_module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """Pre-forward hook that rounds the input to int8 with one scale per token, absmax / 127."""
-    step = arguments[0].abs().amax(-1, keepdim=True) / 127
-    return ((arguments[0] / step).round() * step,)
+def append_input(inputs: list[torch.Tensor], _module: torch.nn.Module, arguments: tuple[torch.Tensor]) -> None:
+    inputs.append(arguments[0])
+
+
+def in_steps(x: torch.Tensor) -> torch.Tensor:
+    """Activations in units of their token's int8 step."""
+    return x / (x.abs().amax(-1, keepdim=True) / 127)
+
+
+def round_as(
+    integers: dict[str, torch.Tensor], name: str, _module: torch.nn.Module, arguments: tuple[torch.Tensor]
+) -> tuple[torch.Tensor]:
+    """A forward pre-hook that rounds a Linear's input to the given integers, which must be nearest except at ties."""
+    (x,) = arguments
+    assert_rounded(integers[name], in_steps(x))
+    return (integers[name] * (x.abs().amax(-1, keepdim=True) / 127),)
 
 
 def stem_inputs(path: Path) -> LayerInput:

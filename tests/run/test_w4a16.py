@@ -194,10 +194,8 @@ def test_killed_run_resumes_to_the_same_bytes(
     no_propagation: Path,
     uninterrupted: dict[str, bytes],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """SIGKILL after the first layer, while the next is computed and another may be read or written."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as in this process, because sums depend on it
     save, words = tmp_path / "out", ("--config_path", no_propagation, "--dataset", text)
     run = start(tiny, save, tmp_path / "log", *words)
     run.wait_until(lambda: finished_layers(save) >= 1)

@@ -151,7 +151,7 @@ def by_one(model: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -
 def launch(logs: Path, *words: object) -> subprocess.Popen[bytes]:
     """Start two processes under torchrun. Their output goes to one log file per rank."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--log-dir", logs, "-r", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [str(word) for word in (sys.executable, "-m", *launcher, *words)],
         stdout=subprocess.DEVNULL,
