@@ -1,8 +1,8 @@
-# make demo    set up .venv, quantize the trained tiny Omni to W8A8 and W4A16, ask what each still knows
+# make demo    set up .venv, quantize the trained tiny Omni to W8A8 and W4A16, test both on held-out questions
 # make test    set up .venv, run the test suite
 # make test-isa  run the suite under other instruction sets and thread counts, about six minutes each
-# make fuzz    fuzz what reads files from elsewhere, a minute each; SECONDS_EACH=600 TARGETS=recipe for more or one
-# Nothing but Python >= 3.10 and make is needed beforehand.
+# make fuzz    fuzz the readers of untrusted files, a minute each; SECONDS_EACH=600 TARGETS=recipe changes that
+# Requires only Python >= 3.10 and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -45,7 +45,7 @@ test-full: install
 fuzz: $(VENV)-fuzz/installed
 	$(VENV)-fuzz/bin/python tests/fuzz/run.py $(TARGETS) --seconds $(SECONDS_EACH)
 
-# atheris has wheels for some versions of Python only; beside the tests' environment, so that they do without it.
+# atheris has wheels only for some Python versions, so it gets an environment of its own.
 $(VENV)-fuzz/installed: $(VENV)/installed
 	$(RUN) -m venv $(VENV)-fuzz
 	$(RUN) -c 'import site; print(site.getsitepackages()[0])' > \

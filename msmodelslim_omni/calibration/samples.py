@@ -106,7 +106,7 @@ def load_calib_set(
             [f"... and {len(errors) - _LISTED_ERRORS} more"] * (len(errors) > _LISTED_ERRORS)
         )
         raise QuantError(
-            f"the dataset has {len(errors)} errors:\n" + "\n".join(listed),
+            f"the dataset has {len(errors)} error{'s' * (len(errors) > 1)}:\n" + "\n".join(listed),
             "fix them, or skip such samples: `calibration: {on_bad_sample: skip}` in a recipe,"
             " `--on_bad_sample skip` for eval",
         )
