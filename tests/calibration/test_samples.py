@@ -75,7 +75,7 @@ def load_errors(folder: Path, *entries: Any) -> list[str]:
     with pytest.raises(QuantError) as caught:
         load(folder, *entries)
     first, *rest = caught.value.message.split("\n")
-    assert first == f"the dataset has {len(rest)} errors:"
+    assert first == ("the dataset has 1 error:" if len(rest) == 1 else f"the dataset has {len(rest)} errors:")
     assert "on_bad_sample: skip" in caught.value.hint
     return rest
 
