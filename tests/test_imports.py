@@ -171,6 +171,17 @@ def test_rooms_have_a_docstring(room: str) -> None:
         assert 3 <= len(text.splitlines()) <= 8, f"{room}/__init__.py: three to eight lines"
 
 
+@pytest.mark.parametrize("room", [room for room in ROOMS if room in MODULES and "." not in room])
+def test_docstring_lists_the_imported_rooms(room: str) -> None:
+    if MODULES[room].name == "__init__.py":
+        modules = [module for module in MODULES if room_of(module) == room and not module.startswith(("cli", "__"))]
+        imported = {room_of(target) for module in modules for target in own_imports(module, for_types=True)} - {room}
+        listed = re.search(r"May import: ([^.]*)\.", ast.get_docstring(parsed(room)) or "")
+        assert listed is not None, f"{room}/__init__.py: no list of rooms"
+        expected = ", ".join(other for other in ROOMS if other in imported) or "no other room"
+        assert " ".join(listed[1].split()) == expected
+
+
 def test_own_imports() -> None:
     assert own_imports("processors.smooth") >= {"numerics", "statistics", "models", "processors.work"}
     assert own_imports("commands.quant") >= {"commands.shell", "run"}  # inside functions

@@ -1,7 +1,8 @@
 """Sensitivity of the Linears, and a mixed-precision recipe that meets a target size or KL divergence.
 
 run.py is the entry point: it measures sensitivity, allocates bits, writes the recipe and verifies it with a real run.
-May import: evaluation and every room below it.
+May import: evaluation, run, calibration, report, plan, processors, statistics, formats, models, recipe, numerics,
+runtime, storage, errors.
 Not here: quantization. run/ runs the recipe like any other recipe.
 """
 

@@ -2,7 +2,7 @@
 
 samples.py parses the index, media.py decodes, stems.py runs towers and embedding, stream.py walks the samples through
 the layers, and layer_probe.py measures how much a changed layer differs from the float layer.
-May import: plan, statistics, models, numerics, runtime, storage, files and errors.
+May import: plan, statistics, models, recipe, numerics, runtime, storage, files, errors.
 Left out on purpose: quantization. The stream is handed a layer and does not know what was done to it.
 """
 

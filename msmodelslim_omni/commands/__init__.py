@@ -1,6 +1,7 @@
-"""The verbs of the `msmodelslim` command: flags, tables and progress in the terminal. One file per verb.
+"""The verbs of the `msmodelslim` command: flags, tables and progress in the terminal. One file per verb,
+plus shell.py, tables.py and live_progress.py, which the verbs share.
 
 cli.py registers them. Verbs import torch and the other rooms inside their functions, so that `--help` is fast.
-May import: every room.
+May import: analysis, evaluation, doctor, quantized, run, report, recipe, runtime, files, errors.
 Not here, on purpose: decisions. A verb parses flags, calls one function of another room, and prints the result.
 """

@@ -1,6 +1,6 @@
 """Plain files: safe reading of untrusted input, atomic writes, digests, files shipped with the package.
 
-May import: errors. No torch, so that the command starts fast.
+May import: no other room. No torch, so that the command starts fast.
 Not here: tensors; see storage.
 """
 

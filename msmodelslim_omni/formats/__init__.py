@@ -2,7 +2,7 @@
 
 A format is one module that implements `Format` (format.py), plus one line in the table of registry.py. shards.py writes
 the files of every format.
-May import: numerics, runtime, storage, files, errors.
+May import: numerics, storage, files, errors.
 Not here: models and processors. A format sees only names, schemes and tensors.
 """
 

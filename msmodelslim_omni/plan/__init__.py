@@ -2,7 +2,7 @@
 
 plan.py assigns a scheme to every Linear. admission.py refuses checkpoints that cannot be quantized. peak_memory.py
 estimates the memory of a run and adapts its budget to --max_memory.
-May import: processors, formats, models, recipe, numerics, runtime, storage, errors.
+May import: processors, statistics, formats, models, recipe, numerics, runtime, storage, errors.
 Not here: samples and tensors. A plan is made from the recipe, config.json and safetensors headers only.
 """
 

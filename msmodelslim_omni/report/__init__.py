@@ -1,7 +1,7 @@
 """Documents about a run: quant_report as JSON, Markdown and HTML, the model card, the evaluation report.
 
 report.py and fidelity.py define the data, the other files render them, and html/ builds the HTML page.
-May import: processors, formats, models, storage, files and errors.
+May import: processors, formats, models, runtime, storage, files, errors.
 Not here, on purpose: measurements. run/measure.py and evaluation/ compute the numbers.
 """
 

@@ -1,8 +1,8 @@
 """quantize(): the whole run. Read this file first; layers.py holds the steps of one decoder layer.
 
-Recipe -> QuantPlan -> Checkpoint -> calibration stream
-       -> layer by layer: load -> capture -> process -> propagate -> every format
-       -> report
+recipe and checkpoint headers -> QuantPlan -> calibration stream
+    -> layer by layer: load -> capture -> process -> propagate -> measure -> every format
+    -> report
 """
 
 from __future__ import annotations
@@ -114,23 +114,31 @@ def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progre
     if (save_path / WORK_FOLDER).exists():  # an existing work folder is changed only after every check has passed
         prepared = _with_checkpoint_checked(prepared, progress)
     with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
-        if prepared.team.broadcast(bool(workspace.manifest.committing)):
+        committing = workspace.manifest.committing
+        if prepared.team.broadcast(bool(committing)):
             progress.say("the output is complete; moving it into place")
-            return _commit(workspace, workspace.manifest.committing)
+            return _commit(workspace, committing)
         # Sums over threads depend on their number, so a resumed run uses as many as the first one.
-        with _threads(prepared.team.broadcast(workspace.manifest.remember("threads", torch.get_num_threads()))):
+        threads = workspace.manifest.remember("threads", torch.get_num_threads())
+        prepared.team.broadcast(threads)
+        with _threads(threads):
             return _run_layers(prepared, workspace, progress)
 
 
 def _follow(prepared: Prepared, folder: Path) -> None:
-    """Every other process: its share of each layer, in step with `_lead`. It writes no output."""
-    team = prepared.team
-    if team.broadcast():
+    """Every other process: its share of each layer, in step with `_lead`. It writes hidden states, but no output.
+
+    Each broadcast receives what the leader sends: in the same order, since broadcasts have no names.
+    """
+    is_complete = prepared.team.broadcast()  # from _lead
+    if is_complete:
         return
-    with _threads(team.broadcast()):
-        clock = Clock()
-        stream = _open_stream(prepared, folder, Progress(), clock)
-        for _ in quantized_layers(prepared, stream, _first_layer(team.broadcast(), stream), clock):
+    threads = prepared.team.broadcast()  # from _lead
+    with _threads(threads):
+        clock, silent = Clock(), Progress()
+        stream = _open_stream(prepared, folder, silent, clock)
+        finished_layers = prepared.team.broadcast()  # from _run_layers
+        for _ in quantized_layers(prepared, stream, _first_layer(finished_layers, stream), clock):
             pass
 
 
@@ -151,24 +159,26 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
     if stream is not None:  # the samples' lengths are known only now
         check_disk_space(workspace.save_path, forecast(plan, stream.stems.extent()).disk_bytes)
     job = make_job(plan)
-    parts = units(plan, job)
+    output_units = units(plan, job)
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
         with clock("resume"):
-            first = _first_layer(prepared.team.broadcast(_count_finished_layers(outputs, parts)), stream)
+            finished_layers = prepared.team.broadcast(_count_finished_layers(outputs, output_units))
+            first = _first_layer(finished_layers, stream)
         if first:
             progress.say(f"resuming at layer {first}; the layers before it are finished")
         with Background() as writing, Background() as copying, _stop_on_error() as stop:
-            copying.start(_copy_others, outputs, parts, stop)
+            copying.start(_copy_others, outputs, output_units, stop)
             with clock("check"), _discard_on_error(workspace):
                 prepared = _with_checkpoint_checked(prepared, progress)
-            for layer, results, record in quantized_layers(prepared, stream, first, clock):
+            for layer, (quantized, changed), record in quantized_layers(prepared, stream, first, clock):
+                items = finished_items(output_units.layers[layer], quantized, changed)
                 with clock("write"):
                     copying.raise_if_failed()
                     if writing.busy:
                         writing.result()
-                    writing.start(_save, outputs, stream, layer, finished_items(parts.layers[layer], *results), record)
+                    writing.start(_save, outputs, stream, layer, items, record)
                 progress.step("layers", layer + 1, len(plan.layers), _progress_detail(stream))
-                del results
+                del quantized, changed, items  # free them while the next layer is computed
             with clock("write"):
                 if writing.busy:
                     writing.result()
@@ -192,10 +202,10 @@ def _layer_unit(layer: int) -> str:
     return f"layer {layer}"
 
 
-def _count_finished_layers(outputs: Outputs, parts: Units) -> int:
+def _count_finished_layers(outputs: Outputs, output_units: Units) -> int:
     """How many layers, counted from the first, are finished."""
     first = 0
-    while first < len(parts.layers) and outputs.is_whole(_layer_unit(first), parts.layers[first]):
+    while first < len(output_units.layers) and outputs.is_whole(_layer_unit(first), output_units.layers[first]):
         first += 1
     return first
 
@@ -210,7 +220,7 @@ def _first_layer(finished: int, stream: CalibrationStream | None) -> int:
 
 
 def _with_checkpoint_checked(prepared: Prepared, progress: Progress) -> Prepared:
-    """Check the whole checkpoint if `prepare` has postponed that."""
+    """Check the whole checkpoint, if `prepare` postponed that and it was not done since."""
     plan = prepared.plan
     if plan.checked:
         return prepared
@@ -241,9 +251,9 @@ def _stop_on_error() -> Iterator[Event]:
         raise
 
 
-def _copy_others(outputs: Outputs, parts: Units, stop: Event) -> None:
+def _copy_others(outputs: Outputs, output_units: Units, stop: Event) -> None:
     """Copy everything outside the decoder layers unchanged: towers, talker and the rest."""
-    for number, items in enumerate(parts.others):
+    for number, items in enumerate(output_units.others):
         unit = f"others {number}"
         if not stop.is_set() and not outputs.is_whole(unit, items):
             outputs.save(unit, items)
