@@ -209,8 +209,11 @@ def _round_plainly(linear: str, weight: torch.Tensor, scheme: QuantScheme) -> Qu
 
 
 def _output_error(stats: InputStats, weight: torch.Tensor, quantized: QuantizedLinear) -> Error:
-    """Relative output error: Σ ΔW H ΔWᵀ / Σ W H Wᵀ, exact, if activations stay float; else from the kept rows."""
-    if quantized.scheme.act_bits is not None:
+    """Relative output error: Σ ΔW H ΔWᵀ / Σ W H Wᵀ, exact, if activations stay float and H is per modality.
+
+    Otherwise measured on the kept rows.
+    """
+    if quantized.scheme.act_bits is not None or not stats.grams:
         return Error(*output_error(stats, weight, quantized))
     change = dequantize(quantized) - weight
     errors = {m: float(gram.output_error(change).sum()) for m, gram in stats.grams.items()}

@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..errors import QuantError
 from ..models import LinearGroup
 from ..runtime import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
-from ..statistics import ROWS_PER_MODALITY, sketch_rows
+from ..statistics import ROWS_PER_MODALITY, choose_form
 from .plan import QuantPlan
 
 # The interpreter, torch and the classes of transformers. With samples, also the processor and decoded media.
@@ -31,6 +31,7 @@ _USABLE_SHARE = 0.9
 _BUDGET_OPTIONS = (
     (DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, True),
     (DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, False),
+    (448 * MIB, 160 * MIB, False),
     (256 * MIB, 80 * MIB, False),
     (128 * MIB, 40 * MIB, False),
     (64 * MIB, 20 * MIB, False),
@@ -119,10 +120,9 @@ def _trial_bytes(layer: _LayerSizes, group: LinearGroup) -> int:
 def _gram_bytes(budget: Budget, width: int, extent: Extent) -> tuple[int, int]:
     """Return the bytes of H of one input: one per modality, and the weighted sum of all modalities."""
     counts = [max(1, extent.tokens // extent.modalities)] * extent.modalities
-    rows = sketch_rows(counts, width, budget.matrix, budget.factor)
-    if rows is None:
-        return 4 * width**2 * extent.modalities, 4 * width**2
-    return 4 * width * sum(rows), 4 * width * sum(rows)
+    form = choose_form(counts, width, budget.matrix, budget.factor, combinable=True)
+    separate = form.nbytes(width, extent.modalities)
+    return separate, separate if form.rows is not None else 4 * width**2
 
 
 def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:

@@ -14,7 +14,7 @@ class Budget:
     """Bytes that may be kept in memory. Tensors that do not fit the budget are re-read from disk.
 
     hidden: hidden states of all samples, at the input and output of a layer together. arguments: the samples' other
-    layer arguments. towers: Linears of the towers. matrix, factor: H of one input, see gram.sketch_rows; the results of
+    layer arguments. towers: Linears of the towers. matrix, factor: H of one input, see gram.choose_form; the results of
     a run depend on these two fields only. read_ahead: whether to read the next layer during compute. limit: the
     process' memory limit set by the user, from which the other fields are derived; None if not set.
     """
@@ -22,8 +22,8 @@ class Budget:
     hidden: int = 96 * MIB
     arguments: int = 32 * MIB
     towers: int = 1280 * MIB
-    matrix: int = 448 * MIB  # smaller than H of the 3B model's down_proj, because three such matrices exceed 3 GiB
-    factor: int = 160 * MIB
+    matrix: int = 1536 * MIB  # H of the 7B model's down_proj, 18944 wide, takes 1369 MiB
+    factor: int = 768 * MIB  # half as many tokens as the 7B model's down_proj has inputs; more are a matrix
     read_ahead: bool = True
     limit: int | None = None
 

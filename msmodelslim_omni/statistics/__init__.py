@@ -8,6 +8,6 @@ Not here: the use of the statistics; see processors.
 from __future__ import annotations
 
 from .capture import ROWS_PER_MODALITY, InputRecorder, InputStats, choose_rows, run_layer
-from .gram import Gram, sketch_rows
+from .gram import Gram, choose_form
 
-__all__ = ["ROWS_PER_MODALITY", "Gram", "InputRecorder", "InputStats", "choose_rows", "run_layer", "sketch_rows"]
+__all__ = ["ROWS_PER_MODALITY", "Gram", "InputRecorder", "InputStats", "choose_form", "choose_rows", "run_layer"]

@@ -19,12 +19,14 @@ from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split
 from .gram import (
     Gram,
     GramBuilder,
-    sketch_rows,
+    choose_form,
     weighted_sum,
 )
 
 # Input rows to keep per modality: enough to distinguish errors that differ by a few percent.
 ROWS_PER_MODALITY = 256
+
+_COMBINED = -1  # the key of a builder of H of all modalities
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class InputStats:
     count:  int64 [modalities], the number of tokens.
     rows:   float32 [n, in], the inputs of a fixed choice of tokens; row_modality: int8 [n].
     grams:  H of each modality that has tokens, by index; empty if no processor needs H.
-    weighted: replaces `grams` after `weighted_by`: H of all modalities, each token weighted by its importance.
+    weighted: H of all modalities, each token weighted by its importance. Replaces `grams` after `weighted_by`, and from
+        the start if one H per modality does not fit the budget.
     """
 
     absmax: torch.Tensor
@@ -131,9 +134,11 @@ class InputRecorder:
     """Hooks on one layer that collect InputStats for each of its groups while samples run through the layer.
 
     tokens: the number of tokens of each modality in the samples that enter H, or None if H is not collected.
-    budget: the memory budget of H. split: the assignment of samples to processes. If there are several processes, each
-    keeps the statistics of its samples separate (8 float32 per channel and sample). All are then merged in the order of
-    the samples, so that the result is bit-identical to a single process.
+    importance: the weight of one token of each modality, with which H of all modalities may be summed at once; None if
+    H is needed per modality. budget: the memory budget of H.
+    split: the assignment of samples to processes. If there are several processes, each keeps the statistics of its
+    samples separate (8 float32 per channel and sample). All are then merged in the order of the samples, so that the
+    result is bit-identical to a single process.
     """
 
     def __init__(
@@ -143,11 +148,15 @@ class InputRecorder:
         tokens: Sequence[int] | None = None,
         budget: Budget = DEFAULT_BUDGET,
         split: Split = UNSPLIT,
+        importance: Mapping[int, float] | None = None,
     ) -> None:
         self._split = split
+        self._importance = importance
         self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
         self._grams = {
-            group.name: _gram_builders(layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget)
+            group.name: _gram_builders(
+                layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget, importance is not None
+            )
             for group in spec.groups
         }
         self._modality = torch.zeros(0, dtype=torch.int8)
@@ -193,12 +202,23 @@ class InputRecorder:
 
     def _add_to_grams(self, group: str, x: torch.Tensor) -> None:
         for m, builder in self._grams[group].items():
+            if m == _COMBINED:
+                builder.add(self._weigh(x))
+                continue
             selected = self._modality == m
             offset = self._gram_offsets[m] if self._gram_offsets is not None else None
             if selected.all():
                 builder.add(x, offset)
             elif selected.any():
                 builder.add(x[selected.to(x.device)], offset)
+
+    def _weigh(self, x: torch.Tensor) -> torch.Tensor:
+        """The tokens x [tokens, in] scaled so that XᵀX is H weighted by importance; tokens of weight 0 are dropped."""
+        assert self._importance is not None
+        weights = torch.tensor([self._importance.get(m, 0.0) for m in self._modality.tolist()])
+        kept = weights > 0
+        scales = weights[kept].sqrt().to(x.device)[:, None]
+        return (x if kept.all() else x[kept.to(x.device)]) * scales
 
     def finish(self) -> dict[str, InputStats]:
         """Remove the hooks. Returns the statistics from all processes by group, for the groups that got input."""
@@ -207,7 +227,8 @@ class InputRecorder:
         for group, own_stats in self._stats.items():
             grams = {m: builder.finish(self._split.team) for m, builder in self._grams.pop(group).items()}
             if stats := _gather_stats(own_stats, self._split):
-                merged[group] = replace(reduce(InputStats.merged, stats), grams=grams)
+                weighted = grams.pop(_COMBINED, None)
+                merged[group] = replace(reduce(InputStats.merged, stats), grams=grams, weighted=weighted)
         return merged
 
     def remove(self) -> None:
@@ -216,13 +237,20 @@ class InputRecorder:
             hook.remove()
 
 
-def _gram_builders(weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget) -> dict[int, GramBuilder]:
-    """One builder of H per modality with tokens, by index. weight: [out, in] of a Linear that reads the input."""
+def _gram_builders(
+    weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget, combinable: bool
+) -> dict[int, GramBuilder]:
+    """One builder of H per modality with tokens, by index, or one of all of them under _COMBINED.
+
+    weight: [out, in] of a Linear that reads the input. combinable: see choose_form.
+    """
     if tokens is None:
         return {}
-    rows = sketch_rows(tokens, weight.shape[1], budget.matrix, budget.factor)
+    form = choose_form(tokens, weight.shape[1], budget.matrix, budget.factor, combinable=combinable)
+    if form.combined:
+        return {_COMBINED: GramBuilder(weight.shape[1], None, weight.device, seed=0)}
     return {
-        m: GramBuilder(weight.shape[1], rows[m] if rows else None, weight.device, seed=m)
+        m: GramBuilder(weight.shape[1], form.rows[m] if form.rows else None, weight.device, seed=m)
         for m, count in enumerate(tokens)
         if count
     }

@@ -92,25 +92,47 @@ def weighted_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
     return Gram(None, torch.cat(rows), tokens, error)
 
 
-def sketch_rows(counts: Sequence[int], in_features: int, matrix_bytes: int, factor_bytes: int) -> list[int] | None:
-    """Choose the number of rows of the factor R for each modality, or None to store H as a matrix.
+@dataclass(frozen=True)
+class GramForm:
+    """How H of one input is collected. rows: the number of rows of the factor R per modality; None for a matrix.
+
+    combined: one weighted H of all modalities instead of one H per modality.
+    """
+
+    rows: tuple[int, ...] | None
+    combined: bool = False
+
+    def nbytes(self, in_features: int, modalities: int) -> int:
+        """Bytes of H of one input while it is collected."""
+        if self.rows is not None:
+            return 4 * in_features * sum(self.rows)
+        return 4 * in_features**2 * (1 if self.combined else modalities)
+
+
+def choose_form(
+    counts: Sequence[int], in_features: int, matrix_bytes: int, factor_bytes: int, *, combinable: bool = False
+) -> GramForm:
+    """Choose how to collect H of one input: exactly if the budget allows it, otherwise as a sketch.
 
     counts: tokens per modality. matrix_bytes, factor_bytes: the budget of H of one input over all modalities, as a
-    matrix and as a factor.
+    matrix and as a factor. combinable: whether the weights of the modalities are known, so that one weighted matrix can
+    replace one matrix per modality when these do not fit.
 
     A matrix costs tokens * in^2 to build and in^3 / 3 to factorize, a factor in * 4 rows^2 (gptq.py). The tokens
     themselves are stored if there are fewer than in / 2. Tokens that do not fit are sketched; the modalities share the
     budget evenly.
     """
     total, present = sum(counts), sum(1 for count in counts if count)
-    if 2 * total >= in_features and 4 * in_features**2 * present <= matrix_bytes:
-        return None
+    if 2 * total >= in_features:
+        for combined in (False, True) if combinable else (False,):
+            if GramForm(None, combined).nbytes(in_features, present) <= matrix_bytes:
+                return GramForm(None, combined)
     available = max(factor_bytes // (4 * in_features), present)
     rows = [0] * len(counts)
     for done, index in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
         rows[index] = min(counts[index], available // (len(counts) - done))
         available -= rows[index]
-    return rows
+    return GramForm(tuple(rows))
 
 
 class GramBuilder:

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_layer import SPEC, build, layer_weights, record, sample, token_counts
+from tiny_layer import SPEC, Sample, build, layer_weights, record, sample, token_counts
 
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models.inputs import MODALITIES
+from msmodelslim_omni.runtime.budget import DEFAULT_BUDGET
+from msmodelslim_omni.runtime.team import UNSPLIT
 from msmodelslim_omni.statistics.capture import (
     ROWS_PER_MODALITY,
     InputRecorder,
@@ -211,6 +213,28 @@ def test_held_out_samples_do_not_enter_h(layer: torch.nn.Module) -> None:
     assert [gram.tokens for gram in both.grams.values()] == token_counts([inside])
     assert torch.equal(both.gram(dict.fromkeys(range(4), 1.0)).matrix, only.gram(dict.fromkeys(range(4), 1.0)).matrix)
     assert int(both.count.sum()) == len(both.rows) == 102
+
+
+@pytest.mark.parametrize("importance", [{0: 0.2, 1: 0.5, 2: 1.0, 3: 0.1}, {0: 0.0, 1: 1.0, 2: 0.0, 3: 2.0}])
+def test_one_weighted_h_if_one_per_modality_does_not_fit(layer: torch.nn.Module, importance: dict[int, float]) -> None:
+    samples = [sample(tokens=200, seed=1), sample(tokens=300, seed=2)]
+    width = layer_weights()["mlp.down_proj.weight"].shape[1]
+    budget = replace(DEFAULT_BUDGET, matrix=4 * width**2)
+    combined, separate = (
+        run_recorder(InputRecorder(layer, SPEC, token_counts(samples), *arguments), layer, samples)["down"]
+        for arguments in ((budget, UNSPLIT, importance), ())
+    )
+    assert not combined.grams and combined.weighted is not None and len(separate.grams) > 1
+    found, expected = combined.gram(importance), separate.gram(importance)
+    assert found.tokens == expected.tokens and found.error == 0.0
+    assert float((found.matrix - expected.matrix).abs().max()) < 1e-5 * float(expected.matrix.abs().max())
+
+
+def run_recorder(recorder: InputRecorder, layer: torch.nn.Module, samples: list[Sample]) -> dict[str, InputStats]:
+    for each in samples:
+        recorder.begin(each.modality, torch.arange(len(each.modality)))
+        run_layer(layer, each.inputs)
+    return recorder.finish()
 
 
 def test_h_is_not_collected_by_default(layer: torch.nn.Module) -> None:

@@ -15,7 +15,8 @@ from msmodelslim_omni.statistics import gram as gram_module
 from msmodelslim_omni.statistics.gram import (
     Gram,
     GramBuilder,
-    sketch_rows,
+    GramForm,
+    choose_form,
     weighted_sum,
 )
 
@@ -23,8 +24,8 @@ IN = 24
 CPU = torch.device("cpu")
 
 
-def rows_of(counts: Sequence[int], in_features: int) -> list[int] | None:
-    return sketch_rows(counts, in_features, DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor)
+def default_form(counts: Sequence[int], in_features: int) -> GramForm:
+    return choose_form(counts, in_features, DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, combinable=True)
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -208,40 +209,53 @@ def test_sketch_is_deterministic_and_independent_of_sample_lengths() -> None:
 
 # --- choice of the form --------------------------------------------------------------------------------------
 
+DOWN_7B = 18944  # inputs of the 7B model's down_proj
 
-def test_matrix_for_many_tokens_if_it_fits() -> None:
-    assert rows_of([3584, 0, 0, 0], 3584) is None
-    assert rows_of([900, 800, 80, 20], 3584) is None
-    assert rows_of([20_000, 9_000, 4_000, 50_000], 3584) is None
+
+def test_matrix_per_modality_for_many_tokens_if_it_fits() -> None:
+    for counts in ([3584, 0, 0, 0], [900, 800, 80, 20], [20_000, 9_000, 4_000, 50_000]):
+        assert default_form(counts, 3584) == GramForm(None)
 
 
 def test_tokens_are_stored_if_fewer_than_half_the_inputs() -> None:
-    assert rows_of([100, 0, 50, 3], 3584) == [100, 0, 50, 3]
-    assert rows_of([1791, 0, 0, 0], 3584) == [1791, 0, 0, 0]
+    assert default_form([100, 0, 50, 3], 3584) == GramForm((100, 0, 50, 3))
+    assert default_form([1791, 0, 0, 0], 3584) == GramForm((1791, 0, 0, 0))
 
 
-def test_tokens_or_sketch_if_no_matrix_fits() -> None:
-    width = 18944
-    assert 4 * width**2 > DEFAULT_BUDGET.matrix
-    available = DEFAULT_BUDGET.factor // (4 * width)
-    assert rows_of([500, 300, 0, 0], width) == [500, 300, 0, 0]
-    rows = rows_of([30_000, 100, 40_000, 0], width)
-    assert rows is not None
+def test_default_budget_keeps_h_exact_at_the_width_of_the_7b() -> None:
+    assert default_form([30_000, 100, 40_000, 0], DOWN_7B) == GramForm(None, combined=True)
+    assert default_form([5_000, 300, 4_000, 100], DOWN_7B) == GramForm((5_000, 300, 4_000, 100))
+    assert default_form([5_000, 300, 4_000, 172], DOWN_7B) == GramForm(None, combined=True)  # half the inputs
+
+
+def test_one_modality_needs_no_combined_matrix() -> None:
+    assert default_form([30_000, 0, 0, 0], DOWN_7B) == GramForm(None)
+
+
+def test_sketch_if_no_matrix_fits() -> None:
+    budget = 160 << 20
+    assert 4 * DOWN_7B**2 > 448 << 20
+    form = choose_form([30_000, 100, 40_000, 0], DOWN_7B, 448 << 20, budget, combinable=True)
+    available = budget // (4 * DOWN_7B)
+    assert form.rows is not None and not form.combined
     # The modality with few tokens is exact; the others share the remaining rows.
-    assert rows[1] == 100 and rows[3] == 0
-    assert abs(rows[0] - rows[2]) <= 1
-    assert available - 2 <= sum(rows) <= available
+    assert form.rows[1] == 100 and form.rows[3] == 0
+    assert abs(form.rows[0] - form.rows[2]) <= 1
+    assert available - 2 <= sum(form.rows) <= available
 
 
-@given(st.lists(st.integers(0, 10**5), min_size=4, max_size=4), st.sampled_from([64, 3584, 18944, 10**6, 10**8]))
+@given(
+    st.lists(st.integers(0, 10**5), min_size=4, max_size=4),
+    st.sampled_from([64, 3584, 18944, 10**6, 10**8]),
+    st.booleans(),
+)
 @settings(max_examples=200, deadline=None)
-def test_rows_fit_the_budget_and_include_every_modality(counts: list[int], width: int) -> None:
-    rows = rows_of(counts, width)
-    if rows is None:
-        assert 2 * sum(counts) >= width and 4 * width**2 <= DEFAULT_BUDGET.matrix
-        return
-    assert all((row > 0) == (count > 0) and row <= count for row, count in zip(rows, counts, strict=True))
+def test_form_fits_the_budget_and_includes_every_modality(counts: list[int], width: int, combinable: bool) -> None:
+    form = choose_form(counts, width, DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, combinable=combinable)
     present = sum(1 for count in counts if count)
-    assert 4 * width * sum(rows) <= max(DEFAULT_BUDGET.factor, 4 * width * present)
-    if 4 * width * sum(counts) <= DEFAULT_BUDGET.factor:
-        assert rows == counts
+    if form.rows is None:
+        assert 2 * sum(counts) >= width and form.nbytes(width, present) <= DEFAULT_BUDGET.matrix
+        assert combinable or not form.combined
+        return
+    assert all((row > 0) == (count > 0) and row <= count for row, count in zip(form.rows, counts, strict=True))
+    assert form.nbytes(width, present) <= max(DEFAULT_BUDGET.factor, 4 * width * present)
