@@ -25,6 +25,7 @@ from ..statistics import Gram
 
 DAMPING = 0.02  # λ relative to the mean of diag(H); 0.003 overfits if there are few calibration tokens
 _BLOCK = 128  # inputs
+_SORTED_ROWS = 1024  # rows of H sorted at once, to save memory for a copy of H
 _STRIP = 32  # inputs of a block; errors propagate one by one within a strip, and all at once to the rest of the block
 _PART = 40 << 20  # maximum weights rounded at once; smaller parts spend more time on calls than on arithmetic
 _SHARED = 16 << 20  # a CPU weight with more elements has at least two parts, so that two processes can share them
@@ -69,16 +70,30 @@ def factorize(gram: Gram) -> CholeskyFactor:
     if gram.matrix is None:
         assert gram.factor is not None
         return _factorize_rows(gram.factor[:, order].contiguous(), order, damping)
-    h = gram.matrix[order][:, order]
-    h.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(h)
-    while int(failed) > 0:  # float32 lost the smallest eigenvalues
-        damping *= 10
-        h.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(h)
+    dampings = [damping]
+    lower = _try_cholesky(gram.matrix, order, dampings)
+    while lower is None:  # float32 lost the smallest eigenvalues
+        dampings.append(10 * dampings[-1])
+        lower = _try_cholesky(gram.matrix, order, dampings)
     starts = range(0, len(order), _BLOCK)
     inner = [lower[i : i + _BLOCK, i : i + _BLOCK] for i in starts]
     return CholeskyFactor(order, inner, [lower[i + _BLOCK :, i : i + _BLOCK] for i in starts], None)
+
+
+def _try_cholesky(h: torch.Tensor, order: torch.Tensor, dampings: list[float]) -> torch.Tensor | None:
+    """L of h, sorted by `order`, with all dampings added; None if it is not positive definite in float32.
+
+    Needs memory for one more matrix: rows are sorted block by block, and LAPACK factorizes in place.
+    """
+    lower = torch.empty_like(h)
+    for first in range(0, len(order), _SORTED_ROWS):
+        rows = slice(first, first + _SORTED_ROWS)
+        lower[rows] = h[order[rows]][:, order]
+    for damping in dampings:
+        lower.diagonal().add_(damping)
+    failed = torch.zeros((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    return None if int(failed) > 0 else lower
 
 
 def _factorize_rows(r: torch.Tensor, order: torch.Tensor, damping: float) -> CholeskyFactor:

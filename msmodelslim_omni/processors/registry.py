@@ -11,9 +11,9 @@ from .work import LayerWork
 class Processor(Protocol):
     """A step that changes the tensors of one layer.
 
-    needs: "" for nothing, "inputs" for the maxima and some tokens of the inputs of the Linears, "gram" for H as well. If
-    one processor needs H, the layer is compared with plain rounding. If no processor needs anything, no sample is read,
-    and `apply` gets one Linear at a time, without bias and norms: such a processor may only round.
+    needs: "" for nothing, "inputs" for the maxima and some tokens of the inputs of the Linears, "gram" for H as well.
+    If one processor needs H, the layer is compared with plain rounding. If no processor needs anything, no sample is
+    read, and `apply` gets one Linear at a time, without bias and norms: such a processor may only round.
     apply: return the layer after this step. `linears`: relative names of the Linears that the recipe selects for it.
     """
 
