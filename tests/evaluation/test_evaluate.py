@@ -19,6 +19,7 @@ from command import DATA, CommandResult, command, mixed_index, write_index
 from dequantizers import dequantize_gemm, dequantize_packed
 from outputs import all_tensors, edit_config, edited, quantize_all, replaced, weights_file, without
 from safetensors.torch import load_file, save_file
+from ties import LOGIT_DISTANCE, assert_rounded, shared_top
 
 from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.errors import QuantError
@@ -105,20 +106,51 @@ def dequantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def rounding_hook(qweight: torch.Tensor, scale: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """A hook that computes the output for int8 activations, with exact integer sums in float64."""
+def rounding_hook(qweight: torch.Tensor, scale: torch.Tensor, seen: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A hook that computes the output for int8 activations, with exact integer sums in float64.
+
+    seen: the inputs of this Linear in eval, one per sample. At ties the activations are rounded as in eval.
+    """
+    inputs = iter(seen)
 
     def output(module: Any, arguments: tuple[torch.Tensor], _out: torch.Tensor) -> torch.Tensor:
-        step = arguments[0].abs().amax(-1, keepdim=True) / 127
-        sums = torch.round(arguments[0] / step).double() @ qweight.double().T
-        out = sums.float() * step * scale.flatten()
+        integers = in_steps(next(inputs)).round()
+        assert_rounded(integers, in_steps(arguments[0]))
+        out = (integers.double() @ qweight.double().T).float() * step_of(arguments[0]) * scale.flatten()
         return out if module.bias is None else out + module.bias
 
     return output
 
 
-def with_weights_of(thinker: Any, output: Path) -> Any:
-    """A copy of the thinker with the weights of a quantized output."""
+def step_of(x: torch.Tensor) -> torch.Tensor:
+    """The int8 step of each token, [..., 1]."""
+    return x.abs().amax(-1, keepdim=True) / 127
+
+
+def in_steps(x: torch.Tensor) -> torch.Tensor:
+    return x / step_of(x)
+
+
+def record_inputs(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[torch.Tensor]]:
+    """Record the inputs of the quantized Linears in eval by the Linear's name, one per sample."""
+    seen: dict[str, list[torch.Tensor]] = {}
+    real = layer_walk.build_layer
+
+    def build_layer(source: Any, index: int, loaded: layer_walk.LoadedLayer, device: torch.device) -> torch.nn.Module:
+        module = real(source, index, loaded, device)
+        for relative in loaded.linears:
+            inputs = seen.setdefault(OMNI.layer_name(index, relative), [])
+            module.get_submodule(relative).register_forward_pre_hook(
+                lambda _module, arguments, inputs=inputs: inputs.append(arguments[0])
+            )
+        return module
+
+    monkeypatch.setattr(layer_walk, "build_layer", build_layer)
+    return seen
+
+
+def with_weights_of(thinker: Any, output: Path, seen: dict[str, list[torch.Tensor]]) -> Any:
+    """A copy of the thinker with the weights of a quantized output. seen: see record_inputs."""
     changed = copy.deepcopy(thinker)
     text = getattr(changed.model, "language_model", changed.model)
     tensors = all_tensors(output)
@@ -127,7 +159,7 @@ def with_weights_of(thinker: Any, output: Path) -> Any:
         linear.weight.data = weight
         if tensors.get(f"{name}.weight", weight).dtype == torch.int8:
             linear.register_forward_hook(
-                rounding_hook(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float())
+                rounding_hook(tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float(), seen[name])
             )
     return changed
 
@@ -146,9 +178,7 @@ class FullForward:
             inside = range(template[0], len(ids) - template[1])  # excludes the template's tokens
             positions = [t for t in range(len(ids) - 1) if self.kinds[t + 1] == 0 and t + 1 in inside]
         self.kl = [float((p[t].exp() * (p[t] - q[t])).sum()) for t in positions]
-        self.top1 = [int(p[t].argmax()) == int(q[t].argmax()) for t in positions]
-        tops = [[set(x[t].topk(5).indices.tolist()) for t in positions] for x in (p, q)]
-        self.top5 = [len(a & b) / 5 for a, b in zip(*tops, strict=True)]
+        self.p, self.q = p[positions], q[positions]
         self.nll = [[-float(x[t, ids[t + 1]]) for t in positions] for x in (p, q)]
         self.read = torch.arange(len(ids)) < (inputs.answer[1] - 1 if inputs.answer else len(ids))
         self.last, self.first = ([out.hidden_states[i][0] for out in outs] for i in (-1, 0))
@@ -170,8 +200,6 @@ def expected_figures(samples: list[FullForward], modality: int | None) -> dict[s
         "positions": len(kl),
         "kl_mean": float(np.mean(kl)),
         "kl_p99": float(np.quantile(kl, 0.99)),
-        "top1": float(np.mean([value for sample in samples for value in sample.top1])),
-        "top5": float(np.mean([value for sample in samples for value in sample.top5])),
         "perplexity_float": math.exp(np.mean([value for sample in samples for value in sample.nll[0]])),
         "perplexity_quant": math.exp(np.mean([value for sample in samples for value in sample.nll[1]])),
     }
@@ -184,22 +212,41 @@ def expected_figures(samples: list[FullForward], modality: int | None) -> dict[s
     return figures
 
 
+def assert_same_top(samples: list[FullForward], actual: dict[str, Any]) -> None:
+    """The shares of equal top tokens are those of the full logits, except for nearly equal logits."""
+    p, q = (torch.cat([getattr(sample, name) for sample in samples]) for name in "pq")
+    for name, count in (("top1", 1), ("top5", 5)):
+        least, most = shared_top(p, q, count)
+        assert least - 1e-9 <= actual[name] <= most + 1e-9 and most - least < 0.3
+
+
 def without_intervals(fidelity: Fidelity) -> dict[str, Any]:
     return {name: value["value"] if isinstance(value, dict) else value for name, value in asdict(fidelity).items()}
 
 
-@pytest.mark.parametrize("kind", ["packed", "int8"])
+@pytest.mark.parametrize(("kind", "blocks"), [("packed", "small"), ("int8", "default")])
 def test_figures_agree_with_the_librarys_full_models(
-    tiny: Path, outputs: dict[str, Path], index: Path, inputs: list[ModelInputs], thinker: Any, kind: str
+    tiny: Path,
+    outputs: dict[str, Path],
+    index: Path,
+    inputs: list[ModelInputs],
+    thinker: Any,
+    kind: str,
+    blocks: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    quant_model = with_weights_of(thinker, outputs[kind])
-    samples = [FullForward(thinker, quant_model, sample, template_lengths(inputs)) for sample in inputs]
+    seen = record_inputs(monkeypatch)
+    if blocks == "small":
+        use_small_blocks(monkeypatch)
     report = run(tiny, outputs[kind], index)
+    quant_model = with_weights_of(thinker, outputs[kind], seen)
+    samples = [FullForward(thinker, quant_model, sample, template_lengths(inputs)) for sample in inputs]
     groups = {None: samples, "text": samples[:1], "image": samples[1:2], "audio": samples[2:], "video": samples[3:]}
     for modality, group in groups.items():
         expected = expected_figures(group, MODALITIES.index(modality) if modality else None)
         actual = without_intervals(report.by_modality[modality] if modality else report.overall)
         assert {name: actual[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-9), modality
+        assert_same_top(group, actual)
     assert report.overall.embedding_error == 0.0 and report.overall.kl_mean.value > 0.001
     assert (report.samples, report.overall.answered, len(report.layers)) == (4, 2, 4)
     for layer in report.layers:
@@ -231,18 +278,26 @@ def forward(model: Any, inputs: ModelInputs) -> tuple[Any, list[torch.Tensor]]:
 # --- independence of block sizes, formats and positions ------------------------------------------------------
 
 
-def test_block_sizes_do_not_change_figures(
-    tiny: Path, outputs: dict[str, Path], index: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def use_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of the vocabulary and of positions, and budgets of hidden states and arguments."""
-    one_block = figures(run(tiny, outputs["packed"], index))
     monkeypatch.setattr(logits, "HEAD_BLOCK_BYTES", 4 * 256 * 1000)  # 1000 of 3072 rows: the last block is short
     monkeypatch.setattr(logits, "POSITIONS_PER_HEAD_PASS", 50)
     monkeypatch.setattr(logits, "POSITIONS_PER_SCORER", 7)
     monkeypatch.setattr(layer_walk, "HIDDEN_BUDGET", 0)
     monkeypatch.setattr(stem_pair, "ARGUMENTS_BUDGET", 0)
-    small_blocks = figures(run(tiny, outputs["packed"], index))
-    assert flatten(small_blocks) == pytest.approx(flatten(one_block), rel=1e-5, abs=1e-9)
+
+
+def test_block_sizes_do_not_change_figures(
+    tiny: Path, outputs: dict[str, Path], index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Except agreements, which nearly equal logits may change; they are compared with the library's full models."""
+    one_block = flatten(figures(run(tiny, outputs["packed"], index)))
+    use_small_blocks(monkeypatch)
+    small_blocks = flatten(figures(run(tiny, outputs["packed"], index)))
+    agreements = {name for name in one_block if name.split(".")[-2].startswith(("top", "exact"))}
+    assert len(agreements) > 8
+    for name in one_block.keys() - agreements:
+        assert small_blocks[name] == pytest.approx(one_block[name], rel=1e-5, abs=1e-9), name
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -309,7 +364,7 @@ def with_tensor(folder: Path, target: Path, name: str, change: Callable[[torch.T
 
 # --- exact match ---------------------------------------------------------------------------------------------
 
-QUESTIONS = ("How many?", "Say hello.", "Name a colour.", "Why?", "What is said?", "Who?")
+QUESTIONS = ("How many?", "Say hello.", "Name a colour.", "Why?", "What is said?", "Who?", "Where?", "When?")
 
 
 def test_exact_match_agrees_with_greedy_decoding(
@@ -334,14 +389,16 @@ def test_exact_match_agrees_with_greedy_decoding(
 
     folders = [with_tensor(f, tmp_path / f"{f.name}{i}", "thinker.lm_head.weight", few_words)
                for i, f in enumerate((tiny, outputs["packed"]))]  # fmt: skip
-    models = [copy.deepcopy(thinker), with_weights_of(thinker, outputs["packed"])]
+    models = [copy.deepcopy(thinker), with_weights_of(thinker, outputs["packed"], {})]
     for model in models:
         model.lm_head.weight.data = few_words(thinker.lm_head.weight.data).to(torch.bfloat16).float()
-    answers = {
-        question: [greedy_answer(model, tiny, question, tokenizer) for model in models] for question in QUESTIONS
-    }
+    answers = {}
+    for question in QUESTIONS:
+        tokens, leads = zip(*(greedy_answer(model, tiny, question, tokenizer) for model in models), strict=True)
+        if min(leads) > LOGIT_DISTANCE:  # otherwise the answer depends on the processor
+            answers[question] = tokens
     entries = []
-    for number, (question, (by_float, by_quant)) in enumerate(answers.items()):
+    for number, (question, (by_float, by_quant)) in enumerate(list(answers.items())[:6]):
         answer = tokenizer.decode((by_float if number % 2 else by_quant)[:-1]) or " this"
         entries.append({"text": question, "answer": answer + " not" * (number % 4 == 3)})
     expected = []
@@ -355,17 +412,20 @@ def test_exact_match_agrees_with_greedy_decoding(
     assert overall["exact_change"] == np.mean(expected[1]) - np.mean(expected[0])
 
 
-def greedy_answer(model: Any, tiny: Path, question: str, tokenizer: Any) -> list[int]:
-    """Tokens of the greedy answer, including its end token."""
+def greedy_answer(model: Any, tiny: Path, question: str, tokenizer: Any) -> tuple[list[int], float]:
+    """Tokens of the greedy answer, including its end token, and the least lead of a token over the next likeliest."""
     media = omni.open_media_processor(tiny, MediaLimits(8192, None, 2.0), False)
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in (
         ("system", OMNI.system), ("user", question))]  # fmt: skip
     ids = media.prepare(messages, False).tensors["input_ids"]
     end = tokenizer.eos_token_id
     with torch.inference_mode():
-        out = model.generate(ids, max_new_tokens=48, do_sample=False, eos_token_id=[end], pad_token_id=end)
-    tokens: list[int] = out[0, ids.shape[1] :].tolist()
-    return tokens
+        out = model.generate(
+            ids, max_new_tokens=48, do_sample=False, eos_token_id=[end], pad_token_id=end,
+            output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+    likeliest = torch.cat(out.logits).topk(2).values
+    return out.sequences[0, ids.shape[1] :].tolist(), float((likeliest[:, 0] - likeliest[:, 1]).min())
 
 
 def test_answer_range_covers_the_answer_and_its_end(tiny: Path, tmp_path: Path) -> None:

@@ -384,26 +384,22 @@ def test_scale_beyond_float16_is_refused(scheme: QuantScheme, method: Any) -> No
 # --- the clip search of groups -------------------------------------------------------------------------------
 
 
-def group_loss(row: list[float], scale: float, zero: int, h: Callable[[list[float]], float]) -> float:
-    """Return `h` of the rounding errors of one group, computed in Python floats."""
-    codes = [min(7, max(-8, round(w / scale) + zero)) for w in row]
-    return h([(q - zero) * scale - w for q, w in zip(codes, row, strict=True)])
+def best_clip_loss(row: torch.Tensor, symmetric: bool, h: Callable[[torch.Tensor], float]) -> tuple[float, float]:
+    """Return the least loss over all clipped ranges of one group, and the loss of the full range.
 
-
-def best_clip_loss(row: list[float], symmetric: bool, h: Callable[[list[float]], float]) -> tuple[float, float]:
-    """Return the least loss over all clipped ranges, and the loss of the full range."""
+    Scales and codes are computed element by element in float32, so that ties round to the same side on every processor.
+    """
     losses = []
     for share in arithmetic._GROUP_SHRINKS:
-        low, high = min(row) * share, max(row) * share
+        low, high = row.amin() * share, row.amax() * share
         if symmetric:
-            scale, zero = max(high / 7, low / -8), 0
+            scale, zero = storable_scales(torch.maximum(high / 7, low / -8)), torch.tensor(0.0)
         else:
-            low, high = min(low, 0.0), max(high, 0.0)
-            scale = (high - low) / 15
-        scale = storable_scales(torch.tensor([scale])).item()
-        if not symmetric:
-            zero = min(7, max(-8, round(-8 - low / scale)))
-        losses.append(group_loss(row, scale, zero, h))
+            low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+            scale = storable_scales((high - low) / 15)
+            zero = (-8 - low / scale).round().clamp(-8, 7)
+        codes = ((row / scale).round() + zero).clamp(-8, 7)
+        losses.append(h((codes - zero) * scale - row))
     return min(losses), losses[0]
 
 
@@ -426,17 +422,17 @@ def test_clip_search_finds_the_best_of_its_grid(kind: str, symmetric: bool) -> N
     plain = quantize_weight(weight, replace(scheme, weight_method="minmax"), importance)
     assert not torch.equal(clipped.scales, plain.scales)
 
-    def loss(group: int) -> Callable[[list[float]], float]:
+    def loss(group: int) -> Callable[[torch.Tensor], float]:
         h = {"none": torch.eye(size), "inputs": inputs[group].diag(), "blocks": blocks[group]}[kind].double()
-        return lambda d: float(torch.tensor(d, dtype=torch.float64) @ h @ torch.tensor(d, dtype=torch.float64))
+        return lambda d: float(d.double() @ h @ d.double())
 
     for row in range(10):
         for group in range(groups):
             columns = slice(group * size, group * size + size)
-            least, full_range = best_clip_loss(weight[row, columns].tolist(), symmetric, loss(group))
+            least, full_range = best_clip_loss(weight[row, columns], symmetric, loss(group))
             for quantized, expected in ((clipped, least), (plain, full_range)):
                 error = dequantize(quantized)[row, columns] - weight[row, columns]
-                assert loss(group)(error.tolist()) == pytest.approx(expected, rel=1e-4)
+                assert loss(group)(error) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("scheme", INT4)

@@ -23,6 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = frozenset(SPEC.linears)
 KINDS = (("norm-linear",), ("ov",), ("up-down",), ("norm-linear", "ov", "up-down"))
 GROUPS = {"norm-linear": ("qkv", "gate_up"), "ov": ("o",), "up-down": ("down",)}
+FACTOR_ERROR = 2.0**-19  # of factors: two pow, log, exp and divisions have at most 17 float32 roundings, 17 / 2^24
 AUDIO, VIDEO = MODALITIES.index("audio"), MODALITIES.index("video")
 
 
@@ -162,8 +163,8 @@ def test_previous_linear_that_stays_float_is_divided_by_powers_of_two(dtype: tor
     assert up.dtype == dtype
     ratio = before.float() / up.float()
     # Smaller values are subnormal in float16, where dividing by a power of two rounds too.
-    exponents = ratio.log2()[before.float().abs() > 2**-12]
-    assert torch.equal(exponents, exponents.round())
+    mantissas, exponents = torch.frexp(ratio[before.float().abs() > 2**-12])
+    assert (mantissas == 0.5).all()
     assert exponents.unique().numel() > 1
     assert relative(output(tensors(smoothed), sample()), output(work.weights, sample())) < 1e-5
 
@@ -331,7 +332,7 @@ def test_alpha_by_hand() -> None:
     assert work.stats is not None
     candidates = smooth._candidates(work.stats["g"], weight.abs().amax(0), work.spec.groups[0], (0.0, 0.5, 1.0), 1e-5)
     for candidate, expected in zip(candidates, ([2.0, 0.5], [1.0, 1.0], [0.5, 2.0]), strict=True):
-        assert candidate.factors.tolist() == pytest.approx(expected)
+        assert candidate.factors.tolist() == pytest.approx(expected, rel=FACTOR_ERROR)
 
 
 def test_factors_use_the_weights_of_all_linears_of_a_group() -> None:
@@ -341,7 +342,7 @@ def test_factors_use_the_weights_of_all_linears_of_a_group() -> None:
     peaks = smooth._column_peaks(LayerWork(0, SPEC, {}, weights), group)
     (candidate,) = smooth._candidates(stats, peaks, group, (0.5,), 1e-5)
     # 1 / sqrt(16) and 1, divided by their geometric mean 1/2
-    assert candidate.factors.tolist() == pytest.approx([0.5, 2.0])
+    assert candidate.factors.tolist() == pytest.approx([0.5, 2.0], rel=FACTOR_ERROR)
 
 
 def test_group_that_no_candidate_improves_is_unchanged() -> None:

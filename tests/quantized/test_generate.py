@@ -13,6 +13,7 @@ import pytest
 import torch
 from command import DATA, command
 from outputs import edit_config, edited, quantize_all, replaced, without
+from ties import assert_greedy
 
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.numerics.arithmetic import (
@@ -77,8 +78,8 @@ def library(tiny: Path) -> Any:
     return Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(tiny, dtype=torch.float32).eval()
 
 
-def library_tokens(thinker: Any, tiny: Path) -> list[int]:
-    """Greedy tokens from the library's own processor and generate."""
+def library_answer(thinker: Any, tiny: Path) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and their logits [tokens, vocabulary] from the library's own processor and generate."""
     from transformers import Qwen2_5OmniProcessor
 
     processor = Qwen2_5OmniProcessor.from_pretrained(tiny)
@@ -88,8 +89,9 @@ def library_tokens(thinker: Any, tiny: Path) -> list[int]:
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(text=text, return_tensors="pt")
     ends = json.loads((tiny / "generation_config.json").read_text())["eos_token_id"]
-    ids = thinker.generate(**inputs, max_new_tokens=12, do_sample=False, eos_token_id=ends, pad_token_id=ends[-1])
-    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+    options = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    out = thinker.generate(**inputs, max_new_tokens=12, eos_token_id=ends, pad_token_id=ends[-1], **options)
+    return out.sequences[0, inputs["input_ids"].shape[1] :].tolist(), torch.cat(out.logits)
 
 
 def with_weights_of(thinker: Any, output: Path) -> Any:
@@ -111,7 +113,8 @@ def with_weights_of(thinker: Any, output: Path) -> Any:
 
 
 def test_float_tokens_equal_the_librarys(tiny: Path, library: Any) -> None:
-    assert answer(tiny).tokens == library_tokens(library, tiny)
+    _, logits = library_answer(library, tiny)
+    assert_greedy(answer(tiny).tokens, logits)
 
 
 @pytest.mark.parametrize("kind", ["ascend", "int8", "awq", "packed", "symmetric"])
@@ -119,10 +122,11 @@ def test_quantized_tokens_equal_the_librarys_with_these_weights(
     outputs: dict[str, Path], tiny: Path, library: Any, kind: str
 ) -> None:
     with torch.inference_mode():
-        expected = library_tokens(with_weights_of(library, outputs[kind]), tiny)
-    found = answer(outputs[kind])
-    assert found.tokens == expected and len(found.tokens) == 12
-    assert found.tokens != library_tokens(library, tiny)  # random weights: rounding changes the tokens
+        _, logits = library_answer(with_weights_of(library, outputs[kind]), tiny)
+    found = answer(outputs[kind]).tokens
+    assert_greedy(found, logits)
+    assert len(logits) == 12
+    assert found != library_answer(library, tiny)[0]  # random weights: rounding changes the tokens
 
 
 def test_text_is_streamed_in_pieces(outputs: dict[str, Path]) -> None:
