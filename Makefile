@@ -1,16 +1,15 @@
 # make demo    set up .venv, quantize the trained tiny Omni to W8A8 and W4A16, test both on held-out questions
 # make test    set up .venv, run the test suite
-# make test-isa  run the suite under other instruction sets and thread counts, about six minutes each
+# make test-isa  run the suite under other instruction sets and thread counts, three times about six minutes
 # make fuzz    fuzz the readers of untrusted files, a minute each; SECONDS_EACH=600 TARGETS=recipe changes that
 # Requires only Python >= 3.10 and make.
 
 PYTHON ?= python3
 VENV := .venv
-# Settings of ATen, oneDNN, MKL and OpenMP: SSE only; AVX2 on two threads; no VNNI and AMX; everything on two threads.
+# Settings of ATen, oneDNN, MKL and OpenMP: SSE only; AVX2 on two threads; everything on two threads.
 ISA_SETTINGS := \
   "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE OMP_NUM_THREADS=1" \
   "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2 OMP_NUM_THREADS=2" \
-  "ONEDNN_MAX_CPU_ISA=AVX512_CORE OMP_NUM_THREADS=1" \
   "OMP_NUM_THREADS=2"
 SECONDS_EACH ?= 60
 TARGETS ?=
