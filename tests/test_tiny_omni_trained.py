@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from ties import LOGIT_DISTANCE
 from tiny_omni import harden, render, score, tasks, text, towers, train
 from tiny_omni import model as omni
 
@@ -196,15 +197,21 @@ def test_generation_agrees_with_the_scored_answers() -> None:
     items = score.read_items(index, MODEL, every=60)
     thinker = omni.load_thinker(MODEL)
     tokens = omni.Tokens(MODEL)
+    compared = 0
     for item in items:
         answer = len(tokens.encode(item.entry["answer"])) + 1
         logs, labels = score.log_probabilities(thinker, [item])[0]
+        likeliest = logs.topk(2, dim=-1).values
+        if float((likeliest[:, 0] - likeliest[:, 1]).min()) <= LOGIT_DISTANCE:
+            continue  # the greedy answer depends on the processor
+        compared += 1
         ids = item.batch.ids[:, :-answer]
         generated = thinker.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=item.batch.pixels,
             image_grid_thw=item.batch.grid, max_new_tokens=8, do_sample=False, eos_token_id=tokens.end,
         )  # fmt: skip
         assert (generated[0, ids.shape[1] :].tolist() == labels.tolist()) == bool((logs.argmax(-1) == labels).all())
+    assert compared > len(items) / 2
 
 
 def test_datasets_are_complete_and_small() -> None:

@@ -325,7 +325,8 @@ def test_formats_with_equal_integers_agree(reports: dict[str, EvalReport]) -> No
     int8, ascend = reports["int8"], reports["ascend"]  # int8 stores its scales in bfloat16
     assert (int8.quant_format, int8.linears_by_scheme) == ("compressed_tensors", {"W8A8_DYNAMIC": 27})
     assert (ascend.quant_format, ascend.linears_by_scheme) == ("ascendv1_saver", {"W8A8_DYNAMIC": 27})
-    assert int8.overall.kl_mean.value == pytest.approx(ascend.overall.kl_mean.value, rel=0.1)
+    # Other scales round other activations. That changes the KL by 3 %, and the hidden states by 1 %.
+    assert int8.overall.hidden_error == pytest.approx(ascend.overall.hidden_error, rel=0.1)
 
 
 def test_scored_positions_follow_the_option(
