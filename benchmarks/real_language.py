@@ -94,7 +94,7 @@ def load_language_model(packages: Path) -> tuple[dict[str, Tensor], Any]:
 
 
 def dither(name: str, weight: Tensor) -> Tensor:
-    """The weight [out, in] with uniform noise of half a step of its grid, which each group of 32 inputs has for itself."""
+    """The weight [out, in] with uniform noise of half a step of its grid; each group of 32 inputs has its own step."""
     grouped = weight.reshape(weight.shape[0], -1, GRID_GROUP)  # [out, in] -> [out, n_groups, 32]
     steps = (grouped.amax(dim=2, keepdim=True) - grouped.amin(dim=2, keepdim=True)) / GRID_STEPS
     generator = torch.Generator().manual_seed(tiny.stable_hash("dither", name))

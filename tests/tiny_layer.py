@@ -105,7 +105,7 @@ def record(weights: dict[str, torch.Tensor], samples: list[Sample], grams: bool 
     recorder = InputRecorder(layer, SPEC, token_counts(samples) if grams else None)
     for sample in samples:
         recorder.begin(sample.modality, torch.arange(len(sample.modality)))
-        run_layer(layer, sample.inputs)
+        recorder.end(run_layer(layer, sample.inputs))
     return recorder.finish()
 
 

@@ -12,10 +12,11 @@ import torch
 from ..models import MODALITIES, LayerInput
 from ..numerics import row_squares, squared_norm
 from ..runtime import UNSPLIT, Split
-from ..statistics import run_layer
+from ..statistics import relative_weights, run_layer
 
-# Squared sums by modality, float64 [modalities] each: of the error, and of the signal it is compared with.
-Errors = tuple[torch.Tensor, torch.Tensor]
+# Sums over the tokens of each modality, float64 [modalities] each: of |e|² with the error e of a token, of the squared
+# signal that it is compared with, and of |e|² / |h| with the token's hidden state h, see relative_weights.
+Errors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LayerProbe:
@@ -64,9 +65,11 @@ class LayerProbe:
         replaced = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
         errors = []
         with torch.inference_mode():
-            for (args, kwargs, exact), modality in zip(self._calls[block], self._modalities, strict=True):
+            calls = zip(self._calls[block], self._samples, self._modalities, strict=True)
+            for (args, kwargs, exact), (_, layer_out), modality in calls:
                 out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
                 per_token = torch.tensor([self._importance[m] for m in modality.tolist()]).to(out.device)
+                per_token *= relative_weights(layer_out[0])
                 errors.append(float((per_token * (out - exact)[0].square().sum(dim=1)).sum()))
         return float(sum(self._split.gather(errors)))
 
@@ -89,7 +92,7 @@ class LayerProbe:
         return {MODALITIES[index]: float(ratio[modalities == index].mean()) for index in present}
 
     def errors(self, layer: torch.nn.Module) -> Errors:
-        """Squared sums by modality: a changed layer's output error, and what the float layer adds to its input."""
+        """Sums by modality of a changed layer's output error; the signal is what the float layer adds to its input."""
         errors = [
             squared_errors(inputs.hidden, exact, run_layer(layer, inputs), modality)
             for (inputs, exact), modality in zip(self._samples, self._modalities, strict=True)
@@ -97,8 +100,8 @@ class LayerProbe:
         return add_sums(self._split.gather(errors))
 
     def weighted_error(self, errors: Errors) -> float:
-        """The squared output error of a layer, each token weighted by its importance."""
-        return sum(weight * float(errors[0][m]) for m, weight in self._importance.items())
+        """The squared output error of a layer, by relative_weights and each token's importance."""
+        return sum(weight * float(errors[2][m]) for m, weight in self._importance.items())
 
     def release(self) -> None:
         """Free the layer and the recorded calls."""
@@ -121,28 +124,31 @@ def _linears_replaced(layer: torch.nn.Module, linears: Mapping[str, torch.nn.Mod
 
 
 def zero_errors() -> Errors:
-    return torch.zeros(len(MODALITIES), dtype=torch.float64), torch.zeros(len(MODALITIES), dtype=torch.float64)
+    error, signal, noise = torch.zeros((3, len(MODALITIES)), dtype=torch.float64)
+    return error, signal, noise
 
 
 def squared_errors(
     entering: torch.Tensor, exact: torch.Tensor, out: torch.Tensor, modality: torch.Tensor
 ) -> torch.Tensor:
-    """Squared sums of one sample by modality, float64 [2, modalities]: of out - exact and of exact - entering.
+    """The sums of one sample, float64 [3, modalities]; see Errors. Error: out - exact; signal: exact - entering.
 
     entering, exact, out: [1, tokens, hidden]; modality: int8 [tokens].
     """
-    sums = torch.zeros((2, len(MODALITIES)), dtype=torch.float64)
+    sums = torch.zeros((3, len(MODALITIES)), dtype=torch.float64)
+    noise = row_squares(out[0] - exact[0]) * relative_weights(exact[0]).cpu().to(torch.float64)
     for index in torch.unique(modality).tolist():
         mine = (modality == index).to(out.device)
         sums[0, index] = squared_norm((out - exact)[0, mine])
         sums[1, index] = squared_norm((exact - entering)[0, mine])
+        sums[2, index] = noise[modality == index].sum()
     return sums
 
 
 def add_sums(sums: Sequence[torch.Tensor]) -> Errors:
-    """Error and signal, [modalities] each: the samples' sums, added in order."""
-    error, signal = reduce(torch.add, sums)
-    return error, signal
+    """The samples' sums, added in order."""
+    error, signal, noise = reduce(torch.add, sums)
+    return error, signal, noise
 
 
 def _hidden(out: Any) -> torch.Tensor:

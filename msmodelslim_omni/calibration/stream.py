@@ -135,6 +135,7 @@ class CalibrationStream:
             except QuantError as error:
                 raise QuantError(f"layer {layer}, {error.message} with sample {sample.where}", error.hint) from error
             refuse_nonfinite_states(out, f"layer {layer}", sample.where)
+            recorder.end(out)
             yield out
 
     def advance(self, layer: int, module: Callable[[], torch.nn.Module], probe_errors: Errors) -> OutputError:
@@ -150,10 +151,10 @@ class CalibrationStream:
             following.write(self._quantized_outputs(module(), errors))
             self._exact.path.unlink()
             self._hidden = following
-            error, signal = add_sums(self._split.gather(errors))
+            error, signal, _ = add_sums(self._split.gather(errors))
         else:
             self.advance_float()
-            error, signal = probe_errors
+            error, signal, _ = probe_errors
         present = torch.nonzero(signal).flatten().tolist()
         by_modality = {MODALITIES[i]: relative_error(float(error[i]), float(signal[i])) for i in present}
         return OutputError(relative_error(float(error.sum()), float(signal.sum())), by_modality)

@@ -43,6 +43,11 @@ class LinearGroup:
         """The submodule of the layer that contains the group's Linears: `self_attn` or `mlp`."""
         return self.linears[0].split(".", 1)[0]
 
+    @property
+    def adds_to_residual(self) -> bool:
+        """Whether the output of the group's Linear is added to the residual stream, as those of o and down are."""
+        return self.subgraph != "norm-linear"
+
 
 @dataclass(frozen=True)
 class LayerSpec:

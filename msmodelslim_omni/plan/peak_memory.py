@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..errors import QuantError
 from ..models import LinearGroup
 from ..runtime import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
-from ..statistics import ROWS_PER_MODALITY, choose_form
+from ..statistics import choose_form, rows_per_modality
 from .plan import QuantPlan
 
 # The interpreter, torch and the classes of transformers. With samples, also the processor and decoded media.
@@ -89,7 +89,7 @@ def _towers_memory(plan: QuantPlan, extent: Extent) -> int:
 def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: Extent) -> dict[str, int]:
     """Return the memory of each phase of a layer that is quantized with samples."""
     tokens, longest, searching = extent.tokens, extent.longest, plan.statistics == "gram"
-    rows = 4 * sum(layer.inputs.values()) * min(tokens, extent.modalities * ROWS_PER_MODALITY)
+    rows = 4 * sum(layer.inputs.values()) * min(tokens, extent.modalities * rows_per_modality(extent.modalities))
     stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, 2048 * tokens)
     # Layer probe: inputs and outputs of the layer; for a search, also of its blocks.
     probe = (16 if searching else 8) * layer.hidden * min(tokens, extent.modalities * longest)

@@ -23,7 +23,6 @@ import torch
 from ..numerics import QuantizedLinear
 from ..statistics import Gram
 
-DAMPING = 0.02  # λ relative to the mean of diag(H); 0.003 overfits if there are few calibration tokens
 _BLOCK = 128  # inputs
 _SORTED_ROWS = 1024  # rows of H sorted at once, to save memory for a copy of H
 _STRIP = 32  # inputs of a block; errors propagate one by one within a strip, and all at once to the rest of the block
@@ -62,10 +61,19 @@ class CholeskyFactor:
         return replace(self, inner=inner, below=below)
 
 
+def relative_damping(tokens: int, in_features: int) -> float:
+    """λ relative to the mean of diag(H): 0.5 / sqrt(tokens per input), between 0.02 and 1.
+
+    The fewer tokens per input, the more of H is chance. Measured on the inputs of a language model, on other tokens:
+    with 3 tokens per input the least output error is at 0.3, with 30 at 0.1 or less, and it is flat around the least.
+    """
+    return min(1.0, max(0.02, 0.5 * (in_features / max(tokens, 1)) ** 0.5))
+
+
 def factorize(gram: Gram) -> CholeskyFactor:
     """The Cholesky factor of H + λ, inputs sorted by H_ii. An input that no token reached contributes only damping."""
     diagonal = gram.diagonal()
-    damping = float(DAMPING * diagonal.mean().clamp_min(1e-20))
+    damping = relative_damping(gram.tokens, gram.in_features) * float(diagonal.mean().clamp_min(1e-20))
     order = torch.argsort(diagonal, stable=True)
     if gram.matrix is None:
         assert gram.factor is not None

@@ -3,9 +3,11 @@
 For a group of Linears that read one input X [tokens, in], each channel c gets a factor
     s_c = A_c^alpha / W_c^(1 - alpha)                        (SmoothQuant, arXiv 2211.10438, eq. 4)
 with A the largest |activation| and W the largest |weight| of the channel. The previous norm or Linear then outputs
-X / s, and the columns W * s compensate for it. Two differences from the paper:
+X / s, and the columns W * s compensate for it. Differences from the paper:
 - A is computed per modality, and the score of a candidate is that of its worst modality, so that many video tokens
   cannot outvote a few audio tokens. A candidate that is worse than plain rounding for any modality is rejected.
+- With alpha "auto", the best grid point is only the start: its factors are then refined channel by channel on the
+  expected rounding error (expected_error.py). The better of both is taken, by the measured error.
 - The folds are exact in the stored dtype; see fold.py.
 """
 
@@ -26,7 +28,8 @@ from ..numerics import (
     row_squares,
 )
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
-from ..statistics import InputStats
+from ..statistics import InputStats, relative_weights
+from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
     fold_factors,
@@ -38,10 +41,7 @@ from .work import Fold, LayerWork, SmoothingRecord
 
 ALPHA_GRID = tuple(round(0.1 * i, 1) for i in range(1, 10))
 
-# The search measures at most this many output rows of each Linear; the best candidate is then measured on all rows.
-_SEARCH_ROWS = 512
-
-# Output rows of the best candidate that are measured at once; several processes share these pieces.
+# Output rows of a finalist that are measured at once; several processes share these pieces.
 _PIECE_ROWS = 1024
 
 SmoothConfig = SmoothQuantConfig | IterSmoothConfig
@@ -80,20 +80,37 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
     alphas = ALPHA_GRID if config.alpha == "auto" else (config.alpha,)
     scale_min = config.scale_min if isinstance(config, IterSmoothConfig) else 1e-5
 
-    sampled = [_sample_rows(work, linear) for linear in group.linears]
-    errors = _OutputErrors(stats, sampled, replace(scheme, weight_method="minmax"))
+    expected = ExpectedErrors(stats, [work.weight(linear) for linear in group.linears], scheme)
     candidates = [
         replace(c, factors=exact_factors(work, group, c.factors)[0])
         for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
     ]
-    ratios = work.team.map(lambda c: errors.worst_ratio(repeat_for_query_heads(c.factors, group)), candidates)
+    ratios = work.team.map(lambda c: expected.worst_ratio(repeat_for_query_heads(c.factors, group)), candidates)
     best = candidates[min(range(len(candidates)), key=lambda i: (ratios[i], i))]
     full_ratio = _worst_ratio_of_all_rows(work, group, repeat_for_query_heads(best.factors, group))
+    if config.alpha == "auto":
+        refined = _refined(work, group, expected, best, scale_min)
+        refined_ratio = _worst_ratio_of_all_rows(work, group, repeat_for_query_heads(refined.factors, group))
+        if refined_ratio < full_ratio:
+            best, full_ratio = refined, refined_ratio
     if not full_ratio < 1.0:
         reason = f"the best candidate (alpha {best.alpha}) has {full_ratio:.3f}x the error of plain rounding; unchanged"
         return work.with_record(SmoothingRecord(group.name, None, 1.0, reason))
     record = SmoothingRecord(group.name, best.alpha, full_ratio, f"A: {best.source}")
     return fold_factors(work, group, best.factors).with_record(record)
+
+
+def _refined(
+    work: LayerWork, group: LinearGroup, expected: ExpectedErrors, start: _Candidate, scale_min: float
+) -> _Candidate:
+    """The candidate with factors refined from `start`. One process computes them for all."""
+
+    def search(candidate: _Candidate) -> torch.Tensor:
+        return refine(expected, candidate.factors, lambda s: repeat_for_query_heads(s, group)).clamp_min(scale_min)
+
+    (factors,) = work.team.map(search, [start])
+    exact = exact_factors(work, group, factors.to(start.factors.device))[0]
+    return replace(start, source=f"{start.source}, then refined", factors=exact)
 
 
 def _candidates(
@@ -132,13 +149,6 @@ def _column_peaks(work: LayerWork, group: LinearGroup) -> torch.Tensor:
     return torch.stack(peaks).amax(dim=0)
 
 
-def _sample_rows(work: LayerWork, linear: str) -> torch.Tensor:
-    """At most _SEARCH_ROWS evenly spaced rows of a weight, in float32."""
-    count = len(work.weights[f"{linear}.weight"])
-    rows = torch.linspace(0, count - 1, min(count, _SEARCH_ROWS)).round().long()
-    return work.weight(linear, rows).to(torch.float32)
-
-
 def _worst_ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> float:
     """_OutputErrors.worst_ratio on all rows. The team shares pieces whose bounds do not depend on its size."""
     assert work.stats is not None
@@ -165,8 +175,8 @@ def _worst_ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch
 def _worst_ratio(sums: list[torch.Tensor]) -> float:
     """The maximum over the modalities of error / error of plain rounding. Below 1, no modality is worse.
 
-    sums: for each Linear, float64 [3, modalities]: squared sums of the error, of the error of plain rounding and of the
-    output. Errors count relative to the output.
+    sums: for each Linear, float64 [3, modalities]: sums of the error, of the error of plain rounding and of the output,
+    see _OutputErrors.
     """
     errors, plain = torch.stack([s[:2] / s[2].clamp_min(1e-300) for s in sums]).sum(dim=0)
     ratio = torch.where(plain > 0, errors / plain, torch.where(errors > 0, torch.inf, 1.0))
@@ -174,7 +184,10 @@ def _worst_ratio(sums: list[torch.Tensor]) -> float:
 
 
 class _OutputErrors:
-    """Output errors of a quantized group per modality, compared with those of plain rounding."""
+    """Output errors of a quantized group per modality, compared with those of plain rounding.
+
+    The squared error of each token is divided by the length of the token's exact output; see relative_weights.
+    """
 
     def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
         """weights: [out, in] of each Linear, or some of its rows; float32."""
@@ -183,7 +196,9 @@ class _OutputErrors:
         self._weights = weights
         self._scheme = scheme
         self._exact = [self._x @ weight.T for weight in weights]  # [rows, out] each
-        self._signals = [self._by_modality(row_squares(exact)) for exact in self._exact]
+        squares = [row_squares(exact) for exact in self._exact]  # [rows] each
+        self._weights_of_rows = [relative_weights(exact).cpu().to(torch.float64) for exact in self._exact]
+        self._signals = [self._by_modality(s * w) for s, w in zip(squares, self._weights_of_rows, strict=True)]
         self._plain = self._errors(None)
 
     def worst_ratio(self, factors: torch.Tensor) -> float:
@@ -198,9 +213,9 @@ class _OutputErrors:
         """The squared output error of each Linear, float64 [modalities present]."""
         x = self._x if factors is None else self._x / factors
         errors = []
-        for weight, exact in zip(self._weights, self._exact, strict=True):
+        for weight, exact, row_weights in zip(self._weights, self._exact, self._weights_of_rows, strict=True):
             linear = quantize_weight(Fold(factors).apply_to(weight), self._scheme)
-            errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact)))
+            errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact) * row_weights))
         return errors
 
     def _by_modality(self, row_values: torch.Tensor) -> torch.Tensor:

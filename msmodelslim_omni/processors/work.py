@@ -57,7 +57,10 @@ class Probe(Protocol):
     """A float layer with some samples, to measure the effect of changed weights. Implemented by LayerProbe."""
 
     def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
-        """The squared error of the output of a block (`self_attn`, `mlp`) with these weights, by relative name."""
+        """The error of the output of a block (`self_attn`, `mlp`) with these weights, by relative name.
+
+        Squared, weighted by statistics.relative_weights and the token's importance.
+        """
         ...
 
 

@@ -7,7 +7,23 @@ Not here: the use of the statistics; see processors.
 
 from __future__ import annotations
 
-from .capture import ROWS_PER_MODALITY, InputRecorder, InputStats, choose_rows, run_layer
+from .capture import (
+    InputRecorder,
+    InputStats,
+    choose_rows,
+    relative_weights,
+    rows_per_modality,
+    run_layer,
+)
 from .gram import Gram, choose_form
 
-__all__ = ["ROWS_PER_MODALITY", "Gram", "InputRecorder", "InputStats", "choose_form", "choose_rows", "run_layer"]
+__all__ = [
+    "Gram",
+    "InputRecorder",
+    "InputStats",
+    "choose_form",
+    "choose_rows",
+    "relative_weights",
+    "rows_per_modality",
+    "run_layer",
+]

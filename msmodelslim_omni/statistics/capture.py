@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..models import MODALITIES, LayerInput, LayerSpec
+from ..models import MODALITIES, LayerInput, LayerSpec, LinearGroup
 from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split
 from .gram import (
     Gram,
@@ -23,8 +23,9 @@ from .gram import (
     weighted_sum,
 )
 
-# Input rows to keep per modality: enough to distinguish errors that differ by a few percent.
-ROWS_PER_MODALITY = 256
+# Input rows to keep: enough to distinguish errors that differ by a few percent, and to find factors for channels that
+# only some tokens use. Every modality has at least ROWS_PER_MODALITY of them.
+ROWS, ROWS_PER_MODALITY = 1024, 256
 
 _COMBINED = -1  # the key of a builder of H of all modalities
 
@@ -38,6 +39,7 @@ class InputStats:
     count:  int64 [modalities], the number of tokens.
     rows:   float32 [n, in], the inputs of a fixed choice of tokens; row_modality: int8 [n].
     grams:  H of each modality that has tokens, by index; empty if no processor needs H.
+        In H of an input whose Linear adds to the residual stream, tokens are weighted by relative_weights.
     weighted: H of all modalities, each token weighted by its importance. Replaces `grams` after `weighted_by`, and from
         the start if one H per modality does not fit the budget.
     """
@@ -115,19 +117,38 @@ def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -
     return InputStats(absmax, abssum, count, x[chosen.to(x.device)].clone(), modality[chosen])
 
 
-def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int = ROWS_PER_MODALITY) -> list[torch.Tensor]:
+def rows_per_modality(present: int) -> int:
+    """The number of rows to keep of each of `present` modalities."""
+    return max(ROWS_PER_MODALITY, ROWS // max(1, present))
+
+
+def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int | None = None) -> list[torch.Tensor]:
     """Choose the token positions to keep in each sample: evenly spaced over all tokens of each modality.
 
     modalities: int8 [tokens] per sample. The choice is not random, so that a resumed run keeps the same rows.
     """
     all_tokens = torch.cat([*modalities])
     keep = torch.zeros(len(all_tokens), dtype=torch.bool)
+    per_modality = per_modality or rows_per_modality(len(torch.unique(all_tokens)))
     for index in range(len(MODALITIES)):
         positions = torch.nonzero(all_tokens == index).flatten()
         if len(positions):
             count = min(per_modality, len(positions))
             keep[positions[torch.linspace(0, len(positions) - 1, count).round().long()]] = True
     return [torch.nonzero(part).flatten() for part in torch.split(keep, [len(m) for m in modalities])]
+
+
+def relative_weights(out: torch.Tensor) -> torch.Tensor:
+    """The weight 1 / |h| of each token, [tokens], for squared errors in the output h of a layer, [tokens, hidden].
+
+    In a language model a few tokens, such as the first, have a hundred times the length of the others (attention sinks
+    with massive activations). Unweighted they alone would decide, and the error of all others doubles. By 1 / |h|², the
+    error relative to the token's length, they would count as one token of many, but all other tokens attend to them.
+    1 / |h| lies between; of the three it costs the least KL in the layers that write and remove such tokens.
+    A token of length zero counts as one of 1e-3 of the longest of its sample.
+    """
+    lengths = out.square().sum(dim=1).sqrt()
+    return 1.0 / lengths.clamp_min(max(1e-3 * float(lengths.max()), 1e-20))
 
 
 class InputRecorder:
@@ -162,9 +183,10 @@ class InputRecorder:
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
         self._in_gram = True
+        self._waiting: dict[str, torch.Tensor] = {}  # inputs whose weights in H depend on the layer's output
         self._gram_offsets: Sequence[int] | None = None
         self._hooks = [
-            layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group.name, group.linears))
+            layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group))
             for group in spec.groups
         ]
 
@@ -176,7 +198,7 @@ class InputRecorder:
         in_gram: bool = True,
         gram_offsets: Sequence[int] | None = None,
     ) -> None:
-        """Prepare for the next sample.
+        """Prepare for the next sample. Run the layer on it next, then call `end`.
 
         modality: int8 [tokens]. chosen: indices of rows to keep. in_gram: whether the sample enters H.
         gram_offsets: the number of tokens of each modality in H from all samples before this one, in all processes;
@@ -184,19 +206,30 @@ class InputRecorder:
         """
         self._modality, self._chosen, self._in_gram, self._gram_offsets = modality, chosen, in_gram, gram_offsets
 
-    def _recorder(self, group: str, linears: tuple[str, ...]) -> Any:
+    def end(self, out: torch.Tensor) -> None:
+        """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden]."""
+        if self._waiting:
+            scales = relative_weights(out[0]).sqrt()[:, None]
+            for group, x in self._waiting.items():
+                self._add_to_grams(group, x * scales)
+            self._waiting = {}
+
+    def _recorder(self, group: LinearGroup) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0][0]
             new = input_stats(x, self._modality, self._chosen)
             if not torch.isfinite(new.abssum).all():
                 raise QuantError(
-                    f"{linears[0]}: NaN or Inf in the input activations",
+                    f"{group.linears[0]}: NaN or Inf in the input activations",
                     "check the checkpoint with the float model, or remove the sample",
                 )
-            old = self._stats[group]
-            self._stats[group] = [*old, new] if self._split.team.size > 1 or not old else [old[0].merged(new)]
-            if self._in_gram:
-                self._add_to_grams(group, x)
+            old = self._stats[group.name]
+            self._stats[group.name] = [*old, new] if self._split.team.size > 1 or not old else [old[0].merged(new)]
+            if self._in_gram and self._grams[group.name]:
+                if group.adds_to_residual:
+                    self._waiting[group.name] = x
+                else:
+                    self._add_to_grams(group.name, x)
 
         return record
 

@@ -23,10 +23,11 @@ def watched_layer() -> tuple[dict[str, torch.Tensor], list[tiny_layer.Sample], L
     return weights, samples, probe
 
 
-def weighted(error: torch.Tensor, modality: torch.Tensor) -> float:
-    """Sum of squares of an error [1, tokens, hidden], each token weighted by its modality."""
+def weighted(error: torch.Tensor, modality: torch.Tensor, out: torch.Tensor) -> float:
+    """Sum of |e|² / |h| over the tokens of an error e and of the float layer's output h, weighted by modality."""
     return sum(
-        IMPORTANCE[m] * float(e.double().square().sum()) for m, e in zip(modality.tolist(), error[0], strict=True)
+        IMPORTANCE[m] * float(e.double().square().sum() / h.double().norm())
+        for m, e, h in zip(modality.tolist(), error[0], out[0], strict=True)
     )
 
 
@@ -51,11 +52,11 @@ def test_block_error(block: str) -> None:
     exact.get_submodule(block).register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
     with torch.inference_mode():
         for sample in samples:
-            run_layer(exact, sample.inputs)
+            layer_out = run_layer(exact, sample.inputs)
             arguments, keywords, out = calls.pop()
             changed_out = other.get_submodule(block)(*arguments, **keywords)
             hidden = [o[0] if isinstance(o, tuple) else o for o in (changed_out, out)]
-            expected += weighted(hidden[0] - hidden[1], sample.modality)
+            expected += weighted(hidden[0] - hidden[1], sample.modality, layer_out)
     replaced = {name: changed[name] for name in changed if changed[name] is not weights[name]}
     assert len(replaced) == 1 and expected > 0
     assert probe.block_error(block, replaced) == pytest.approx(expected, rel=1e-4)
@@ -65,9 +66,10 @@ def test_block_error(block: str) -> None:
 def test_layer_error() -> None:
     weights, samples, probe = watched_layer()
     changed = {**weights, "mlp.down_proj.weight": 1.1 * weights["mlp.down_proj.weight"]}
-    expected = sum(weighted(tiny_layer.output(changed, s) - tiny_layer.output(weights, s), s.modality) for s in samples)
+    pairs = [(tiny_layer.output(changed, s), tiny_layer.output(weights, s), s.modality) for s in samples]
+    expected = sum(weighted(out - exact, modality, exact) for out, exact, modality in pairs)
     assert probe.weighted_error(probe.errors(tiny_layer.build(changed))) == pytest.approx(expected, rel=1e-4)
-    error, signal = probe.errors(tiny_layer.build(changed))
+    error, signal, _ = probe.errors(tiny_layer.build(changed))
     for modality in range(4):
         outputs = [(tiny_layer.output(changed, s), tiny_layer.output(weights, s), s) for s in samples]
         expected_error = sum(float((a - b)[0, s.modality == modality].double().square().sum()) for a, b, s in outputs)

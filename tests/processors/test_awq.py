@@ -17,7 +17,7 @@ from msmodelslim_omni.numerics.arithmetic import dequantize
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import awq, linear_quant
 from msmodelslim_omni.processors.awq import search_losses
-from msmodelslim_omni.processors.gptq import DAMPING, factorize
+from msmodelslim_omni.processors.gptq import factorize, relative_damping
 from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT, cholesky_for_gptq, round_group
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe.schema import AwqConfig, LinearQuantConfig
@@ -52,7 +52,7 @@ def outlier_work(
     """A layer in which the input of every group has outlier channels."""
     weights = layer_weights(dtype)
     for name, channels in (("self_attn.v_proj", (5, 20)), ("mlp.up_proj", (7, 61))):
-        weights[f"{name}.weight"][list(channels)] *= 24
+        weights[f"{name}.weight"][list(channels)] *= 64
     return work_of(weights, samples, scheme)
 
 
@@ -81,6 +81,14 @@ def balanced(modality: torch.Tensor) -> torch.Tensor:
     """The weight of each token if every modality has the same weight; the weights of all tokens sum to one."""
     counts = modality.long().bincount(minlength=len(MODALITIES))
     return 1 / (counts[modality.long()] * (counts > 0).sum()).double()
+
+
+def error_weights(weights: dict[str, torch.Tensor], group: LinearGroup, modality: torch.Tensor) -> torch.Tensor:
+    """The weight of each token's error: `balanced`, and 1 / |h| with the layer's output h if it is added to h."""
+    if not group.adds_to_residual:
+        return balanced(modality)
+    lengths = torch.cat([output(weights, each)[0] for each in SAMPLES]).double().norm(dim=1)
+    return balanced(modality) / lengths
 
 
 def storable(scale: torch.Tensor) -> torch.Tensor:
@@ -156,7 +164,8 @@ def test_search_finds_the_minimum_of_a_direct_loop_over_the_grid(name: str, sche
     doubles, share = [weight.double() for weight in weights], balanced(modality)
     scales = autoawq_scales(x, share, doubles, group, 10)
     assert len(candidates) == len(scales) == 1 + 11 + 10
-    expected_losses = [direct_loss(x, share, doubles, s, scheme) for s in scales]
+    of_errors = error_weights(work.weights, group, modality)
+    expected_losses = [direct_loss(x, of_errors, doubles, s, scheme) for s in scales]
     for number, expected in enumerate(scales):
         factors = awq.repeat_for_query_heads(candidates[number].factors, group).double()
         torch.testing.assert_close(factors, expected, rtol=1e-4, atol=0)
@@ -183,7 +192,7 @@ def test_search_with_gptq_weights_errors_by_the_pivots() -> None:
 
     x, modality = tokens_of(work.weights, group)
     h = (x * balanced(modality)[:, None]).T @ x
-    damped = h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    damped = h + relative_damping(gram.tokens, len(h)) * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     order = cholesky.order
     pivots = torch.empty(len(h), dtype=torch.float64)
     pivots[order] = torch.linalg.cholesky(damped[order][:, order]).diagonal().square()
@@ -287,7 +296,7 @@ def group_error(work: LayerWork, quantized: Mapping[str, Any], group: LinearGrou
     """The squared error of the outputs of a group relative to their energy, from its rows weighted by importance."""
     assert work.stats is not None and exact.stats is not None
     before, now = exact.stats[group.name].rows.double(), work.stats[group.name].rows.double()
-    share = balanced(exact.stats[group.name].row_modality)[:, None]
+    share = error_weights(exact.weights, group, exact.stats[group.name].row_modality)[:, None]
     total = 0.0
     for linear in group.linears:
         true = before @ exact.weights[f"{linear}.weight"].double().T

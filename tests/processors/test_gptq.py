@@ -14,9 +14,9 @@ from msmodelslim_omni.numerics.arithmetic import QuantizedLinear, dequantize, qu
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import gptq
 from msmodelslim_omni.processors.gptq import (
-    DAMPING,
     CholeskyFactor,
     factorize,
+    relative_damping,
     round_in_order,
     split_into_parts,
 )
@@ -52,7 +52,7 @@ def output_error(x: torch.Tensor, weight: torch.Tensor, linear: QuantizedLinear)
 
 def damped(x: torch.Tensor) -> torch.Tensor:
     h = x.double().T @ x.double()
-    return h + DAMPING * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
+    return h + relative_damping(*x.shape) * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
 
 
 def lower(cholesky: CholeskyFactor) -> torch.Tensor:
@@ -67,6 +67,13 @@ def lower(cholesky: CholeskyFactor) -> torch.Tensor:
         matrix[end:, first:end] = under.double()
         first = end
     return matrix
+
+
+def test_damping_by_hand() -> None:
+    assert relative_damping(100, 100) == 0.5
+    assert relative_damping(2500, 100) == pytest.approx(0.1)  # 25 tokens per input
+    assert relative_damping(25, 100) == 1.0 and relative_damping(1, 100) == 1.0
+    assert relative_damping(10**6, 100) == 0.02
 
 
 # --- the factorization ---------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from msmodelslim_omni.processors import fold, smooth
 from msmodelslim_omni.processors.fold import repeat_for_query_heads
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
 from msmodelslim_omni.recipe.schema import IterSmoothConfig, SmoothQuantConfig
-from msmodelslim_omni.statistics.capture import InputStats, input_stats
+from msmodelslim_omni.statistics.capture import InputStats, input_stats, relative_weights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = frozenset(SPEC.linears)
@@ -239,7 +239,9 @@ def norm_layer(
 def output_error(stats: InputStats, weight: torch.Tensor, modality: int) -> float:
     x = stats.rows[stats.row_modality == modality]
     exact = x @ weight.float().T
-    return float((quantized_matmul(x, quantize_weight(weight, W8A8)) - exact).norm() / exact.norm())
+    error = quantized_matmul(x, quantize_weight(weight, W8A8)) - exact
+    token_weights = relative_weights(exact)[:, None].sqrt()
+    return float((error * token_weights).norm() / (exact * token_weights).norm())
 
 
 def normal(*shape: int, seed: int) -> torch.Tensor:

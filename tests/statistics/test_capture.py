@@ -17,11 +17,12 @@ from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.runtime.budget import DEFAULT_BUDGET
 from msmodelslim_omni.runtime.team import UNSPLIT
 from msmodelslim_omni.statistics.capture import (
-    ROWS_PER_MODALITY,
+    ROWS,
     InputRecorder,
     InputStats,
     choose_rows,
     input_stats,
+    relative_weights,
     run_layer,
 )
 from msmodelslim_omni.statistics.gram import Gram
@@ -104,7 +105,7 @@ def test_chosen_rows_are_bounded_and_deterministic(samples: list[list[int]], lim
 def test_rows_are_spread_evenly_over_all_samples() -> None:
     modalities = [torch.full((1000,), 3, dtype=torch.int8) for _ in range(8)]
     counts = [len(rows) for rows in choose_rows(modalities)]
-    assert sum(counts) == ROWS_PER_MODALITY
+    assert sum(counts) == ROWS
     assert max(counts) - min(counts) <= 1
 
 
@@ -176,7 +177,10 @@ def test_run_layer_returns_the_hidden_states(layer: torch.nn.Module) -> None:
 
 
 def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
-    """H of each modality is exact, and the sum over modalities is H of all tokens."""
+    """H of each modality is exact, and the sum over modalities is H of all tokens.
+
+    Behind o and down, each token is weighted by 1 / |h| with the layer's output h.
+    """
     samples = [sample(tokens=90, seed=1), sample(tokens=31, seed=2), sample(tokens=2, seed=3)]
     stats = record(layer_weights(), samples, grams=True)
     modality = torch.cat([each.modality for each in samples])
@@ -184,6 +188,8 @@ def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
     for group in SPEC.groups:
         group_stats = stats[group.name]
         x = group_stats.rows.double()  # every token
+        if group.name in ("o", "down"):
+            x *= root_weights(layer, samples).double()
         assert set(group_stats.grams) == {0, 1, 2, 3}
         for index, gram in group_stats.grams.items():
             part = x[modality == index]
@@ -194,12 +200,25 @@ def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
         assert (total.matrix - x.T @ x).abs().max() < 1e-5 * (x.T @ x).abs().max()
 
 
+def root_weights(layer: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:
+    """1 / sqrt(|h|) of all tokens, [tokens, 1], with the layer's output h."""
+    return torch.cat([run_layer(layer, each.inputs)[0].norm(dim=1) for each in samples]).rsqrt()[:, None]
+
+
+def test_relative_weights_by_hand() -> None:
+    out = torch.tensor([[3.0, 4.0], [0.0, 0.5], [0.0, 0.0], [600.0, 800.0]])
+    assert relative_weights(out).tolist() == pytest.approx([0.2, 1.0, 1.0, 0.001])  # at least a thousandth of 1000
+    assert bool(torch.isfinite(relative_weights(torch.zeros(2, 2))).all())
+
+
 def test_few_tokens_are_stored_as_the_factor(layer: torch.nn.Module) -> None:
-    stats = record(layer_weights(), [sample(tokens=9, seed=1), sample(tokens=14, seed=2)], grams=True)["down"]
+    samples = [sample(tokens=9, seed=1), sample(tokens=14, seed=2)]
+    stats = record(layer_weights(), samples, grams=True)["down"]
+    expected = stats.rows * root_weights(layer, samples)
     factors = [gram.factor for gram in stats.grams.values()]
     assert all(gram.matrix is None and gram.error == 0.0 for gram in stats.grams.values())
     for index, factor in enumerate(factors):
-        assert torch.equal(factor, stats.rows[stats.row_modality == index])
+        torch.testing.assert_close(factor, expected[stats.row_modality == index])
 
 
 def test_held_out_samples_do_not_enter_h(layer: torch.nn.Module) -> None:
@@ -208,7 +227,7 @@ def test_held_out_samples_do_not_enter_h(layer: torch.nn.Module) -> None:
     recorder = InputRecorder(layer, SPEC, token_counts([inside]))
     for each in (inside, outside):
         recorder.begin(each.modality, torch.arange(len(each.modality)), in_gram=each is inside)
-        run_layer(layer, each.inputs)
+        recorder.end(run_layer(layer, each.inputs))
     both, only = recorder.finish()["qkv"], record(layer_weights(), [inside], grams=True)["qkv"]
     assert [gram.tokens for gram in both.grams.values()] == token_counts([inside])
     assert torch.equal(both.gram(dict.fromkeys(range(4), 1.0)).matrix, only.gram(dict.fromkeys(range(4), 1.0)).matrix)
@@ -233,7 +252,7 @@ def test_one_weighted_h_if_one_per_modality_does_not_fit(layer: torch.nn.Module,
 def run_recorder(recorder: InputRecorder, layer: torch.nn.Module, samples: list[Sample]) -> dict[str, InputStats]:
     for each in samples:
         recorder.begin(each.modality, torch.arange(len(each.modality)))
-        run_layer(layer, each.inputs)
+        recorder.end(run_layer(layer, each.inputs))
     return recorder.finish()
 
 
