@@ -34,6 +34,7 @@ def read_job(**options: Any) -> Job:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--tokens", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--group_size", type=int, default=128)
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()

@@ -31,7 +31,7 @@ def main() -> None:
     _, seconds = timed(
         lambda: wrapped.quantize(
             tokenizer=None,
-            quant_config={"w_bit": 4, "q_group_size": 128, "zero_point": True, "version": "GEMM"},
+            quant_config={"w_bit": 4, "q_group_size": job.options.group_size, "zero_point": True, "version": "GEMM"},
             calib_data=job.tokens.tolist(),
             max_calib_samples=len(job.tokens),
             max_calib_seq_len=job.tokens.shape[1],

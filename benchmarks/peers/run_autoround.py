@@ -37,7 +37,7 @@ def main() -> None:
         model,
         tokenizer,
         bits=4,
-        group_size=128,
+        group_size=job.options.group_size,
         sym=False,
         iters=job.options.iters,
         dataset=batches,
