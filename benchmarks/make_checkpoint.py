@@ -1,6 +1,6 @@
-"""Write a random-weight Qwen2.5-Omni or Qwen2.5-VL checkpoint with the exact shapes of the 3B or the 7B model.
+"""Write a random-weight checkpoint with the exact shapes of a Qwen2.5-Omni, Qwen2.5-VL or Qwen3-VL model.
 
-    python benchmarks/make_checkpoint.py {3b,7b,vl-3b,vl-7b} OUT [--layers N] [--seed 0] [--headers_only]
+    python benchmarks/make_checkpoint.py {3b,7b,vl-7b,qwen3-vl-4b,...} OUT [--layers N] [--seed 0] [--headers_only]
 
 Use it to measure time, memory and disk space without the real weights. Tensor names, shapes, dtypes, token ids, number
 of shards and kinds of files are those of the official repository: 12.0 GB (3b), 22.4 GB (7b), 7.5 GB (vl-3b), 16.6 GB
@@ -31,6 +31,8 @@ from make_tiny_omni import (
     stable_hash,
     write_checkpoint,
 )
+from make_tiny_qwen3_vl import Qwen3VlShape
+from make_tiny_qwen3_vl import write_checkpoint as write_qwen3_vl_checkpoint
 from make_tiny_vl import VlShape
 from make_tiny_vl import write_checkpoint as write_vl_checkpoint
 
@@ -113,6 +115,32 @@ VL_SHAPES = {
 }
 
 
+def _qwen3_vl_shape(hidden: int, inter: int, layers: int, heads: int, tied: bool) -> Qwen3VlShape:
+    """Shape of a published model. The 4B's vision tower is smaller than that of the others."""
+    small = hidden == 2560
+    return Qwen3VlShape(
+        text={
+            "hidden_size": hidden, "intermediate_size": inter, "num_hidden_layers": layers,
+            "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+            "mrope_section": [24, 20, 20],
+        },
+        vision={
+            "depth": 24 if small else 27, "hidden_size": 1024 if small else 1152,
+            "intermediate_size": 4096 if small else 4304, "num_heads": 16, "out_hidden_size": hidden,
+            "num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17] if small else [8, 16, 24],
+        },
+        tied=tied,
+        endoftext_id=ENDOFTEXT_ID,
+    )  # fmt: skip
+
+
+QWEN3_VL_SHAPES = {
+    "qwen3-vl-4b": _qwen3_vl_shape(2560, 9728, 36, 32, tied=True),
+    "qwen3-vl-8b": _qwen3_vl_shape(4096, 12288, 36, 32, tied=False),
+    "qwen3-vl-32b": _qwen3_vl_shape(5120, 25600, 64, 64, tied=False),
+}
+
+
 class PooledNormal:
     """Normal values sliced from one pool, at an offset that depends on (seed, tag)."""
 
@@ -147,6 +175,11 @@ def make_checkpoint(
     ``headers_only``: the weights are a hole in the file, enough for commands that need only sizes (inspect, --dry_run).
     """
     normal = None if headers_only else PooledNormal(seed)
+    if name in QWEN3_VL_SHAPES:
+        qwen3_shape = QWEN3_VL_SHAPES[name].with_layers(layers)
+        return write_qwen3_vl_checkpoint(
+            out, qwen3_shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=normal
+        )
     if name in VL_SHAPES:
         shape = VL_SHAPES[name].with_layers(layers)
         return write_vl_checkpoint(out, shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=normal)
@@ -157,8 +190,12 @@ def make_checkpoint(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Write a random-weight Qwen2.5-Omni or Qwen2.5-VL of full size.")
-    parser.add_argument("model", choices=sorted([*SHAPES, *VL_SHAPES]), help="model whose shapes to use")
+    parser = argparse.ArgumentParser(
+        description="Write a random-weight Qwen2.5-Omni, Qwen2.5-VL or Qwen3-VL of full size."
+    )
+    parser.add_argument(
+        "model", choices=sorted([*SHAPES, *VL_SHAPES, *QWEN3_VL_SHAPES]), help="model whose shapes to use"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint into")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--seed", type=int, default=0)

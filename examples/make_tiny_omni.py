@@ -651,7 +651,7 @@ def outlier_gains(tag: str, size: int, seed: int) -> Tensor:
     return gains
 
 
-_LAYER_KEY = re.compile(r"((?:thinker\.)?model\.layers\.\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight")
+_LAYER_KEY = re.compile(r"((?:thinker\.)?model\.(?:language_model\.)?layers\.\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight")
 # Activation whose gains multiply a tensor's rows, and activation whose gains divide its columns.
 _ROW_GAINS = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in", "up_proj": "mlp_inner"}
 _COLUMN_GAINS = {

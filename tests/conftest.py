@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny Qwen2.5-Omni and Qwen2.5-VL models of the transformers classes, made once per session."""
+"""Shared fixtures: tiny Qwen2.5-Omni, Qwen2.5-VL and Qwen3-VL models, made once per session."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are too small for m
 
 import pytest
 from make_tiny_omni import make_tiny_omni
+from make_tiny_qwen3_vl import make_tiny_qwen3_vl
 from make_tiny_vl import make_tiny_vl
 
 from msmodelslim_omni.commands.shell import quiet_libraries
@@ -47,6 +48,12 @@ def tiny_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny VL in one file, with a tied lm_head that is not stored, as in the 3B. Tests must not change it."""
     return make_tiny_vl(tmp_path_factory.mktemp("models") / "tied_vl", tied=True, shards=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-VL in bfloat16: two shards, lm_head of its own, DeepStack in use. Tests must not change it."""
+    return make_tiny_qwen3_vl(tmp_path_factory.mktemp("models") / "tiny_qwen3_vl")
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from ..errors import QuantError
 from ..models import LayerInput
 from ..storage import (
     SafetensorsWriter,
+    TensorInfo,
     TensorSpec,
     is_whole,
     load_tensor,
@@ -43,13 +44,14 @@ class StemStore:
     """The input of the first decoder layer, one file per sample: hidden states, other arguments, modalities.
 
     hidden: float32 [1, tokens, hidden]. modality: int8 [tokens]. arguments: everything else that the library passes to
-    a layer.
+    a layer. deepstack: see models.Deepstack; absent in samples without it.
     """
 
     def __init__(self, folder: Path, budget: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._cache = _Cache(budget)
+        self._deepstack: dict[int, list[TensorInfo]] = {}  # positions and features of a sample, by number
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{number:06d}.safetensors"
@@ -68,6 +70,9 @@ class StemStore:
                 tensors |= {f"argument.{name}.{i:03d}": part for i, part in enumerate(value)}
             else:
                 tensors[f"argument.{name}"] = value
+        if inputs.deepstack is not None:
+            tensors |= {"deepstack.positions": inputs.deepstack.positions}
+            tensors |= {f"deepstack.{i:03d}": features for i, features in enumerate(inputs.deepstack.features)}
         on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
         write_tensors(self._path(number), on_cpu, checksum=True)
 
@@ -76,6 +81,24 @@ class StemStore:
 
     def hidden(self, number: int) -> torch.Tensor:
         return load_tensor(read_header(self._path(number))["hidden"])
+
+    def layer_input(self, number: int, layer: int, hidden: torch.Tensor, device: torch.device) -> LayerInput:
+        """The input of a layer for one sample. hidden: what the layer before returned, float32 [1, tokens, hidden]."""
+        return LayerInput(self.entering(number, layer, hidden.to(device)), self.arguments(number, device))
+
+    def entering(self, number: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that enter a layer, or after the last one the final norm: with the features added."""
+        if layer == 0:
+            return hidden
+        if number not in self._deepstack:
+            infos = read_header(self._path(number))
+            features = sorted(name for name in infos if name.startswith("deepstack.0"))
+            self._deepstack[number] = [infos[name] for name in ("deepstack.positions", *features) if name in infos]
+        stored = self._deepstack[number]
+        if layer >= len(stored):
+            return hidden
+        positions, added = (load_tensor(stored[i]).to(hidden.device) for i in (0, layer))
+        return hidden.index_add(1, positions, added[None])
 
     def arguments(self, number: int, device: torch.device) -> dict[str, torch.Tensor | tuple[torch.Tensor, ...]]:
         """The layer's other arguments for one sample; tuples are rebuilt."""

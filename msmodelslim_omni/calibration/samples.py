@@ -196,7 +196,7 @@ def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model:
         messages = _messages_of_conversation(entry, errors)
     else:
         messages = _messages_of_fields(entry, default_text, errors)
-    if messages and messages[0]["role"] != "system":
+    if model.system and messages and messages[0]["role"] != "system":
         messages.insert(0, _message("system", [_text_part(model.system)]))
     kinds = {part["type"] for message in messages for part in message["content"]}
     for kind in sorted(kinds - set(model.modalities)):

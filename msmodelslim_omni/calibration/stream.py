@@ -68,7 +68,7 @@ class CalibrationStream:
 
     def _boundary(self, layer: int, name: str = "hidden") -> HiddenStates:
         """The hidden states of this process' samples before a layer."""
-        width = self._plan.layer_spec.shapes["input_layernorm.weight"][0]
+        width = self._plan.layer_spec.hidden_size
         lengths = [self.stems.lengths[position] for position in self._split.local_items]
         suffix = f"-{self._team.rank}" if self._team.size > 1 else ""
         cache_bytes = self.budget.hidden // _BOUNDARIES
@@ -90,11 +90,11 @@ class CalibrationStream:
         for path in self._folder.glob(f"hidden-{layer:04d}*.safetensors"):
             path.unlink()
 
-    def _inputs(self) -> Iterator[tuple[int, LayerInput]]:
-        """Position and layer input of each of this process' samples."""
+    def _inputs(self, layer: int) -> Iterator[tuple[int, LayerInput]]:
+        """Position and input of a layer of each of this process' samples."""
         for own, position in enumerate(self._split.local_items):
-            hidden = self._hidden.read(own).to(self._device)
-            yield position, LayerInput(hidden, self._store.arguments(self.stems.numbers[position], self._device))
+            number = self.stems.numbers[position]
+            yield position, self._store.layer_input(number, layer, self._hidden.read(own), self._device)
 
     # --- through a layer ---
 
@@ -119,7 +119,7 @@ class CalibrationStream:
         self, layer: int, module: torch.nn.Module, recorder: InputRecorder, probe: LayerProbe
     ) -> Iterator[torch.Tensor]:
         roles, modalities = self._roles, self.stems.modalities
-        for position, inputs in self._inputs():
+        for position, inputs in self._inputs(layer):
             sample = self.stems.samples[position]
             recorder.begin(
                 modalities[position],
@@ -148,7 +148,7 @@ class CalibrationStream:
         if self._plan.calibration.propagate_error:
             errors: list[torch.Tensor] = []
             following = self._boundary(layer + 1)
-            following.write(self._quantized_outputs(module(), errors))
+            following.write(self._quantized_outputs(layer, module(), errors))
             self._exact.path.unlink()
             self._hidden = following
             error, signal, _ = add_sums(self._split.gather(errors))
@@ -163,9 +163,11 @@ class CalibrationStream:
         """Move to the next layer's inputs as the float layer computed them; for a plan without propagate_error."""
         self._hidden = self._exact
 
-    def _quantized_outputs(self, module: torch.nn.Module, errors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def _quantized_outputs(
+        self, layer: int, module: torch.nn.Module, errors: list[torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
         """errors: receives the squared sums of each of this process' samples."""
-        for own, (position, inputs) in enumerate(self._inputs()):
+        for own, (position, inputs) in enumerate(self._inputs(layer)):
             out = run_layer(module, inputs)
             exact = self._exact.read(own).to(self._device)
             errors.append(squared_errors(inputs.hidden, exact, out, self.stems.modalities[position]))

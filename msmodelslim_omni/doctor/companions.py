@@ -23,8 +23,8 @@ _TEMPLATES = ("chat_template.json", "chat_template.jinja")
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
-def check_companions(path: Path, has_speech: bool) -> Iterator[Finding]:
-    """Check the files that a processor, a tokenizer and the full class read, and the voices if has_speech."""
+def check_companions(path: Path, has_voices: bool) -> Iterator[Finding]:
+    """Check the files that a processor, a tokenizer and the full class read, and the file of voices if there is one."""
     names = {file.name for file in path.iterdir() if file.is_file()}
     if "tokenizer_config.json" not in names:
         yield make_finding("tokenizer_missing", "tokenizer_config.json", "is missing")
@@ -36,7 +36,7 @@ def check_companions(path: Path, has_speech: bool) -> Iterator[Finding]:
         yield make_finding("chat_template_missing", _TEMPLATES[0], "is missing")
     if "generation_config.json" not in names:
         yield make_finding("generation_config_missing", "generation_config.json", "is missing")
-    if has_speech:
+    if has_voices:
         yield from _check_voices(path)
     for name in sorted(names):
         yield from _check_file(path / name)

@@ -83,9 +83,9 @@ def examine(
     if config:
         config_check += check_config(config, model, description is not None, declared)
     collector.run("config", iter(config_check), f"{declared.format or 'no format'}, full architecture", "config.json")
-    has_speech = model is None or bool(model.speech_prefixes)
-    companions = "tokenizer, processor, chat template" + ", voices" * has_speech
-    collector.run("companions", check_companions(path, has_speech), companions, str(path))
+    has_voices = model is None or bool(model.speech_prefixes and model.voices_file)
+    companions = "tokenizer, processor, chat template" + ", voices" * has_voices
+    collector.run("companions", check_companions(path, has_voices), companions, str(path))
     if model is not None and expected:
         tensors = check_tensors(folder, config, model, expected, optional, linears, declared)
         collector.run("tensors", tensors, f"{len(names)} names match config.json", "all")

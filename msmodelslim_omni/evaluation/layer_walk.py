@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..calibration import HiddenStates
-from ..models import MODALITIES, LayerInput
+from ..models import MODALITIES
 from ..numerics import QuantizedLinear
 from ..quantized import Source, load_linear
 from ..report import LayerDrift
@@ -39,12 +39,13 @@ class LayerWalk:
         self._device = device
         family, config = float_source.model.family, float_source.config
         self._layers = family.num_layers(config)
-        self._width = family.layer_spec(config).shapes["input_layernorm.weight"][0]
+        self._width = family.layer_spec(config).hidden_size
+        self._passed = 0  # layers
         self._hidden = self._write_first_boundary()
 
     def hidden(self, side: str, position: int) -> torch.Tensor:
-        """The hidden states of one sample at the current boundary: [1, tokens, hidden], on the device."""
-        return self._hidden[side].read(position).to(self._device)
+        """The hidden states of one sample that enter the next layer, or the final norm: [1, tokens, hidden]."""
+        return self._stems.entering(side, position, self._passed, self._hidden[side].read(position).to(self._device))
 
     def layers(self, clock: Clock, progress: Progress) -> Iterator[LayerDrift]:
         """Run all decoder layers of both models. Yields the drift of the hidden states after each layer."""
@@ -93,8 +94,8 @@ class LayerWalk:
 
         def outputs() -> Iterator[torch.Tensor]:
             for position, sample in enumerate(self._stems.samples):
-                arguments = self._stems.arguments(side, position)
-                out = run_layer(module, LayerInput(self.hidden(side, position), arguments))
+                hidden = self._hidden[side].read(position)
+                out = run_layer(module, self._stems.layer_input(side, position, index, hidden))
                 require_finite(out, f"{side} model, layer {index}, sample {sample.where}")
                 if reference is not None:
                     float_out = reference.read(position).to(self._device)
@@ -109,6 +110,7 @@ class LayerWalk:
         for previous in self._hidden.values():
             previous.path.unlink(missing_ok=True)
         self._hidden = dict(following)
+        self._passed += 1
 
 
 def _layer_drift(index: int, sums: torch.Tensor) -> LayerDrift:

@@ -11,7 +11,7 @@ import torch
 
 from ..calibration import CalibSample, StemStore, describe_fault, prepare_sample
 from ..errors import QuantError
-from ..models import MediaProcessor, ModelInputs
+from ..models import LayerInput, MediaProcessor, ModelInputs
 from ..quantized import Source
 from ..runtime import DEFAULT_BUDGET, Progress, free_modules
 from ..storage import Checkpoint, same_bytes
@@ -105,9 +105,13 @@ class StemPair:
         """The hidden states before the first layer, of the sample at this position: float32 [1, tokens, hidden]."""
         return self._stores[side].hidden(self._numbers[position])
 
-    def arguments(self, side: str, position: int) -> dict[str, Any]:
-        """All other arguments of a layer for the sample at this position, on the device."""
-        return self._stores[side].arguments(self._numbers[position], self._device)
+    def layer_input(self, side: str, position: int, layer: int, hidden: torch.Tensor) -> LayerInput:
+        """The input of a layer for the sample at this position, on the device; see StemStore.layer_input."""
+        return self._stores[side].layer_input(self._numbers[position], layer, hidden, self._device)
+
+    def entering(self, side: str, position: int, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that enter a layer, or the final norm; see StemStore.entering."""
+        return self._stores[side].entering(self._numbers[position], layer, hidden)
 
     def embedding_drift(self) -> torch.Tensor:
         """Drift of the embeddings that the talker reads: float64 [samples, 4], see scoring.drift_sums.

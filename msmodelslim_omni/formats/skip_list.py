@@ -12,4 +12,5 @@ def skip_list_entries(job: OutputJob) -> list[str]:
     that match a regular expression from the start of the name.
     """
     words = [pattern.removeprefix("re:").removeprefix(".*").removesuffix(".*") for pattern in job.ignore_patterns]
-    return [*words, *(f".*{word}" for word in words)]
+    names = [word.replace("\\.", ".").removesuffix("$") for word in words]
+    return [*names, *(f".*{word}" for word in words)]

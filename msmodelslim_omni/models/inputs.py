@@ -35,11 +35,27 @@ class ModelInputs:
 
 
 @dataclass(frozen=True)
+class Deepstack:
+    """Visual features that the model adds to the hidden states between its first layers (DeepStack, arXiv 2406.04334).
+
+    positions: int64 [visual], the tokens of pictures and clips. features: float32 [visual, hidden] each; the model adds
+    features[i] at `positions` after layer i.
+    """
+
+    positions: torch.Tensor
+    features: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
 class LayerInput:
-    """Input of a decoder layer for one sample: hidden states, float32 [1, tokens, hidden], and the other arguments."""
+    """Input of a decoder layer for one sample: hidden states, float32 [1, tokens, hidden], and the other arguments.
+
+    deepstack: what the model adds after the first layers; only a stem returns it.
+    """
 
     hidden: torch.Tensor
     arguments: dict[str, Any]
+    deepstack: Deepstack | None = None
 
 
 class Stem(Protocol):

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from ..errors import QuantError
-from .inputs import LayerInput, ModelInputs
+from .inputs import Deepstack, LayerInput, ModelInputs
 from .spec import LayerSpec, LinearGroup
 from .torchvision_shim import ensure_torchvision_imports
 
@@ -108,16 +108,17 @@ def layer_spec(text: TextBlock) -> LayerSpec:
 def expected_shapes(
     config: dict[str, Any],
     text: TextBlock,
+    spec: LayerSpec,
     layer_prefix: str,
     disk_name: DiskName,
     build: Callable[[], Any],
 ) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors that config.json implies: decoder layers from layer_spec, the rest from transformers.
+    """Shapes of all tensors that config.json implies: decoder layers from `spec`, the rest from transformers.
 
     build: returns the complete transformers model with one decoder layer. This takes a second, so the shapes are cached
     by the content of config.json.
     """
-    layers, layer_shapes = num_layers(text), layer_spec(text).shapes
+    layers, layer_shapes = num_layers(text), spec.shapes
     key = json.dumps([layer_prefix, config], sort_keys=True)
     if key not in _cached_shapes:
         check_depth(config)
@@ -265,6 +266,8 @@ class DecoderStem:
         self._device = device
         text_model = getattr(self._module.model, "language_model", self._module.model)
         text_model.layers[0] = _capture_layer()
+        text_model.register_forward_pre_hook(self._keep_deepstack, with_kwargs=True)
+        self._deepstack: Deepstack | None = None
         text_model.embed_tokens = _disk_embedding(checkpoint, embedding, device)
         self._load_towers(checkpoint, disk_name, towers, held_bytes)
         for module in self._module.modules():
@@ -305,10 +308,17 @@ class DecoderStem:
             with torch.inference_mode():
                 self._module(**tensors, **self.options(inputs), use_cache=False)
         except _ReachedLayers as reached:
-            return LayerInput(reached.hidden, reached.arguments)
+            return LayerInput(reached.hidden, reached.arguments, self._deepstack)
         except (ValueError, IndexError) as error:  # e.g. the numbers of placeholder tokens and features differ
             raise QuantError(f"the model rejected the sample: {error}") from error
         raise RuntimeError("the model's forward did not call its decoder layers")
+
+    def _keep_deepstack(self, _module: Any, _args: tuple[Any, ...], arguments: dict[str, Any]) -> None:
+        """Keep the features that the text model gets in addition to its input; None without pictures and clips."""
+        features, mask = arguments.get("deepstack_visual_embeds"), arguments.get("visual_pos_masks")
+        self._deepstack = None
+        if features is not None and mask is not None:
+            self._deepstack = Deepstack(mask[0].nonzero().flatten(), tuple(features))
 
     def options(self, inputs: ModelInputs) -> dict[str, Any]:
         """Extra arguments of the forward, in addition to the sample's tensors."""

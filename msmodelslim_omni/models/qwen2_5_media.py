@@ -19,8 +19,8 @@ Messages = list[dict[str, Any]]
 
 _TEMPLATE_SECONDS = 30  # the template is code of the checkpoint; its sandbox limits each loop, but not nested loops
 
-# qwen_omni_utils enlarges video frames that have fewer pixels.
-_SMALLEST_FRAME = 128 * 28 * 28
+# qwen_omni_utils enlarges video frames that have fewer visual tokens.
+_SMALLEST_FRAME_TOKENS = 128
 
 
 def open_processor(class_name: str, path: Path, trust_remote_code: bool) -> Any:
@@ -37,7 +37,12 @@ def open_processor(class_name: str, path: Path, trust_remote_code: bool) -> Any:
 
 
 class VisionProcessor:
-    """Converts messages with pictures and clips to model inputs, with transformers' processor and qwen_omni_utils."""
+    """Converts messages with pictures and clips to model inputs, with transformers' processor and qwen_omni_utils.
+
+    patch_size: side of the vision tower's patches in pixels; a visual token is 2 x 2 patches.
+    """
+
+    patch_size = 14
 
     def __init__(self, processor: Any, limits: MediaLimits) -> None:
         self._processor = processor
@@ -45,8 +50,15 @@ class VisionProcessor:
 
     # --- specific to the model ---
 
-    def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
-        """Keyword arguments of the processor, except text, pictures and frames. fps: sampling rate of each clip.
+    def load_vision(self, messages: Messages) -> tuple[Any, Any, list[Any]]:
+        """Pictures, frames of the clips, and what `options` needs to know about each clip: its sampling rate."""
+        from qwen_omni_utils import process_vision_info
+
+        images, videos, video_options = process_vision_info(messages, return_video_kwargs=True)
+        return images, videos, video_options.get("fps") or []
+
+    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
+        """Keyword arguments of the processor, except text, pictures and frames. clips: see load_vision.
 
         Must return a new dict on each call, because the processor removes its entries.
         """
@@ -61,18 +73,17 @@ class VisionProcessor:
     def prepare(self, messages: Messages, use_audio_in_video: bool) -> ModelInputs:
         """Convert one sample. Video parts hold a path, audio parts a float32 array at 16 kHz."""
         import torch
-        from qwen_omni_utils import process_vision_info
 
         prompt, answer, closing = self._render(messages)
         visual_messages = [self._with_visual_limits(message) for message in messages]
-        images, videos, video_options = process_vision_info(visual_messages, return_video_kwargs=True)
+        images, videos, clips = self.load_vision(visual_messages)
         encoded = self._processor(
             text=prompt,
             images=images,
             videos=videos,
             return_tensors="pt",
             padding=True,
-            **self.options(messages, video_options.get("fps") or [], use_audio_in_video),
+            **self.options(messages, clips, use_audio_in_video),
         )
         tensors = {name: value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
         for name in ("video_second_per_grid", "second_per_grid_ts"):
@@ -153,7 +164,8 @@ class VisionProcessor:
         if largest is None:
             return {}
         # At most half: between equal bounds there may be no multiple of the patch size, and the result exceeds both.
-        bounds = (min(_SMALLEST_FRAME, largest // 2), largest)
+        smallest = _SMALLEST_FRAME_TOKENS * (2 * self.patch_size) ** 2
+        bounds = (min(smallest, largest // 2), largest)
         return dict(zip(names, bounds[-len(names) :], strict=True))
 
     def _modality(self, ids: Any) -> Any:

@@ -94,6 +94,10 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return qwen2_5.layer_spec(_text(config))
 
 
+def deepstack_depth(config: dict[str, Any]) -> int:
+    return 0
+
+
 def published_model_type(config: dict[str, Any]) -> str:
     return qwen2_5.published_model_type(_text(config), _PUBLISHED_SHAPES)
 
@@ -107,7 +111,8 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
         one_layer = load_transformers().Qwen2_5OmniConfig.from_dict(_one_layer(config))
         return load_transformers().Qwen2_5OmniForConditionalGeneration(one_layer)
 
-    return qwen2_5.expected_shapes(config, _text(config), LAYER_PREFIX, disk_name, build), _OPTIONAL_TENSORS
+    shapes = qwen2_5.expected_shapes(config, _text(config), layer_spec(config), LAYER_PREFIX, disk_name, build)
+    return shapes, _OPTIONAL_TENSORS
 
 
 def _one_layer(config: dict[str, Any]) -> dict[str, Any]:

@@ -26,15 +26,15 @@ class OmniMediaProcessor(VisionProcessor):
     the flag to all three.
     """
 
-    def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
+    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
         """Audio and video arguments. The processor takes one fps per call.
 
         Without an explicit size, the processor's default would enlarge the downscaled frames.
         """
         sounds = list(_sounds(messages, use_audio_in_video))
         videos: dict[str, Any] = {"do_sample_frames": False}
-        if fps:
-            videos["fps"] = fps[0]
+        if clips:
+            videos["fps"] = clips[0]
         if size := self.pixel_limits("shortest_edge", "longest_edge"):
             videos["size"] = size
         options: dict[str, Any] = {"audio": [sound for sound, _ in sounds] or None, "videos_kwargs": videos}

@@ -102,6 +102,10 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return qwen2_5.layer_spec(_text(config))
 
 
+def deepstack_depth(config: dict[str, Any]) -> int:
+    return 0
+
+
 def published_model_type(config: dict[str, Any]) -> str:
     return qwen2_5.published_model_type(_text(config), _PUBLISHED_SHAPES)
 
@@ -115,7 +119,7 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
     def build() -> Any:
         return load_transformers().Qwen2_5_VLForConditionalGeneration(_transformers_config(_one_layer(config)))
 
-    shapes = qwen2_5.expected_shapes(config, _text(config), _LAYER_PREFIX, _disk_name, build)
+    shapes = qwen2_5.expected_shapes(config, _text(config), layer_spec(config), _LAYER_PREFIX, _disk_name, build)
     return shapes, frozenset(tied_tensors(config))
 
 
@@ -179,16 +183,16 @@ def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: boo
 
 
 class VlMediaProcessor(VisionProcessor):
-    def options(self, messages: Messages, fps: list[float], use_audio_in_video: bool) -> dict[str, Any]:
+    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
         if any(part["type"] == "audio" for m in messages if isinstance(m["content"], list) for part in m["content"]):
             raise QuantError("the sample has audio, which Qwen2.5-VL does not support", "remove the audio")
         videos: dict[str, Any] = {"do_sample_frames": False}
         if size := self.pixel_limits("shortest_edge", "longest_edge"):
             videos["size"] = size  # the processor's default would enlarge the downscaled frames
-        if fps and hasattr(self._processor, "replace_video_token"):  # transformers 5 needs the clips' metadata
-            videos["video_metadata"] = [{"fps": rate, "total_num_frames": 1, "frames_indices": [0]} for rate in fps]
-        elif fps:
-            videos["fps"] = fps
+        if clips and hasattr(self._processor, "replace_video_token"):  # transformers 5 needs the clips' metadata
+            videos["video_metadata"] = [{"fps": rate, "total_num_frames": 1, "frames_indices": [0]} for rate in clips]
+        elif clips:
+            videos["fps"] = clips
         return {"videos_kwargs": videos}
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .inputs import MediaLimits, MediaProcessor, Stem
     from .running import ModelRunner, SpeechSupport
 
-Subgraph = Literal["norm-linear", "ov", "up-down"]
+Subgraph = Literal["norm-linear", "ov", "up-down", "none"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class LinearGroup:
     previous: a norm (`norm-linear`), or the Linear that outputs these channels (`ov`, `up-down`).
     repeat: number of consecutive query heads that read one head of `previous` (GQA; otherwise 1).
     head_dim: channels of one head; used only with `repeat`.
+    subgraph: `none` if no factors can be folded into what produces the input; `previous` is then empty.
+    expert: the number of the expert that the Linears belong to; they read only the tokens routed to it.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LinearGroup:
     subgraph: Subgraph
     repeat: int = 1
     head_dim: int = 1
+    expert: int | None = None
 
     @property
     def block(self) -> str:
@@ -50,11 +53,36 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The experts of a layer: MLPs, of which a router assigns `active` to each token.
+
+    router: its Linear, [count, hidden], which stays float. block: the submodule that routes, a RoutedBlock.
+    prefix: of the Linears of one expert; contains {expert}.
+    """
+
+    router: str
+    block: str
+    prefix: str
+    count: int
+    active: int
+
+
+class RoutedBlock(Protocol):
+    """A module with experts. routed: for each expert, the token positions of the current call, ascending."""
+
+    routed: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """A decoder layer: its groups in forward order, and the shape of every tensor by relative name."""
+    """A decoder layer: its groups in forward order, and the shape of every tensor by relative name.
+
+    experts: None for a layer with a dense MLP.
+    """
 
     groups: tuple[LinearGroup, ...]
     shapes: dict[str, tuple[int, ...]]
+    experts: Experts | None = None
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -64,6 +92,11 @@ class LayerSpec:
         """A LayerSpec with one Linear only: its group and its weight, without the bias."""
         groups = tuple(replace(group, linears=(linear,)) for group in self.groups if linear in group.linears)
         return LayerSpec(groups, {f"{linear}.weight": self.shapes[f"{linear}.weight"]})
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states, which the layer reads and returns."""
+        return self.shapes["input_layernorm.weight"][0]
 
     @property
     def cache_width(self) -> int:
@@ -140,8 +173,8 @@ class LoaderNames:
 class ModelSpec:
     """One model type: data for the plan, and the modules that use the transformers classes.
 
-    system: system prompt for conversations without one. modalities: the MODALITIES that a sample may contain.
-    speech_prefixes: prefixes of the talker and vocoder tensors. speech_support: None for text-only models.
+    system: system prompt for conversations without one; empty for none. modalities: the MODALITIES that a sample may
+    contain. speech_prefixes: prefixes of the talker and vocoder tensors. speech_support: None for text-only models.
     """
 
     model_type: str
@@ -161,10 +194,17 @@ class ModelSpec:
     family: ModelFamily
     runner: ModelRunner
     speech_support: SpeechSupport | None
+    visual_token_side: int = 28  # pixels; a visual token is a square of a picture or frame
+    voices_file: str = "spk_dict.pt"  # of a model with speech; empty if config.json names the voices
+    shape_of: str = ""  # the model type that config.json is taken for, if it is another one with the same shape
 
     @property
     def config_paths(self) -> tuple[tuple[str, ...], ...]:
         return self.loaders.config_paths
+
+    @property
+    def visual_token_pixels(self) -> int:
+        return self.visual_token_side**2
 
     @property
     def layers_prefix(self) -> str:
@@ -188,6 +228,10 @@ class ModelFamily(Protocol):
     def num_layers(self, config: dict[str, Any]) -> int: ...
 
     def layer_spec(self, config: dict[str, Any]) -> LayerSpec: ...
+
+    def deepstack_depth(self, config: dict[str, Any]) -> int:
+        """The number of layers after which the model adds visual features; see inputs.Deepstack."""
+        ...
 
     def published_model_type(self, config: dict[str, Any]) -> str:
         """The model type whose published shape matches config.json, or an empty string."""

@@ -56,7 +56,8 @@ def check_type(model: ModelSpec, checkpoint: Checkpoint) -> None:
             f"{fix}, or omit --model_type",
         )
     names = checkpoint.tensors.keys()
-    others = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type != declared and names]
+    is_own = all(model.part_of(name).prefix for name in names)
+    others = [spec for spec in MODEL_TYPES.values() if spec.hf_model_type != declared and names and not is_own]
     if other := next((spec for spec in others if all(spec.part_of(n).prefix for n in names)), None):
         raise QuantError(
             f"config.json has model_type {declared!r}, but the tensor names are those of {other.hf_model_type!r}"
@@ -96,7 +97,7 @@ def check_all_tensors(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
     surplus = sorted(set(checkpoint.tensors) - set(expected) - optional)
     warnings = [f"{_listed(surplus)} {_verb(surplus)} unknown to this model; copied unchanged"] if surplus else []
     shape = model.family.published_model_type(checkpoint.config)
-    if shape and shape != model.model_type:
+    if shape and shape not in (model.model_type, model.shape_of):
         warnings.append(
             f"config.json has the shape of {shape}, not of {model.model_type}; the shape in config.json is used"
         )

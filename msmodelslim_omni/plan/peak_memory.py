@@ -74,7 +74,7 @@ class _LayerSizes:
         self.integers = sum(self.numel.values())
         self.widest = max(self.numel.values())
         self.inputs = {group.name: shapes[f"{group.linears[0]}.weight"][1] for group in plan.layer_spec.groups}
-        self.hidden = shapes["input_layernorm.weight"][0]
+        self.hidden = plan.layer_spec.hidden_size
 
     def group_numel(self, group: LinearGroup) -> int:
         return sum(self.numel[linear] for linear in group.linears)
@@ -83,7 +83,9 @@ class _LayerSizes:
 def _towers_memory(plan: QuantPlan, extent: Extent) -> int:
     """Linears up to the budget, one more Linear converted to float32, and the activations of the longest sample."""
     towers = sum(size for part, size in plan.kept_parts() if part.name.endswith("tower"))
-    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + _TOWER_BYTES_PER_TOKEN * extent.longest
+    deepstack = 4 * plan.layer_spec.hidden_size * plan.model.family.deepstack_depth(plan.checkpoint.config)
+    per_token = _TOWER_BYTES_PER_TOKEN + 2 * deepstack
+    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + per_token * extent.longest
 
 
 def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: Extent) -> dict[str, int]:

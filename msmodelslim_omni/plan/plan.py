@@ -164,11 +164,13 @@ Selection = tuple[Location, ProcessorConfig, frozenset[str]]  # location in the 
 
 def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnings: list[str]) -> list[Selection]:
     """Return the decoder Linears of each processor. A Linear belongs to the first linear_quant that selects it."""
-    suffixes = {f".{name}" for name in model.family.layer_spec(checkpoint.config).linears}
+    spec = model.family.layer_spec(checkpoint.config)
+    in_layer, router = frozenset(spec.linears), None if spec.experts is None else spec.experts.router
     tied = model.family.tied_tensors(checkpoint.config)
     matrices = [*(n for n, info in checkpoint.tensors.items() if len(info.shape) == 2), *tied]
     linear_like = [name.removesuffix(".weight") for name in dict.fromkeys(matrices)]
-    decoder = {n for n in linear_like if n.startswith(model.layers_prefix) and any(map(n.endswith, suffixes))}
+    prefix = model.layers_prefix
+    decoder = {n for n in linear_like if n.startswith(prefix) and n.removeprefix(prefix).partition(".")[2] in in_layer}
     selections: list[Selection] = []
     taken: set[str] = set()
     after_linear_quant = False
@@ -179,7 +181,7 @@ def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnin
                 f"{recipe.where((*location, 'type'))}: {model.model_type} does not support the processor"
                 f" {config.type!r}; supported: {supported}"
             )
-        _check_patterns(recipe, location, config, model, decoder, linear_like, tied, warnings)
+        _check_patterns(recipe, location, config, model, decoder, linear_like, tied, router, warnings)
         selected = {n for n in decoder if matches(n, config.include) and not matches(n, config.exclude)}
         if isinstance(config, LinearQuantConfig):
             selected -= taken
@@ -202,6 +204,7 @@ def _check_patterns(
     decoder: set[str],
     linear_like: list[str],
     tied: dict[str, str],
+    router: str | None,
     warnings: list[str],
 ) -> None:
     """Warn about a pattern that matches nothing. Raise QuantError if an include only matches parts that stay float."""
@@ -215,6 +218,8 @@ def _check_patterns(
                 weight = f"{matched[0]}.weight"
                 part = model.part_of(weight)
                 why = f"it is tied to {tied[weight]} and not stored itself" if weight in tied else part.why_float
+                if router is not None and matched[0].endswith(f".{router}"):
+                    why = "it is a router, which selects the experts of each token"
                 raise QuantError(
                     f"{where}: include pattern {pattern!r} selects {matched[0]} ({part.name}),"
                     f" which {model.model_type} keeps float: {why}",
@@ -259,6 +264,22 @@ def _check_groups_not_split(spec: LayerSpec, layers: tuple[LayerPlan, ...], reci
                     f" {' and '.join(sorted(schemes))}; runtimes fuse them and require one scheme",
                     "include or exclude all of them together",
                 )
+        _check_experts_alike(spec, layer, recipe)
+
+
+def _check_experts_alike(spec: LayerSpec, layer: LayerPlan, recipe: Recipe) -> None:
+    """Raise QuantError if the experts of a layer have several schemes: runtimes take that of expert 0 for all."""
+    if spec.experts is None:
+        return
+    routed = [linear for group in spec.groups if group.expert is not None for linear in group.linears]
+    names = {linear: scheme.name if (scheme := layer.schemes.get(linear)) else "FLOAT" for linear in routed}
+    first = names[routed[0]]
+    if other := next((linear for linear, name in names.items() if name != first), None):
+        raise QuantError(
+            f"{recipe.where(('spec', 'process'))}: in layer {layer.index} {routed[0]} would be {first} and"
+            f" {other} {names[other]}; runtimes require one scheme for all experts of a layer",
+            "include or exclude all of them together, e.g. *mlp.experts*",
+        )
 
 
 def _check_group_sizes(

@@ -50,7 +50,7 @@ from .reader import (
 DEFAULT_SPEAKER = "Chelsie"
 
 # 768 visual tokens per image or frame, and two frames per second, as in the models' training.
-_LIMITS = MediaLimits(max_tokens=32768, max_pixels=768 * 28 * 28, video_fps=2.0)
+_MAX_TOKENS, _VISUAL_TOKENS, _VIDEO_FPS = 32768, 768, 2.0
 
 # Memory for the KV cache, activations and libraries, in addition to the weights.
 _HEADROOM = 2 << 30
@@ -117,7 +117,8 @@ def generate(
     speech_support = _check_speech(source, speaker, Path(speech)) if speech else None
     sample = _make_prompt(source.model, text, images, audios, videos)
     model = open_model(source, bool(speech))
-    inputs = prepare_sample(sample, source.model.family.open_media_processor(source.path, _LIMITS, trust_remote_code))
+    limits = MediaLimits(_MAX_TOKENS, _VISUAL_TOKENS * source.model.visual_token_pixels, _VIDEO_FPS)
+    inputs = prepare_sample(sample, source.model.family.open_media_processor(source.path, limits, trust_remote_code))
     started = time.perf_counter()
     with out_of_memory_as_error(chosen, "give smaller media, or --device cpu"):
         fill_model(model, source, chosen, progress)

@@ -62,6 +62,7 @@ def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
     }
     parts = part_sizes(plan, tensors[plan.savers[0].type])
     served = memory_of(plan.model, plan.checkpoint.config, parts)
-    hidden = plan.layer_spec.shapes["input_layernorm.weight"][0]
-    # Per token: hidden states at up to four boundaries, and rotary tables once.
-    return Forecast(outputs, extent.tokens * (4 * hidden * 4 + 4096), peak_memory(plan, extent), served)
+    # Per token: hidden states at up to four boundaries, features that are added between layers, rotary tables once.
+    states = 4 + plan.model.family.deepstack_depth(plan.checkpoint.config)
+    work = extent.tokens * (states * plan.layer_spec.hidden_size * 4 + 4096)
+    return Forecast(outputs, work, peak_memory(plan, extent), served)
