@@ -256,6 +256,25 @@ def group_weights(block: dict[str, Any]) -> dict[str, Any]:
     return dict.__getitem__(block["config_groups"]["group_0"], "weights")
 
 
+def set_code(code: int, *place: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Set one FP8 code, or all codes without a place."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(torch.uint8)[place if place else ...] = code
+        return tensor
+
+    return change
+
+
+def random_codes(tensor: torch.Tensor) -> torch.Tensor:
+    return random_integers(tensor).view(torch.uint8).clamp(0, 0x7E).view(torch.float8_e4m3fn)
+
+
+def double_codes(tensor: torch.Tensor) -> torch.Tensor:
+    """Values four times as large, clamped to the largest code, as with scales that are too small."""
+    return (tensor.float() * 4).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
 def random_integers(tensor: torch.Tensor) -> torch.Tensor:
     return torch.randint(-127, 128, tensor.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
 
@@ -381,7 +400,32 @@ DAMAGES = (
            "zero_point_shifted", UP),
     Damage("weight_shape transposed", "ct4", change_tensor(f"{UP}.weight_shape", lambda t: t.flip(0)),
            "weight_shape_wrong", UP),
+    Damage("NaN code", "fp8", change_tensor(f"{UP}.weight", set_code(0x7F, 3, 5)), "code_nan", UP),
+    Damage("negative NaN code in a block", "fp8 blocks", change_tensor(f"{UP}.weight", set_code(0xFF, 0, 0)),
+           "code_nan", UP),
+    Damage("all-zero codes", "fp8", change_tensor(f"{V}.weight", set_code(0)), "integers_all_zero", V),
+    Damage("constant row of codes", "fp8", change_tensor(f"{DOWN}.weight", set_code(0x30, 4)), "row_constant", DOWN),
+    Damage("saturated codes", "fp8", change_tensor(f"{UP}.weight", double_codes), "saturated", UP),
+    Damage("int8 in an FP8 checkpoint", "fp8", change_tensor(f"{UP}.weight", lambda t: (t.float() / 4).to(torch.int8)),
+           "form_foreign", UP),
+    Damage("scales of an FP8 Linear missing", "fp8", drop_tensors(f"{Q}.weight_scale".__eq__), "linear_incomplete", Q),
+    Damage("scales per channel in blocks", "fp8 blocks",
+           change_tensor(f"{UP}.weight_scale", lambda t: t.repeat_interleave(128, 0)[:, :1]), "form_foreign", UP),
+    Damage("a block of scales too few", "fp8 blocks", change_tensor(f"{UP}.weight_scale", lambda t: t[:, :-1]),
+           "tensor_shape", UP),
     # config.json
+    Damage("FP8 declared as int", "fp8", change_block(lambda b: group_weights(b).update(type="int")), "form_foreign",
+           "thinker.model.layers.0"),
+    Damage("FP8 with the format of integers", "fp8", change_block(lambda b: b.update(format="int-quantized")),
+           "quantization_field", "format"),
+    Damage("static FP8 activations", "fp8",
+           change_block(lambda b: b["config_groups"]["group_0"]["input_activations"].update(dynamic=False)),
+           "quantization_field", "input_activations"),
+    Damage("blocks declared as channels", "fp8 blocks",
+           change_block(lambda b: group_weights(b).update(strategy="channel")), "form_foreign",
+           "thinker.model.layers.0"),
+    Damage("targets of FP8 and int4 swapped", "fp8 and int4", change_block(swap_targets), "loader_expects_other_bits",
+           DOWN),
     Damage("stale quantization_config", "ascend",
            change_json("config.json", lambda c: c.update(quantization_config={"quant_method": "awq"})),
            "quantization_config_stale", "quantization_config"),
@@ -500,6 +544,10 @@ DAMAGES = (
     Damage("rows shifted by one channel", "ascend",
            change_tensor(f"{Q}.weight", lambda t: set_value(0)(t[:1]) is None or t.roll(1, 0)), "weight_far", Q,
            needs_source=True),
+    Damage("random FP8 codes", "fp8", change_tensor(f"{UP}.weight", random_codes), "weight_far", UP,
+           needs_source=True),
+    Damage("FP8 scaling of v not undone in o", "fp8", change_tensor(f"{V}.weight_scale", double_odd_rows),
+           "scaling_inconsistent", O, needs_source=True),
     Damage("one row damaged", "ct8", change_tensor(f"{Q}.weight", lambda t: torch.cat([t[:1].flip(1), t[1:]])),
            "rows_far", Q, needs_source=True),
     Damage("scaling of a norm not folded", "ct8", change_tensor(NORM, lambda t: double_odd_rows(t)),

@@ -1,10 +1,11 @@
-"""Independent readers of the 4-bit layouts, written from the descriptions of the formats.
+"""Independent readers of the 4-bit and FP8 layouts, written from the descriptions of the formats.
 
 They use numpy and nothing from msmodelslim_omni, so that an error of the writer cannot cancel itself. Words are int32
 arrays, scales float32 (exact for float16 and bfloat16). All functions return float32 weights [out, in] or integers.
 
 AutoAWQ GEMM: https://github.com/casper-hansen/AutoAWQ, awq/utils/packing_utils.py (unpack_awq, AWQ_REVERSE_ORDER).
-compressed-tensors: https://github.com/vllm-project/compressed-tensors, pack-quantized (unpack_from_int32).
+compressed-tensors: https://github.com/vllm-project/compressed-tensors, pack-quantized (unpack_from_int32) and
+float-quantized (weight in float8 e4m3, see the OCP 8-bit Floating Point Specification, 5.1).
 """
 
 from __future__ import annotations
@@ -14,6 +15,26 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
+
+# The values of codes 0x00 to 0x7E, eight mantissas for each exponent; 0x7F is NaN.
+E4M3 = (
+    0.0, 0.001953125, 0.00390625, 0.005859375, 0.0078125, 0.009765625, 0.01171875, 0.013671875,
+    0.015625, 0.017578125, 0.01953125, 0.021484375, 0.0234375, 0.025390625, 0.02734375, 0.029296875,
+    0.03125, 0.03515625, 0.0390625, 0.04296875, 0.046875, 0.05078125, 0.0546875, 0.05859375,
+    0.0625, 0.0703125, 0.078125, 0.0859375, 0.09375, 0.1015625, 0.109375, 0.1171875,
+    0.125, 0.140625, 0.15625, 0.171875, 0.1875, 0.203125, 0.21875, 0.234375,
+    0.25, 0.28125, 0.3125, 0.34375, 0.375, 0.40625, 0.4375, 0.46875,
+    0.5, 0.5625, 0.625, 0.6875, 0.75, 0.8125, 0.875, 0.9375,
+    1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875,
+    2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75,
+    4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5,
+    8.0, 9.0, 10.0, 11.0, 12.0, 13.0, 14.0, 15.0,
+    16.0, 18.0, 20.0, 22.0, 24.0, 26.0, 28.0, 30.0,
+    32.0, 36.0, 40.0, 44.0, 48.0, 52.0, 56.0, 60.0,
+    64.0, 72.0, 80.0, 88.0, 96.0, 104.0, 112.0, 120.0,
+    128.0, 144.0, 160.0, 176.0, 192.0, 208.0, 224.0, 240.0,
+    256.0, 288.0, 320.0, 352.0, 384.0, 416.0, 448.0,
+)  # fmt: skip
 
 # The nibble of output channel 8c + j in a word of the GEMM layout, by j.
 GEMM_NIBBLE_OF_CHANNEL = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -65,4 +86,23 @@ def dequantize_packed(packed: Array, scale: Array, shape: Array, zero_point: Arr
     for column in range(columns):
         group = column // group_size
         weight[:, column] = (q[:, column] - z[:, group]) * scale[:, group]
+    return weight
+
+
+def float8_values(codes: Array) -> Array:
+    """Values of e4m3 codes (uint8): sign, 4 exponent bits with bias 7, 3 mantissa bits; subnormal for exponent 0."""
+    sign = np.where(codes >= 128, -1.0, 1.0)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    normal = (1 + mantissa / 8) * 2.0 ** (exponent.astype(np.int32) - 7)
+    values = sign * np.where(exponent == 0, mantissa / 8 * 2.0**-6, normal)
+    return np.where(codes & 127 == 127, np.nan, values).astype(np.float32)
+
+
+def dequantize_float8(codes: Array, scale: Array) -> Array:
+    """codes uint8 [out, in], scale [out, 1] or [ceil(out / 128), ceil(in / 128)] -> weight [out, in]."""
+    weight = float8_values(codes)
+    per_channel = scale.shape == (len(codes), 1)
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            weight[row, column] *= scale[row, 0] if per_channel else scale[row // 128, column // 128]
     return weight

@@ -20,6 +20,8 @@ LINEARS = 4 * 7 - 1
 
 INT8 = "{act: {scope: per_token, dtype: int8}, weight: {scope: per_channel, dtype: int8}}"
 INT4 = "{weight: {scope: per_group, dtype: int4, symmetric: SYMMETRIC, ext: {group_size: 64}}}"
+FP8 = "{act: {dtype: fp8_e4m3}, weight: {dtype: fp8_e4m3}}"
+FP8_BLOCK = "{act: {scope: per_group, dtype: fp8_e4m3}, weight: {scope: per_block, dtype: fp8_e4m3}}"
 
 RECIPE = """apiversion: multimodal_vlm_modelslim_v1
 metadata: {config_id: test}

@@ -110,6 +110,8 @@ _CONTENT = {
                                 (VLLM, AUTOAWQ), "check whether these channels matter: doctor --source"),
     "offset_not_zero": _error("vLLM-Ascend loads the offset but does not apply it in the matrix product", (ASCEND,),
                               "quantize symmetrically"),
+    "code_nan": _error("an FP8 code is NaN: a value above 448 was not clamped, and outputs become NaN", ALL,
+                       _QUANTIZE_AGAIN),
     "integers_all_zero": _error("the entire weight is zero", ALL, _QUANTIZE_AGAIN),
     "integers_constant": _error("all integers are equal: the file was never filled", ALL, _QUANTIZE_AGAIN),
     "row_constant": _error("all integers of an output channel are equal; real weights vary", ALL, _QUANTIZE_AGAIN),

@@ -150,7 +150,7 @@ def _check_block(block: Any, declared: Declared) -> Iterator[Finding]:
         yield from _check_compressed(block)
 
 
-def _field_fault(place: str, value: Any, expected: str) -> Finding:
+def _field_fault(place: str, value: Any, expected: object) -> Finding:
     return make_finding("quantization_field", f"config.json: {KEY}.{place}", f"is {str(value)[:80]!r}, not {expected}")
 
 
@@ -178,6 +178,10 @@ def _check_bitsandbytes(block: dict[str, Any]) -> Iterator[Finding]:
         yield _field_fault("llm_int8_skip_modules", entries, "a list of names")
 
 
+# Strategy and `dynamic` of activations, by the strategy of FP8 weights.
+_FLOAT8_ACTIVATIONS: dict[Any, tuple[Any, ...]] = {"channel": (("token", True),), "block": (("group", True),)}
+
+
 def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:
     groups = config_groups(block)
     if not groups:
@@ -193,17 +197,27 @@ def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:
         if not isinstance(weights, dict):
             yield _field_fault(f"config_groups.{name}.weights", weights, "an object")
             continue
-        is_int8 = weights.get("num_bits") == 8
-        expected = {"type": ("int",), "strategy": ("channel",) if is_int8 and act else ("group", "channel")}
+        is_int8 = weights.get("num_bits") == 8 and weights.get("type") != "float"
+        is_float8 = weights.get("type") == "float"
+        expected: dict[str, tuple[Any, ...]]
+        if is_float8:
+            expected = {"num_bits": (8,), "strategy": ("channel", "block")}
+        else:
+            expected = {"type": ("int",), "strategy": ("channel",) if is_int8 and act else ("group", "channel")}
         for key, values in expected.items():
             if weights.get(key) not in values:
-                yield _field_fault(f"config_groups.{name}.weights.{key}", weights.get(key), " or ".join(values))
+                place = f"config_groups.{name}.weights.{key}"
+                yield _field_fault(place, weights.get(key), " or ".join(map(str, values)))
         if weights.get("actorder") not in (None, "weight", "static", False):
             yield _field_fault(f"config_groups.{name}.weights.actorder", weights["actorder"], "null; vLLM rejects it")
         activation = (act.get("strategy"), act.get("dynamic")) if isinstance(act, dict) else None
-        if activation not in (None, ("token", True), ("tensor", False)):
-            yield _field_fault(f"config_groups.{name}.input_activations", act, "per token and dynamic")
-        form = "int-quantized" if is_int8 and act else "pack-quantized"
+        allowed = _FLOAT8_ACTIVATIONS.get(weights.get("strategy")) if is_float8 else None
+        if activation not in (allowed or (None, ("token", True), ("tensor", False))):
+            kind = "per group of 128 and dynamic" if weights.get("strategy") == "block" else "per token and dynamic"
+            yield _field_fault(f"config_groups.{name}.input_activations", act, kind)
+        elif isinstance(act, dict) and act.get("type", "int") != weights.get("type", "int"):
+            yield _field_fault(f"config_groups.{name}.input_activations.type", act.get("type"), weights.get("type"))
+        form = "float-quantized" if is_float8 else "int-quantized" if is_int8 and act else "pack-quantized"
         place = f"config_groups.{name}.format" if group.get("format") is not None else "format"
         declared_form = group.get("format") or block.get("format")
         if declared_form not in (form, None):

@@ -22,7 +22,7 @@ from ..storage import (
     read_bytes,
 )
 from .findings import Finding, make_finding
-from .linears import StoredLinear
+from .linears import FLOAT8_BLOCK, StoredLinear
 
 # Float tensors are read in pieces of this many elements.
 PIECE = 4 << 20
@@ -41,11 +41,13 @@ _LISTED_ROWS = 5
 
 def is_readable(linear: StoredLinear) -> bool:
     """Whether `load_integers` supports the Linear: complete, of known shape, per channel or in consecutive groups."""
-    return linear.sound and linear.quantized and "weight_g_idx" not in linear.tensors and _has_elements(linear)
+    return linear.sound and linear.quantized and "weight_g_idx" not in linear.tensors and _has_whole_groups(linear)
 
 
-def _has_elements(linear: StoredLinear) -> bool:
-    return linear.shape is not None and min(linear.shape) > 0
+def _has_whole_groups(linear: StoredLinear) -> bool:
+    """Whether the weight has elements; in blocks, also whether the last block of inputs is complete."""
+    group_size = FLOAT8_BLOCK if linear.form == "float8_block" else 1
+    return linear.shape is not None and min(linear.shape) > 0 and linear.shape[1] % group_size == 0
 
 
 def load_integers(linear: StoredLinear) -> QuantizedLinear:
@@ -68,6 +70,12 @@ def load_integers(linear: StoredLinear) -> QuantizedLinear:
         return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), scheme, packed_zeros)
     scale = tensors.get("weight_scale")
     scale = torch.ones(rows, 1) if scale is None else scale.to(torch.float32)
+    if linear.form == "float8":
+        return QuantizedLinear(tensors["weight"], scale, QuantScheme(8, 8, number="e4m3"))
+    if linear.form == "float8_block":
+        scale = scale.repeat_interleave(FLOAT8_BLOCK, dim=0)[:rows]
+        scheme = QuantScheme(8, 8, group_size=FLOAT8_BLOCK, number="e4m3", block_rows=FLOAT8_BLOCK)
+        return QuantizedLinear(tensors["weight"], scale, scheme)
     return QuantizedLinear(tensors["weight"], scale, QuantScheme(8, 8), tensors.get("weight_zero_point"))
 
 
@@ -147,6 +155,9 @@ def check_integers(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
 
 
 def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
+    if linear.scheme.number == "e4m3" and (count := _nan_codes(linear.qweight)):
+        yield make_finding("code_nan", name, f"{count} of {linear.qweight.numel()} codes are NaN")
+        return
     zero = 0 if linear.scheme.codebook is None else NF4_LEVELS.index(0.0)
     tally, bits, blocks = _Tally(zero), linear.scheme.weight_bits, row_blocks(linear.qweight)
     # All blocks share these buffers: a new allocation for each block takes longer than the arithmetic.
@@ -180,9 +191,15 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
         yield make_finding("zero_point_unrelated", name, what)
 
 
+def _nan_codes(codes: torch.Tensor) -> int:
+    """The number of NaN codes of float8_e4m3fn: 0x7F and 0xFF."""
+    return int((codes.view(torch.uint8) & 0x7F).eq(0x7F).sum())
+
+
 def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor, marks: torch.Tensor) -> None:
     """Add a block of rows. q, marks: float32 buffers with the shape of the block; their content is overwritten."""
     integers = linear.qweight[rows] - tally.zero if tally.zero else linear.qweight[rows]
+    integers = q.copy_(integers) if linear.scheme.number == "e4m3" else integers
     q.copy_(integers)
     low, high = integers.amin(dim=1), integers.amax(dim=1)
     tally.low, tally.high = min(tally.low, int(low.min())), max(tally.high, int(high.max()))

@@ -21,6 +21,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "gemm": ("qweight", "qzeros", "scales"),
     "packed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point?", "weight_g_idx?"),
     "int8": ("weight", "weight_scale", "weight_zero_point?"),
+    "float8": ("weight", "weight_scale"),
+    "float8_block": ("weight", "weight_scale"),
     "ascend": ("weight", "weight_scale", "weight_offset"),
     "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
                       "weight_offset?"),
@@ -31,12 +33,17 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Format -> the forms of its quantized Linears. Float Linears have the form `float` in every format.
 FORMS_OF_FORMAT = {
     "awq": ("gemm",),
-    "compressed-tensors": ("packed", "int8"),
+    "compressed-tensors": ("packed", "int8", "float8", "float8_block"),
     "ascend": ("ascend", "ascend_static"),
     "bitsandbytes": ("nf4",),
 }
 
+_BITS_OF_FORM = {
+    "gemm": 4, "packed": 4, "int8": 8, "float8": 8, "float8_block": 8, "ascend": 8, "ascend_static": 8, "nf4": 4,
+}  # fmt: skip
+
 _PER_WORD = 8
+FLOAT8_BLOCK = 128  # channels and inputs that share a scale in the form float8_block
 _SUFFIXES = {suffix.rstrip("?") for suffixes in FORMS.values() for suffix in suffixes}
 
 # Two-dimensional weights of embeddings, which are not Linears.
@@ -119,6 +126,10 @@ def _form(tensors: dict[str, TensorInfo], declared: str) -> str:
     weight = tensors.get("weight")
     if weight is None and "scales" in tensors:
         return "gemm"
+    if weight is not None and weight.dtype == "F8_E4M3":
+        scale = tensors.get("weight_scale")
+        is_block = scale is not None and len(scale.shape) == 2 and scale.shape[0] < weight.shape[0]
+        return "float8_block" if is_block else "float8"
     quantized = weight is None or weight.dtype in ("I8", "U8", "I32") or "weight_scale" in tensors
     if not quantized:
         return "float"
@@ -179,6 +190,12 @@ def _expected_tensors(
                 "weight": (("I8",), (rows, columns)),
                 "weight_scale": (floats, (rows, 1)),
                 "weight_zero_point": (("I8",), (rows, 1)),
+            }
+        case "float8" | "float8_block":
+            blocks = (-(-rows // FLOAT8_BLOCK), -(-columns // FLOAT8_BLOCK))
+            return {
+                "weight": (("F8_E4M3",), (rows, columns)),
+                "weight_scale": (floats, blocks if form == "float8_block" else (rows, 1)),
             }
         case "ascend":
             return {
@@ -256,6 +273,9 @@ def check_linears(linears: dict[str, StoredLinear], declared: Declared) -> Itera
             yield make_finding(
                 "form_foreign", linear.name, f"has {shorten_list(linear.tensors)}, which is not {declared.format}"
             )
+        elif _is_undeclared(linear.form, declared):
+            what = f"is stored as {linear.form}; no config group declares this"
+            yield make_finding("form_foreign", linear.name, what)
         for suffix in _missing(linear.form, linear.tensors, declared):
             yield make_finding(
                 "linear_incomplete", f"{linear.name}.{suffix}", f"is missing; stored are {shorten_list(linear.tensors)}"
@@ -267,17 +287,22 @@ def check_linears(linears: dict[str, StoredLinear], declared: Declared) -> Itera
     yield from _check_declared(quantized, declared)
 
 
+def _is_undeclared(form: str, declared: Declared) -> bool:
+    """Whether config groups declare the bits of the form, but not the form. Wrong bits are another finding."""
+    forms = {group.form for group in declared.groups if group.bits == _BITS_OF_FORM.get(form)}
+    return form in FORMS_OF_FORMAT["compressed-tensors"] and bool(forms) and not forms & {form, None}
+
+
 def _check_declared(quantized: list[StoredLinear], declared: Declared) -> Iterator[Finding]:
     """Compare config.json with the majority of Linears, then report Linears that differ from the majority."""
     key = f"config.json: {declared.where}"
-    bits_of_form = {"gemm": 4, "packed": 4, "int8": 8, "ascend": 8, "ascend_static": 8, "nf4": 4}
     forms = Counter(linear.form for linear in quantized)
-    if declared.bits is not None and forms and declared.bits != bits_of_form[forms.most_common(1)[0][0]]:
+    if declared.bits is not None and forms and declared.bits != _BITS_OF_FORM[forms.most_common(1)[0][0]]:
         form = forms.most_common(1)[0][0]
         yield make_finding(
             "bits_wrong",
             f"{key}.{declared.bits_key}",
-            f"is {declared.bits}; the integers have {bits_of_form[form]} bits",
+            f"is {declared.bits}; the integers have {_BITS_OF_FORM[form]} bits",
         )
     nested = {linear.name for linear in quantized if NF4_NESTED[0] in linear.tensors}
     if declared.nested is not None and (declared.nested != bool(nested) or len(nested) not in (0, len(quantized))):

@@ -94,10 +94,10 @@ def _active_loaders(loaders: Iterable[Loader], config: dict[str, Any]) -> list[L
 def _check_targets(
     model: ModelSpec, linears: dict[str, StoredLinear], declared: Declared, config: dict[str, Any], names: list[str]
 ) -> Iterator[Finding]:
-    """Check that each loader assigns every quantized Linear to a group with the bits of the Linear."""
-    for bits in sorted({group.bits for group in declared.groups if group.bits is not None}):
-        stored = {n for n, linear in linears.items() if linear.form == ("packed" if bits == 4 else "int8")}
-        targets = [target for group in declared.groups if group.bits == bits for target in group.targets]
+    """Check that each loader assigns every quantized Linear to a group with the form of the Linear."""
+    for bits, form in sorted({(g.bits, g.form) for g in declared.groups if g.bits is not None and g.form is not None}):
+        stored = {n for n, linear in linears.items() if linear.form == form}
+        targets = [target for group in declared.groups if group.form == form for target in group.targets]
         loaders = _active_loaders(compressed_tensors_loaders(model, (), targets), config)
         for view in loader_views(loaders, names):
             if untargeted := (stored & view.known) - view.converted:

@@ -11,9 +11,13 @@ MAX_ENTRIES = 5_000
 
 @dataclass(frozen=True)
 class DeclaredGroup:
-    """A config group of compressed-tensors: its bits, and the targets that select its Linears."""
+    """A config group of compressed-tensors: its bits, its form (linears.py), and the targets that select its Linears.
+
+    bits and form are None if the group does not declare them.
+    """
 
     bits: int | None
+    form: str | None
     targets: tuple[str, ...]
 
 
@@ -98,10 +102,17 @@ def _declared_compressed(block: dict[str, Any]) -> Declared:
         grouped=weights.get("strategy") == "group",
         symmetric=symmetric if isinstance(symmetric, bool) else None,
         entries=_name_list(block.get("ignore")) or (),
-        groups=tuple(map(DeclaredGroup, bits, targets)),
+        groups=tuple(map(DeclaredGroup, bits, map(_declared_form, all_weights), targets)),
         where="quantization_config.config_groups.*.weights",
         bits_key="num_bits",
     )
+
+
+def _declared_form(weights: dict[str, Any]) -> str | None:
+    """The form of the Linears that a config group declares, see linears.FORMS."""
+    if weights.get("type") == "float":
+        return "float8_block" if weights.get("strategy") == "block" else "float8"
+    return {4: "packed", 8: "int8"}.get(integer(weights.get("num_bits")) or 0)
 
 
 def _declared_bitsandbytes(block: dict[str, Any]) -> Declared:

@@ -272,9 +272,13 @@ def _stored_weight(linear: StoredLinear) -> _StoredWeight | None:
 
 
 def _steps(linear: QuantizedLinear, rows: slice) -> torch.Tensor:
-    """Return the scales of each element: [rows, in]."""
+    """Return the quantization step of each element: [rows, in]. An FP8 code has 8 steps per factor of 2."""
     scales = linear.scales[rows]
-    return scales.repeat_interleave(linear.qweight.shape[1] // scales.shape[1], dim=1)
+    scales = scales.repeat_interleave(linear.qweight.shape[1] // scales.shape[1], dim=1)
+    if linear.scheme.number != "e4m3":
+        return scales
+    exponents = torch.frexp(linear.qweight[rows].to(torch.float32)).exponent  # 2^(exponent - 1) <= |code|
+    return torch.ldexp(scales, (exponents - 4).clamp_min(-9))
 
 
 def _rows(info: TensorInfo, rows: slice) -> torch.Tensor:

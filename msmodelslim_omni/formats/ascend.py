@@ -45,6 +45,8 @@ _DESCRIPTION_VERSION = "1.0.0"
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     others = sorted({scheme.name for scheme in schemes} - {"W8A8_DYNAMIC"})
+    if any(name.startswith("FP8") for name in others):
+        return "Ascend A2 and A3 do not compute in FP8; use w8a8, or save FP8 as compressed_tensors"
     # vLLM-Ascend registers W4A16 and W4A8_DYNAMIC for mixture-of-experts layers only.
     return f"no Ascend runtime supports {' or '.join(others)} for dense Linears" if others else ""
 

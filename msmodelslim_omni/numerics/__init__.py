@@ -1,6 +1,7 @@
 """Quantize and dequantize: pure functions on tensors.
 
-scheme.py defines schemes, arithmetic.py computes with them, nf4.py wraps the NF4 codebook of bitsandbytes.
+scheme.py defines schemes, arithmetic.py computes with them, float8.py rounds to FP8, nf4.py wraps the NF4 codebook of
+bitsandbytes.
 May import: errors.
 Not here: files, model names, logging, and the search for smoothing scales; see processors.
 """
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 from .arithmetic import (
     QuantizedLinear,
+    code_values,
     dequantize,
     grouped_rounding_error,
     linear_rows,
-    quantize_act,
+    quantize_tokens,
     quantize_weight,
     quantized_matmul,
     relative_error,
+    round_act,
     row_blocks,
     row_squares,
     squared_norm,
@@ -30,15 +33,17 @@ __all__ = [
     "NestedScales",
     "QuantScheme",
     "QuantizedLinear",
+    "code_values",
     "dequantize",
     "grouped_rounding_error",
     "linear_rows",
     "pack_nf4",
-    "quantize_act",
+    "quantize_tokens",
     "quantize_weight",
     "quantized_matmul",
     "relative_error",
     "require_bitsandbytes",
+    "round_act",
     "row_blocks",
     "row_squares",
     "squared_norm",

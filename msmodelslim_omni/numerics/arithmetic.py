@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import QuantError
+from .float8 import decode_e4m3, e4m3_scales, quantize_act_e4m3, round_e4m3, search_e4m3_scales
 from .nf4 import NestedScales, decode_nf4, encode_nf4, nest_absmax
 from .scheme import QuantScheme
 
@@ -39,7 +40,8 @@ _SMALLEST_SCALE, _LARGEST_SCALE = 2.0**-24, 65504.0
 class QuantizedLinear:
     """A quantized weight: W ≈ (qweight - zeros) * scales, or NF4_LEVELS[qweight] * scales for a codebook.
 
-    qweight: int8 [out, in], signed. scales: float32 [out, groups]; one group for per_channel.
+    qweight: int8 [out, in], signed; float8_e4m3fn for e4m3. scales: float32 [out, groups]; one group for per_channel;
+    for blocks, the channels of a block have equal scales.
     zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
     nested: the stored form of the scales if the scheme quantizes them too; `scales` are its dequantized values.
     error: |W - Ŵ| / |W| if rounding has computed it, else None; see weight_error.
@@ -66,7 +68,7 @@ def quantize_weight(
     `importance`, it lowers the output error dᵀ H d for diagonal blocks of H, [groups, g, g], or Σ h d² for one weight
     per input, [groups, g].
     Grouped scales are rounded to values that float16 and bfloat16 both represent. A channel or group of zeros gets
-    s = 1 and q = z. For a codebook, see nf4.py.
+    s = 1 and q = z. For a codebook, see nf4.py; for e4m3, float8.py.
 
     weight: [out, in], any float dtype. Raises QuantError if it holds NaN or Inf.
     """
@@ -74,6 +76,8 @@ def quantize_weight(
         return _quantize_by_codebook(weight, scheme)
     if scheme.group_size is None:
         return _quantize_per_channel(weight, scheme)
+    if scheme.block_rows is not None:
+        return _quantize_in_blocks(weight, scheme)
     out_features, in_features = weight.shape
     groups = in_features // scheme.group_size
     qweight = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
@@ -96,7 +100,9 @@ def quantize_weight(
 
 def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
     """Also computes the error, while the weight and its integers are in the cache as float32."""
-    qweight = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    is_e4m3 = scheme.number == "e4m3"
+    code_dtype = torch.float8_e4m3fn if is_e4m3 else torch.int8
+    qweight = torch.empty(weight.shape, dtype=code_dtype, device=weight.device)
     scales = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
     buffers = _Buffers(weight.device)
 
@@ -107,11 +113,38 @@ def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
         _refuse_nonfinite(absmax)
         signal = _sum_of_squares(q)
         s = _channel_scales(block, absmax, scheme)
-        torch.div(block, s, out=q).round_().clamp_(*scheme.weight_range)
-        scales[rows], qweight[rows] = s, q
+        torch.div(block, s, out=q)
+        codes = round_e4m3(q) if is_e4m3 else q.round_().clamp_(*scheme.weight_range)
+        scales[rows], qweight[rows] = s, codes
+        q = decode_e4m3(codes, out=q) if is_e4m3 else q
         return _sum_of_squares(q.mul_(s).sub_(block)), signal
 
     errors, signals = zip(*map_row_blocks(round_rows, weight), strict=True)
+    return QuantizedLinear(qweight, scales, scheme, error=relative_error(sum(errors), sum(signals)))
+
+
+def _quantize_in_blocks(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+    """Round a weight to e4m3 with one scale per block of channels by inputs. The last channels may be a short block."""
+    assert scheme.block_rows is not None and scheme.group_size is not None
+    out_features, in_features = weight.shape
+    groups = in_features // scheme.group_size
+    qweight = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
+    scales = torch.empty((out_features, groups), dtype=torch.float32, device=weight.device)
+
+    def round_rows(rows: slice) -> tuple[float, float]:
+        strip = weight[rows].to(torch.float32)  # [rows, in]
+        blocks = strip.view(len(strip), groups, -1).transpose(0, 1).flatten(1)  # [groups, rows * g]
+        absmax = blocks.abs().amax(dim=1, keepdim=True)
+        _refuse_nonfinite(absmax)
+        s = search_e4m3_scales(blocks, absmax) if scheme.weight_method == "mse" else e4m3_scales(absmax)  # [groups, 1]
+        codes = round_e4m3(blocks / s)
+        scales[rows] = s.squeeze(1)
+        qweight[rows] = codes.view(groups, len(strip), -1).transpose(0, 1).flatten(1)
+        return _sum_of_squares(decode_e4m3(codes).mul_(s).sub_(blocks)), _sum_of_squares(blocks)
+
+    size = scheme.block_rows
+    strips = [slice(first, min(first + size, out_features)) for first in range(0, out_features, size)]
+    errors, signals = zip(*map_blocks(round_rows, strips, weight.device), strict=True)
     return QuantizedLinear(qweight, scales, scheme, error=relative_error(sum(errors), sum(signals)))
 
 
@@ -156,6 +189,8 @@ def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
 
 def _channel_scales(block: torch.Tensor, absmax: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
     """Return the scales [rows, 1] of a block [rows, in] from the absmax of its rows [rows, 1]."""
+    if scheme.number == "e4m3":
+        return search_e4m3_scales(block, absmax) if scheme.weight_method == "mse" else e4m3_scales(absmax)
     qmax = scheme.weight_range[1]
     s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
     s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
@@ -304,11 +339,16 @@ def dequantize(linear: QuantizedLinear) -> torch.Tensor:
     """Return the dequantized weight, float32 [out, in]."""
     groups = linear.scales.shape[1]
     uniform = linear.scheme.codebook is None
-    q = linear.qweight.to(torch.float32, copy=True) if uniform else decode_nf4(linear.qweight)
+    q = code_values(linear.qweight) if uniform else decode_nf4(linear.qweight)
     q = q.view(-1, groups, linear.qweight.shape[1] // groups)  # [out, groups, g]
     if linear.zeros is not None:
         q.sub_(linear.zeros.to(torch.float32).unsqueeze(2))
     return q.mul_(linear.scales.unsqueeze(2)).flatten(1)
+
+
+def code_values(codes: torch.Tensor) -> torch.Tensor:
+    """A float32 copy of integers or of e4m3 codes."""
+    return decode_e4m3(codes) if codes.dtype == torch.float8_e4m3fn else codes.to(torch.float32, copy=True)
 
 
 def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
@@ -330,21 +370,44 @@ def quantize_act(x: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Te
     return (x / s).round_().clamp_(-qmax, qmax), s
 
 
-def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Compute the product of the runtime, in float32: (q_x @ q_w^T) * s_x * s_w + bias for int8, else x @ Ŵ^T + bias.
+def quantize_tokens(x: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round activations with one scale per token, as the runtime of the scheme does; see QuantScheme.rounds_tokens.
 
-    x: float32 [..., in]. Returns float32 [..., out]. An integer weight is converted a block of rows at a time.
+    x: float32 [..., in]. Returns the codes' values as float32 [..., in] and the scales [..., 1].
     """
-    bits = linear.scheme.act_bits
-    q_x, s_x = (x, None) if bits is None else quantize_act(x, bits)
+    assert scheme.act_bits is not None
+    return quantize_act_e4m3(x) if scheme.number == "e4m3" else quantize_act(x, scheme.act_bits)
+
+
+def round_act(x: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """Return the dequantized activations of a scheme, float32 like x [..., in]; x itself if they stay float."""
+    if scheme.act_bits is None:
+        return x
+    if scheme.group_size is None:
+        q, s = quantize_tokens(x, scheme)
+        return q * s
+    q, s = quantize_act_e4m3(x.reshape(*x.shape[:-1], -1, scheme.group_size))  # [..., groups, g]
+    return (q * s).flatten(-2)
+
+
+def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Compute the product of the runtime, in float32.
+
+    (q_x @ q_w^T) * s_x * s_w + bias for one scale per token and per channel, else X̂ @ Ŵ^T + bias.
+
+    x: float32 [..., in]. Returns float32 [..., out]. A weight is converted from its codes a block of rows at a time.
+    """
+    scheme = linear.scheme
+    q_x, s_x = quantize_tokens(x, scheme) if scheme.rounds_tokens else (round_act(x, scheme), None)
     y = x.new_empty((*x.shape[:-1], linear.qweight.shape[0]))
-    is_float = linear.qweight.is_floating_point()
+    is_float = linear.qweight.dtype == torch.float32
     for rows in [slice(None)] if is_float else row_blocks(linear.qweight, _PRODUCT_ELEMENTS):
         part = linear_rows(linear, rows)
         if s_x is None:
-            y[..., rows] = F.linear(x, dequantize(part))
+            y[..., rows] = F.linear(q_x, dequantize(part))
         else:
-            y[..., rows] = F.linear(q_x, part.qweight.to(torch.float32)) * s_x * part.scales.squeeze(1)
+            q_w = part.qweight if is_float else code_values(part.qweight)
+            y[..., rows] = F.linear(q_x, q_w) * s_x * part.scales.squeeze(1)
     return y if bias is None else y.add_(bias)
 
 

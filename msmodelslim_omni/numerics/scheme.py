@@ -16,8 +16,10 @@ class QuantScheme:
             of a channel; symmetric, or with one zero point per scale. `weight_method` finds the scales.
             With a `codebook`, the integers are indices into its table (nf4.py: the 16 NF4 levels) and the scale of a
             group is its absmax. `double_quant` also quantizes the absmax, to 8 bits.
-    act:    signed integers of `act_bits`, symmetric, with one scale per token, computed at run time and not stored.
-            None: float activations.
+            With number `e4m3`, weights and activations are 8-bit floats (float8.py) instead of integers; with
+            `block_rows`, a scale covers `block_rows` output channels by `group_size` inputs.
+    act:    signed integers of `act_bits`, symmetric, with one scale per token, computed at run time and not stored;
+            per `group_size` inputs of a token for e4m3 in blocks. None: float activations.
     """
 
     weight_bits: int
@@ -27,10 +29,14 @@ class QuantScheme:
     symmetric: bool = True
     codebook: Literal["nf4"] | None = None
     double_quant: bool = False
+    number: Literal["int", "e4m3"] = "int"
+    block_rows: int | None = None
 
     @property
     def name(self) -> str:
-        """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128, W4A16_G128_SYM, NF4_G64."""
+        """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128_SYM, NF4_G64, FP8_DYNAMIC."""
+        if self.number == "e4m3":
+            return "FP8_BLOCK" if self.block_rows else "FP8_DYNAMIC"
         if self.codebook is not None:
             return f"{self.codebook.upper()}_G{self.group_size}" + ("_DOUBLE" if self.double_quant else "")
         if self.act_bits is not None:
@@ -41,16 +47,23 @@ class QuantScheme:
     @property
     def is_int4(self) -> bool:
         """Whether the weights are 4-bit integers, not codes of a codebook."""
-        return self.weight_bits == 4 and self.codebook is None
+        return self.weight_bits == 4 and self.codebook is None and self.number == "int"
+
+    @property
+    def rounds_tokens(self) -> bool:
+        """Whether activations have one scale per token, so that the product can be scaled after it is computed."""
+        return self.act_bits is not None and self.group_size is None
 
     @property
     def weight_range(self) -> tuple[int, int]:
-        """Smallest and largest integer: [-127, 127] for int8 with int8 activations, [-8, 7] for int4.
+        """Smallest and largest integer: [-127, 127] for int8 per channel, [-8, 7] for int4; [-448, 448] for e4m3.
 
         Grouped schemes also use the lowest code, because one level of sixteen matters. For a codebook, the range of its
         indices.
         """
         if self.codebook is not None:
             return 0, 2**self.weight_bits - 1
+        if self.number == "e4m3":
+            return -448, 448
         top = 2 ** (self.weight_bits - 1) - 1
         return (-top - 1 if self.group_size else -top), top

@@ -34,7 +34,8 @@ from ..numerics import (
     QuantizedLinear,
     dequantize,
     linear_rows,
-    quantize_act,
+    quantize_tokens,
+    round_act,
     row_blocks,
 )
 from ..report import human_bytes
@@ -221,7 +222,8 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
     runner, checkpoint_names = source.model.runner, model.checkpoint_names()
     dtype, needed = _choose_dtype(source, device, runner, set(checkpoint_names.values()))
     on_disk = sum(source.disk_bytes[stored_name] for stored_name in set(checkpoint_names.values()))
-    emulated = "; int8 activations are emulated" if any(lin.scheme.act_bits for lin in source.linears.values()) else ""
+    kinds = {"int8" if s.number == "int" else "FP8" for lin in source.linears.values() if (s := lin.scheme).act_bits}
+    emulated = f"; {' and '.join(sorted(kinds))} activations are emulated" if kinds else ""
     progress.say(
         f"{device.name} ({device.reason}), {str(dtype).removeprefix('torch.')}: the weights take"
         f" {human_bytes(needed)} of memory"
@@ -319,22 +321,27 @@ def dequantize_by_rows(linear: QuantizedLinear, dtype: torch.dtype) -> torch.Ten
 
 
 class RoundingLinear(torch.nn.Module):
-    """A Linear that rounds its inputs to int8 per token: y = (q_x @ q_w^T) * s_x * s_w + bias, as quantized_matmul.
+    """A Linear that rounds its inputs per token: y = (q_x @ q_w^T) * s_x * s_w + bias, as quantized_matmul.
 
-    The integers are stored in the compute dtype, which represents all of them exactly. In bfloat16 their product is
-    rounded once.
+    The codes are stored in the compute dtype, which represents all of them exactly. In bfloat16 their product is
+    rounded once. Without one scale per token, the weight is dequantized and the inputs are rounded as round_act does.
     """
 
     def __init__(self, linear: QuantizedLinear, bias: Any, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         assert linear.scheme.act_bits is not None  # Linears with float activations are dequantized
-        self._bits = linear.scheme.act_bits
-        self.weight = torch.nn.Parameter(linear.qweight.to(dtype).to(device), requires_grad=False)
+        self._scheme = linear.scheme
+        weight = linear.qweight.to(dtype) if linear.scheme.rounds_tokens else dequantize_by_rows(linear, dtype)
+        self.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
         self._scales = linear.scales.squeeze(1).to(device)  # [out]
         self.bias = bias  # None, or a parameter that is filled after the weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q_x, s_x = quantize_act(x.to(torch.float32), self._bits)
+        if not self._scheme.rounds_tokens:
+            rounded = round_act(x.to(torch.float32), self._scheme).to(self.weight.dtype)
+            y = torch.nn.functional.linear(rounded, self.weight)
+            return (y if self.bias is None else y + self.bias).to(x.dtype)
+        q_x, s_x = quantize_tokens(x.to(torch.float32), self._scheme)
         y = torch.nn.functional.linear(q_x.to(self.weight.dtype), self.weight).to(torch.float32) * s_x * self._scales
         return (y if self.bias is None else y + self.bias).to(x.dtype)
 

@@ -90,7 +90,7 @@ def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartConten
 
 
 # Weights per element of a quantized Linear's main tensor, by dtype.
-_WEIGHTS_PER_ELEMENT = {"I8": 1, "I32": 8, "U8": 2}
+_WEIGHTS_PER_ELEMENT = {"I8": 1, "F8_E4M3": 1, "I32": 8, "U8": 2}
 # Name endings of tensors that hold quantization parameters instead of weights.
 _QUANT_PARAMETER_ENDINGS = (
     "_scale", "_offset", "_zero_point", "_shape", "_g_idx", ".qzeros", ".scales", "absmax", "quant_map", "__nf4",

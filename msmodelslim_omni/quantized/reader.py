@@ -78,11 +78,14 @@ class QuantizedCheckpoint:
 def load_linear(linear: OutLinear) -> QuantizedLinear:
     """Load all tensors of one Linear. The peak memory is the int8 weight plus its packed form.
 
-    Raises QuantError if the scales hold NaN or Inf.
+    Raises QuantError if the scales hold NaN or Inf, or FP8 codes NaN.
     """
     zeros = None if linear.zeros is None else linear.zeros()
     nested = None if linear.nested is None else linear.nested()
-    return QuantizedLinear(linear.qweight(), finite_scales(linear), linear.scheme, zeros, nested)
+    qweight = linear.qweight()
+    if qweight.dtype == torch.float8_e4m3fn and bool((qweight.view(torch.uint8) & 0x7F).eq(0x7F).any()):
+        raise QuantError(f"{linear.name}: its weight holds NaN", "write or fetch the checkpoint again")
+    return QuantizedLinear(qweight, finite_scales(linear), linear.scheme, zeros, nested)
 
 
 def finite_scales(linear: OutLinear) -> torch.Tensor:

@@ -28,7 +28,7 @@ from .yaml_lines import (
 MAX_RECIPE_BYTES = 1 << 20
 
 # Other names for a quant type that users know from other tools.
-QUANT_TYPE_ALIASES = {"awq": "w4a16", "bnb": "nf4", "bitsandbytes": "nf4"}
+QUANT_TYPE_ALIASES = {"awq": "w4a16", "bnb": "nf4", "bitsandbytes": "nf4", "fp8_dynamic": "fp8", "w8a8_fp8": "fp8"}
 
 
 class _Block(BaseModel):
@@ -40,10 +40,13 @@ NoExtension = Annotated[dict[str, Any], Field(max_length=0, description="Not sup
 
 
 class ActConfig(_Block):
-    """Activations: int8 with one symmetric scale per token, computed at run time."""
+    """Activations: int8 or fp8_e4m3 with one symmetric scale per token, computed at run time.
 
-    scope: Literal["per_token"] = "per_token"
-    dtype: Literal["int8"] = "int8"
+    scope `per_group` (fp8_e4m3 with weights `per_block`): one scale per 128 consecutive inputs of a token.
+    """
+
+    scope: Literal["per_token", "per_group"] = "per_token"
+    dtype: Literal["int8", "fp8_e4m3"] = "int8"
     symmetric: Literal[True] = True
     method: Literal["minmax"] = "minmax"
     ext: NoExtension = {}
@@ -51,6 +54,7 @@ class ActConfig(_Block):
 
 GroupSize = Literal[32, 64, 128]
 GROUP_SIZES: tuple[int, ...] = get_args(GroupSize)
+FP8_BLOCK = 128  # channels and inputs of a block, the only size that readers support
 
 
 class WeightExt(_Block):
@@ -65,26 +69,37 @@ class WeightExt(_Block):
 
 
 class WeightConfig(_Block):
-    """Weights: int8 with one symmetric scale per output channel, int4 with one scale per group of inputs, or nf4
-    (bitsandbytes' table of 16 levels) with one absmax per group.
+    """Weights: int8 with one symmetric scale per output channel, int4 with one scale per group of inputs, nf4
+    (bitsandbytes' table of 16 levels) with one absmax per group, or fp8_e4m3 (8-bit floats) with one scale per output
+    channel or, `per_block`, per 128 channels by 128 inputs.
 
-    method: `minmax` covers the full range; `mse` searches a clipped range per channel or group; `gptq` (int4) also
-    compensates the rounding error of each weight in the weights that are rounded after it.
+    method: `minmax` covers the full range; `mse` searches a clipped range per channel, group or block; `gptq` (int4)
+    also compensates the rounding error of each weight in the weights that are rounded after it.
     """
 
-    scope: Literal["per_channel", "per_group"] = "per_channel"
-    dtype: Literal["int8", "int4", "nf4"] = "int8"
+    scope: Literal["per_channel", "per_group", "per_block"] = "per_channel"
+    dtype: Literal["int8", "int4", "nf4", "fp8_e4m3"] = "int8"
     symmetric: bool = True
     method: Literal["minmax", "mse", "gptq"] = "minmax"
     ext: WeightExt = WeightExt()
 
     @property
     def group_size(self) -> int | None:
+        if self.scope == "per_block":
+            return FP8_BLOCK
         default = 64 if self.dtype == "nf4" else 128
         return (self.ext.group_size or default) if self.scope == "per_group" else None
 
+    @property
+    def block_rows(self) -> int | None:
+        return FP8_BLOCK if self.scope == "per_block" else None
+
     @model_validator(mode="after")
     def _check_supported(self) -> WeightConfig:
+        if self.dtype == "fp8_e4m3":
+            return self._check_fp8()
+        if self.scope == "per_block":
+            raise ValueError("scope per_block requires dtype fp8_e4m3")
         if (self.scope == "per_channel") != (self.dtype == "int8"):
             raise ValueError("int8 requires scope per_channel; int4 and nf4 require scope per_group")
         if self.dtype == "nf4" and (self.method != "minmax" or not self.symmetric):
@@ -99,17 +114,37 @@ class WeightConfig(_Block):
             raise ValueError("ext.group_size requires scope per_group")
         return self
 
+    def _check_fp8(self) -> WeightConfig:
+        if self.scope == "per_group":
+            raise ValueError("fp8_e4m3 requires scope per_channel or per_block")
+        if self.method == "gptq" or not self.symmetric:
+            raise ValueError("fp8_e4m3 requires method minmax or mse, and symmetric: true")
+        if self.ext != WeightExt():
+            raise ValueError("fp8_e4m3 has no ext options")
+        return self
+
 
 class LinearQConfig(_Block):
-    """int8 weights require int8 activations; int4 and nf4 weights require float activations (no `act`)."""
+    """int8 weights require int8 activations, fp8_e4m3 weights fp8_e4m3 activations; int4 and nf4 weights require float
+    activations (no `act`).
+    """
 
     act: ActConfig | None = None
     weight: WeightConfig
 
     @model_validator(mode="after")
     def _check_supported(self) -> LinearQConfig:
+        if self.weight.dtype == "fp8_e4m3":
+            scope = "per_group" if self.weight.scope == "per_block" else "per_token"
+            if self.act is None or (self.act.dtype, self.act.scope) != ("fp8_e4m3", scope):
+                raise ValueError(
+                    f"fp8_e4m3 weights {self.weight.scope} require `act: {{dtype: fp8_e4m3, scope: {scope}}}`"
+                )
+            return self
         if self.weight.dtype != "int8" and self.act is not None:
             raise ValueError(f"{self.weight.dtype} weights require float activations; remove `act`")
+        if self.act is not None and (self.act.dtype, self.act.scope) != ("int8", "per_token"):
+            raise ValueError("int8 weights require int8 activations per_token")
         if self.weight.dtype == "int8" and self.act is None:
             raise ValueError("int8 weights require int8 activations; add `act: {}`")
         return self
@@ -206,8 +241,8 @@ class AscendSaverConfig(_SaverConfig):
 
 
 class CompressedTensorsConfig(_SaverConfig):
-    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16, and
-    mixed-precision for a model with both.
+    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16,
+    float-quantized for FP8, and mixed-precision for a model with several of them.
     """
 
     type: Literal["compressed_tensors"]
@@ -312,11 +347,13 @@ class Recipe(_Block):
 
     @property
     def quant_type(self) -> str:
-        """`nf4` if the recipe quantizes to NF4, else e.g. `w8a8` from metadata.label; empty without a label."""
+        """`nf4`, `fp8` or `fp8_block` for such weights, else e.g. `w8a8` from metadata.label, if there is a label."""
         label = self.metadata.label
         configs = [config for _, config in self.processors() if isinstance(config, LinearQuantConfig)]
-        if any(config.qconfig.weight.dtype == "nf4" for config in configs):
-            return "nf4"
+        for config in configs:
+            weight = config.qconfig.weight
+            if weight.dtype in ("nf4", "fp8_e4m3"):
+                return "nf4" if weight.dtype == "nf4" else "fp8_block" if weight.scope == "per_block" else "fp8"
         return f"w{label.w_bit}a{label.a_bit}" if label else ""
 
     def where(self, location: Location = ()) -> str:

@@ -182,6 +182,10 @@ def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) 
 def _describe_scheme(scheme: str) -> str:
     if scheme.startswith("W8A8"):
         return "int8 weights, one scale per output channel; int8 activations, one scale per token"
+    if scheme.startswith("FP8"):
+        where = "block of 128 x 128" if scheme == "FP8_BLOCK" else "output channel"
+        tokens = "128 inputs of a token" if scheme == "FP8_BLOCK" else "token"
+        return f"FP8 (e4m3) weights, one scale per {where}; FP8 activations, one scale per {tokens}"
     if grouped := re.fullmatch(r"W4A16_G(\d+)(_SYM)?", scheme):
         return f"int4 weights in groups of {grouped[1]}{'' if grouped[2] else ' with zero points'}; float activations"
     return scheme
@@ -249,6 +253,20 @@ thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(".", dtype=
 
 The full class, `Qwen2_5OmniForConditionalGeneration`, also needs
 `quantization_config=CompressedTensorsConfig(run_compressed=False)`."""
+_FP8 = """\
+transformers with compressed-tensors (tested: transformers 5.17.0 with compressed-tensors 0.19.0 reads exactly these
+weights, with a small model of the same classes):
+
+```python
+from transformers import CompressedTensorsConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+uncompressed = CompressedTensorsConfig(run_compressed=False)
+thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
+    ".", dtype="bfloat16", quantization_config=uncompressed
+)
+```
+
+vLLM reads this layout and computes in FP8 on Ada, Hopper and Blackwell cards; that was not tested."""
 _ZERO_POINTS = """\
 transformers with compressed-tensors loads int4 with zero points from 5.23.0 on and needs
 `quantization_config=CompressedTensorsConfig(run_compressed=False)`."""
@@ -264,6 +282,8 @@ def _loading_texts(saver: str, schemes: Sequence[str]) -> list[str]:
         return [_ASCEND]
     if saver == "awq":
         return [_VLLM, _AUTOAWQ]
+    if schemes[0].startswith("FP8"):
+        return [_FP8]
     has_zero_points = schemes[0].startswith("W4") and not schemes[0].endswith("_SYM")
     return [_VLLM, _ZERO_POINTS if has_zero_points else _THINKER]
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..models import ModelSpec
-from ..numerics import QuantizedLinear, dequantize, quantized_matmul
+from ..numerics import QuantizedLinear, code_values, dequantize, quantized_matmul
 
 
 class EmulatedLinear(torch.nn.Module):
@@ -21,7 +21,7 @@ class EmulatedLinear(torch.nn.Module):
     def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, keep_widened: bool = True) -> None:
         super().__init__()
         wide = keep_widened and linear.scheme.act_bits is not None
-        self._linear = replace(linear, qweight=linear.qweight.to(torch.float32)) if wide else linear
+        self._linear = replace(linear, qweight=code_values(linear.qweight)) if wide else linear
         self._bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

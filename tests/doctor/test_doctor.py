@@ -32,6 +32,8 @@ spec:
 """
 INT4 = "{weight: {scope: per_group, dtype: int4, symmetric: SYMMETRIC, method: minmax, ext: {group_size: 128}}}"
 INT8 = "{act: {scope: per_token, dtype: int8}, weight: {scope: per_channel, dtype: int8}}"
+FP8 = "{act: {dtype: fp8_e4m3}, weight: {dtype: fp8_e4m3}}"
+FP8_BLOCK = "{act: {scope: per_group, dtype: fp8_e4m3}, weight: {scope: per_block, dtype: fp8_e4m3}}"
 EXCLUDE = '["*layers.1.mlp.down_proj", "*layers.2.self_attn.{q,k,v}_proj"]'
 
 
@@ -46,6 +48,14 @@ BOTH = data_free_recipe("both", INT4.replace("SYMMETRIC", "True"), '["*layers.3.
     f'process: [{{type: linear_quant, qconfig: {INT8}, include: ["*down_proj", "*layers.2.*"],'
     ' exclude: ["*layers.3.*"]}, ',
 )
+FP8_AND_INT4 = data_free_recipe(
+    "fp8 and int4", INT4.replace("SYMMETRIC", "True"), '["*layers.3.mlp.down_proj"]'
+).replace(
+    "process: [",
+    f'process: [{{type: linear_quant, qconfig: {FP8}, include: ["*down_proj"], exclude: ["*layers.3.*"]}}, ',
+)
+BLOCKS = data_free_recipe("fp8 blocks", FP8_BLOCK, EXCLUDE)
+FP8_RECIPES = (("fp8 and int4", FP8_AND_INT4), ("fp8 blocks", BLOCKS))
 MIXED4 = data_free_recipe("mixed4", INT4.replace("SYMMETRIC", "False"), EXCLUDE)
 MIXED8 = data_free_recipe("mixed8", INT8, EXCLUDE, ASCEND)
 
@@ -75,7 +85,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
     w8 = run("w8", write_recipe(folder, "qwen2_5_omni_w8a8", *FIXED), "--dataset", index, *int8_formats)
     w4 = run("w4", write_recipe(folder, "qwen2_5_omni_w4a16", *COARSE), "--dataset", index, *int4_formats)
-    for name, text in (("sym4", SYMMETRIC), ("mixed4", MIXED4), ("mixed8", MIXED8), ("both", BOTH)):
+    for name, text in (("sym4", SYMMETRIC), ("mixed4", MIXED4), ("mixed8", MIXED8), ("both", BOTH), *FP8_RECIPES):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     mixed4 = run("mixed4", folder / "mixed4.yaml", *int4_formats)
     outputs = {
@@ -86,6 +96,8 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "plain": run("plain", MINMAX),
         "sym4": run("sym4", folder / "sym4.yaml"),
         "both": run("both", folder / "both.yaml"),
+        **{name: run(name, folder / f"{name}.yaml") for name, _ in FP8_RECIPES},
+        "fp8": run("fp8", "qwen2_5_omni_fp8"),
         "mixed awq": mixed4 / "awq",
         "mixed ct4": mixed4 / COMPRESSED,
         "mixed ascend": run("mixed8", folder / "mixed8.yaml"),
@@ -102,7 +114,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 GOOD_OUTPUTS = (
     "ascend", "ct8", "awq", "ct4", "plain", "sym4", "mixed awq", "mixed ct4", "mixed ascend", "sharded", "thinker only",
-    "sharded thinker only", "both",
+    "sharded thinker only", "both", "fp8", "fp8 and int4", "fp8 blocks",
 )  # fmt: skip
 
 

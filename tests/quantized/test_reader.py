@@ -343,13 +343,13 @@ def test_awq_with_one_group_per_row() -> None:
 def test_packed_per_channel_and_weight_only_int8() -> None:
     channel = {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True}
     group = {"weights": channel, "input_activations": None}
-    scheme = compressed_tensors._stored_scheme(group, "pack-quantized")
+    layout, scheme = compressed_tensors._stored_scheme(group, "pack-quantized")
     assert (scheme.weight_bits, scheme.act_bits, scheme.group_size) == (4, None, None)
     parts = _infos(weight_packed=("I32", (16, 8)), weight_scale=("BF16", (16, 1)), weight_shape=("I64", (2,)))
-    assert compressed_tensors._layout_fault(parts, scheme) == ""
-    assert compressed_tensors._stored_linear("x", parts, scheme, "BF16").shape == (16, 64)
+    assert layout.fault(parts, scheme) == ""
+    assert layout.stored_linear("x", parts, scheme, "BF16").shape == (16, 64)
     channel["num_bits"] = 8
-    scheme = compressed_tensors._stored_scheme(group, "int-quantized")
+    _, scheme = compressed_tensors._stored_scheme(group, "int-quantized")
     assert (scheme.weight_bits, scheme.act_bits) == (8, None)
 
 

@@ -207,7 +207,7 @@ ERRORS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("act: {}", "act: {symmetric: False}", "my.yaml:8", ("act.symmetric", "False", "allowed: True")),
     ("act: {}", "act: {method: mse}", "my.yaml:8", ("act.method", "'mse'", "'minmax'")),
     ("weight: {}", "weight: {method: ssz}", "my.yaml:9", ("weight.method", "'ssz'", "'minmax', 'mse' or 'gptq'")),
-    ("weight: {}", "weight: {scope: per_tensor}", "my.yaml:9", ("weight.scope", "'per_channel' or 'per_group'")),
+    ("weight: {}", "weight: {scope: per_tensor}", "my.yaml:9", ("weight.scope", "'per_group' or 'per_block'")),
     ("weight: {}", "weight: {ext: {step: 2}}", "my.yaml:9", ("weight.ext",)),
     ("      qconfig:", "      qkonfig:", "my.yaml:7: spec.process[0].qkonfig", ("unknown key", "'qconfig'")),
     ("        weight: {}\n", "", "my.yaml:7: spec.process[0].qconfig.weight", ("this key is missing",)),
@@ -280,7 +280,7 @@ def test_error_names_line_key_and_allowed_values(old: str, new: str, where: str,
         ("{scope: per_group, dtype: int4, ext: {group_size: '64'}}", "weight.ext.group_size", "32, 64 or 128"),
         ("{scope: per_group, dtype: int4, ext: {groupsize: 64}}", "weight.ext.groupsize", "'group_size'"),
         ("{scope: per_group, dtype: int4, method: awq}", "weight.method", "'gptq'"),
-        ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8', 'int4' or 'nf4'"),
+        ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8', 'int4', 'nf4' or 'fp8_e4m3'"),
     ],
 )
 def test_weight_error(weight: str, key: str, words: str) -> None:
@@ -547,7 +547,7 @@ def test_unknown_quant_type(quant_type: str, model_type: str) -> None:
         find_recipe(model_type, quant_type)
     message = caught.value.message
     assert f"quant_type {quant_type!r} and model_type {model_type!r}" in message
-    assert "Quant types with a recipe: nf4, w4a16, w8a8." in message
+    assert "Quant types with a recipe: fp8, fp8_block, nf4, w4a16, w8a8." in message
     assert "Did you mean 'w8a8'?" in message
     assert "--config_path" in caught.value.hint
 
