@@ -89,6 +89,16 @@ def dequantize_packed(packed: Array, scale: Array, shape: Array, zero_point: Arr
     return weight
 
 
+def dequantize_packed_bytes(packed: Array, scale: Array, shape: Array) -> Array:
+    """packed int32 [out, ceil(in / 4)], scale [out, 1], shape [2] -> weight [out, in]. A byte is an integer + 128."""
+    rows, columns = (int(size) for size in shape)
+    words, weight = packed.view(np.uint32), np.zeros((rows, columns), np.float32)
+    for column in range(columns):
+        byte = (words[:, column // 4] >> np.uint32(8 * (column % 4))) & np.uint32(255)
+        weight[:, column] = (byte.astype(np.int32) - 128) * scale[:, 0]
+    return weight
+
+
 def float8_values(codes: Array) -> Array:
     """Values of e4m3 codes (uint8): sign, 4 exponent bits with bias 7, 3 mantissa bits; subnormal for exponent 0."""
     sign = np.where(codes >= 128, -1.0, 1.0)

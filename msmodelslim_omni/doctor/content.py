@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import nf4_linear, unpack_gemm, unpack_plain
+from ..formats import nf4_linear, unpack_bytes, unpack_gemm, unpack_plain
 from ..numerics import NF4_LEVELS, QuantizedLinear, QuantScheme, row_blocks
 from ..storage import (
     FLOAT_DTYPES,
@@ -68,6 +68,9 @@ def load_integers(linear: StoredLinear) -> QuantizedLinear:
         packed_zeros = unpack_plain(tensors["weight_zero_point"], axis=0, size=rows) if has_zeros else None
         integers = unpack_plain(tensors["weight_packed"], axis=1, size=columns)
         return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), scheme, packed_zeros)
+    if linear.form == "packed8":
+        integers = unpack_bytes(tensors["weight_packed"], columns)
+        return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), QuantScheme(8, None))
     scale = tensors.get("weight_scale")
     scale = torch.ones(rows, 1) if scale is None else scale.to(torch.float32)
     if linear.form == "float8":

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..errors import QuantError
-from ..formats import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout
+from ..formats import BYTES_PER_WORD, NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout
 from ..storage import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
@@ -20,6 +20,7 @@ Shapes = dict[str, tuple[int, ...]]
 FORMS: dict[str, tuple[str, ...]] = {
     "gemm": ("qweight", "qzeros", "scales"),
     "packed": ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point?", "weight_g_idx?"),
+    "packed8": ("weight_packed", "weight_scale", "weight_shape"),
     "int8": ("weight", "weight_scale", "weight_zero_point?"),
     "float8": ("weight", "weight_scale"),
     "float8_block": ("weight", "weight_scale"),
@@ -33,13 +34,14 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Format -> the forms of its quantized Linears. Float Linears have the form `float` in every format.
 FORMS_OF_FORMAT = {
     "awq": ("gemm",),
-    "compressed-tensors": ("packed", "int8", "float8", "float8_block"),
+    "compressed-tensors": ("packed", "packed8", "int8", "float8", "float8_block"),
     "ascend": ("ascend", "ascend_static"),
     "bitsandbytes": ("nf4",),
 }
 
 _BITS_OF_FORM = {
-    "gemm": 4, "packed": 4, "int8": 8, "float8": 8, "float8_block": 8, "ascend": 8, "ascend_static": 8, "nf4": 4,
+    "gemm": 4, "packed": 4, "packed8": 8, "int8": 8, "float8": 8, "float8_block": 8, "ascend": 8, "ascend_static": 8,
+    "nf4": 4,
 }  # fmt: skip
 
 _PER_WORD = 8
@@ -104,7 +106,7 @@ def stored_linears(folder: Folder, expected: Shapes, declared: Declared) -> dict
             parts.setdefault(name, {})[suffix] = info
     linears = {}
     for name, tensors in parts.items():
-        form = _form(tensors, declared.format)
+        form = _form(tensors, declared.format, shapes.get(name))
         is_linear = form != "float" or name in shapes or (not shapes and _looks_like_linear(name, tensors["weight"]))
         if is_linear:
             shape = shapes.get(name) or _shape_from_tensors(form, tensors)
@@ -114,11 +116,14 @@ def stored_linears(folder: Folder, expected: Shapes, declared: Declared) -> dict
     return linears
 
 
-def _form(tensors: dict[str, TensorInfo], declared: str) -> str:
+def _form(tensors: dict[str, TensorInfo], declared: str, shape: tuple[int, int] | None) -> str:
+    """shape: (out, in) that config.json implies, which tells packed int8 from packed int4."""
     if "qweight" in tensors or "qzeros" in tensors:
         return "gemm"
     if "weight_packed" in tensors or "weight_shape" in tensors:
-        return "packed"
+        packed = tensors.get("weight_packed")
+        has_bytes = packed is not None and shape is not None and packed.shape[1:] == (-(-shape[1] // BYTES_PER_WORD),)
+        return "packed8" if has_bytes else "packed"
     if "deq_scale" in tensors or "quant_bias" in tensors:
         return "ascend_static"
     if any(suffix.startswith("weight.") for suffix in tensors):
@@ -152,7 +157,7 @@ def _shape_from_tensors(form: str, tensors: dict[str, TensorInfo]) -> tuple[int,
     rows, columns = weight.shape
     if form == "gemm":
         return columns * _PER_WORD, rows
-    return rows, columns * _PER_WORD if form == "packed" else columns
+    return rows, columns * {"packed": _PER_WORD, "packed8": BYTES_PER_WORD}.get(form, 1)
 
 
 def _missing(form: str, tensors: dict[str, TensorInfo], declared: Declared) -> list[str]:
@@ -184,6 +189,12 @@ def _expected_tensors(
                 "weight_shape": (("I64", "I32"), (2,)),
                 "weight_zero_point": (("I32",), (-(-rows // _PER_WORD), groups)),
                 "weight_g_idx": (("I32",), (columns,)),
+            }
+        case "packed8":
+            return {
+                "weight_packed": (("I32",), (rows, -(-columns // BYTES_PER_WORD))),
+                "weight_scale": (floats, (rows, 1)),
+                "weight_shape": (("I64", "I32"), (2,)),
             }
         case "int8":
             return {

@@ -33,7 +33,7 @@ _ASCEND_TYPES = {
     "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC", "W8A8_MXFP8", "W4A8_MXFP",
     "W4A4_MXFP4",
 }  # fmt: skip
-_FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A8": "ascend_static"}
+_FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A16": "ascend", "W8A8": "ascend_static"}
 
 
 def check_groups(model: ModelSpec, linears: dict[str, StoredLinear]) -> Iterator[Finding]:

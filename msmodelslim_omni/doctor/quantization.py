@@ -102,17 +102,19 @@ def _declared_compressed(block: dict[str, Any]) -> Declared:
         grouped=weights.get("strategy") == "group",
         symmetric=symmetric if isinstance(symmetric, bool) else None,
         entries=_name_list(block.get("ignore")) or (),
-        groups=tuple(map(DeclaredGroup, bits, map(_declared_form, all_weights), targets)),
+        groups=tuple(map(DeclaredGroup, bits, map(_declared_form, groups.values()), targets)),
         where="quantization_config.config_groups.*.weights",
         bits_key="num_bits",
     )
 
 
-def _declared_form(weights: dict[str, Any]) -> str | None:
+def _declared_form(group: dict[str, Any]) -> str | None:
     """The form of the Linears that a config group declares, see linears.FORMS."""
+    weights = weights if isinstance(weights := group.get("weights"), dict) else {}
     if weights.get("type") == "float":
         return "float8_block" if weights.get("strategy") == "block" else "float8"
-    return {4: "packed", 8: "int8"}.get(integer(weights.get("num_bits")) or 0)
+    int8 = "int8" if group.get("input_activations") else "packed8"
+    return {4: "packed", 8: int8}.get(integer(weights.get("num_bits")) or 0)
 
 
 def _declared_bitsandbytes(block: dict[str, Any]) -> Declared:

@@ -11,12 +11,13 @@ from __future__ import annotations
 from .ascend import DESCRIPTION_FILE
 from .bitsandbytes import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout, nf4_linear
 from .job import FLOAT, OutLinear, OutputJob, OutTensor
-from .nibbles import unpack_gemm, unpack_plain
+from .nibbles import BYTES_PER_WORD, unpack_bytes, unpack_gemm, unpack_plain
 from .registry import FORMATS
 from .shards import Output, format_tensors, output_files, write_json
 from .stored import PartFault, StoredLinear
 
 __all__ = [
+    "BYTES_PER_WORD",
     "DESCRIPTION_FILE",
     "FLOAT",
     "FORMATS",
@@ -33,6 +34,7 @@ __all__ = [
     "nf4_layout",
     "nf4_linear",
     "output_files",
+    "unpack_bytes",
     "unpack_gemm",
     "unpack_plain",
     "write_json",

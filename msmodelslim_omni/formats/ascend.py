@@ -1,9 +1,9 @@
 """ascendv1_saver: the format of msModelSlim, which vLLM-Ascend loads with its `ascend` quantization.
 
-W8A8_DYNAMIC per Linear [out, in]: `.weight` int8 [out, in], `.weight_scale` float32 [out, 1], `.weight_offset`
-float32 zeros [out, 1] (loaded but not used in the product, hence zero), `.bias` float32. Tensors keep the names of the
-source checkpoint, as vLLM's mapper expects. config.json has no quantization_config, because the presence of
-quant_model_description.json selects the method. That file has an entry for every tensor, and for an lm_head that is
+W8A8_DYNAMIC and W8A16 per Linear [out, in]: `.weight` int8 [out, in], `.weight_scale` float32 [out, 1],
+`.weight_offset` float32 zeros [out, 1] (W8A8_DYNAMIC loads but does not use it), `.bias` float32. Tensors keep the
+names of the source checkpoint, as vLLM's mapper expects. config.json has no quantization_config, because the presence
+of quant_model_description.json selects the method. That file has an entry for every tensor, and for an lm_head that is
 tied to the embedding: loading fails if the runtime looks up a Linear that has no entry.
 """
 
@@ -42,9 +42,12 @@ DESCRIPTION_FILE = "quant_model_description.json"
 
 _DESCRIPTION_VERSION = "1.0.0"
 
+# Types of Linears by their names in the description; the last one of a checkpoint is its model_quant_type.
+_SCHEMES = {"W8A16": QuantScheme(8, None), "W8A8_DYNAMIC": QuantScheme(8, 8)}
+
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
-    others = sorted({scheme.name for scheme in schemes} - {"W8A8_DYNAMIC"})
+    others = sorted({scheme.name for scheme in schemes} - _SCHEMES.keys())
     if any(name.startswith("FP8") for name in others):
         return "Ascend A2 and A3 do not compute in FP8; use w8a8, or save FP8 as compressed_tensors"
     # vLLM-Ascend registers W4A16 and W4A8_DYNAMIC for mixture-of-experts layers only.
@@ -78,7 +81,9 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
     description: dict[str, Any] = {
         **dict(sorted(kinds.items())),
         "version": _DESCRIPTION_VERSION,
-        "model_quant_type": next((linear.scheme.name for linear in job.linears), FLOAT),
+        "model_quant_type": max(
+            (linear.scheme.name for linear in job.linears), key=list(_SCHEMES).index, default=FLOAT
+        ),
         "metadata": {},
         "group_size": 0,
         "optional": {},
@@ -88,27 +93,27 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
 
 # --- reading -------------------------------------------------------------------------------------------------
 
-_W8A8 = "W8A8_DYNAMIC"
 _PARTS = ("weight", "weight_scale", "weight_offset")
 
 
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
-    """See Format.read_linears. settings: the description. W8A8_DYNAMIC is the only supported quantization."""
+    """See Format.read_linears. settings: the description, which tells the scheme of each Linear."""
     grouped = group_parts(tensors, _PARTS)
-    if other := sorted({str(settings.get(f"{name}.weight", FLOAT)) for name in grouped} - {FLOAT, _W8A8}):
-        raise QuantError(f"the description lists {', '.join(other)[:200]}; only {_W8A8} is supported")
+    if other := sorted({str(settings.get(f"{name}.weight", FLOAT)) for name in grouped} - {FLOAT, *_SCHEMES}):
+        supported = " and ".join(reversed(_SCHEMES))
+        raise QuantError(f"the description lists {', '.join(other)[:200]}; supported are {supported}")
     linears: dict[str, StoredLinear] = {}
     faults = []
     for name, parts in grouped.items():
         kind = settings.get(f"{name}.weight")
-        if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and kind != _W8A8:
+        if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and kind not in _SCHEMES:
             continue  # a float Linear, a norm, an embedding
         if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts) or _kind_fault(kind):
             faults.append(PartFault(name, why))
         else:
-            linears[name] = StoredLinear(_stored_linear(name, parts, float_dtype(name)), parts)
+            linears[name] = StoredLinear(_stored_linear(name, parts, _SCHEMES[str(kind)], float_dtype(name)), parts)
     return StoredLinears(linears, tuple(faults))
 
 
@@ -123,14 +128,16 @@ def _layout_fault(parts: Parts) -> str:
 
 
 def _kind_fault(kind: object) -> str:
-    return "" if kind == _W8A8 else f"the description lists {kind or 'no kind'} for its weight, not {_W8A8}"
+    if kind in _SCHEMES:
+        return ""
+    return f"the description lists {kind or 'no kind'} for its weight, not {' or '.join(reversed(_SCHEMES))}"
 
 
-def _stored_linear(name: str, parts: Parts, float_dtype: str) -> OutLinear:
+def _stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
     rows, columns = parts["weight"].shape
     return OutLinear(
         name,
-        QuantScheme(8, 8),
+        scheme,
         (rows, columns),
         float_dtype,
         lambda: load_tensor(parts["weight"]),

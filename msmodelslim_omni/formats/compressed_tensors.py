@@ -1,4 +1,4 @@
-"""compressed_tensors: W8A8, W4A16 and FP8, also mixed in one checkpoint (mixed-precision).
+"""compressed_tensors: W8A8, W8A16, W4A16 and FP8, also mixed in one checkpoint (mixed-precision).
 
 vLLM, vLLM-Ascend and transformers load these checkpoints. Each layout of the tensors of a Linear is one module
 (ct_layout.py); LAYOUTS lists them. Biases are untouched.
@@ -39,15 +39,15 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
     for scheme in schemes:
         if not any(layout.stores(scheme) for layout in LAYOUTS):
             return (
-                "compressed_tensors supports W8A8_DYNAMIC, FP8, and int4 weights per group with float activations,"
-                f" not {scheme.name}"
+                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, and int4 weights per group with float"
+                f" activations, not {scheme.name}"
             )
     # The tensors distinguish schemes of different layouts. Only config patterns distinguish two of the same layout.
     for layout in LAYOUTS:
         for bits in (4, 8):
             same = sorted({scheme.name for scheme in schemes if layout.stores(scheme) and scheme.weight_bits == bits})
             if len(same) > 1:
-                kind = "int4" if layout is ct_packed else layout.FORM
+                kind = f"int{bits}" if layout is ct_packed else layout.FORM
                 return f"compressed_tensors supports one {kind} scheme, not {' and '.join(same)}"
     return ""
 

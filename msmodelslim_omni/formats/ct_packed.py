@@ -1,8 +1,11 @@
-"""pack-quantized: int4 weights per group of inputs, float activations.
+"""pack-quantized: int4 weights per group of inputs, or int8 weights per output channel; float activations.
 
-Per Linear [out, in] with groups of g inputs: `.weight_packed` int32 [out, in / 8], packed along the input in plain
-order (see nibbles.py); `.weight_scale` [out, in / g] in the checkpoint's float dtype; `.weight_shape` int64 [2]; if
-asymmetric also `.weight_zero_point` int32 [ceil(out / 8), in / g], packed along the output.
+int4, per Linear [out, in] with groups of g inputs: `.weight_packed` int32 [out, in / 8], packed along the input in
+plain order (see nibbles.py); `.weight_scale` [out, in / g] in the checkpoint's float dtype; `.weight_shape` int64
+[2]; if asymmetric also `.weight_zero_point` int32 [ceil(out / 8), in / g], packed along the output.
+
+int8, per Linear [out, in]: `.weight_packed` int32 [out, in / 4], the bytes of each integer + 128; `.weight_scale`
+[out, 1] in the checkpoint's float dtype; `.weight_shape`.
 """
 
 from __future__ import annotations
@@ -14,18 +17,37 @@ import torch
 from ..numerics import QuantScheme
 from ..storage import TORCH_DTYPES, TensorSpec, load_tensor
 from .job import OutLinear, OutTensor
-from .nibbles import PER_WORD, pack_plain, unpack_plain
+from .nibbles import BYTES_PER_WORD, PER_WORD, pack_bytes, pack_plain, unpack_bytes, unpack_plain
 from .stored import FLOATS, Parts, describe_wrong_part
 
 FORM = "pack-quantized"
-SUPPORTED = "pack-quantized int4 per group or channel with float activations"
+SUPPORTED = "pack-quantized int4 per group or channel, or int8 per channel, with float activations"
 
 
 def stores(scheme: QuantScheme) -> bool:
+    if scheme.weight_bits == 8:
+        return scheme.name == "W8A16"
     return scheme.is_int4 and scheme.act_bits is None and scheme.group_size is not None
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
+    return _int8_tensors(linear) if linear.scheme.weight_bits == 8 else _int4_tensors(linear)
+
+
+def _int8_tensors(linear: OutLinear) -> list[OutTensor]:
+    (out_features, in_features), kind, dtype = linear.shape, linear.scheme.name, TORCH_DTYPES[linear.float_dtype]
+    packed = TensorSpec(f"{linear.name}.weight_packed", "I32", (out_features, -(-in_features // BYTES_PER_WORD)))
+    scale = TensorSpec(f"{linear.name}.weight_scale", linear.float_dtype, (out_features, 1))
+    shape = TensorSpec(f"{linear.name}.weight_shape", "I64", (2,))
+    smallest = torch.finfo(dtype).tiny  # float16 would underflow to zero
+    return [
+        OutTensor(packed, lambda: pack_bytes(linear.qweight()), kind),
+        OutTensor(scale, lambda: linear.scales().to(dtype).clamp_min(smallest), kind),
+        OutTensor(shape, lambda: torch.tensor(linear.shape), kind),
+    ]
+
+
+def _int4_tensors(linear: OutLinear) -> list[OutTensor]:
     (out_features, in_features), group_size = linear.shape, linear.scheme.group_size
     assert group_size is not None  # see stores
     groups, kind, zeros = in_features // group_size, linear.scheme.name, linear.zeros
@@ -45,6 +67,9 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
 
 
 def arguments(scheme: QuantScheme) -> dict[str, Any]:
+    if scheme.weight_bits == 8:
+        channel = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
+        return {"weights": channel, "input_activations": None}
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -62,6 +87,8 @@ def arguments(scheme: QuantScheme) -> dict[str, Any]:
 def stored_scheme(weights: dict[str, Any], act: dict[str, Any] | None) -> QuantScheme | None:
     symmetric, group_size = bool(weights.get("symmetric", True)), weights.get("group_size")
     settings = [weights.get(key) for key in ("num_bits", "type", "strategy")]
+    if act is None and settings == [8, "int", "channel"] and symmetric:
+        return QuantScheme(8, None)
     if act is not None or settings[:2] != [4, "int"]:
         return None
     if settings[2] == "channel":
@@ -77,7 +104,16 @@ def required(scheme: QuantScheme) -> tuple[str, ...]:
 
 
 def recognizes(parts: Parts, scheme: QuantScheme) -> bool:
-    return "weight_packed" in parts or "weight_shape" in parts
+    if "weight_packed" not in parts or "weight_shape" not in parts:
+        return "weight_packed" in parts or "weight_shape" in parts
+    packed, shape = parts["weight_packed"].shape, parts["weight_shape"]
+    if len(packed) != 2 or shape.shape != (2,):
+        return True
+    return packed[1] == -(-int(load_tensor(shape)[1]) // _per_word(scheme))
+
+
+def _per_word(scheme: QuantScheme) -> int:
+    return BYTES_PER_WORD if scheme.weight_bits == 8 else PER_WORD
 
 
 def fault(parts: Parts, scheme: QuantScheme) -> str:
@@ -89,7 +125,7 @@ def fault(parts: Parts, scheme: QuantScheme) -> str:
     (out_features, _), groups = packed.shape, scale.shape[1]
     in_features = _in_features(parts, scheme)
     expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
-        "weight_packed": (("I32",), (out_features, -(-in_features // PER_WORD))),
+        "weight_packed": (("I32",), (out_features, -(-in_features // _per_word(scheme)))),
         "weight_scale": (FLOATS, (out_features, groups if scheme.group_size else 1)),
         "weight_shape": (("I64", "I32"), (2,)),
     }
@@ -101,21 +137,26 @@ def fault(parts: Parts, scheme: QuantScheme) -> str:
 def _in_features(parts: Parts, scheme: QuantScheme) -> int:
     """The number of inputs, from the headers.
 
-    Without groups the headers give it rounded up to a multiple of 8, which is exact because inputs are multiples of 8.
+    Without groups the headers give it rounded up to full words, which is exact because inputs are multiples of 8.
     """
     if scheme.group_size is None:
-        return parts["weight_packed"].shape[1] * PER_WORD
+        return parts["weight_packed"].shape[1] * _per_word(scheme)
     return parts["weight_scale"].shape[1] * scheme.group_size
 
 
 def stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
     out_features, in_features = parts["weight_packed"].shape[0], _in_features(parts, scheme)
+
+    def qweight() -> torch.Tensor:
+        words = load_tensor(parts["weight_packed"])
+        return unpack_bytes(words, in_features) if scheme.weight_bits == 8 else unpack_plain(words, 1, in_features)
+
     return OutLinear(
         name,
         scheme,
         (out_features, in_features),
         float_dtype,
-        lambda: unpack_plain(load_tensor(parts["weight_packed"]), axis=1, size=in_features),
+        qweight,
         lambda: load_tensor(parts["weight_scale"]).to(torch.float32),
         None
         if scheme.symmetric

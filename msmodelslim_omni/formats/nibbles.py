@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 
 PER_WORD = 8
+BYTES_PER_WORD = 4  # integers of 8 bits per word
 
 _PLAIN_ORDER = range(PER_WORD)
 # The order of AutoAWQ, whose kernel extracts two half-precision numbers from a word at a time.
@@ -75,6 +76,23 @@ def unpack_plain(words: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     if axis == 1:
         return _unpacked_rows(words.t(), _PLAIN_ORDER, size).t().contiguous()
     return _unpacked_rows(words, _PLAIN_ORDER, size).contiguous()
+
+
+def pack_bytes(q: torch.Tensor) -> torch.Tensor:
+    """Pack int8 [rows, columns] in the layout of compressed-tensors: integer + 128, four columns in each word.
+
+    Byte j of word c is column 4c + j: [1, -2, 127, 0] is stored as 81 7E FF 80, the word 0x80FF7E81. Unused bytes of an
+    incomplete last word are zero. Returns int32 [rows, ceil(columns / 4)].
+    """
+    columns = q.shape[1]
+    stored = torch.zeros((q.shape[0], -(-columns // BYTES_PER_WORD) * BYTES_PER_WORD), dtype=torch.uint8)
+    torch.bitwise_xor(q.view(torch.uint8), 128, out=stored[:, :columns])  # adds 128 modulo 256
+    return stored.view(torch.int32)
+
+
+def unpack_bytes(words: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of pack_bytes. words: int32 [rows, ceil(size / 4)] -> int8 [rows, size]."""
+    return words.contiguous().view(torch.uint8)[:, :size].bitwise_xor(128).view(torch.int8)
 
 
 def _unpacked_rows(words: torch.Tensor, order: Sequence[int], size: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class QuantScheme:
 
     @property
     def name(self) -> str:
-        """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128_SYM, NF4_G64, FP8_DYNAMIC."""
+        """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128_SYM, W8A16, NF4_G64, FP8_DYNAMIC."""
         if self.number == "e4m3":
             return "FP8_BLOCK" if self.block_rows else "FP8_DYNAMIC"
         if self.codebook is not None:
@@ -42,7 +42,7 @@ class QuantScheme:
         if self.act_bits is not None:
             return f"W{self.weight_bits}A{self.act_bits}_DYNAMIC"
         grouped = f"_G{self.group_size}" if self.group_size else ""
-        return f"W{self.weight_bits}A16{grouped}" + ("_SYM" if self.symmetric else "")
+        return f"W{self.weight_bits}A16{grouped}" + ("_SYM" if self.symmetric and self.weight_bits == 4 else "")
 
     @property
     def is_int4(self) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
-from ..formats import FORMATS
+from ..formats import BYTES_PER_WORD, FORMATS
 from ..models import ModelSpec, derive_model_type
 from ..plan import declared_scheme
 from ..report import RunMemory, run_memory
@@ -85,7 +85,8 @@ def _part_content(name: str, infos: list[TensorInfo], scheme: str) -> PartConten
     for info in infos:
         dtypes[info.dtype] = dtypes.get(info.dtype, 0) + info.nbytes
     quantized = scheme != "float" and bool(dtypes.keys() & _WEIGHTS_PER_ELEMENT.keys())
-    parameters = sum(_count_parameters(info) for info in infos)
+    scales = {info.name: info for info in infos if info.name.endswith(".weight_scale")}
+    parameters = sum(_count_parameters(info, scales) for info in infos)
     return PartContent(name, len(infos), parameters, dtypes, scheme if quantized else "float")
 
 
@@ -97,7 +98,11 @@ _QUANT_PARAMETER_ENDINGS = (
 )  # fmt: skip
 
 
-def _count_parameters(info: TensorInfo) -> int:
+def _count_parameters(info: TensorInfo, scales: dict[str, TensorInfo]) -> int:
+    """scales: the tensors `weight_scale` by name. Packed integers with one scale per channel have 8 bits here."""
+    scale = scales.get(f"{info.name.removesuffix('.weight_packed')}.weight_scale")
+    if info.name.endswith(".weight_packed") and scale is not None and scale.shape[1:] == (1,):
+        return info.numel * BYTES_PER_WORD
     return 0 if info.name.endswith(_QUANT_PARAMETER_ENDINGS) else info.numel * _WEIGHTS_PER_ELEMENT.get(info.dtype, 1)
 
 

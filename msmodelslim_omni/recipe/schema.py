@@ -125,8 +125,8 @@ class WeightConfig(_Block):
 
 
 class LinearQConfig(_Block):
-    """int8 weights require int8 activations, fp8_e4m3 weights fp8_e4m3 activations; int4 and nf4 weights require float
-    activations (no `act`).
+    """int8 weights take int8 activations or, without `act`, float activations; fp8_e4m3 weights require fp8_e4m3
+    activations; int4 and nf4 weights require float activations.
     """
 
     act: ActConfig | None = None
@@ -145,8 +145,6 @@ class LinearQConfig(_Block):
             raise ValueError(f"{self.weight.dtype} weights require float activations; remove `act`")
         if self.act is not None and (self.act.dtype, self.act.scope) != ("int8", "per_token"):
             raise ValueError("int8 weights require int8 activations per_token")
-        if self.weight.dtype == "int8" and self.act is None:
-            raise ValueError("int8 weights require int8 activations; add `act: {}`")
         return self
 
 
@@ -241,8 +239,8 @@ class AscendSaverConfig(_SaverConfig):
 
 
 class CompressedTensorsConfig(_SaverConfig):
-    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16,
-    float-quantized for FP8, and mixed-precision for a model with several of them.
+    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16 and
+    W8A16, float-quantized for FP8, and mixed-precision for a model with several of them.
     """
 
     type: Literal["compressed_tensors"]

@@ -182,6 +182,8 @@ def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) 
 def _describe_scheme(scheme: str) -> str:
     if scheme.startswith("W8A8"):
         return "int8 weights, one scale per output channel; int8 activations, one scale per token"
+    if scheme == "W8A16":
+        return "int8 weights, one scale per output channel; float activations"
     if scheme.startswith("FP8"):
         where = "block of 128 x 128" if scheme == "FP8_BLOCK" else "output channel"
         tokens = "128 inputs of a token" if scheme == "FP8_BLOCK" else "token"
@@ -253,7 +255,7 @@ thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(".", dtype=
 
 The full class, `Qwen2_5OmniForConditionalGeneration`, also needs
 `quantization_config=CompressedTensorsConfig(run_compressed=False)`."""
-_FP8 = """\
+_UNCOMPRESSED = """\
 transformers with compressed-tensors (tested: transformers 5.17.0 with compressed-tensors 0.19.0 reads exactly these
 weights, with a small model of the same classes):
 
@@ -266,7 +268,8 @@ thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
 )
 ```
 
-vLLM reads this layout and computes in FP8 on Ada, Hopper and Blackwell cards; that was not tested."""
+vLLM reads this layout; that was not tested."""
+_FP8 = "It computes in FP8 on Ada, Hopper and Blackwell cards."
 _ZERO_POINTS = """\
 transformers with compressed-tensors loads int4 with zero points from 5.23.0 on and needs
 `quantization_config=CompressedTensorsConfig(run_compressed=False)`."""
@@ -283,7 +286,9 @@ def _loading_texts(saver: str, schemes: Sequence[str]) -> list[str]:
     if saver == "awq":
         return [_VLLM, _AUTOAWQ]
     if schemes[0].startswith("FP8"):
-        return [_FP8]
+        return [f"{_UNCOMPRESSED} {_FP8}"]
+    if schemes[0] == "W8A16":
+        return [_UNCOMPRESSED]
     has_zero_points = schemes[0].startswith("W4") and not schemes[0].endswith("_SYM")
     return [_VLLM, _ZERO_POINTS if has_zero_points else _THINKER]
 

@@ -55,7 +55,10 @@ FP8_AND_INT4 = data_free_recipe(
     f'process: [{{type: linear_quant, qconfig: {FP8}, include: ["*down_proj"], exclude: ["*layers.3.*"]}}, ',
 )
 BLOCKS = data_free_recipe("fp8 blocks", FP8_BLOCK, EXCLUDE)
-FP8_RECIPES = (("fp8 and int4", FP8_AND_INT4), ("fp8 blocks", BLOCKS))
+W8A16_AND_INT4 = data_free_recipe("w8a16 and int4", INT4.replace("SYMMETRIC", "True"), "[]").replace(
+    "process: [", 'process: [{type: linear_quant, qconfig: {weight: {}}, include: ["*down_proj", "*layers.2.*"]}, '
+)
+FP8_RECIPES = (("fp8 and int4", FP8_AND_INT4), ("fp8 blocks", BLOCKS), ("w8a16 and int4", W8A16_AND_INT4))
 MIXED4 = data_free_recipe("mixed4", INT4.replace("SYMMETRIC", "False"), EXCLUDE)
 MIXED8 = data_free_recipe("mixed8", INT8, EXCLUDE, ASCEND)
 
@@ -87,6 +90,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     w4 = run("w4", write_recipe(folder, "qwen2_5_omni_w4a16", *COARSE), "--dataset", index, *int4_formats)
     for name, text in (("sym4", SYMMETRIC), ("mixed4", MIXED4), ("mixed8", MIXED8), ("both", BOTH), *FP8_RECIPES):
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    w8a16 = run("w8a16", "qwen2_5_omni_w8a16", *int8_formats)
     mixed4 = run("mixed4", folder / "mixed4.yaml", *int4_formats)
     outputs = {
         "ascend": w8 / ASCEND,
@@ -98,6 +102,8 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "both": run("both", folder / "both.yaml"),
         **{name: run(name, folder / f"{name}.yaml") for name, _ in FP8_RECIPES},
         "fp8": run("fp8", "qwen2_5_omni_fp8"),
+        "w8a16 ascend": w8a16 / ASCEND,
+        "w8a16": w8a16 / COMPRESSED,
         "mixed awq": mixed4 / "awq",
         "mixed ct4": mixed4 / COMPRESSED,
         "mixed ascend": run("mixed8", folder / "mixed8.yaml"),
@@ -115,6 +121,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 GOOD_OUTPUTS = (
     "ascend", "ct8", "awq", "ct4", "plain", "sym4", "mixed awq", "mixed ct4", "mixed ascend", "sharded", "thinker only",
     "sharded thinker only", "both", "fp8", "fp8 and int4", "fp8 blocks",
+    "w8a16", "w8a16 ascend", "w8a16 and int4",
 )  # fmt: skip
 
 

@@ -336,7 +336,6 @@ def test_modality_weight_error(weights: str, key: str, words: str) -> None:
             ("weight_qconfig", "int4 and nf4 require scope per_group"),
         ),
         ({"type": "awq", "include": []}, ("include", "at least one")),
-        ({"type": "linear_quant", "qconfig": {"weight": {}}}, ("qconfig", "int8 activations", "`act: {}`")),
         ({"type": "linear_quant"}, ("qconfig", "missing")),
         ({"type": "linear_quant", "qconfig": None}, ("qconfig",)),
         ({"type": ["linear_quant"]}, ("processor", "is not supported", "linear_quant")),
@@ -547,7 +546,7 @@ def test_unknown_quant_type(quant_type: str, model_type: str) -> None:
         find_recipe(model_type, quant_type)
     message = caught.value.message
     assert f"quant_type {quant_type!r} and model_type {model_type!r}" in message
-    assert "Quant types with a recipe: fp8, fp8_block, nf4, w4a16, w8a8." in message
+    assert "Quant types with a recipe: fp8, fp8_block, nf4, w4a16, w8a16, w8a8." in message
     assert "Did you mean 'w8a8'?" in message
     assert "--config_path" in caught.value.hint
 
