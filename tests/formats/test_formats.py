@@ -180,7 +180,7 @@ def test_ascend_bias_of_a_quantized_linear_is_float32(job: OutputJob, tmp_path: 
     assert tensors[other].dtype == dtype
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, None), QuantScheme(4, 8), QuantScheme(8, None)])
+@pytest.mark.parametrize("scheme", [QuantScheme(4, None), QuantScheme(4, 8), QuantScheme(4, None, symmetric=False)])
 @pytest.mark.parametrize("name", W8A8_FORMATS)
 def test_formats_refuse_unsupported_schemes(name: str, scheme: QuantScheme) -> None:
     assert scheme.name in FORMATS[name].refusal(frozenset({scheme}))
