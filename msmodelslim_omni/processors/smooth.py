@@ -80,7 +80,7 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
     alphas = ALPHA_GRID if config.alpha == "auto" else (config.alpha,)
     scale_min = config.scale_min if isinstance(config, IterSmoothConfig) else 1e-5
 
-    expected = ExpectedErrors(stats, [work.weight(linear) for linear in group.linears], scheme)
+    expected = ExpectedErrors.of_tokens(stats, [work.weight(linear) for linear in group.linears], scheme)
     candidates = [
         replace(c, factors=exact_factors(work, group, c.factors)[0])
         for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
