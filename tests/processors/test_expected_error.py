@@ -32,7 +32,8 @@ def test_w8a8_by_hand() -> None:
 
 def test_asymmetric_groups_by_hand() -> None:
     # Two groups of two inputs with importance (1, 4), (9, 16); one row (-1, 2), (3, 1). Half ranges 1.5 and 1.5.
-    # Plain: 1.5² * (1 + 4) + 1.5² * (9 + 16) = 67.5. Factors (1, 1, 1, 2): row (3, 2), importance (9, 4): 11.25 + 29.25.
+    # Plain: 1.5² * (1 + 4) + 1.5² * (9 + 16) = 67.5. With factors (1, 1, 1, 2) the second group has the row (3, 2) and
+    # the importance (9, 4): 11.25 + 29.25.
     scheme = QuantScheme(4, None, "minmax", 2, symmetric=False)
     importance, weight = torch.tensor([1.0, 4.0, 9.0, 16.0]), torch.tensor([[-1.0, 2.0, 3.0, 1.0]])
     errors = ExpectedErrors.of_importance(importance, [weight], [1.0], scheme)
