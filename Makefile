@@ -2,6 +2,8 @@
 # make test    set up .venv, run the test suite
 # make test-isa  run the suite under other instruction sets and thread counts, three times about six minutes
 # make fuzz    fuzz the readers of untrusted files, a minute each; SECONDS_EACH=600 TARGETS=recipe changes that
+# make docs    build the documentation into build/docs, strictly
+# make release  build wheel and sdist, install the wheel into a new environment and quantize the tiny Omni with it
 # Requires only Python >= 3.10 and make.
 
 PYTHON ?= python3
@@ -15,8 +17,11 @@ SECONDS_EACH ?= 60
 TARGETS ?=
 RUN := "$(CURDIR)/$(VENV)/bin/python"
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Without a card, PyPI's builds of torch and torchvision would bring 3 GB of CUDA libraries.
+CPU_WHEELS := https://download.pytorch.org/whl/cpu
+HAS_CARD := $(shell command -v nvidia-smi npu-smi)
 
-.PHONY: install demo test test-isa test-full test-clients fuzz lint types clean
+.PHONY: install demo test test-isa test-full test-clients fuzz lint types docs release clean
 
 install: $(VENV)/installed
 
@@ -24,7 +29,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) torch
+ifeq ($(HAS_CARD),)
+	$(PIP) --index-url $(CPU_WHEELS) --retries 0 --timeout 20 torch torchvision || $(PIP) torch torchvision
+else
+	$(PIP) torch torchvision
+endif
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
@@ -62,5 +71,17 @@ lint: install
 types: install
 	$(RUN) -m mypy msmodelslim_omni
 
+docs: $(VENV)-tools/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-tools/bin/python -m mkdocs build --strict --quiet --site-dir build/docs
+
+release: $(VENV)-tools/installed
+	$(VENV)-tools/bin/python .ci/release.py
+
+# The tools for documentation and packages, without the package itself and without torch.
+$(VENV)-tools/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tools
+	$(VENV)-tools/bin/python -m pip --disable-pip-version-check install --quiet 'mkdocs-material>=9.5,<10' build twine
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-fuzz build/fuzz demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-fuzz $(VENV)-tools build dist demo-out .pytest_cache .mypy_cache .ruff_cache .hypothesis

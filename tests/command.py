@@ -34,7 +34,7 @@ class CommandResult:
     def fault(self) -> str:
         """Return the error message. Asserts exit code 1, one error, no traceback, and nothing on stdout."""
         assert self.code == 1, self.out + self.err
-        assert "Traceback" not in self.err and self.out == ""
+        assert "Traceback" not in self.err and self.out == ""  # `--json` prints the error on stdout too
         assert len(re.findall(r"^error: ", self.err, re.MULTILINE)) == 1
         return self.err[self.err.index("error: ") :]
 

@@ -27,7 +27,7 @@ quiet_libraries()
 def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
     """Hide matplotlib from tests that do not check figures, because figures take longer than the tiny runs."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ not in ("test_report_html", "test_model_card"):
+        if request.module.__name__ not in ("test_report_html", "test_model_card", "test_analysis_page"):
             patch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
         yield
 

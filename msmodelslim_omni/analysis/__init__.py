@@ -2,7 +2,7 @@
 
 run.py is the entry point: it measures sensitivity, allocates bits, writes the recipe and verifies it with a real run.
 May import: evaluation, run, calibration, report, plan, processors, statistics, formats, models, recipe, numerics,
-runtime, storage, errors.
+runtime, storage, files, errors.
 Not here: quantization. run/ runs the recipe like any other recipe.
 """
 

@@ -25,6 +25,7 @@ from .proposal import (
 )
 from .result import Choice, Round
 from .sensitivity import UnitSensitivity
+from .state import AnalysisState
 
 _CORRECTIONS = 3  # maximum number of rounds after the first, for a KL target
 
@@ -69,7 +70,9 @@ class TrialRunner:
         )
 
     def move_model_to_work(self, number: int) -> None:
-        self.model.rename(self.work / f"model-{number}")
+        """Move the model of a round out of the way; it may have been moved before an interruption."""
+        if self.model.exists():
+            self.model.rename(self.work / f"model-{number}")
 
     def keep_only(self, number: int) -> None:
         """Delete the models of all other rounds from `work` to free disk space for the next one."""
@@ -79,7 +82,8 @@ class TrialRunner:
 
     def restore(self, number: int, proposal: Proposal) -> None:
         """Move the model of a round back from `work` to `model` and write its recipe."""
-        (self.work / f"model-{number}").rename(self.model)
+        if not self.model.exists():
+            (self.work / f"model-{number}").rename(self.model)
         (self.folder / "recipe.yaml").write_text(proposal.recipe, encoding="utf-8")
 
 
@@ -90,11 +94,13 @@ def search_recipe(
     target_size: int | None,
     max_kl: float | None,
     not_evaluated: tuple[str, ...],
+    state: AnalysisState,
 ) -> Choice:
     """Find the recipe for target_size (bytes of all files) or max_kl (nats), and leave its model in runner.model.
 
-    not_evaluated: modalities that no evaluation sample has.
+    not_evaluated: modalities that no evaluation sample has. state: has the rounds that are finished, and receives more.
     """
+    finished = state.rounds
     tried: list[tuple[Proposal, Round]] = []
     best = 0
     pending: Proposal | None = proposer.all_int4(units)
@@ -102,9 +108,15 @@ def search_recipe(
         number = len(tried) + 1
         predicted = kl_per_damage(tried) * pending.damage if tried else None
         name = "all int4" if not tried else "for the size" if max_kl is None else f"correction {number - 1}"
-        tried.append((pending, runner.run(number, name, pending, predicted)))
+        if number <= len(finished):
+            trial = finished[number - 1]
+        else:
+            trial = runner.run(number, name, pending, predicted)
+            state.add_round(trial)
+        tried.append((pending, trial))
         best = best_round([trial for _, trial in tried], max_kl)
-        runner.move_model_to_work(number)
+        if number >= len(finished):  # the model of an earlier round was moved before the next one began
+            runner.move_model_to_work(number)
         runner.keep_only(best + 1)
         if target_size is not None:
             pending = proposer.for_size(units, target_size) if number == 1 else None

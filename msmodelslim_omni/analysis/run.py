@@ -11,16 +11,18 @@ The output format is compressed_tensors, the only format that stores int4 and in
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..calibration import Stems, load_calib_set
 from ..errors import QuantError
+from ..files import check_save_path, find_model_folder, write_atomically
 from ..models import ModelSpec, derive_model_type, find_model_type
-from ..report import human_bytes
-from ..run import Prepared, QuantRequest, check_save_path, prepare, remove, versions
+from ..plan import refuse_quantized
+from ..report import INSTALL_HINT, can_write_html, human_bytes
+from ..run import Prepared, QuantRequest, prepare, remove, versions
 from ..runtime import Clock, Progress, out_of_memory_as_error, peak_rss
 from ..storage import open_checkpoint
 from .holdout import split_holdout, write_index
@@ -32,13 +34,24 @@ from .mixed_recipe import (
     Grid,
     patterns,
 )
+from .page import HTML_NAME, as_html
 from .proposal import SCHEMES, Proposer
 from .result import Analysis, Choice, units_with_half_of_damage, write_analysis
 from .rounds import TrialRunner, search_recipe
 from .sensitivity import UnitSensitivity, measure_units
+from .state import STATE_NAME, AnalysisState, changes, read_stored
 
 _WORK = ".msmodelslim_analyze"
-_OUTPUTS = ("analysis.json", "analysis.md", "recipe.yaml", "calibration.jsonl", "heldout.jsonl", "model", _WORK)
+_OUTPUTS = (
+    "analysis.json",
+    "analysis.md",
+    "analysis.html",
+    "recipe.yaml",
+    "calibration.jsonl",
+    "heldout.jsonl",
+    "model",
+    _WORK,
+)
 
 
 def analyze(
@@ -65,13 +78,22 @@ def analyze(
     """
     progress, clock = progress or Progress(), Clock()
     choosing = _check_arguments(target_size, max_kl, save_path, eval_dataset)
+    model_path = find_model_folder(model_path)
+    refuse_quantized(model_path)
     checkpoint = open_checkpoint(model_path)
     model = find_model_type(model_type) if model_type else derive_model_type(checkpoint.config)
     request = QuantRequest(
-        model_path=Path(model_path), model_type=model.model_type, device=device, dataset=dataset,
+        model_path=model_path, model_type=model.model_type, device=device, dataset=dataset,
         max_samples=max_samples, seed=seed, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    with _work_folder(None if save_path is None else Path(save_path), request.model_path, overwrite) as work:
+    arguments = {
+        "model_path": f"{model_path} ({checkpoint.identity()[:16]})", "model_type": model.model_type,
+        "dataset": dataset, "eval_dataset": eval_dataset, "max_samples": max_samples, "target_size": target_size,
+        "max_kl": max_kl, "seed": seed, **versions(),
+    }  # fmt: skip
+    given = {name: str(value) for name, value in arguments.items() if value is not None}
+    folder = None if save_path is None else Path(save_path)
+    with _work_folder(folder, request.model_path, overwrite, given, progress) as (work, state):
         split = DataSplit(dataset, "")
         if choosing:
             split = _split_dataset(model, dataset, eval_dataset, max_samples, seed, work.parent.resolve())
@@ -81,17 +103,28 @@ def analyze(
             _check_target_size(proposer, target_size)
         request = replace(request, config_path=str(_write_int4_recipe(proposer, work)))
         prepared = prepare(request, progress)
+        if prepared.calib is not None:
+            state.require_samples(prepared.calib.identity())
         with clock("sensitivity"):
-            units, stems = _measure_sensitivity(prepared, proposer, work / "float", progress)
+            units, stems = _measure_sensitivity(prepared, proposer, work / "float", progress, state)
         choice = None
         if choosing:
             runner = TrialRunner(request, split.evaluation, work.parent, work, progress)
             with clock("rounds"):
-                choice = search_recipe(runner, proposer, units, target_size, max_kl, split.not_evaluated)
+                choice = search_recipe(runner, proposer, units, target_size, max_kl, split.not_evaluated, state)
     analysis = _make_analysis(prepared, dataset, proposer.grid, units, stems, choice, clock)
     if save_path is not None:
         write_analysis(analysis, Path(save_path))
+        _write_page(analysis, Path(save_path), progress)
     return analysis
+
+
+def _write_page(analysis: Analysis, folder: Path, progress: Progress) -> None:
+    """Write analysis.html, if the extra `report` is installed."""
+    if can_write_html():
+        write_atomically(folder / HTML_NAME, as_html(analysis))
+    else:
+        progress.say(INSTALL_HINT)
 
 
 def _check_arguments(
@@ -144,13 +177,15 @@ def _write_int4_recipe(proposer: Proposer, folder: Path) -> Path:
 
 
 def _measure_sensitivity(
-    prepared: Prepared, proposer: Proposer, folder: Path, progress: Progress
+    prepared: Prepared, proposer: Proposer, folder: Path, progress: Progress, state: AnalysisState
 ) -> tuple[list[UnitSensitivity], Stems]:
     """The units with their sizes, by decreasing int4 damage; and the stems of the samples used."""
     assert prepared.calib is not None  # int4 by GPTQ needs data
     plans = {W4.name: prepared.plan, W8.name: proposer.int8}
     with out_of_memory_as_error(prepared.device, "give fewer or shorter samples, or use --device cpu"):
-        units, stems = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress)
+        if state.layers:
+            progress.say(f"the first {len(state.layers)} layers are measured")
+        units, stems = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress, state)
     sized = [
         replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*SCHEMES, FLOAT)})
         for unit in units
@@ -196,17 +231,48 @@ def _make_analysis(
 
 
 @contextmanager
-def _work_folder(save_path: Path | None, model_path: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder for temporary files, inside save_path if that is given. It is deleted at the end.
+def _work_folder(
+    save_path: Path | None, model_path: Path, overwrite: bool, arguments: Mapping[str, str], progress: Progress
+) -> Iterator[tuple[Path, AnalysisState]]:
+    """A folder for temporary files, inside save_path if that is given, and the state of the analysis in it.
 
-    save_path must be empty. With `overwrite` it may contain an earlier analysis, which is replaced on success and
-    restored on failure. Raises QuantError if save_path cannot be used.
+    save_path must be empty or hold an interrupted analysis with the same arguments, which is resumed. With `overwrite`
+    it may contain an earlier analysis, which is replaced on success and restored on failure. Ctrl-C keeps everything
+    for the next run. Raises QuantError if save_path cannot be used.
     """
     if save_path is None:
         with tempfile.TemporaryDirectory(prefix="msmodelslim-") as folder:
-            yield Path(folder)
+            yield Path(folder), AnalysisState(None, arguments)
         return
     check_save_path(save_path, model_path)
+    work = save_path / _WORK
+    stored = read_stored(work)
+    if stored is not None and stored["request"] == dict(arguments):
+        progress.say("resuming the interrupted analysis")
+        state = AnalysisState(work / STATE_NAME, arguments, stored)
+    else:
+        if stored is not None and not overwrite:
+            raise QuantError(
+                f"{work} belongs to another analysis: {changes(stored['request'], arguments)}",
+                "finish that one with its own command, or pass --overwrite to start again",
+            )
+        _start_work_folder(save_path, overwrite)
+        state = AnalysisState(work / STATE_NAME, arguments)
+    try:
+        yield work, state
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # incomplete outputs are useless and would block the next run
+        _restore_replaced(save_path)
+        raise
+    remove(work)
+
+
+def _start_work_folder(save_path: Path, overwrite: bool) -> None:
+    """Make an empty work folder and move what it replaces into it. Raises QuantError if save_path cannot be used."""
+    work = save_path / _WORK
+    if work.exists() and overwrite:
+        _restore_replaced(save_path)  # the interrupted analysis may have replaced one that was finished
     occupants = sorted(entry.name for entry in save_path.iterdir()) if save_path.is_dir() else []
     if occupants and not overwrite:
         raise QuantError(f"save_path {str(save_path)!r} is not empty", "choose another folder, or pass --overwrite")
@@ -216,7 +282,6 @@ def _work_folder(save_path: Path | None, model_path: Path, overwrite: bool) -> I
             " not delete it",
             "choose another folder, or empty this folder yourself",
         )
-    work = save_path / _WORK
     replaced = work / "replaced"
     try:
         remove(work)
@@ -227,15 +292,16 @@ def _work_folder(save_path: Path | None, model_path: Path, overwrite: bool) -> I
         raise QuantError(
             f"save_path {str(save_path)!r} cannot be written: {error.strerror or error}", "choose another folder"
         ) from error
-    try:
-        yield work
-    except BaseException:  # incomplete outputs are useless and would block the next run
-        for name in set(_OUTPUTS) - {_WORK}:
-            remove(save_path / name)
-        for entry in replaced.iterdir():
+
+
+def _restore_replaced(save_path: Path) -> None:
+    """Delete the outputs of an unfinished analysis and put back what it would have replaced."""
+    work = save_path / _WORK
+    for name in set(_OUTPUTS) - {_WORK}:
+        remove(save_path / name)
+    if (work / "replaced").is_dir():
+        for entry in (work / "replaced").iterdir():
             entry.rename(save_path / entry.name)
-        remove(work)
-        raise
     remove(work)
 
 

@@ -23,9 +23,10 @@ Therefore every recipe is evaluated before it is returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -98,26 +99,50 @@ class UnitSensitivity:
         return tuple(linear.name for linear in self.linears)
 
 
+class FinishedLayers(Protocol):
+    """Where a pass keeps the units of each layer that it has measured."""
+
+    @property
+    def layers(self) -> list[list[UnitSensitivity]]:
+        """The units of the finished layers, from the first layer on."""
+
+    def keep(self, count: int) -> None:
+        """Drop all but the first `count` layers."""
+
+    def add_layer(self, units: Sequence[UnitSensitivity]) -> None:
+        """Add the next layer."""
+
+
 def measure_units(
     plans: Mapping[str, QuantPlan],
     calib: CalibSet,
     folder: Path,
     device: torch.device,
     progress: Progress,
+    store: FinishedLayers,
 ) -> tuple[list[UnitSensitivity], Stems]:
     """Measure all units in one pass of the samples through the float model. Returns them with the stems of the samples.
 
     plans: by the name of the scheme that all Linears have in the plan. The stream uses the first plan, which collects H
-    and does not set propagate_error. folder: for hidden states, which are deleted after use.
+    and does not set propagate_error. folder: for hidden states, which are deleted after use. store: receives each
+    layer. Its layers of an interrupted pass are not measured again if the hidden states behind them are in `folder`.
     """
     plan = next(iter(plans.values()))
     stems = prepare_stems(plan, calib, folder, device, progress)
-    stream = CalibrationStream(plan, stems, folder, device)
-    stream.start_at(0)
-    units: list[UnitSensitivity] = []
-    for layer in plan.layers:
-        units += _measure_layer(plans, layer.index, stream, device)
+    stream = CalibrationStream(plan, stems, folder, device, progress=progress)
+    finished = store.layers
+    if len(finished) == len(plan.layers):
+        return [unit for layer_units in finished for unit in layer_units], stems
+    first = len(finished) if stream.can_start_at(len(finished)) else 0
+    store.keep(first)
+    units = [unit for layer_units in finished[:first] for unit in layer_units]
+    stream.start_at(first)
+    progress.step("layers", first, len(plan.layers), f"{len(stems)} samples")
+    for layer in plan.layers[first:]:
+        measured = list(_measure_layer(plans, layer.index, stream, device))
         stream.advance_float()
+        units += measured
+        store.add_layer(measured)
         stream.forget(layer.index)
         free_memory(device)
         progress.step("layers", layer.index + 1, len(plan.layers), f"{len(stems)} samples")

@@ -6,9 +6,12 @@ checked before and during decoding. URLs are never opened.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import io
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import numpy as np
 from ..errors import QuantError
 
 SUFFIXES = {
-    "image": (".jpg", ".jpeg", ".png", ".webp"),
+    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
     "audio": (".wav", ".mp3", ".flac", ".m4a"),
     "video": (".mp4", ".mkv", ".mov", ".webm"),
 }
@@ -29,10 +32,30 @@ MAX_FRAMES = 100_000  # 600 s at 166 frames/s; frames may have no timestamp
 MAX_VIDEO_PIXELS = 400_000_000  # in all sampled frames of a video
 SAMPLING_RATE = 16_000
 
+# By the name of the package, what it is imported as.
+_LIBRARIES = {
+    "torchvision": "torchvision",
+    "qwen_omni_utils": "qwen_omni_utils",
+    "av": "av",
+    "soxr": "soxr",
+    "pillow": "PIL",
+}
+
 # Only the formats of the suffixes above, whatever the file contains: other readers of Pillow and FFmpeg run programs
 # (EPS), or read further files and open connections that the file names (playlists, SDP).
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _CONTAINERS = {"format_whitelist": "wav,mp3,flac,mov,matroska", "protocol_whitelist": "file"}
+
+
+@functools.cache
+def require_libraries() -> None:
+    """Raise QuantError that names the extra, if a library is missing that decodes samples or makes tokens of them."""
+    missing = [name for name, module in _LIBRARIES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise QuantError(
+            f"samples cannot be read: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            "pip install 'msmodelslim_omni[media]', or choose a recipe without samples, e.g. --quant_type w8a8_minmax",
+        )
 
 
 def probe(kind: str, path: Path) -> bool:
@@ -145,7 +168,10 @@ def _planar_float_converter() -> Any:
 
 
 def load_image(path: Path) -> Any:
-    """Decode an image. Transparency is kept, because the model's processor replaces it by white."""
+    """Decode an image; of a GIF or TIFF with several, the first.
+
+    Transparency is kept, because the model's processor replaces it by white.
+    """
     from PIL import Image
 
     try:
@@ -165,6 +191,8 @@ def ensure_video_reader() -> None:
     import torchvision
     from qwen_omni_utils.v2_5 import vision_process
 
+    with redirect_stderr(io.StringIO()):  # the first call of this cached function prints which reader it chose
+        vision_process.get_video_reader_backend()
     if not hasattr(torchvision.io, "read_video"):
         vision_process.VIDEO_READER_BACKENDS["torchvision"] = _read_video
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import QuantError, nearest
-from ..files import file_digest, parse_json, read_regular, shipped_folder
+from ..files import file_digest, find_index, parse_json, read_regular
 from ..models import MediaProcessor, ModelInputs, ModelSpec
 from . import media
 
@@ -28,6 +29,7 @@ MAX_SAMPLE_CHARACTERS = 4 << 20
 MAX_INDEX_JSON_CHARACTERS = 16 << 20  # an index.json is parsed in one piece
 MAX_PARTS = 1000  # turns per conversation, and parts per turn
 _LISTED_ERRORS = 50
+_LISTED_PLACES = 3  # per error
 _MAX_ERRORS = 10_000
 
 
@@ -58,9 +60,18 @@ class CalibSample:
         return frozenset({"text", *kinds, *(("audio",) if self.use_audio_in_video else ())})
 
 
+class UnsupportedModality(QuantError):
+    """A sample with media that the model does not take. Such samples are left out; the dataset is not at fault."""
+
+    def __init__(self, kind: str, model: ModelSpec) -> None:
+        supported = ", ".join(model.modalities)
+        super().__init__(f"{kind} is not supported by {model.model_type}, which supports {supported}")
+        self.kind = kind
+
+
 @dataclass(frozen=True)
 class CalibSet:
-    """The calibration samples, the index that lists them, and one warning per skipped sample."""
+    """The calibration samples, the index that lists them, and a warning for each kind of skipped sample."""
 
     index: Path
     samples: tuple[CalibSample, ...]
@@ -90,56 +101,55 @@ def load_calib_set(
     default_text: the question of samples without a text. model: supplies the default system turn and the supported
     modalities. max_samples: if the index has more, a random choice with `seed`, in the order of the index.
 
-    Raises QuantError listing all errors with their lines; with on_bad_sample "skip" the errors become warnings.
+    Samples with media that the model does not take are left out, with one warning per kind. Raises QuantError listing
+    all errors with their lines; with on_bad_sample "skip" the errors become warnings.
     """
+    media.require_libraries()
     index = find_index(dataset)
-    samples, errors = [], []
+    samples: list[CalibSample] = []
+    errors: list[tuple[str, str]] = []
+    left_out: Counter[str] = Counter()
     for where, entry in _read_entries(index):
         try:
             samples.append(parse_sample(where, entry, index.parent, default_text, model))
+        except UnsupportedModality as error:
+            left_out[error.kind] += 1
         except QuantError as error:
-            errors += [f"{where}: {line}" for line in error.message.split("\n")]
+            errors += [(where, line) for line in error.message.split("\n")]
             if len(errors) > _MAX_ERRORS:
-                raise QuantError(f"{index}: more than {_MAX_ERRORS} errors; the first is: {errors[0]}") from error
+                first = ": ".join(errors[0])
+                raise QuantError(f"{index}: more than {_MAX_ERRORS} errors; the first is: {first}") from error
     if errors and on_bad_sample == "fail":
-        listed = errors[:_LISTED_ERRORS] + (
-            [f"... and {len(errors) - _LISTED_ERRORS} more"] * (len(errors) > _LISTED_ERRORS)
+        grouped = _grouped(errors)
+        listed = grouped[:_LISTED_ERRORS] + (
+            [f"... and {len(grouped) - _LISTED_ERRORS} more"] * (len(grouped) > _LISTED_ERRORS)
         )
         raise QuantError(
             f"the dataset has {len(errors)} error{'s' * (len(errors) > 1)}:\n" + "\n".join(listed),
-            "fix them, or skip such samples: `calibration: {on_bad_sample: skip}` in a recipe,"
-            " `--on_bad_sample skip` for eval",
+            "fix them, or skip such samples with --on_bad_sample skip (in a recipe: calibration.on_bad_sample)",
         )
+    omitted = [
+        f"{count} sample{'s' * (count > 1)} with {kind} left out: {model.model_type} takes no {kind}"
+        for kind, count in left_out.items()
+    ]
     if not samples:
-        raise QuantError(f"{index}: no usable sample", 'add at least one line such as {"text": "Hello"}')
+        raise QuantError("\n".join([f"{index}: no usable sample", *omitted]), 'add a line such as {"text": "Hello"}')
     if max_samples is not None and len(samples) > max_samples:
         chosen = sorted(random.Random(seed).sample(range(len(samples)), max_samples))
         samples = [samples[i] for i in chosen]
-    return CalibSet(index, tuple(samples), tuple(f"sample skipped: {error}" for error in errors))
+    return CalibSet(index, tuple(samples), (*omitted, *(f"sample skipped: {error}" for error in _grouped(errors))))
 
 
-def find_index(dataset: str) -> Path:
-    """Path of the index file. dataset: a path, or the name of a folder in lab_calib/.
-
-    Raises QuantError if the path does not exist or the folder does not contain exactly one index.
-    """
-    candidates = [Path(dataset)]
-    if Path(dataset).name == dataset:
-        candidates.append(shipped_folder("lab_calib") / dataset)
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
-    if path is None:
-        shipped = sorted(p.name for p in shipped_folder("lab_calib").glob("*") if p.is_dir())
-        raise QuantError(
-            f"dataset {dataset!r} does not exist. Shipped: {', '.join(shipped)}.{nearest(dataset, shipped)}",
-            "give an index.json, an index.jsonl, a folder that contains one, or a .txt file with one prompt per line",
-        )
-    if path.is_file():
-        return path
-    indices = [path / name for name in ("index.jsonl", "index.json") if (path / name).is_file()]
-    if len(indices) != 1:
-        contents = "both index.json and index.jsonl" if indices else "neither index.jsonl nor index.json"
-        raise QuantError(f"dataset folder {str(path)!r} contains {contents}", "give the path of the index file")
-    return indices[0]
+def _grouped(errors: list[tuple[str, str]]) -> list[str]:
+    """One line per message, with the places of the samples that it is about."""
+    places: dict[str, list[str]] = {}
+    for where, message in errors:
+        places.setdefault(message, []).append(where)
+    lines = []
+    for message, found in places.items():
+        more = f" and {len(found) - _LISTED_PLACES} more" if len(found) > _LISTED_PLACES else ""
+        lines.append(f"{', '.join(found[:_LISTED_PLACES])}{more}: {message}")
+    return lines
 
 
 def _read_entries(index: Path) -> Iterator[tuple[str, Any]]:
@@ -182,7 +192,11 @@ def _parse_json(text: str, limit: int = MAX_SAMPLE_CHARACTERS) -> Any:
 
 
 def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model: ModelSpec) -> CalibSample:
-    """Check one entry of an index. Raises one QuantError whose message has one line per error."""
+    """Check one entry of an index. Raises one QuantError whose message has one line per error.
+
+    Raises UnsupportedModality, before any media file is opened, if the model does not take a kind of its media.
+    """
+    media.require_libraries()
     if isinstance(entry, QuantError):
         raise entry
     if not isinstance(entry, dict):
@@ -199,9 +213,8 @@ def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model:
     if model.system and messages and messages[0]["role"] != "system":
         messages.insert(0, _message("system", [_text_part(model.system)]))
     kinds = {part["type"] for message in messages for part in message["content"]}
-    for kind in sorted(kinds - set(model.modalities)):
-        supported = ", ".join(model.modalities)
-        errors.append(f"{kind} is not supported by {model.model_type}, which supports {supported}")
+    if unsupported := sorted(kinds - set(model.modalities)):
+        raise UnsupportedModality(unsupported[0], model)
     tracks = [_check_part(part, folder, errors) for message in messages for part in message["content"]]
     has_audio = [track for track in tracks if track is not None]
     use_audio = _use_audio_in_video(entry, has_audio, errors) and "audio" in model.modalities

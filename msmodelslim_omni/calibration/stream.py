@@ -12,12 +12,16 @@ from ..errors import QuantError
 from ..models import MODALITIES, LayerInput, LayerSpec
 from ..numerics import relative_error
 from ..plan import QuantPlan, refit_budget
-from ..runtime import SINGLE_PROCESS, Budget, Team
+from ..runtime import SINGLE_PROCESS, Budget, Progress, Team
 from ..statistics import InputRecorder, InputStats, run_layer
 from .layer_probe import Errors, LayerProbe, add_sums, squared_errors
 from .sample_store import HiddenStates, refuse_nonfinite_states
 from .stems import Stems
 from .token_roles import assign_roles
+
+# Shares of a layer's time that the forwards of the samples take, to estimate the time that is left in the first layer.
+# From the table of phases in benchmarks/README.md. With H, the other phases take as long as this many tokens.
+_FORWARD_SHARE, _TOKENS_OF_SEARCH = 0.44, 20_000
 
 _BOUNDARIES = 3  # before a layer, after the float layer, and after the quantized layer
 
@@ -47,14 +51,24 @@ class CalibrationStream:
     """
 
     def __init__(
-        self, plan: QuantPlan, stems: Stems, folder: Path, device: torch.device, team: Team = SINGLE_PROCESS
+        self,
+        plan: QuantPlan,
+        stems: Stems,
+        folder: Path,
+        device: torch.device,
+        team: Team = SINGLE_PROCESS,
+        progress: Progress | None = None,
     ) -> None:
-        """folder: for the hidden states. Raises QuantError where --max_memory is too small for these samples."""
+        """folder: for the hidden states. progress: receives every sample of a forward.
+
+        Raises QuantError where --max_memory is too small for these samples.
+        """
         self.stems = stems
         self._plan = refit_budget(plan, stems.extent())
         self._folder = folder
         self._device = device
         self._team = team
+        self._progress = progress or Progress()
         self._split = team.split(stems.lengths)
         self._store = stems.store(self.budget.arguments)
         self._roles = assign_roles(stems.modalities, plan.calibration.modality_weights)
@@ -90,11 +104,23 @@ class CalibrationStream:
         for path in self._folder.glob(f"hidden-{layer:04d}*.safetensors"):
             path.unlink()
 
-    def _inputs(self, layer: int) -> Iterator[tuple[int, LayerInput]]:
-        """Position and input of a layer of each of this process' samples."""
+    def _inputs(self, layer: int, forward: str, shares: tuple[float, float]) -> Iterator[tuple[int, LayerInput]]:
+        """Position and input of a layer of each of this process' samples.
+
+        forward: which forward it is, for the progress. shares: of the layer's work, before it and after it.
+        """
+        count, (before, after) = len(self._split.local_items), shares
         for own, position in enumerate(self._split.local_items):
+            self._progress.doing(f"{forward}, sample {own + 1}/{count}", before + (after - before) * own / count)
             number = self.stems.numbers[position]
             yield position, self._store.layer_input(number, layer, self._hidden.read(own), self._device)
+
+    def _forward_share(self) -> float:
+        """The share of a layer's time that one forward of all samples takes, from measured runs."""
+        if self._plan.statistics != "gram":
+            return _FORWARD_SHARE
+        tokens = sum(self.stems.lengths)
+        return tokens / (tokens + _TOKENS_OF_SEARCH)
 
     # --- through a layer ---
 
@@ -119,7 +145,7 @@ class CalibrationStream:
         self, layer: int, module: torch.nn.Module, recorder: InputRecorder, probe: LayerProbe
     ) -> Iterator[torch.Tensor]:
         roles, modalities = self._roles, self.stems.modalities
-        for position, inputs in self._inputs(layer):
+        for position, inputs in self._inputs(layer, "float forward", (0.0, self._forward_share())):
             sample = self.stems.samples[position]
             recorder.begin(
                 modalities[position],
@@ -167,7 +193,8 @@ class CalibrationStream:
         self, layer: int, module: torch.nn.Module, errors: list[torch.Tensor]
     ) -> Iterator[torch.Tensor]:
         """errors: receives the squared sums of each of this process' samples."""
-        for own, (position, inputs) in enumerate(self._inputs(layer)):
+        shares = (1.0 - self._forward_share(), 1.0)
+        for own, (position, inputs) in enumerate(self._inputs(layer, "quantized forward", shares)):
             out = run_layer(module, inputs)
             exact = self._exact.read(own).to(self._device)
             errors.append(squared_errors(inputs.hidden, exact, out, self.stems.modalities[position]))

@@ -9,65 +9,88 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .shell import (
-    INDEX_LIMITS,
-    MEDIA_LIMITS,
+    DATA,
+    OUTPUT,
+    RECIPE,
     Debug,
     Device,
     Json,
+    LogFile,
     TrueFalse,
     TrustRemoteCode,
+    argument,
     flag,
     messages,
     print_json,
-    quiet_libraries,
+    required,
     results,
-    run_verb,
+    run_with_progress,
+    same_as,
 )
 
 if TYPE_CHECKING:
     from ..analysis import Analysis
+    from .live_progress import TerminalProgress
 
 # Limits for the terminal; analysis.md has all rows and columns.
-_SHOWN_UNITS, _SHOWN_UNIT_COLUMNS, _SHOWN_ROUND_COLUMNS = 20, 6, 7
+_SHOWN_UNIT_COLUMNS, _SHOWN_ROUND_COLUMNS = 6, 7
 
 
 def analyze(
-    model_path: Annotated[Path, flag("model_path", "Folder of the float checkpoint (config.json, safetensors).")],
-    dataset: Annotated[
-        str,
-        typer.Option(
-            help=f"Path of index.jsonl or its folder, or a name under lab_calib/. {INDEX_LIMITS} {MEDIA_LIMITS}"
+    context: typer.Context,
+    path: Annotated[str | None, argument("PATH", "Folder of the float checkpoint, or a hub name in the cache.")] = None,
+    save: Annotated[
+        str | None,
+        argument(
+            "SAVE_PATH",
+            "Empty or new folder, or of an interrupted analysis: for analysis.json, .md and .html, and for recipe.yaml"
+            " and model/ of a recipe. Without it, the result is only printed.",
         ),
-    ] = "calibVideos",
-    model_type: Annotated[
-        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.")
     ] = None,
-    device: Device = "auto",
-    max_samples: Annotated[
-        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", min=1)
+    model_path: Annotated[str | None, same_as("PATH", "model_path")] = None,
+    save_path: Annotated[str | None, same_as("SAVE_PATH", "save_path")] = None,
+    model_type: Annotated[
+        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.", RECIPE)
     ] = None,
     target_size: Annotated[
         str | None,
-        flag("target_size", "Choose a mixed recipe whose output is at most this large: 4.2GiB, 900MB, or bytes."),
+        flag(
+            "target_size",
+            "Choose a mixed recipe whose output is at most this large: 4.2GiB, 6G, 900MB, or bytes.",
+            RECIPE,
+        ),
     ] = None,
     max_kl: Annotated[
         float | None,
-        flag("max_kl", "Choose the smallest mixed recipe whose mean KL(float || quant) is at most this many nats."),
+        flag(
+            "max_kl",
+            "Choose the smallest mixed recipe whose mean KL(float || quant) is at most this many nats.",
+            RECIPE,
+        ),
     ] = None,
-    save_path: Annotated[
-        Path | None,
-        flag("save_path", "Empty or new folder for analysis.json and .md, and for recipe.yaml and model/ of a recipe."),
-    ] = None,
+    dataset: Annotated[
+        str,
+        flag("dataset", "Path of an index.jsonl, its folder, or a .txt file; or a name under lab_calib/.", DATA),
+    ] = "calibVideos",
     eval_dataset: Annotated[
         str | None,
         flag(
             "eval_dataset",
             "Samples to evaluate a recipe on. Default: a fifth of the dataset, held out from calibration.",
+            DATA,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for selecting samples.")] = 0,
+    max_samples: Annotated[
+        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", DATA, min=1)
+    ] = None,
+    seed: Annotated[int, flag("seed", "Seed for selecting samples.", DATA)] = 0,
+    device: Device = "auto",
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier analysis in SAVE_PATH.")] = False,
+    topk: Annotated[int, flag("topk", "Rows to print; all are in analysis.md.", OUTPUT, min=1)] = 20,
+    overwrite: Annotated[
+        bool, flag("overwrite", "Replace an earlier analysis in SAVE_PATH.", OUTPUT, is_flag=True)
+    ] = False,
+    log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -77,20 +100,36 @@ def analyze(
     --target_size or --max_kl, analyze also writes a recipe with int4 Linears, the most sensitive ones in int8 or float,
     and its compressed_tensors checkpoint, evaluated on held-out samples. Exit code 1 if no recipe meets --max_kl.
     """
+    if save is None and save_path is None:
+        (model,) = required(context, model_path=("PATH", path, model_path))
+        folder = None
+    else:
+        model, target = required(
+            context, model_path=("PATH", path, model_path), save_path=("SAVE_PATH", save, save_path)
+        )
+        folder = Path(target)
     if target_size is not None and max_kl is not None:
         raise typer.BadParameter("--target_size and --max_kl exclude each other; give only one")
-    from .live_progress import TerminalProgress
 
-    progress = TerminalProgress(messages)
-    quiet_libraries()
+    def check() -> None:
+        from ..files import find_model_folder, parse_size
+        from .early_checks import check_output, check_samples
 
-    def work() -> None:
+        found = find_model_folder(model)
+        if folder is not None:
+            check_output(folder, found)
+        check_samples(dataset)
+        check_samples(eval_dataset)
+        if target_size is not None:
+            parse_size(target_size)
+
+    def work(progress: TerminalProgress) -> None:
         from ..analysis import analyze as run_analyze
-        from ..runtime import parse_size
+        from ..files import parse_size
 
         analysis = run_analyze(
-            model_path, dataset, model_type=model_type, device=device, max_samples=max_samples,
-            target_size=None if target_size is None else parse_size(target_size), max_kl=max_kl, save_path=save_path,
+            model, dataset, model_type=model_type, device=device, max_samples=max_samples,
+            target_size=None if target_size is None else parse_size(target_size), max_kl=max_kl, save_path=folder,
             eval_dataset=eval_dataset, seed=seed, trust_remote_code=trust_remote_code is TrueFalse.true,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
@@ -98,18 +137,18 @@ def analyze(
         if as_json:
             print_json(asdict(analysis))
         else:
-            _show(analysis, save_path)
+            _show(analysis, folder, topk)
         if analysis.choice is not None and not analysis.choice.satisfied:
             messages.print(f"none of the tested recipes has a KL of at most {max_kl:g}; the best one is kept")
             raise typer.Exit(1)
 
-    try:
-        run_verb(work, debug)
-    finally:
-        progress.close()
+    def stopped() -> str:
+        return "run the same command again to continue" if folder is not None else ""
+
+    run_with_progress(check, work, debug, stopped=stopped, as_json=as_json, log_file=log_file)
 
 
-def _show(analysis: Analysis, save_path: Path | None) -> None:
+def _show(analysis: Analysis, save_path: Path | None, shown_units: int) -> None:
     from ..analysis import (
         ROUND_COLUMNS,
         UNIT_COLUMNS,
@@ -119,7 +158,7 @@ def _show(analysis: Analysis, save_path: Path | None) -> None:
     )
     from .tables import table
 
-    rows = [row[:_SHOWN_UNIT_COLUMNS] for row in unit_rows(analysis.units, _SHOWN_UNITS)]
+    rows = [row[:_SHOWN_UNIT_COLUMNS] for row in unit_rows(analysis.units, shown_units)]
     counts = f" ({len(rows)} of {len(analysis.units)})" if len(rows) < len(analysis.units) else ""
     results.print(table(f"Units by damage of int4{counts}", list(UNIT_COLUMNS[:_SHOWN_UNIT_COLUMNS]), rows, 1))
     results.print("Smallest set of units that causes half of the damage:")
@@ -132,3 +171,5 @@ def _show(analysis: Analysis, save_path: Path | None) -> None:
         messages.print(f"warning: {warning}", soft_wrap=True, markup=False)
     if save_path is not None:
         results.print(f"report {save_path / 'analysis.md'}", soft_wrap=True, markup=False)
+    else:
+        messages.print("nothing was saved; give SAVE_PATH to keep all rows")

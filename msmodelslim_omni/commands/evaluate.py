@@ -6,24 +6,30 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import typer
+
 from .shell import (
-    INDEX_LIMITS,
-    MEDIA_LIMITS,
+    DATA,
+    OUTPUT,
     Debug,
     Device,
     Json,
+    LogFile,
+    OnBadSample,
     TrueFalse,
     TrustRemoteCode,
+    argument,
     flag,
-    messages,
     print_json,
-    quiet_libraries,
+    required,
     results,
-    run_verb,
+    run_with_progress,
+    same_as,
 )
 
 if TYPE_CHECKING:
     from ..report import EvalReport
+    from .live_progress import TerminalProgress
 
 # Minimum width of the terminal for the intervals of every modality.
 _MIN_WIDTH_FOR_INTERVALS = 120
@@ -35,30 +41,26 @@ class PositionsFlag(str, Enum):
     text = "text"
 
 
-class OnBadSample(str, Enum):
-    fail = "fail"
-    skip = "skip"
-
-
 def eval_(
-    float_: Annotated[Path, flag("float", "Folder of the float checkpoint.")],
-    quant: Annotated[Path, flag("quant", "Folder of the checkpoint to compare: any supported format, or float.")],
+    context: typer.Context,
+    path: Annotated[
+        str | None, argument("PATH", "Folder of the checkpoint to evaluate: any supported format, or float.")
+    ] = None,
+    quant: Annotated[str | None, same_as("PATH", "quant")] = None,
+    float_: Annotated[str | None, flag("float", "Folder of the float checkpoint.", metavar="PATH")] = None,
     dataset: Annotated[
-        str,
-        flag(
-            "dataset", f"Path of index.json(l) or its folder, or a name under lab_calib/. {INDEX_LIMITS} {MEDIA_LIMITS}"
-        ),
-    ],
+        str | None, flag("dataset", "Path of an index.jsonl or its folder, or a name under lab_calib/.", DATA)
+    ] = None,
     device: Device = "auto",
     max_samples: Annotated[
-        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", min=1)
+        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", DATA, min=1)
     ] = None,
-    max_tokens: Annotated[int, flag("max_tokens", "Maximum length of a sample in tokens.", min=1)] = 8192,
+    max_tokens: Annotated[int, flag("max_tokens", "Maximum length of a sample in tokens.", DATA, min=1)] = 8192,
     max_pixels: Annotated[
-        int, flag("max_pixels", "Downscale images and video frames to at most N pixels.", min=784)
+        int, flag("max_pixels", "Downscale images and video frames to at most N pixels.", DATA, min=784)
     ] = 200704,
     video_fps: Annotated[
-        float, flag("video_fps", "Frames per second that are read from a video.", min=0.01, max=100.0)
+        float, flag("video_fps", "Frames per second that are read from a video.", DATA, min=0.01, max=100.0)
     ] = 2.0,
     positions: Annotated[
         PositionsFlag,
@@ -69,14 +71,16 @@ def eval_(
     exact_match: Annotated[
         TrueFalse, flag("exact_match", "Fail if the dataset has no answers.", case_sensitive=False)
     ] = TrueFalse.false,
-    seed: Annotated[int, flag("seed", "Seed for the intervals and for --max_samples.", min=0)] = 0,
+    seed: Annotated[int, flag("seed", "Seed for the intervals and for --max_samples.", DATA, min=0)] = 0,
     save_path: Annotated[
-        Path | None, flag("save_path", "Folder for eval_report.json and .md. Default: eval/ in a quantized checkpoint.")
+        Path | None,
+        flag("save_path", "Folder for eval_report.json and .md. Default: eval/ in a quantized checkpoint.", OUTPUT),
     ] = None,
     on_bad_sample: Annotated[
-        OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.")
+        OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.", DATA)
     ] = OnBadSample.fail,
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
+    log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -86,17 +90,26 @@ def eval_(
     the states that the talker reads, with bootstrap intervals. Both models run layer by layer, in the memory of one
     layer.
     """
-    from .live_progress import TerminalProgress
+    quantized, float_path, index = required(
+        context, quant=("PATH", path, quant), float=("--float", float_, None), dataset=("--dataset", dataset, None)
+    )
 
-    progress = TerminalProgress(messages)
-    quiet_libraries()
+    def check() -> None:
+        from ..files import find_model_folder
+        from .early_checks import check_samples
 
-    def work() -> None:
+        find_model_folder(quantized)
+        find_model_folder(float_path)
+        check_samples(index)
+
+    def work(progress: TerminalProgress) -> None:
         from ..evaluation import default_save_path, evaluate
+        from ..files import find_model_folder
 
-        folder = save_path or default_save_path(quant)
+        folder = save_path or default_save_path(find_model_folder(quantized))
         report = evaluate(
-            float_, quant, dataset, device=device, max_samples=max_samples, max_tokens=max_tokens,
+            find_model_folder(float_path), find_model_folder(quantized), index,
+            device=device, max_samples=max_samples, max_tokens=max_tokens,
             max_pixels=max_pixels, video_fps=video_fps, exact_match=exact_match is TrueFalse.true,
             positions=positions.value, seed=seed, save_path=folder,
             trust_remote_code=trust_remote_code is TrueFalse.true, on_bad_sample=on_bad_sample.value,
@@ -114,10 +127,7 @@ def eval_(
         else:
             _print_report(report)
 
-    try:
-        run_verb(work, debug)
-    finally:
-        progress.close()
+    run_with_progress(check, work, debug, as_json=as_json, log_file=log_file)
 
 
 def _print_report(report: EvalReport) -> None:

@@ -4,47 +4,67 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .shell import (
     Debug,
     Json,
+    LogFile,
+    argument,
     flag,
-    messages,
     print_json,
-    quiet_libraries,
+    required,
     results,
-    run_verb,
+    run_with_progress,
+    same_as,
 )
+
+if TYPE_CHECKING:
+    from .live_progress import TerminalProgress
 
 
 def export(
-    path: Annotated[Path, typer.Argument(help="Folder of a quantized checkpoint, as written by `quant`.")],
-    save_path: Annotated[Path, flag("save_path", "Output folder: empty, new, or of an interrupted export.")],
-    save_format: Annotated[str, flag("save_format", "Format to write: awq, compressed_tensors or ascendv1_saver.")],
+    context: typer.Context,
+    path: Annotated[str | None, argument("PATH", "Folder of a quantized checkpoint, as written by `quant`.")] = None,
+    save: Annotated[
+        str | None, argument("SAVE_PATH", "Output folder: empty, new, or of an interrupted export.")
+    ] = None,
+    save_path: Annotated[str | None, same_as("SAVE_PATH", "save_path")] = None,
+    save_format: Annotated[
+        str | None, flag("save_format", "Format to write: awq, compressed_tensors or ascendv1_saver.")
+    ] = None,
     thinker_only: Annotated[
         bool, flag("thinker_only", "Omit talker and token2wav; the output answers in text only.", is_flag=True)
     ] = False,
     part_file_size: Annotated[int, flag("part_file_size", "Shard size in GB; 0: a single file.", min=0)] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output in SAVE_PATH.")] = False,
+    log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Convert a quantized checkpoint to another format, without quantizing again."""
-    from .live_progress import TerminalProgress
-    from .tables import table
+    source, target, wanted = required(
+        context, path=("PATH", path, None), save_path=("SAVE_PATH", save, save_path),
+        save_format=("--save_format", save_format, None),
+    )  # fmt: skip
 
-    progress = TerminalProgress(messages)
-    quiet_libraries()
+    def check() -> None:
+        from ..files import find_model_folder
+        from ..recipe import saver_names
+        from .early_checks import check_output
 
-    def work() -> None:
+        check_output(Path(target), find_model_folder(source))
+        saver_names([wanted])
+
+    def work(progress: TerminalProgress) -> None:
         from ..quantized import export as run_export
         from ..report import human_bytes
+        from .tables import table
 
         result = run_export(
-            path, save_path, save_format, thinker_only=thinker_only, part_file_size=part_file_size, overwrite=overwrite,
+            source, target, wanted, thinker_only=thinker_only, part_file_size=part_file_size, overwrite=overwrite,
             progress=progress,
         )  # fmt: skip
         progress.close()
@@ -58,7 +78,7 @@ def export(
         ]
         results.print(table(f"{result.linears} quantized Linears", ["format", "folder", "bytes"], rows, numeric=2))
 
-    try:
-        run_verb(work, debug, stopped="run the same command again to continue")
-    finally:
-        progress.close()
+    def stopped() -> str:
+        return "run the same command again to continue"
+
+    run_with_progress(check, work, debug, stopped=stopped, as_json=as_json, log_file=log_file)

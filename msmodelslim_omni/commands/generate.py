@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,16 +13,19 @@ from .shell import (
     TrueFalse,
     TrustRemoteCode,
     flag,
-    messages,
-    quiet_libraries,
-    run_verb,
+    run_with_progress,
 )
+
+if TYPE_CHECKING:
+    from .live_progress import TerminalProgress
 
 
 def generate(
-    path: Annotated[Path, typer.Argument(help="Folder of a float or quantized checkpoint.")],
+    path: Annotated[str, typer.Argument(help="Folder of a float or quantized checkpoint.", metavar="PATH")],
     text: Annotated[str, typer.Option(help="Text of the prompt.")] = "",
-    image: Annotated[list[str] | None, typer.Option(help="Image file: jpg png webp. Repeat for several.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Image file: jpg png webp bmp tif gif. Repeat for several.")
+    ] = None,
     audio: Annotated[list[str] | None, typer.Option(help="Audio file: wav mp3 flac m4a. Repeat for several.")] = None,
     video: Annotated[
         list[str] | None,
@@ -41,17 +44,20 @@ def generate(
     fits, else bfloat16), and int8 activations are emulated. Media are local files, decoded as in calibration: each at
     most 1 GiB, 64 megapixels, 600 s.
     """
-    from .live_progress import TerminalProgress
+    if not (text.strip() or image or audio or video):
+        raise typer.BadParameter("give a prompt: --text, --image, --audio or --video")
 
-    progress = TerminalProgress(messages)
-    quiet_libraries()
+    def check() -> None:
+        from ..files import find_model_folder
 
-    def show(piece: str) -> None:
-        progress.close()
-        typer.echo(piece, nl=False)
+        find_model_folder(path)
 
-    def work() -> None:
+    def work(progress: TerminalProgress) -> None:
         from ..quantized import generate as run_generate
+
+        def show(piece: str) -> None:
+            progress.close()
+            typer.echo(piece, nl=False)
 
         answer = run_generate(
             path, text, images=image or (), audios=audio or (), videos=video or (), speech=speech, speaker=speaker,
@@ -64,7 +70,4 @@ def generate(
         if answer.speech:
             progress.say(f"{answer.speech_seconds:.1f} s of speech in {answer.speech}")
 
-    try:
-        run_verb(work, debug)
-    finally:
-        progress.close()
+    run_with_progress(check, work, debug)

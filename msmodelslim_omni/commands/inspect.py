@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,7 +18,7 @@ from .shell import (
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a float or quantized checkpoint.")],
+    path: Annotated[str, typer.Argument(help="Folder of a float or quantized checkpoint.", metavar="PATH")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -60,7 +59,7 @@ def inspect(
         results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
 
     quiet_libraries()
-    run_verb(work, debug)
+    run_verb(work, debug, as_json=as_json)
 
 
 def _totals(parts: Any) -> list[str]:

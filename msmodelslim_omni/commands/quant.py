@@ -9,68 +9,95 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .shell import (
-    INDEX_LIMITS,
-    MEDIA_LIMITS,
+    DATA,
+    MACHINE,
+    OUTPUT,
+    RECIPE,
     Debug,
     Device,
     Json,
+    LogFile,
     LogLevel,
+    OnBadSample,
     TrueFalse,
     TrustRemoteCode,
+    argument,
     flag,
-    messages,
     print_json,
-    quiet_libraries,
+    required,
     results,
-    run_verb,
+    run_with_progress,
+    same_as,
 )
 
 if TYPE_CHECKING:
     from ..report import Report
-    from ..run import Prepared
+    from .live_progress import TerminalProgress
 
 
 def quant(
-    model_path: Annotated[Path, flag("model_path", "Folder of the float checkpoint (config.json, safetensors).")],
-    save_path: Annotated[Path, flag("save_path", "Output folder: empty, new, or of an interrupted run.")],
+    context: typer.Context,
+    path: Annotated[str | None, argument("PATH", "Folder of the float checkpoint, or a hub name in the cache.")] = None,
+    save: Annotated[str | None, argument("SAVE_PATH", "Output folder: empty, new, or of an interrupted run.")] = None,
+    model_path: Annotated[str | None, same_as("PATH", "model_path")] = None,
+    save_path: Annotated[str | None, same_as("SAVE_PATH", "save_path")] = None,
     model_type: Annotated[
-        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.")
+        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.", RECIPE)
     ] = None,
-    device: Device = "auto",
     quant_type: Annotated[
-        str | None, flag("quant_type", "w8a8 or w4a16 (awq): use the best shipped recipe of this type. Default: w8a8.")
+        str | None,
+        flag(
+            "quant_type",
+            "w8a8, w4a16 (also awq, int4), nf4, or with a variant: w8a8_minmax, w4a16_sym. The best shipped recipe of"
+            " this type is used. Default: w8a8.",
+            RECIPE,
+        ),
     ] = None,
     config_path: Annotated[
         str | None,
-        flag("config_path", "Recipe: a YAML file or the name of a shipped recipe. Excludes --quant_type."),
-    ] = None,
-    trust_remote_code: TrustRemoteCode = TrueFalse.false,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            help="Path of index.jsonl or its folder, or a name under lab_calib/. Overrides the recipe."
-            f" {INDEX_LIMITS} {MEDIA_LIMITS}"
-        ),
-    ] = None,
-    max_samples: Annotated[
-        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", min=1)
+        flag("config_path", "Recipe: a YAML file or the name of a shipped recipe. Excludes --quant_type.", RECIPE),
     ] = None,
     save_format: Annotated[
         list[str] | None,
         flag(
             "save_format",
-            "Output format: ascendv1_saver, compressed_tensors or awq. Repeat for several, each in SAVE_PATH/FORMAT."
-            " Overrides the recipe.",
+            "Output format: ascendv1_saver, compressed_tensors, awq or bitsandbytes. Several, repeated or joined by"
+            " commas, go to SAVE_PATH/FORMAT. Overrides the recipe.",
+            RECIPE,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for selecting samples.")] = 0,
+    dataset: Annotated[
+        str | None,
+        flag(
+            "dataset",
+            "Path of an index.jsonl, its folder, or a .txt file with one prompt per line; or a name under lab_calib/."
+            " Overrides the recipe.",
+            DATA,
+        ),
+    ] = None,
+    max_samples: Annotated[
+        int | None, flag("max_samples", "Use at most N samples, selected with --seed.", DATA, min=1)
+    ] = None,
+    on_bad_sample: Annotated[
+        OnBadSample | None,
+        flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it. Overrides the recipe.", DATA),
+    ] = None,
+    seed: Annotated[int, flag("seed", "Seed for selecting samples.", DATA)] = 0,
+    device: Device = "auto",
     max_memory: Annotated[
         str | None,
-        flag("max_memory", "Limit the memory of the process: 6GiB, 900MB, or bytes."),
+        flag("max_memory", "Limit the memory of the process: 6GiB, 6G, 900MB, or bytes.", MACHINE),
     ] = None,
-    dry_run: Annotated[bool, flag("dry_run", "Print the plan and stop.", is_flag=True)] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output in SAVE_PATH.")] = False,
-    log_level: Annotated[LogLevel, flag("log_level", "Lowest level of messages to print.")] = LogLevel.info,
+    trust_remote_code: TrustRemoteCode = TrueFalse.false,
+    dry_run: Annotated[bool, flag("dry_run", "Print the plan and stop.", OUTPUT, is_flag=True)] = False,
+    show_all: Annotated[
+        bool, flag("all", "With --dry_run: one row per Linear instead of one per decision.", OUTPUT, is_flag=True)
+    ] = False,
+    overwrite: Annotated[
+        bool, flag("overwrite", "Replace an existing output in SAVE_PATH.", OUTPUT, is_flag=True)
+    ] = False,
+    log_level: Annotated[LogLevel, flag("log_level", "Lowest level of messages to print.", OUTPUT)] = LogLevel.info,
+    log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -79,95 +106,66 @@ def quant(
     An interrupted run resumes when you run the same command again. Several processes can share the work:
     torchrun --nproc_per_node N -m msmodelslim_omni quant ...
     """
+    model, target = required(context, model_path=("PATH", path, model_path), save_path=("SAVE_PATH", save, save_path))
     if quant_type and config_path:
         raise typer.BadParameter("--quant_type and --config_path exclude each other; give only one")
-    from ..files import read_ahead
 
-    if not dry_run:
-        read_ahead(model_path)  # in the background, during the import of torch
-    from .live_progress import TerminalProgress
+    def check() -> None:
+        from ..files import find_model_folder, read_ahead
+        from .early_checks import check_quant
 
-    progress = TerminalProgress(messages, log_level.value)
-    quiet_libraries()
+        check_quant(
+            model, target, quant_type=quant_type, config_path=config_path, dataset=dataset, save_format=save_format,
+            max_memory=max_memory,
+        )  # fmt: skip
+        if not dry_run:
+            read_ahead(find_model_folder(model))  # in the background, during the import of torch
 
-    def work() -> None:
-        from ..run import QuantRequest, check_save_path, prepare, run_prepared
-        from ..runtime import Progress, open_team, parse_size
+    def work(progress: TerminalProgress) -> None:
+        from ..files import check_save_path, find_model_folder, parse_size
+        from ..run import QuantRequest, prepare, run_prepared
+        from ..runtime import Progress, open_team
+        from .show_plan import show_plan
 
         with open_team(device) as team:
             request = QuantRequest(
-                model_path=model_path,
+                model_path=find_model_folder(model),
                 model_type=model_type,
                 device=device,
                 quant_type=quant_type,
                 config_path=config_path,
                 dataset=dataset,
                 max_samples=max_samples,
+                on_bad_sample=None if on_bad_sample is None else on_bad_sample.value,
                 save_format=tuple(save_format or ()),
                 seed=seed,
                 trust_remote_code=trust_remote_code is TrueFalse.true,
                 max_memory=None if max_memory is None else parse_size(max_memory),
             )
             shown = progress if team.is_leader else Progress()
-            check_save_path(save_path, model_path)
+            if str(request.model_path) != str(Path(model)):
+                shown.say(f"model {request.model_path}, from the local hub cache")
+            check_save_path(Path(target), request.model_path)
             prepared = prepare(request, shown, team, check_later=not dry_run)
             if dry_run:
                 if team.is_leader:
-                    _show_plan(prepared, as_json)
+                    show_plan(prepared, as_json, show_all)
                 return
-            report = run_prepared(prepared, save_path, overwrite=overwrite, progress=shown)
+            report = run_prepared(prepared, Path(target), overwrite=overwrite, progress=shown)
             progress.close()
             if team.is_leader:
                 _show_report(report, as_json)
 
-    try:
-        stopped = f"run the same command again to continue; finished layers are in {save_path}"
-        run_verb(work, debug, stopped=stopped, can_share=True)
-    finally:
-        progress.close()
+    def stopped() -> str:
+        from ..files import WORK_FOLDER
 
+        if (Path(target) / WORK_FOLDER).is_dir():
+            return f"run the same command again to continue; finished layers are in {target}"
+        return "nothing was written; run the same command again to start"
 
-def _show_plan(prepared: Prepared, as_json: bool) -> None:
-    from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
-    from .tables import table
-
-    plan, expected = prepared.plan, prepared.forecast
-    linears = [
-        (linear.name, list(linear.shape), linear.scheme.name if linear.scheme else "FLOAT", linear.reason)
-        for linear in plan.linears
-    ]
-    kept = [(part.name, part.why_float, size) for part, size in plan.kept_parts()]
-    if as_json:
-        plan_json = {
-            "model_type": plan.model.model_type,
-            "recipe": str(plan.recipe.path),
-            "device": prepared.device.name,
-            "dataset": plan.dataset,
-            "samples": len(prepared.calib.samples) if prepared.calib else 0,
-            "linears": [dict(zip(("name", "shape", "scheme", "reason"), entry, strict=True)) for entry in linears],
-            "kept_float": [dict(zip(("part", "why", "bytes"), entry, strict=True)) for entry in kept],
-            "output_bytes": expected.output_bytes,
-            "disk_bytes": expected.disk_bytes,
-            "peak_memory_bytes": expected.peak_memory_bytes,
-            "run_memory": asdict(expected.run_memory),
-            "warnings": list(plan.warnings),
-        }
-        print_json(plan_json)
-        return
-    rows = [[name, f"{shape[0]} x {shape[1]}", scheme, reason] for name, shape, scheme, reason in linears]
-    results.print(table("Linears of the decoder layers", ["Linear", "out x in", "scheme", "reason for float"], rows, 9))
-    rows = [[name, why, human_bytes(size)] for name, why, size in kept]
-    results.print(table("Kept float, written unchanged", ["part", "reason", "bytes"], rows, numeric=2))
-    rows = [
-        ["source", human_bytes(plan.checkpoint.total_bytes)],
-        *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
-        ["disk space, work folder included", human_bytes(expected.disk_bytes)],
-        ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
-        ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
-    ]
-    results.print(table("Estimates", ["item", "value"], rows, numeric=1))
-    rows = run_memory_rows(expected.run_memory)
-    results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
+    run_with_progress(
+        check, work, debug, stopped=stopped, can_share=True, as_json=as_json, log_level=log_level, log_file=log_file
+    )
 
 
 def _show_report(report: Report, as_json: bool) -> None:
@@ -195,10 +193,11 @@ def _show_report(report: Report, as_json: bool) -> None:
     page = Path(next(iter(report.savers.values()))) / "quant_report.html"  # written only with the extra `report`
     rows = [
         ["bits per quantized weight, scales included", f"{report.bits_per_weight:.3f}"],
-        ["time", f"{report.seconds:.1f} s"],
+        ["time of the run, without start and checks", f"{report.seconds:.1f} s"],
         ["peak memory", human_bytes(report.peak_rss_bytes)],
         *([["peak device memory", human_bytes(report.peak_device_bytes)]] if report.peak_device_bytes else []),
-        *([saver, folder] for saver, folder in report.savers.items()),
-        ["report", str(page if page.is_file() else page.with_suffix(".md"))],
     ]
-    results.print(table("Result", ["item", "value"], rows, numeric=9))
+    results.print(table("Result", ["item", "value"], rows, numeric=1))
+    for saver, folder in report.savers.items():
+        results.print(f"output {saver}: {folder}", soft_wrap=True, markup=False)
+    results.print(f"report: {page if page.is_file() else page.with_suffix('.md')}", soft_wrap=True, markup=False)

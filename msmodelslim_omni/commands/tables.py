@@ -1,19 +1,43 @@
-"""Result tables in the terminal."""
+"""Result tables in the terminal. They fit 60 columns: words wrap, and only text without spaces is ever folded."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+from rich import box
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+_NARROW = 90  # below this width, tables have no frame between columns
 
-def table(title: str, columns: list[str], rows: list[list[str]], numeric: int) -> Table:
-    """Build a table whose columns from index `numeric` on are aligned right."""
-    built = Table(title=title, title_justify="left", header_style="bold")
+
+def table(title: str, columns: list[str], rows: list[list[str]], numeric: int, width: int | None = None) -> Group:
+    """Build a table whose columns from index `numeric` on are aligned right.
+
+    width: of the terminal; default: that of `results`. Names (first column) and numbers are not wrapped, unless the
+    table would be wider than the terminal.
+    """
+    from .shell import results
+
+    available = width or results.width
+    frame = box.SIMPLE_HEAD if available < _NARROW else box.HEAVY_HEAD
+    is_narrow = available < _NARROW
+    built = Table(header_style="bold", box=frame, pad_edge=not is_narrow, show_edge=not is_narrow)
+    fits = _width_of_names(columns, rows, numeric) <= available - 12
     for number, column in enumerate(columns):
         alignment: Literal["left", "right"] = "right" if number >= numeric else "left"
-        built.add_column(column, justify=alignment, overflow="fold", no_wrap=number == 0)
+        is_name = fits and (number == 0 or number >= numeric)
+        built.add_column(column, justify=alignment, overflow="fold", no_wrap=is_name)
     for row in rows:
         built.add_row(*(Text(cell) for cell in row))
-    return built
+    # Not the table's own title, which is folded to the width of the table.
+    return Group(Text(title, style="bold"), built, *([Text()] if is_narrow else []))
+
+
+def _width_of_names(columns: list[str], rows: list[list[str]], numeric: int) -> int:
+    """Characters of the columns that are not wrapped, with their gaps."""
+    unwrapped = [number for number in range(len(columns)) if number == 0 or number >= numeric]
+    cells = [[columns[number], *(row[number] for row in rows)] for number in unwrapped]
+    widths = [max((len(line) for cell in column for line in cell.split("\n")), default=0) for column in cells]
+    return sum(widths) + 3 * len(widths)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..errors import QuantError
 from ..formats import FORMATS
@@ -23,6 +24,8 @@ from ..recipe import (
     SaverConfig,
     WeightConfig,
     matches,
+    saver_names,
+    shipped_recipes,
 )
 from ..runtime import DEFAULT_BUDGET, Budget
 from ..storage import Checkpoint
@@ -101,6 +104,7 @@ def make_plan(
     save_formats: Sequence[str] = (),
     dataset: str | None = None,
     max_samples: int | None = None,
+    on_bad_sample: Literal["fail", "skip"] | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     check_later: bool = False,
@@ -115,6 +119,9 @@ def make_plan(
     check_type(model, checkpoint)
     check_layers(model, checkpoint)
     warnings: list[str] = []
+    verified = recipe.metadata.verified_model_types
+    if verified and model.model_type not in verified:
+        warnings.append(f"{recipe.path.name} is made for {', '.join(verified)}, not for {model.model_type}")
     selections = _selections(recipe, model, checkpoint, warnings)
     layer_spec = model.family.layer_spec(checkpoint.config)
     layers = tuple(
@@ -134,8 +141,8 @@ def make_plan(
     if data_free and dataset is not None:
         warnings.append(f"the recipe is data-free; dataset {dataset!r} is not read")
     calibration = recipe.spec.calibration
-    if max_samples is not None:
-        calibration = calibration.model_copy(update={"max_samples": max_samples})
+    given = {"max_samples": max_samples, "on_bad_sample": on_bad_sample}
+    calibration = calibration.model_copy(update={key: value for key, value in given.items() if value is not None})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)
     checked = not (check_later and data_free)
@@ -173,7 +180,6 @@ def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnin
     decoder = {n for n in linear_like if n.startswith(prefix) and n.removeprefix(prefix).partition(".")[2] in in_layer}
     selections: list[Selection] = []
     taken: set[str] = set()
-    after_linear_quant = False
     for location, config in recipe.processors():
         if config.type not in model.processors:
             supported = ", ".join(sorted(model.processors))
@@ -186,12 +192,6 @@ def _selections(recipe: Recipe, model: ModelSpec, checkpoint: Checkpoint, warnin
         if isinstance(config, LinearQuantConfig):
             selected -= taken
             taken |= selected
-            after_linear_quant = True
-        elif after_linear_quant:
-            raise QuantError(
-                f"{recipe.where(location)}: {config.type} comes after linear_quant and would smooth rounded weights",
-                "move it before linear_quant",
-            )
         selections.append((location, config, frozenset(selected)))
     return selections
 
@@ -359,9 +359,7 @@ def _savers(recipe: Recipe, names: Sequence[str]) -> tuple[SaverConfig, ...]:
         return recipe.spec.save
     in_recipe: dict[str, SaverConfig] = {saver.type: saver for saver in recipe.spec.save}
     savers: dict[str, SaverConfig] = {}
-    for name in names:
-        if name not in SAVER_CONFIGS:
-            raise QuantError(f"unknown save_format {name!r}. Known: {', '.join(SAVER_CONFIGS)}")
+    for name in saver_names(names):
         savers[name] = in_recipe.get(name) or SAVER_CONFIGS[name].model_validate({"type": name})
     return tuple(savers.values())
 
@@ -370,4 +368,14 @@ def _check_formats(savers: tuple[SaverConfig, ...], recipe: Recipe, linears: tup
     schemes = frozenset(linear.scheme for linear in linears if linear.scheme is not None)
     for saver in savers:
         if why := FORMATS[saver.type].refusal(schemes):
-            raise QuantError(f"{recipe.where(('spec', 'save'))}: {saver.type} cannot store this recipe's result: {why}")
+            raise QuantError(
+                f"{recipe.where(('spec', 'save'))}: {saver.type} cannot store this recipe's result: {why}",
+                _recipe_for(saver.type, recipe),
+            )
+
+
+def _recipe_for(saver: str, recipe: Recipe) -> str:
+    """A hint that names the quant type whose recipes write this format."""
+    types = sorted({r.quant_type for r in shipped_recipes() if saver in [listed.type for listed in r.spec.save]})
+    others = [name for name in types if name != recipe.quant_type]
+    return f"use --quant_type {others[0]}, or another --save_format" if others else "use another --save_format"

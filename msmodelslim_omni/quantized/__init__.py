@@ -1,7 +1,8 @@
 """Operations on a finished quantized checkpoint: read, convert to another format, generate, inspect.
 
 reader.py opens a checkpoint of any supported format. Every other file is one operation.
-May import: run, calibration, report, plan, formats, models, recipe, numerics, runtime, storage, errors.
+May import: run, calibration, report, plan, formats, models, recipe, numerics, runtime, storage, files,
+errors.
 Omitted on purpose: damage checks (see doctor) and accuracy (see evaluation).
 """
 

@@ -18,18 +18,19 @@ from pathlib import Path
 import torch
 
 from ..errors import QuantError
+from ..files import check_save_path, find_model_folder
 from ..formats import FORMATS, OutLinear, OutputJob, OutTensor, format_tensors
 from ..models import ModelSpec
-from ..recipe import SAVER_CONFIGS
+from ..recipe import saver_names
 from ..report import PartSize, Report, stored_recipe, stored_report, write_documents
 from ..run import (
     Outputs,
     Workspace,
     bits_per_weight,
     check_disk_space,
-    check_save_path,
     float_item,
     in_pieces,
+    is_finished,
     memory_of,
     versions,
     written_parts,
@@ -83,19 +84,23 @@ def export(
     is not a complete quantized checkpoint, or if `save_format` cannot hold the source.
     """
     progress = progress or Progress()
-    _check_arguments(save_format, part_file_size)
-    source, target = open_quantized(path), Path(save_path)
+    _check_arguments(part_file_size)
+    (save_format,) = saver_names([save_format])
+    source, target = open_quantized(find_model_folder(path)), Path(save_path)
     _check_source(source, target, save_format, thinker_only)
     job = make_export_job(source, save_format, thinker_only)
     tensors = format_tensors(FORMATS[save_format], job)
     check_disk_space(target, _total_bytes(tensors))
     fingerprint = _fingerprint(source, save_format, part_file_size, thinker_only)
-    with Workspace(target, fingerprint, overwrite=overwrite) as workspace:
-        if not workspace.manifest.committing:
-            _write_tensors(job, save_format, part_file_size, workspace, progress)
-            report = _make_report(source, job, tensors, save_format, target)
-            _write_documents(report, source, save_format, workspace, progress)
-        workspace.commit([save_format])
+    if not overwrite and is_finished(target, [target], fingerprint):
+        progress.say(f"finished already: {target} holds the output of this export; --overwrite makes it again")
+    else:
+        with Workspace(target, fingerprint, overwrite=overwrite) as workspace:
+            if not workspace.manifest.committing:
+                _write_tensors(job, save_format, part_file_size, workspace, progress)
+                report = replace(_make_report(source, job, tensors, save_format, target), fingerprint=fingerprint)
+                _write_documents(report, source, save_format, workspace, progress)
+            workspace.commit([save_format])
     return Exported(
         path=str(target),
         source=str(source.path),
@@ -111,9 +116,7 @@ def export(
 # --- checks before anything is written -----------------------------------------------------------------------
 
 
-def _check_arguments(save_format: str, part_file_size: int) -> None:
-    if save_format not in SAVER_CONFIGS:
-        raise QuantError(f"unknown save_format {save_format!r}. Known: {', '.join(SAVER_CONFIGS)}")
+def _check_arguments(part_file_size: int) -> None:
     if part_file_size < 0:
         raise QuantError(f"part_file_size is {part_file_size}", "give the shard size in GB, or 0 for one file")
 

@@ -19,6 +19,7 @@ import torch
 
 from ..calibration import CalibSample, parse_sample, prepare_sample
 from ..errors import QuantError, nearest
+from ..files import find_model_folder
 from ..formats import OutLinear
 from ..models import (
     MediaLimits,
@@ -146,7 +147,7 @@ def generate(
 
 def open_source(path: str | Path) -> Source:
     """Open a float checkpoint, or a quantized one in any supported format. Only headers are read."""
-    folder = Path(path)
+    folder = find_model_folder(path)
     config = load_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
     if is_quantized(folder, config):
         quantized = open_quantized(folder)

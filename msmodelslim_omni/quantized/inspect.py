@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import QuantError
+from ..files import find_model_folder
 from ..formats import BYTES_PER_WORD, FORMATS
 from ..models import ModelSpec, derive_model_type
 from ..plan import declared_scheme
@@ -50,12 +51,7 @@ class Inspection:
 
 def inspect_checkpoint(path: str | Path) -> Inspection:
     """Inspect a checkpoint folder, float or in any supported format. Raises QuantError if it is not a checkpoint."""
-    path = Path(path)
-    if not (path / "config.json").is_file():
-        raise QuantError(
-            f"{str(path)!r} is not a checkpoint: it has no config.json",
-            "give the folder that contains config.json",
-        )
+    path = find_model_folder(path)
     config = load_json_object(path / "config.json")
     model = derive_model_type(config)
     tensors, files = _all_tensors(path)

@@ -22,12 +22,16 @@ from .schema import (
     SaverConfig,
     SmoothQuantConfig,
     WeightConfig,
+    check_quant_type,
     find_recipe,
     load_recipe,
+    needs_samples,
     parse_recipe,
     recipe_schema,
     resolve_recipe,
+    saver_names,
     shipped_recipes,
+    summary,
 )
 from .yaml_lines import Location
 
@@ -46,11 +50,15 @@ __all__ = [
     "SaverConfig",
     "SmoothQuantConfig",
     "WeightConfig",
+    "check_quant_type",
     "find_recipe",
     "load_recipe",
     "matches",
+    "needs_samples",
     "parse_recipe",
     "recipe_schema",
     "resolve_recipe",
+    "saver_names",
     "shipped_recipes",
+    "summary",
 ]

@@ -7,7 +7,9 @@ Checks that need the checkpoint (patterns match, the model type supports the pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -28,7 +30,19 @@ from .yaml_lines import (
 MAX_RECIPE_BYTES = 1 << 20
 
 # Other names for a quant type that users know from other tools.
-QUANT_TYPE_ALIASES = {"awq": "w4a16", "bnb": "nf4", "bitsandbytes": "nf4", "fp8_dynamic": "fp8", "w8a8_fp8": "fp8"}
+QUANT_TYPE_ALIASES = {
+    "awq": "w4a16",
+    "gptq": "w4a16",
+    "int4": "w4a16",
+    "int8": "w8a8",
+    "w8a8_dynamic": "w8a8",
+    "bnb": "nf4",
+    "bitsandbytes": "nf4",
+    "fp8_dynamic": "fp8",
+    "w8a8_fp8": "fp8",
+}
+# Other names for a saver.
+SAVER_ALIASES = {"ascendv1": "ascendv1_saver", "ascend": "ascendv1_saver", "autoawq": "awq", "bnb": "bitsandbytes"}
 
 
 class _Block(BaseModel):
@@ -375,8 +389,14 @@ _UNION_TAGS = frozenset({"linear_quant", "smooth_quant", "iter_smooth", "awq", "
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe file. Raises QuantError with file:line, key, value and the allowed values."""
-    path = Path(path)
+    """Read and validate a recipe: the path of a YAML file, or the name of a shipped recipe.
+
+    Raises QuantError with file:line, key, value and the allowed values.
+    """
+    return resolve_recipe(str(path))
+
+
+def _load_file(path: Path) -> Recipe:
     try:
         text = read_regular(path, MAX_RECIPE_BYTES).decode("utf-8")  # keeps line endings, for the copy in the output
     except (OSError, ValueError) as error:
@@ -398,37 +418,93 @@ def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
             "see `msmodelslim recipes show` for a working recipe and `msmodelslim recipes schema` for all keys",
         ) from error
     recipe._path, recipe._text, recipe._root = path, text, root
+    _check_order(recipe)
     return recipe
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Raise QuantError for a processor that would change weights after they are rounded."""
+    after_linear_quant = False
+    for location, config in recipe.processors():
+        if isinstance(config, LinearQuantConfig):
+            after_linear_quant = True
+        elif after_linear_quant:
+            raise QuantError(
+                f"{recipe.where(location)}: {config.type} comes after linear_quant and would smooth rounded weights",
+                "move it before linear_quant",
+            )
 
 
 def shipped_recipes() -> list[Recipe]:
     """Load all recipes in configs/, highest score first."""
-    recipes = [load_recipe(path) for path in sorted(shipped_folder("configs").glob("*.yaml"))]
+    recipes = [_load_file(path) for path in sorted(shipped_folder("configs").glob("*.yaml"))]
     return sorted(recipes, key=lambda recipe: (-recipe.metadata.score, recipe.metadata.config_id))
+
+
+def summary(recipe: Recipe) -> str:
+    """The first sentence of the comment at the top of the file; empty if there is none."""
+    lines = list(takewhile(lambda line: line.startswith("#"), recipe.text.splitlines()))
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"[.;] ", text)[0].removesuffix(".")
+
+
+def needs_samples(recipe: Recipe) -> bool:
+    """Whether the recipe is calibrated: whether a processor looks at activations."""
+    return any(
+        not isinstance(config, LinearQuantConfig) or config.qconfig.weight.method == "gptq"
+        for _, config in recipe.processors()
+    )
 
 
 def find_recipe(model_type: str, quant_type: str) -> Recipe:
     """Find the shipped recipe with the highest score for a model type and a quant type (e.g. `w8a8`).
 
-    Raises QuantError that lists the available quant types.
+    A name with a variant, such as `w8a8_minmax` or `w4a16_sym`, is the end of the recipe's name. Raises QuantError that
+    lists the available quant types.
     """
-    canonical = QUANT_TYPE_ALIASES.get(quant_type.lower(), quant_type.lower())
     candidates = [recipe for recipe in shipped_recipes() if model_type in recipe.metadata.verified_model_types]
-    for recipe in candidates:
-        if recipe.quant_type == canonical:
-            return recipe
+    if found := _of_type(candidates, quant_type):
+        return found
     available = sorted({recipe.quant_type for recipe in candidates})
     raise QuantError(
         f"no recipe for quant_type {quant_type!r} and model_type {model_type!r}."
-        f" Quant types with a recipe: {', '.join(available) or 'none'}.{nearest(canonical, available)}",
+        f" Quant types with a recipe: {', '.join(available) or 'none'}.{_nearest_type(quant_type, available)}",
         "choose one of them, or write a recipe and pass it with --config_path",
     )
+
+
+def check_quant_type(quant_type: str) -> None:
+    """Raise QuantError if no shipped recipe of any model has this quant type."""
+    recipes = shipped_recipes()
+    if _of_type(recipes, quant_type) is None:
+        available = sorted({recipe.quant_type for recipe in recipes})
+        raise QuantError(
+            f"no recipe has the quant_type {quant_type!r}. Quant types with a recipe: {', '.join(available)}."
+            f"{_nearest_type(quant_type, available)}",
+            "choose one of them, or write a recipe and pass it with --config_path",
+        )
+
+
+def _of_type(recipes: list[Recipe], quant_type: str) -> Recipe | None:
+    """The first recipe of a quant type, or the first whose name ends with it."""
+    canonical = QUANT_TYPE_ALIASES.get(quant_type.lower(), quant_type.lower())
+    of_type = [recipe for recipe in recipes if recipe.quant_type == canonical]
+    named = [recipe for recipe in recipes if recipe.metadata.config_id.endswith(f"_{canonical}")]
+    return next(iter(of_type + named), None)
+
+
+def _nearest_type(quant_type: str, available: list[str]) -> str:
+    """` Did you mean 'w4a16'?`, also for an alias that is almost right."""
+    guess = nearest(quant_type.lower(), [*available, *QUANT_TYPE_ALIASES])
+    for alias, canonical in QUANT_TYPE_ALIASES.items():
+        guess = guess.replace(f"'{alias}'", f"'{canonical}'")
+    return guess
 
 
 def resolve_recipe(config_path: str) -> Recipe:
     """Load a recipe by its path, or by the config_id of a shipped recipe."""
     if Path(config_path).exists():
-        return load_recipe(config_path)
+        return _load_file(Path(config_path))
     shipped = {recipe.metadata.config_id: recipe for recipe in shipped_recipes()}
     stem = Path(config_path).stem
     if stem in shipped and config_path in (stem, f"{stem}.yaml"):
@@ -439,8 +515,26 @@ def resolve_recipe(config_path: str) -> Recipe:
     )
 
 
+def saver_names(given: Iterable[str]) -> list[str]:
+    """Names of savers as a user writes them: with hyphens, several joined by commas, or by another tool's name.
+
+    Raises QuantError for an unknown name.
+    """
+    names = []
+    for word in ",".join(given).split(","):
+        spelled = word.strip().lower().replace("-", "_")
+        name = SAVER_ALIASES.get(spelled, spelled)
+        if name not in SAVER_CONFIGS:
+            raise QuantError(
+                f"unknown save_format {word!r}. Known: {', '.join(SAVER_CONFIGS)}.{nearest(name, SAVER_CONFIGS)}",
+                "choose one of them; for several, repeat the flag or join them with commas",
+            )
+        names.append(name)
+    return names
+
+
 def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, for editors. It allows unknown top-level keys: they may hold YAML anchors."""
     schema = Recipe.model_json_schema()
     schema["additionalProperties"] = True
-    return schema
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

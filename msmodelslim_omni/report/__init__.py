@@ -10,6 +10,9 @@ from __future__ import annotations
 from .documents import stored_recipe, stored_report, write_documents, write_evaluation
 from .eval_report import FIGURES_NOTE, figure_rows, write_eval_report
 from .fidelity import EvalReport, Fidelity, Interval, LayerDrift
+from .html.charts import heat_map
+from .html.page import INSTALL_HINT, can_write_html, render_page
+from .html.sections import Article, Chart, Section, Table, Tile
 from .report import (
     RUN_MEMORY_COLUMNS,
     LayerRecord,
@@ -27,7 +30,10 @@ from .run_memory import RunMemory, run_memory
 
 __all__ = [
     "FIGURES_NOTE",
+    "INSTALL_HINT",
     "RUN_MEMORY_COLUMNS",
+    "Article",
+    "Chart",
     "EvalReport",
     "Fidelity",
     "Interval",
@@ -37,12 +43,18 @@ __all__ = [
     "PartSize",
     "Report",
     "RunMemory",
+    "Section",
+    "Table",
+    "Tile",
+    "can_write_html",
     "figure_rows",
+    "heat_map",
     "human_bytes",
     "layer_record",
     "markdown_table",
     "part_errors",
     "read_report",
+    "render_page",
     "run_memory",
     "run_memory_rows",
     "stored_recipe",

@@ -62,8 +62,8 @@ class LayerRecord:
 class Report:
     """The contents of quant_report.json.
 
-    peak_rise_by_phase: increase of peak memory during each phase, in bytes. peak_rise_by_phase and run_memory are empty
-    in reports from versions without these fields.
+    peak_rise_by_phase: increase of peak memory during each phase, in bytes. fingerprint: everything that the output
+    depends on, most of it as digests. These two and run_memory are empty in reports from versions without them.
     """
 
     model_type: str
@@ -90,6 +90,7 @@ class Report:
     warnings: tuple[str, ...]
     peak_rise_by_phase: dict[str, int] = field(default_factory=dict)
     run_memory: RunMemory | None = None
+    fingerprint: dict[str, str] = field(default_factory=dict)
 
 
 def write_report(report: Report, folder: Path) -> None:

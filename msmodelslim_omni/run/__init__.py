@@ -9,14 +9,15 @@ Left out on purpose: arithmetic (numerics, processors) and bytes of a format (fo
 
 from __future__ import annotations
 
+from ..files import WORK_FOLDER
 from .assembly import float_item, in_pieces, make_job
 from .emulation import EmulatedLinear, quantized_layer
 from .measure import output_error
 from .outputs import Outputs
 from .pipeline import quantize, run_prepared, run_request
-from .preparation import Prepared, prepare
+from .preparation import Prepared, check_recipe, prepare
 from .request import QuantRequest
-from .save_path import WORK_FOLDER, check_disk_space, check_save_path, remove
+from .save_path import check_disk_space, is_finished, remove
 from .summary import bits_per_weight, memory_of, versions, written_parts
 from .workspace import Workspace
 
@@ -29,9 +30,10 @@ __all__ = [
     "Workspace",
     "bits_per_weight",
     "check_disk_space",
-    "check_save_path",
+    "check_recipe",
     "float_item",
     "in_pieces",
+    "is_finished",
     "make_job",
     "memory_of",
     "output_error",

@@ -71,9 +71,9 @@ class Manifest:
         self.save()
 
 
-def new_state(fingerprint: Mapping[str, str], replaced: list[str]) -> dict[str, Any]:
+def new_state(fingerprint: Mapping[str, str], replaced: list[str], flags: Mapping[str, str]) -> dict[str, Any]:
     """The state of a run that has finished nothing."""
-    return {"fingerprint": dict(fingerprint), "units": {}, "replaced": replaced}
+    return {"fingerprint": dict(fingerprint), "flags": dict(flags), "units": {}, "replaced": replaced}
 
 
 def read_state(path: Path, overwrite: bool) -> dict[str, Any]:
@@ -101,17 +101,10 @@ def sealed(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "digest": value_digest(state)}
 
 
-def fingerprint_changes(state: dict[str, Any], fingerprint: Mapping[str, str]) -> str:
-    """`seed was 0, is 1; save_format was ..., is ...`: every field that differs from the stopped run's."""
-    old = state.get("fingerprint", {})
-    fields = [field for field in {**old, **fingerprint} if old.get(field) != fingerprint.get(field)]
-    return "; ".join(f"{field} was {old.get(field)}, is {fingerprint.get(field)}" for field in fields)
-
-
 def _is_sound(state: dict[str, Any]) -> bool:
     """Whether the state has the expected types, and all names to delete or move are plain names inside save_path."""
-    fingerprint, units = state.get("fingerprint"), state.get("units")
-    if not isinstance(fingerprint, dict) or not isinstance(units, dict):
+    fingerprint, units, flags = state.get("fingerprint"), state.get("units"), state.get("flags")
+    if not (isinstance(fingerprint, dict) and isinstance(units, dict) and isinstance(flags, dict)):
         return False
     if not all(isinstance(unit, dict) and isinstance(unit.get("checksums"), dict) for unit in units.values()):
         return False

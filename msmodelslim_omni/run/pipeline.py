@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from ..calibration import CalibrationStream, prepare_stems
 from ..errors import QuantError
+from ..files import WORK_FOLDER, check_save_path, find_model_folder, parse_size
 from ..plan import check_all_tensors
 from ..report import Report, read_report, write_documents
 from ..runtime import Background, Clock, Progress, open_team, out_of_memory_as_error, peak_rss
@@ -28,7 +29,7 @@ from .layers import quantized_layers
 from .outputs import Outputs
 from .preparation import Prepared, fingerprint, prepare
 from .request import QuantRequest
-from .save_path import WORK_FOLDER, check_disk_space, check_save_path
+from .save_path import check_disk_space, is_finished, output_folder
 from .summary import make_report
 from .workspace import Workspace
 
@@ -43,31 +44,34 @@ def quantize(
     config_path: str | None = None,
     dataset: str | None = None,
     max_samples: int | None = None,
+    on_bad_sample: Literal["fail", "skip"] | None = None,
     save_format: Sequence[str] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Quantize a checkpoint by a recipe and write it in every format that the recipe names.
 
     The arguments are the fields of QuantRequest, which describes them. overwrite: replace an earlier output in
-    save_path. Raises QuantError for every error that the user can fix. A run that was stopped at any moment resumes
-    when called again. Processes started by torchrun share one run; each of them returns the report.
+    save_path. max_memory: bytes, or a text such as "6GiB". Raises QuantError for every error that the user can fix. A
+    run that was stopped at any moment resumes when called again. Processes started by torchrun share one run; each of
+    them returns the report.
     """
     request = QuantRequest(
-        model_path=Path(model_path),
+        model_path=find_model_folder(model_path),
         model_type=model_type,
         device=device,
         quant_type=quant_type,
         config_path=config_path,
         dataset=dataset,
         max_samples=max_samples,
+        on_bad_sample=on_bad_sample,
         save_format=tuple(save_format),
         seed=seed,
         trust_remote_code=trust_remote_code,
-        max_memory=max_memory,
+        max_memory=parse_size(max_memory) if isinstance(max_memory, str) else max_memory,
     )
     return run_request(request, Path(save_path), overwrite=overwrite, progress=progress or Progress())
 
@@ -110,10 +114,17 @@ def _run_shared(prepared: Prepared, save_path: Path, overwrite: bool, progress: 
 
 def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progress) -> Report:
     """The process that owns the output and computes its share of it; with one process, all of it."""
+    identity = fingerprint(prepared)
+    names = [saver.type for saver in prepared.plan.savers]
+    places = [output_folder(save_path, name, names) for name in names]
+    if not overwrite and is_finished(save_path, places, identity):
+        prepared.team.broadcast(True)  # _follow returns
+        progress.say(f"finished already: {save_path} holds the output of this run; --overwrite makes it again")
+        return read_report(places[0])
     check_disk_space(save_path, prepared.forecast.disk_bytes)
     if (save_path / WORK_FOLDER).exists():  # an existing work folder is changed only after every check has passed
         prepared = _with_checkpoint_checked(prepared, progress)
-    with Workspace(save_path, fingerprint(prepared), overwrite=overwrite) as workspace:
+    with Workspace(save_path, identity, overwrite=overwrite, flags=prepared.request.flags()) as workspace:
         committing = workspace.manifest.committing
         if prepared.team.broadcast(bool(committing)):
             progress.say("the output is complete; moving it into place")
@@ -154,7 +165,7 @@ def _threads(count: int) -> Iterator[None]:
 
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
     plan = prepared.plan
-    clock = Clock(peak_rss)
+    clock = Clock(peak_rss, progress.doing)
     stream = _open_stream(prepared, workspace.folder, progress, clock)
     if stream is not None:  # the samples' lengths are known only now
         check_disk_space(workspace.save_path, forecast(plan, stream.stems.extent()).disk_bytes)
@@ -170,6 +181,7 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
             copying.start(_copy_others, outputs, output_units, stop)
             with clock("check"), _discard_on_error(workspace):
                 prepared = _with_checkpoint_checked(prepared, progress)
+            progress.step("layers", first, len(plan.layers), _progress_detail(stream))
             for layer, (quantized, changed), record in quantized_layers(prepared, stream, first, clock):
                 items = finished_items(output_units.layers[layer], quantized, changed)
                 with clock("write"):
@@ -195,7 +207,7 @@ def _open_stream(prepared: Prepared, folder: Path, progress: Progress, clock: Cl
     plan, device, team = prepared.plan, prepared.device.torch, prepared.team
     with clock("towers"):
         stems = prepare_stems(plan, prepared.calib, folder, device, progress, team)
-        return CalibrationStream(plan, stems, folder, device, team)
+        return CalibrationStream(plan, stems, folder, device, team, progress)
 
 
 def _layer_unit(layer: int) -> str:
@@ -297,6 +309,7 @@ def _finish(
         stems=stems,
         clock=clock,
         resumed_at_layer=first,
+        fingerprint=workspace.fingerprint,
         warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stems.warnings if stems else ())),
     )
     folders = {name: workspace.output_folder(name) for name in names}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 
 from ..calibration import CalibSet, load_calib_set
 from ..errors import QuantError
-from ..files import file_digest, value_digest
+from ..files import file_digest, find_model_folder, value_digest
 from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import QuantPlan, fit_budget, make_plan, refuse_quantized
 from ..recipe import Recipe, find_recipe, resolve_recipe
@@ -62,6 +63,7 @@ def prepare(
         save_formats=request.save_format,
         dataset=request.dataset,
         max_samples=request.max_samples,
+        on_bad_sample=request.on_bad_sample,
         seed=request.seed,
         trust_remote_code=request.trust_remote_code,
         check_later=check_later,
@@ -69,6 +71,8 @@ def prepare(
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
+    for warning in calib.warnings if calib is not None else ():
+        progress.say(f"warning: {warning}")
     extent = assumed_extent(plan, calib)
     if request.max_memory is not None:
         plan = fit_budget(plan, extent, request.max_memory)
@@ -84,6 +88,12 @@ def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | N
     if config_path:
         return resolve_recipe(config_path)
     return find_recipe(model.model_type, quant_type or "w8a8")
+
+
+def check_recipe(recipe: Recipe, model_path: str | Path) -> list[str]:
+    """Check a recipe against a float checkpoint. Returns the warnings of its plan; raises QuantError for an error."""
+    checkpoint = open_checkpoint(find_model_folder(model_path))
+    return list(make_plan(recipe, derive_model_type(checkpoint.config), checkpoint).warnings)
 
 
 def _load_calibration(plan: QuantPlan) -> CalibSet | None:
@@ -124,6 +134,7 @@ def fingerprint(prepared: Prepared) -> dict[str, str]:
         **versions(),
         "model_type": plan.model.model_type,
         **{key: value_digest(value) for key, value in _recipe_blocks(plan).items()},
+        "save_format": ", ".join(f"{saver.type} in shards of {saver.part_file_size} GB" for saver in plan.savers),
         **_media_fingerprint(plan),
         "checkpoint": plan.checkpoint.identity()[:16],
         "dataset": calib.identity()[:16] if calib else "none",
@@ -146,7 +157,6 @@ def _media_fingerprint(plan: QuantPlan) -> dict[str, str]:
 def _recipe_blocks(plan: QuantPlan) -> dict[str, object]:
     return {
         "recipe process": plan.recipe.model_dump(mode="json")["spec"]["process"],
-        "save_format": [(saver.type, saver.part_file_size) for saver in plan.savers],
         "recipe calibration": plan.calibration.model_dump(mode="json") if plan.dataset else {},
         "memory for H": (plan.budget.matrix, plan.budget.factor) if plan.statistics == "gram" else (),
     }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,7 @@ class QuantRequest:
     device: auto, cpu, cuda[:i] or npu[:i].
     quant_type, config_path: the recipe, by quantization type or by YAML file or shipped name; at most one of them.
     When both are None the type is w8a8.
-    dataset, max_samples, save_format: override the recipe's.
+    dataset, max_samples, on_bad_sample, save_format: override the recipe's.
     seed: for the choice of samples. trust_remote_code: whether code from the checkpoint may run.
     max_memory: bytes of memory that the process may use; no limit when None.
     """
@@ -26,7 +27,13 @@ class QuantRequest:
     config_path: str | None = None
     dataset: str | None = None
     max_samples: int | None = None
+    on_bad_sample: Literal["fail", "skip"] | None = None
     save_format: tuple[str, ...] = ()
     seed: int = 0
     trust_remote_code: bool = False
     max_memory: int | None = None
+
+    def flags(self) -> dict[str, str]:
+        """The arguments that are not the default, as flags of the command line."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: ",".join(value) if isinstance(value, tuple) else str(value) for name, value in given.items()}

@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ..errors import QuantError
+from ..files import WORK_FOLDER
 from ..report import human_bytes
+from ..storage import load_json_object
 
-WORK_FOLDER = ".msmodelslim_work"  # inside save_path
 REPORT_NAME = "quant_report.json"  # every output has this file
-
-
-def check_save_path(save_path: Path, model_path: Path) -> None:
-    """Raise QuantError if save_path is a file or overlaps the checkpoint folder."""
-    target, source = save_path.resolve(), model_path.resolve()
-    if target == source or source in target.parents or target in source.parents:
-        raise QuantError(
-            f"save_path {str(save_path)!r} and model_path {str(model_path)!r} lie inside one another",
-            "choose a folder outside the checkpoint",
-        )
-    for existing in (target, *target.parents):
-        if existing.exists():
-            if not existing.is_dir():
-                raise QuantError(f"save_path {str(save_path)!r}: {str(existing)!r} is a file", "choose a folder")
-            return
 
 
 def check_disk_space(save_path: Path, needed: int) -> None:
@@ -46,6 +34,29 @@ def foreign_entries(folder: Path, names: list[str]) -> list[str]:
     if (folder / REPORT_NAME).is_file():
         return []
     return [name for name in names if not (folder / name / REPORT_NAME).is_file()]
+
+
+def stored_fingerprint(folder: Path) -> dict[str, str]:
+    """The fingerprint of the finished run whose output is in this folder; empty if there is none.
+
+    config.json is moved into place last, so without it the output is not finished.
+    """
+    if (folder / "config.json").is_file() and (folder / REPORT_NAME).is_file():
+        with suppress(QuantError):
+            stored = load_json_object(folder / REPORT_NAME).get("fingerprint")
+            return stored if isinstance(stored, dict) else {}
+    return {}
+
+
+def is_finished(save_path: Path, outputs: Iterable[Path], fingerprint: Mapping[str, str]) -> bool:
+    """Whether the outputs of a run with this fingerprint are in place, and no work folder is left."""
+    in_place = all(stored_fingerprint(folder) == fingerprint for folder in outputs)
+    return in_place and not (save_path / WORK_FOLDER).exists()
+
+
+def output_folder(save_path: Path, saver: str, savers: Sequence[str]) -> Path:
+    """The final folder of an output: save_path, or with several savers a folder in it."""
+    return save_path / saver if len(savers) > 1 else save_path
 
 
 def move_output(source: Path, target: Path) -> None:

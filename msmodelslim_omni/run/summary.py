@@ -26,6 +26,7 @@ def make_report(
     stems: Stems | None,
     clock: Clock,
     resumed_at_layer: int,
+    fingerprint: dict[str, str],
     warnings: tuple[str, ...],
 ) -> Report:
     """tensors: those of the first format, whose sizes the report shows. layers: the records from the manifest."""
@@ -55,6 +56,7 @@ def make_report(
         warnings=(*plan.warnings, *warnings),
         peak_rise_by_phase=clock.peak_rises,
         run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
+        fingerprint=fingerprint,
     )
 
 

@@ -14,23 +14,36 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import QuantError
-from .manifest import Manifest, fingerprint_changes, new_state, read_state
-from .save_path import WORK_FOLDER, foreign_entries, move_output, remove
+from ..files import WORK_FOLDER
+from .differences import command_of, differences
+from .manifest import Manifest, new_state, read_state
+from .save_path import foreign_entries, move_output, output_folder, remove, stored_fingerprint
 
 
 class Workspace:
     """The work folder of one run, locked for it."""
 
-    def __init__(self, save_path: Path, fingerprint: Mapping[str, str], *, overwrite: bool) -> None:
-        """Create the work folder, or resume from it. Raises QuantError if save_path cannot be used, with the reason."""
+    def __init__(
+        self,
+        save_path: Path,
+        fingerprint: Mapping[str, str],
+        *,
+        overwrite: bool,
+        flags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Create the work folder, or resume from it. Raises QuantError if save_path cannot be used, with the reason.
+
+        flags: of the command, for the message of a later run that differs.
+        """
         self.save_path = save_path
         self.folder = save_path / WORK_FOLDER
+        self.fingerprint = dict(fingerprint)
         manifest_path = self.folder / "manifest.json"
         state = read_state(manifest_path, overwrite)
         resumable = state.get("fingerprint") == dict(fingerprint)
         occupants = sorted(e.name for e in save_path.iterdir() if e.name != WORK_FOLDER) if save_path.is_dir() else []
         if not resumable and not overwrite:
-            self._require_free(state, fingerprint, occupants)
+            self._require_free(state, fingerprint, occupants, flags or {})
         foreign = [] if resumable or state.get("committing") else foreign_entries(save_path, occupants)
         if foreign:
             raise QuantError(
@@ -51,17 +64,29 @@ class Workspace:
             for entry in self.folder.iterdir():
                 if entry.name != "lock":
                     remove(entry)
-            state = new_state(fingerprint, occupants)
+            state = new_state(fingerprint, occupants, flags or {})
         self.manifest = Manifest(manifest_path, state)
 
-    def _require_free(self, state: dict[str, Any], fingerprint: Mapping[str, str], occupants: list[str]) -> None:
+    def _require_free(
+        self, state: dict[str, Any], fingerprint: Mapping[str, str], occupants: list[str], flags: Mapping[str, str]
+    ) -> None:
         if state:
+            command = command_of(state["flags"], str(self.save_path))
             raise QuantError(
-                f"{self.folder} belongs to another run: {fingerprint_changes(state, fingerprint)}",
-                "finish that run with its own command, or pass --overwrite to start again",
+                f"{self.folder} belongs to another run:"
+                f" {differences(state['fingerprint'], fingerprint, state['flags'], flags)}",
+                f"finish that run with {f'`{command}`' if command else 'its own command'},"
+                " or pass --overwrite to start again",
             )
         if occupants:
-            raise QuantError(f"save_path {str(self.save_path)!r} is not empty", "choose another, or pass --overwrite")
+            candidates = [self.save_path, *(self.save_path / name for name in occupants)]
+            finished = next((found for folder in candidates if (found := stored_fingerprint(folder))), {})
+            changed = differences(finished, fingerprint, {}, {}) if finished else ""
+            of_run = f": it holds an output of another run: {changed}" if changed else ""
+            raise QuantError(
+                f"save_path {str(self.save_path)!r} is not empty{of_run}",
+                "choose another, or pass --overwrite",
+            )
 
     def _acquire_lock(self) -> IO[str]:
         """The kernel releases this lock when the process ends, however it ends."""
@@ -80,8 +105,8 @@ class Workspace:
         return self.folder / "output" / saver
 
     def place(self, saver: str, savers: list[str]) -> Path:
-        """The final folder of an output: save_path, or with several savers a folder in it."""
-        return self.save_path / saver if len(savers) > 1 else self.save_path
+        """The final folder of an output."""
+        return output_folder(self.save_path, saver, savers)
 
     def commit(self, savers: list[str]) -> None:
         """Move the finished outputs into place and remove the work folder.

@@ -8,7 +8,7 @@ Not here: models and files.
 from __future__ import annotations
 
 from .background import Background, prefetch
-from .budget import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent, parse_size
+from .budget import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
 from .device import (
     Device,
     float64_device,
@@ -41,7 +41,6 @@ __all__ = [
     "free_modules",
     "open_team",
     "out_of_memory_as_error",
-    "parse_size",
     "peak_device_memory",
     "peak_rss",
     "prefetch",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import QuantError
-
 MIB = 1 << 20
 
 
@@ -44,21 +42,3 @@ class Extent:
 
 
 NO_SAMPLES = Extent()
-
-_SIZE_UNITS = {"": 1, "b": 1} | {
-    f"{p}{b}": n**k for k, p in enumerate("kmgt", 1) for b, n in (("b", 1000), ("ib", 1024))
-}
-
-
-def parse_size(text: str) -> int:
-    """Parse `4.2GiB`, `900 MB` or `123456` to bytes. KiB, MiB, GiB are powers of 1024; KB, MB, GB of 1000."""
-    lowered = text.strip().lower()
-    number = lowered.rstrip("bikmgt ")
-    unit = _SIZE_UNITS.get(lowered.removeprefix(number).strip())
-    try:
-        size = float(number) * (unit or 0)
-    except ValueError:
-        size = 0.0
-    if not 1 <= size < 2**63:
-        raise QuantError(f"{text!r} is not a size", "give a number of bytes, or e.g. 900MiB, 4.2GiB, 4.2GB")
-    return int(size)

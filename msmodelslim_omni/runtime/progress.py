@@ -16,21 +16,27 @@ class Progress:
     def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
         """Report that `done` of `total` units of a phase are finished."""
 
+    def doing(self, activity: str, share: float | None = None) -> None:
+        """Report what is being done inside the current unit, and the share of the unit that is finished, if known."""
+
 
 class Clock:
     """Seconds per phase, and the bytes by which the peak memory rose in each phase.
 
-    peak: returns the current peak in bytes; without it all peak_rises are 0.
+    peak: returns the current peak in bytes; without it all peak_rises are 0. on_phase: called with each phase that
+    begins.
     """
 
-    def __init__(self, peak: Callable[[], int] | None = None) -> None:
+    def __init__(self, peak: Callable[[], int] | None = None, on_phase: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
         self.peak_rises: dict[str, int] = {}
         self._peak = peak or (lambda: 0)
+        self._on_phase = on_phase or (lambda _: None)
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        self._on_phase(phase)
         started, peak = time.perf_counter(), self._peak()
         try:
             yield

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from command import DATA, CommandResult, StopAt, command, files, quant, write_index
+from command import DATA, CommandResult, command, files, quant, write_index
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_tiny_omni import make_tiny_omni
@@ -36,6 +36,7 @@ from msmodelslim_omni.calibration.stream import Captured
 from msmodelslim_omni.calibration.token_roles import token_importance
 from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.files import parse_size
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
 from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.models.spec import LinearGroup
@@ -51,7 +52,7 @@ from msmodelslim_omni.recipe.schema import (
 )
 from msmodelslim_omni.report.fidelity import Interval
 from msmodelslim_omni.run.emulation import EmulatedLinear
-from msmodelslim_omni.runtime.budget import parse_size
+from msmodelslim_omni.runtime.progress import Progress
 from msmodelslim_omni.storage.checkpoint import open_checkpoint
 
 # --- one layer, compared with direct computation -------------------------------------------------------------
@@ -428,6 +429,63 @@ def test_recipe_reproduces_the_model(for_size: tuple[int, Path, Any], small: Pat
     assert parts == [8, 2] and analysis["samples"] == 8
 
 
+class StopAtEvent(Progress):
+    """Simulates Ctrl-C at the first event that begins with a text; `layers 1` is a step, other texts are messages."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def say(self, text: str) -> None:
+        if text.startswith(self._text):
+            raise KeyboardInterrupt
+
+    def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+        self.say(f"{phase} {done}")
+
+
+def test_interrupted_analysis_resumes_with_the_same_result(
+    for_size: tuple[int, Path, Any], small: Path, index: Path, tmp_path: Path
+) -> None:
+    """Stopped after the first measured layer, after the first round, and after the evaluation of the second."""
+    target, save, analysis = for_size
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"device": "cpu", "target_size": target, "save_path": out}
+    for event in ("layers 1", "round 2: for the size", "round 2: KL"):
+        with pytest.raises(KeyboardInterrupt):
+            analyze(small, str(index), progress=StopAtEvent(event), **options)
+    with pytest.raises(QuantError, match="belongs to another analysis: --seed was 0, is 1"):
+        analyze(small, str(index), seed=1, **options)
+    messages: list[str] = []
+
+    class Messages(Progress):
+        def say(self, text: str) -> None:
+            messages.append(text)
+
+    analyze(small, str(index), progress=Messages(), **options)
+    assert {"resuming the interrupted analysis", "the first 2 layers are measured"} <= set(messages)
+    assert any("finished already" in text for text in messages)  # the second model was quantized before the stop
+    resumed = json.loads((out / "analysis.json").read_text())
+    assert resumed["units"] == analysis["units"]
+    assert resumed["choice"]["rounds"] == analysis["choice"]["rounds"]
+    assert (out / "recipe.yaml").read_text() == (save / "recipe.yaml").read_text()
+    assert sorted(entry.name for entry in out.iterdir()) == sorted(entry.name for entry in save.iterdir())
+
+
+def test_overwrite_starts_an_interrupted_analysis_again(small: Path, texts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        analyze(small, str(texts), device="cpu", save_path=out, progress=StopAtEvent("layers 1"))
+    messages: list[str] = []
+
+    class Messages(Progress):
+        def say(self, text: str) -> None:
+            messages.append(text)
+
+    analyze(small, str(texts), device="cpu", max_samples=2, save_path=out, overwrite=True, progress=Messages())
+    assert not [text for text in messages if "resuming" in text]
+    assert json.loads((out / "analysis.json").read_text())["samples"] == 2
+
+
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples with text only, so that no tower runs."""
@@ -537,8 +595,9 @@ def test_failed_analysis_restores_its_folder(small: Path, texts: Path, tmp_path:
     page = as_markdown(replace(analysis, warnings=("a warning",)))
     assert "- a warning" in page and page.count("\n| `thinker.model.layers.") == 14
     assert sorted(tmp_path.iterdir()) == before
-    with pytest.raises(KeyboardInterrupt):
-        analyze(small, str(texts), device="cpu", max_kl=1.0, save_path=tmp_path / "out", progress=StopAt("layers", 2))
+    unusable = str(write_index(tmp_path / "none", {"image": "a.png"}))
+    with pytest.raises(QuantError, match="does not exist"):
+        analyze(small, unusable, device="cpu", save_path=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     analyze(small, str(texts), device="cpu", max_samples=1, save_path=tmp_path / "out")
     earlier = files(tmp_path / "out")

@@ -122,7 +122,7 @@ def test_probe_returns_whether_a_video_has_audio(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("image", "a.gif"), ("audio", "a.ogg"), ("video", "a.avi"), ("image", "a"), ("video", "a.mp4.txt")],
+    [("image", "a.svg"), ("audio", "a.ogg"), ("video", "a.avi"), ("image", "a"), ("video", "a.mp4.txt")],
 )
 def test_unsupported_suffix(tmp_path: Path, kind: str, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
@@ -248,6 +248,24 @@ def test_image_modes(tmp_path: Path, mode: str, loaded_mode: str) -> None:
     loaded = media.load_image(tmp_path / "a.png")
     assert loaded.mode == loaded_mode
     assert np.array_equal(np.asarray(loaded.convert("RGB")), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "tiff", "gif"])
+def test_first_picture_of_other_formats(tmp_path: Path, suffix: str) -> None:
+    red, blue = Image.new("RGB", (30, 20), (200, 30, 90)), Image.new("RGB", (30, 20), (0, 0, 255))
+    path = tmp_path / f"a.{suffix}"
+    red.save(path, **({} if suffix == "bmp" else {"save_all": True, "append_images": [blue]}))
+    assert media.probe("image", path) is False
+    assert np.array_equal(np.asarray(media.load_image(path).convert("RGB")), np.asarray(red))
+
+
+def test_choice_of_the_video_reader_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    from qwen_omni_utils.v2_5 import vision_process
+
+    vision_process.get_video_reader_backend.cache_clear()
+    media.ensure_video_reader()
+    vision_process.get_video_reader_backend()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_broken_image(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def load_errors(folder: Path, *entries: Any) -> list[str]:
         load(folder, *entries)
     first, *rest = caught.value.message.split("\n")
     assert first == ("the dataset has 1 error:" if len(rest) == 1 else f"the dataset has {len(rest)} errors:")
-    assert "on_bad_sample: skip" in caught.value.hint
+    assert "--on_bad_sample skip" in caught.value.hint
     return rest
 
 
@@ -365,10 +365,17 @@ def test_all_errors_of_all_lines_are_listed(folder: Path) -> None:
 
 def test_long_error_lists_are_shortened(folder: Path) -> None:
     with pytest.raises(QuantError) as caught:
-        load(folder, *[5] * 1000)
+        load(folder, *({"image": f"{number}.png"} for number in range(1000)))
     lines = caught.value.message.split("\n")
     assert lines[0] == "the dataset has 1000 errors:"
     assert len(lines) == 52 and lines[-1] == "... and 950 more"
+
+
+def test_samples_with_the_same_error_share_a_line(folder: Path) -> None:
+    with pytest.raises(QuantError) as caught:
+        load(folder, *[5] * 220)
+    where = "index.jsonl:1, index.jsonl:2, index.jsonl:3 and 217 more"
+    assert caught.value.message == f"the dataset has 220 errors:\n{where}: a sample must be a JSON object, not int"
 
 
 def test_on_bad_sample_skip(folder: Path) -> None:

@@ -263,7 +263,7 @@ def test_quantized_checkpoint_is_not_quantized_again(tiny: Path, tmp_path: Path)
 
 def test_inspect_path_must_be_a_checkpoint(tmp_path: Path) -> None:
     assert "not a checkpoint" in command("inspect", tmp_path).fault()
-    assert "not a checkpoint" in command("inspect", tmp_path / "nowhere").fault()
+    assert "does not exist" in command("inspect", tmp_path / "nowhere").fault()
 
 
 # --- recipe, model type, quant type --------------------------------------------------------------------------
@@ -365,7 +365,7 @@ def test_broken_samples_are_skipped_if_the_recipe_allows_it(tiny: Path, tmp_path
         (['{"text": "fine"}', "", "[1]"], "index.jsonl:3: "),
         (['{"txet": "a"}'], "Did you mean 'text'"),
         (['{"image": "https://example.org/a.png"}'], "is a URL"),
-        (['{"image": "a.gif"}'], "unsupported suffix"),
+        (['{"image": "a.svg"}'], "unsupported suffix"),
         (['{"text": 5}'], "text must be a non-empty string, not '5'"),
         (['{"text": "a", "use_audio_in_video": "yes"}'], "not true or false"),
         (['{"messages": [], "text": "a"}'], "messages cannot be combined with text"),
@@ -682,7 +682,7 @@ def test_npu_without_torch_npu(tiny: Path, tmp_path: Path) -> None:
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     result = quant(tmp_path / "nowhere", tmp_path / "out", "--debug")
     assert result.code == 1
-    assert "Traceback" in result.err and "open_checkpoint" in result.err
+    assert "Traceback" in result.err and "find_model_folder" in result.err
     assert "error: model_path" in result.err and "hint: " in result.err
 
 

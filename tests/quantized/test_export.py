@@ -318,7 +318,10 @@ def test_command_prints_and_exports(outputs: dict[str, Path], tmp_path: Path) ->
     formats = (summary["source_format"], summary["save_format"], summary["linears"])
     assert formats == ("awq", "compressed_tensors", LINEARS)
     assert summary["left_out_bytes"] > 0
-    assert "not empty" in command(*arguments).fault()
+    other = command(*arguments, "--part_file_size", 1)
+    assert other.code == 1 and "part_file_size was 0, is 1; thinker_only was True, is False" in other.json["error"]
+    same = command(*arguments, "--thinker_only", "--part_file_size", 0).done()
+    assert "finished already" in same.err and same.json == summary
     table = command(*arguments[:-1], "--overwrite").done().out
     assert f"{LINEARS} quantized Linears" in table and "compressed_tensors" in table
     assert "zero point" in command(

@@ -443,7 +443,7 @@ def write(path: Path, content: bytes) -> Path:
 
 def test_file_errors(tmp_path: Path) -> None:
     for path, words in (
-        (tmp_path / "none.yaml", "No such file"),
+        (tmp_path / "none.yaml", "does not exist. Shipped recipes: "),
         (tmp_path, "cannot read the recipe"),
         (write(tmp_path / "latin.yaml", b"# caf\xe9\n" + MINIMAL.encode()), "cannot read the recipe"),
         (write(tmp_path / "big.yaml", b"#" * (2 << 20)), f"the limit is {MAX_RECIPE_BYTES}"),

@@ -339,19 +339,20 @@ def test_generate_with_quantized_checkpoints(name: str, outputs: dict[str, Path]
 
 
 def test_calibrated_run_with_the_shipped_recipe(tiny_vl: Path, tmp_path: Path) -> None:
-    """Samples with audio are skipped with a reason. All others are used."""
+    """Samples with audio are left out, in one line. All others are used."""
     index = write_index(
         tmp_path / "data",
         {"text": "Why is the sky blue?", "answer": "Short waves scatter most."},
         {"audio": AUDIO, "text": "How many?"},
+        {"audio": "missing.wav", "text": "A file that is never opened"},
         {"image": IMAGE, "text": "Read it."},
         {"video": CLIP, "text": "What moves?"},
     )
-    quant(tiny_vl, tmp_path / "out", "--quant_type", "w8a8", "--dataset", index).done()
+    answer = quant(tiny_vl, tmp_path / "out", "--quant_type", "w8a8", "--dataset", index).done()
     report = json.loads((tmp_path / "out" / "quant_report.json").read_text())
     assert report["samples"] == 3 and set(report["tokens_by_modality"]) == {"text", "image", "video"}
-    skipped = "sample skipped: index.jsonl:2: audio is not supported by Qwen2.5-VL-7B-Instruct"
-    assert any(skipped in warning for warning in report["warnings"])
+    left_out = "2 samples with audio left out: Qwen2.5-VL-7B-Instruct takes no audio"
+    assert report["warnings"].count(left_out) == 1 and f"warning: {left_out}" in answer.err
     assert not [finding for finding in examine(tmp_path / "out", tiny_vl).findings if finding.level != "ok"]
 
 
@@ -424,15 +425,10 @@ def test_model_type_of_the_other_family_in_a_config(weights: str, tiny: Path, ti
 
 
 @pytest.mark.parametrize("more", [{}, {"image": IMAGE, "text": "Both?"}])
-def test_error_on_audio_names_the_line(more: dict[str, str], tiny_vl: Path, tmp_path: Path) -> None:
-    index = write_index(tmp_path, {"text": "Hello"}, {"audio": AUDIO, **more})
-    recipe = tmp_path / "strict.yaml"
-    text = find_recipe("Qwen2.5-VL-7B-Instruct", "w8a8").text
-    recipe.write_text(text.replace("on_bad_sample: skip", "on_bad_sample: fail"), encoding="utf-8")
-    error = preparation_error(tiny_vl, dataset=str(index), config_path=str(recipe))
-    expected = "index.jsonl:2: audio is not supported by Qwen2.5-VL-7B-Instruct, which supports text, image, video"
-    assert expected in error.message
-    assert "on_bad_sample" in error.hint
+def test_audio_alone_is_no_dataset_for_a_vl(more: dict[str, str], tiny_vl: Path, tmp_path: Path) -> None:
+    index = write_index(tmp_path, {"audio": AUDIO, **more})
+    message = preparation_error(tiny_vl, dataset=str(index)).message
+    assert "no usable sample\n1 sample with audio left out: Qwen2.5-VL-7B-Instruct takes no audio" in message
     message = command("generate", tiny_vl, "--audio", AUDIO, "--text", "How many?").fault()
     assert "audio is not supported by Qwen2.5-VL-7B-Instruct" in message
 

@@ -6,6 +6,7 @@ template escapes every value except the SVG drawings of charts.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,8 +25,6 @@ def can_write_html() -> bool:
 
 def as_html(report: Report | None, evaluation: EvalReport | None, recipe_text: str = "") -> str:
     """Render the page of a quantization, an evaluation, or both; the evaluation comes first."""
-    from jinja2 import Environment, StrictUndefined
-
     from .evaluation import evaluation_article
     from .quantization import quantization_article
 
@@ -34,6 +33,13 @@ def as_html(report: Report | None, evaluation: EvalReport | None, recipe_text: s
         articles.append(evaluation_article(evaluation))
     if report is not None:
         articles.append(quantization_article(report, recipe_text))
+    return render_page(articles)
+
+
+def render_page(articles: Sequence[Article]) -> str:
+    """Render articles as one page, under the title of the first."""
+    from jinja2 import Environment, StrictUndefined
+
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     title = articles[0].title if articles else "Report"

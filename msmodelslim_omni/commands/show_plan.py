@@ -1,0 +1,112 @@
+"""The plan of a run, for `quant --dry_run`: the estimates first, then the Linears grouped by equal decision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from .shell import messages, print_json, results
+from .tables import table
+
+if TYPE_CHECKING:
+    from ..run import Prepared
+
+JSON_SCHEMA = 1  # version of the keys that --json prints
+
+
+def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
+    """Print the plan. show_all: one row per Linear instead of one per decision."""
+    if as_json:
+        _print_as_json(prepared)
+        return
+    from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
+
+    plan, expected = prepared.plan, prepared.forecast
+    rows = [
+        ["source", human_bytes(plan.checkpoint.total_bytes)],
+        *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
+        ["disk space, work folder included", human_bytes(expected.disk_bytes)],
+        ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
+        ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
+    ]
+    results.print(table("Estimates", ["item", "value"], rows, numeric=1))
+    rows = run_memory_rows(expected.run_memory)
+    results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
+    decisions = [
+        (linear.name, linear.scheme.name if linear.scheme else "FLOAT", linear.reason) for linear in plan.linears
+    ]
+    if show_all:
+        shapes = {linear.name: f"{linear.shape[0]} x {linear.shape[1]}" for linear in plan.linears}
+        rows = [[name, shapes[name], scheme, reason] for name, scheme, reason in decisions]
+        columns = ["Linear", "out x in", "scheme", "reason for float"]
+    else:
+        rows = grouped_decisions(decisions)
+        columns = ["layers", "Linears", "scheme", "reason for float"]
+    if not any(row[3] for row in rows):
+        rows, columns = [row[:3] for row in rows], columns[:3]
+    results.print(table("Linears of the decoder layers", columns, rows, numeric=9))
+    rows = [[part.name, human_bytes(size), part.why_float] for part, size in plan.kept_parts()]
+    results.print(table("Kept float, written unchanged", ["part", "bytes", "reason"], rows, numeric=9))
+    if not show_all:
+        messages.print("one row per Linear: --all; for scripts: --json")
+
+
+def grouped_decisions(decisions: Iterable[tuple[str, str, str]]) -> list[list[str]]:
+    """Rows (layers, Linears, scheme, reason) that put Linears with equal scheme and reason together.
+
+    decisions: name, scheme and reason of each Linear. Layers with the same Linears share a row.
+    """
+    linears: dict[tuple[int, str, str], list[str]] = {}
+    for name, scheme, reason in decisions:
+        match = re.search(r"\.layers\.(\d+)\.", name)
+        layer = int(match[1]) if match else -1
+        linears.setdefault((layer, scheme, reason), []).append(name.rsplit(".", 1)[-1].removesuffix("_proj"))
+    layers: dict[tuple[tuple[str, ...], str, str], list[int]] = {}
+    for (layer, scheme, reason), names in linears.items():
+        layers.setdefault((tuple(names), scheme, reason), []).append(layer)
+    return [[ranges(found), " ".join(names), scheme, why] for (names, scheme, why), found in layers.items()]
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """`0-2, 5` for 0, 1, 2, 5."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _print_as_json(prepared: Prepared) -> None:
+    plan, expected = prepared.plan, prepared.forecast
+    linears = [
+        {
+            "name": linear.name,
+            "shape": list(linear.shape),
+            "scheme": linear.scheme.name if linear.scheme else "FLOAT",
+            "reason": linear.reason,
+        }
+        for linear in plan.linears
+    ]
+    print_json(
+        {
+            "schema": JSON_SCHEMA,
+            "model_type": plan.model.model_type,
+            "recipe": str(plan.recipe.path),
+            "device": prepared.device.name,
+            "dataset": plan.dataset,
+            "samples": len(prepared.calib.samples) if prepared.calib else 0,
+            "linears": linears,
+            "kept_float": [
+                {"part": part.name, "why": part.why_float, "bytes": size} for part, size in plan.kept_parts()
+            ],
+            "output_bytes": expected.output_bytes,
+            "disk_bytes": expected.disk_bytes,
+            "peak_memory_bytes": expected.peak_memory_bytes,
+            "run_memory": asdict(expected.run_memory),
+            "warnings": list(plan.warnings),
+        }
+    )

@@ -1,0 +1,39 @@
+"""The index file of a dataset: a path, or the name of a shipped dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import QuantError, nearest
+from .resources import shipped_folder
+
+INDEX_SUFFIXES = (".jsonl", ".json", ".txt")
+_HINT = "give an index.json, an index.jsonl, a folder that contains one, or a .txt file with one prompt per line"
+
+
+def find_index(dataset: str) -> Path:
+    """Path of the index file. dataset: a path, or the name of a folder in lab_calib/.
+
+    Raises QuantError if the path does not exist, is a media file, or is a folder without exactly one index.
+    """
+    candidates = [Path(dataset)]
+    if Path(dataset).name == dataset:
+        candidates.append(shipped_folder("lab_calib") / dataset)
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    if path is None:
+        shipped = sorted(p.name for p in shipped_folder("lab_calib").glob("*") if p.is_dir())
+        raise QuantError(
+            f"dataset {dataset!r} does not exist. Shipped: {', '.join(shipped)}.{nearest(dataset, shipped)}", _HINT
+        )
+    if not path.is_dir():
+        if path.suffix.lower() not in INDEX_SUFFIXES:
+            raise QuantError(
+                f"dataset {dataset!r} is not an index: its suffix is {path.suffix or 'missing'!r}",
+                f'{_HINT}; a line of an index is e.g. {{"image": "cat.png", "text": "What is it?"}}',
+            )
+        return path
+    indices = [path / name for name in ("index.jsonl", "index.json") if (path / name).is_file()]
+    if len(indices) != 1:
+        contents = "both index.json and index.jsonl" if indices else "neither index.jsonl nor index.json"
+        raise QuantError(f"dataset folder {str(path)!r} contains {contents}", "give the path of the index file")
+    return indices[0]
