@@ -48,7 +48,7 @@ def quant(
         str | None,
         flag(
             "quant_type",
-            "w8a8, w4a16 (also awq, int4), nf4, or with a variant: w8a8_minmax, w4a16_sym. The best shipped recipe of"
+            "w8a8, w4a16 (also awq, int4), w8a16, fp8, nf4, or a variant: w8a8_minmax, w4a16_sym. The best recipe of"
             " this type is used. Default: w8a8.",
             RECIPE,
         ),
