@@ -34,6 +34,7 @@ def msmodelslim(*words: object) -> None:
 def evaluate(output: Path, max_samples: int | None) -> dict[str, Any]:
     """Run `msmodelslim eval` on the held-out questions and return eval_report.json."""
     words = ["--float", TINY / "model", "--quant", output, "--dataset", TINY / "heldout", "--device", "cpu"]
+    words += ["--update_card", "--overwrite"]
     words += ["--max_samples", max_samples] if max_samples else []
     msmodelslim("eval", *words)
     return dict(json.loads((output / "eval" / "eval_report.json").read_text(encoding="utf-8")))

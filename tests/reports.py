@@ -16,6 +16,7 @@ from msmodelslim_omni.report.report import (
     PartSize,
     Report,
 )
+from msmodelslim_omni.report.run_memory import RunMemory
 
 MODALITIES = ("text", "image", "audio", "video")
 LINEARS = tuple(f"self_attn.{n}_proj" for n in "qkvo") + tuple(f"mlp.{n}_proj" for n in ("gate", "up", "down"))
@@ -71,6 +72,13 @@ def made_report(layers: int = 3, name: str = "source") -> Report:
         peak_device_bytes=0,
         warnings=(f"a tensor is odd: {name}",),
         peak_rise_by_phase={"forward": 1 << 30, "write": 0},
+        run_memory=RunMemory(4 << 30, 2 << 30, 5 << 30, 3 << 30, 36 << 20),
+        dataset="calib" if name == "source" else name,
+        dataset_digest="0123456789abcdef" * 4,
+        max_samples=43,
+        commands=(
+            ("msmodelslim", "quant", "--model_path", name, "--config_path", "recipe.yaml", "--max_samples", "43"),
+        ),
     )
 
 

@@ -38,6 +38,7 @@ ROOMS = (
     "report",
     "plan",
     "processors",
+    "compatibility",
     "statistics",
     "formats",
     "models",

@@ -9,8 +9,17 @@ Left out on purpose: quantization. The stream is handed a layer and does not kno
 from __future__ import annotations
 
 from .layer_probe import Errors, LayerProbe, zero_errors
+from .media import load_audio, load_image, sample_frames
 from .sample_store import HiddenStates, StemStore
-from .samples import CalibSample, CalibSet, describe_fault, load_calib_set, parse_sample, prepare_sample
+from .samples import (
+    CalibSample,
+    CalibSet,
+    describe_fault,
+    load_calib_set,
+    missing_modality_warnings,
+    parse_sample,
+    prepare_sample,
+)
 from .stems import Stems, prepare_stems
 from .stream import CalibrationStream, Captured, OutputError
 
@@ -26,9 +35,13 @@ __all__ = [
     "StemStore",
     "Stems",
     "describe_fault",
+    "load_audio",
     "load_calib_set",
+    "load_image",
+    "missing_modality_warnings",
     "parse_sample",
     "prepare_sample",
     "prepare_stems",
+    "sample_frames",
     "zero_errors",
 ]

@@ -228,6 +228,11 @@ def _read_video(element: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
     return video, metadata, count / total * fps
 
 
+def sample_frames(path: Path, count: int) -> Any:
+    """`count` frames (an even number) of a video, from its first to its last: uint8 [frames, 3, height, width]."""
+    return _read_video({"video": str(path), "nframes": count})[0]
+
+
 def _decode_frames(path: Path, indices: list[int]) -> Any:
     """The frames at the given indices (ascending) as one uint8 tensor [frames, 3, height, width]."""
     import torch

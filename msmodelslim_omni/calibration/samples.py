@@ -10,7 +10,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -77,6 +77,12 @@ class CalibSet:
     samples: tuple[CalibSample, ...]
     warnings: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        """The dataset's name, without the folders of this machine: of its folder, or of a file with another name."""
+        is_plain = self.index.stem == "index"
+        return (self.index.resolve().parent.name if is_plain else "") or self.index.name
+
     def identity(self) -> str:
         """Digest of the samples and of the bytes of all media files."""
         digest = hashlib.sha256()
@@ -99,7 +105,8 @@ def load_calib_set(
     """Read and check an index.
 
     default_text: the question of samples without a text. model: supplies the default system turn and the supported
-    modalities. max_samples: if the index has more, a random choice with `seed`, in the order of the index.
+    modalities. max_samples: if the index has more, a random choice with `seed` that serves every modality alike, in the
+    order of the index.
 
     Samples with media that the model does not take are left out, with one warning per kind. Raises QuantError listing
     all errors with their lines; with on_bad_sample "skip" the errors become warnings.
@@ -135,8 +142,7 @@ def load_calib_set(
     if not samples:
         raise QuantError("\n".join([f"{index}: no usable sample", *omitted]), 'add a line such as {"text": "Hello"}')
     if max_samples is not None and len(samples) > max_samples:
-        chosen = sorted(random.Random(seed).sample(range(len(samples)), max_samples))
-        samples = [samples[i] for i in chosen]
+        samples = choose_by_modality(samples, max_samples, seed)
     return CalibSet(index, tuple(samples), (*omitted, *(f"sample skipped: {error}" for error in _grouped(errors))))
 
 
@@ -150,6 +156,38 @@ def _grouped(errors: list[tuple[str, str]]) -> list[str]:
         more = f" and {len(found) - _LISTED_PLACES} more" if len(found) > _LISTED_PLACES else ""
         lines.append(f"{', '.join(found[:_LISTED_PLACES])}{more}: {message}")
     return lines
+
+
+def choose_by_modality(samples: Sequence[CalibSample], count: int, seed: int) -> list[CalibSample]:
+    """Choose `count` of the samples, in their order, so that no modality is lost by chance.
+
+    The samples are shuffled. Each step takes the next sample with the kind of media (or text alone) that was chosen
+    least often so far; a sample with several kinds counts for each.
+    """
+    order = random.Random(seed).sample(range(len(samples)), len(samples))
+    kinds = [sorted(sample.modalities() - {"text"}) or ["text"] for sample in samples]
+    waiting: dict[str, list[int]] = {
+        kind: [i for i in reversed(order) if kind in kinds[i]] for kind in ("text", *MEDIA_KINDS)
+    }
+    counts = dict.fromkeys(waiting, 0)
+    chosen: set[int] = set()
+    while len(chosen) < count:
+        for queue in waiting.values():
+            while queue and queue[-1] in chosen:
+                queue.pop()
+        kind = min((kind for kind, queue in waiting.items() if queue), key=counts.__getitem__)
+        number = waiting[kind].pop()
+        chosen.add(number)
+        for other in kinds[number]:
+            counts[other] += 1
+    return [samples[i] for i in sorted(chosen)]
+
+
+def missing_modality_warnings(samples: Sequence[CalibSample], modalities: Sequence[str], effect: str) -> list[str]:
+    """A warning that names the modalities of the model that no sample has, or none. effect: what follows from that."""
+    present = {modality for sample in samples for modality in sample.modalities()}
+    absent = [modality for modality in modalities if modality not in present]
+    return [f"no sample has {' or '.join(absent)}, which the model takes: {effect}"] if absent else []
 
 
 def _read_entries(index: Path) -> Iterator[tuple[str, Any]]:

@@ -77,5 +77,27 @@ def _print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
             ),
             soft_wrap=True,
         )
+    if diagnosis.stopped:
+        console.print(Text(f"not examined: tensors, names, weights; {diagnosis.stopped}"), soft_wrap=True)
+    if diagnosis.loads:
+        _print_verdict(console, diagnosis)
     errors, warnings = f"{diagnosis.errors} errors", f"{diagnosis.warnings} warnings"
     console.print(Text(f"{errors}, {warnings}", _LEVEL_STYLES["ok" if diagnosis.healthy else "error"]))
+
+
+_VERDICT_STYLES = {"yes": "green", "no": "bold red", "unknown": "yellow"}
+
+
+def _print_verdict(console: Console, diagnosis: Diagnosis) -> None:
+    """Print for every runtime whether it loads the checkpoint, how, and by which proof."""
+    from ..compatibility import RUNTIMES
+
+    built = Table(title="Loads in", title_justify="left")
+    for column in ("runtime", "loads", "how, or why not", "proof"):
+        built.add_column(column, overflow="fold", no_wrap=column in ("loads", "proof"))
+    for runtime, loads in diagnosis.loads.items():
+        verdict = "cannot tell" if loads.verdict == "unknown" else loads.verdict
+        built.add_row(
+            Text(RUNTIMES[runtime]), Text(verdict, _VERDICT_STYLES[loads.verdict]), Text(loads.how), Text(loads.proof)
+        )
+    console.print(built)

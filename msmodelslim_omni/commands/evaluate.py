@@ -74,7 +74,20 @@ def eval_(
     seed: Annotated[int, flag("seed", "Seed for the intervals and for --max_samples.", DATA, min=0)] = 0,
     save_path: Annotated[
         Path | None,
-        flag("save_path", "Folder for eval_report.json and .md. Default: eval/ in a quantized checkpoint.", OUTPUT),
+        flag(
+            "save_path", "Folder for eval_report.json, .md and .html. Default: eval/ in a quantized checkpoint.", OUTPUT
+        ),
+    ] = None,
+    update_card: Annotated[
+        bool,
+        flag("update_card", "Write the figures into the model card of the quantized checkpoint.", OUTPUT, is_flag=True),
+    ] = False,
+    overwrite: Annotated[
+        bool, flag("overwrite", "Replace an evaluation of more samples.", OUTPUT, is_flag=True)
+    ] = False,
+    answers: Annotated[
+        Path | None,
+        flag("answers", "JSON Lines file for what both models answer to samples with an answer.", OUTPUT),
     ] = None,
     on_bad_sample: Annotated[
         OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.", DATA)
@@ -113,7 +126,7 @@ def eval_(
             max_pixels=max_pixels, video_fps=video_fps, exact_match=exact_match is TrueFalse.true,
             positions=positions.value, seed=seed, save_path=folder,
             trust_remote_code=trust_remote_code is TrueFalse.true, on_bad_sample=on_bad_sample.value,
-            progress=progress,
+            update_card=update_card, overwrite=overwrite, answers_file=answers, progress=progress,
         )  # fmt: skip
         progress.close()
         for warning in report.warnings:
@@ -131,10 +144,11 @@ def eval_(
 
 
 def _print_report(report: EvalReport) -> None:
-    from ..report import FIGURES_NOTE, figure_rows
+    from ..report import FIGURES_NOTE, figure_rows, judgement
     from .tables import table
 
     columns, rows = figure_rows(report, all_intervals=results.width >= _MIN_WIDTH_FOR_INTERVALS, separator="\n")
     title = f"{report.quant_path} ({report.quant_format}) compared with {report.float_path}; scored: {report.scored}"
     results.print(table(title, columns, rows, numeric=1))
+    results.print(judgement(report))
     results.print(FIGURES_NOTE)

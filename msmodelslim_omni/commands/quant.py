@@ -172,6 +172,7 @@ def _show_report(report: Report, as_json: bool) -> None:
     from ..report import (
         RUN_MEMORY_COLUMNS,
         human_bytes,
+        next_steps,
         part_errors,
         run_memory_rows,
     )
@@ -201,3 +202,6 @@ def _show_report(report: Report, as_json: bool) -> None:
     for saver, folder in report.savers.items():
         results.print(f"output {saver}: {folder}", soft_wrap=True, markup=False)
     results.print(f"report: {page if page.is_file() else page.with_suffix('.md')}", soft_wrap=True, markup=False)
+    for saver in report.savers:
+        for line in next_steps(report, saver):
+            results.print(line, soft_wrap=True, markup=False)

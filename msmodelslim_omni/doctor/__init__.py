@@ -2,7 +2,7 @@
 
 examine.py runs all checks; codes.py is the table of findings; each other file is one group of checks.
 To add a rule, write a check that yields `make_finding(code, ...)` and add the code to codes.py.
-May import: run, formats, models, numerics, storage, files, errors.
+May import: run, compatibility, formats, models, numerics, storage, files, errors.
 Omitted on purpose: accuracy (see evaluation) and starting a runtime. names.py emulates the rules of the loaders.
 """
 

@@ -188,6 +188,8 @@ _CONFIG_KINDS = {
     "config_part_missing": _error("the model cannot be built", ALL, _RESTORE_CONFIG),
     "config_unbuildable": _error("transformers cannot build a model from it, so names and shapes are not checked", ALL,
                                  _RESTORE_CONFIG),
+    "float_checkpoint": _warning("every runtime of the model loads it as a float model", (),
+                                 "`msmodelslim quant` makes a quantized checkpoint of it"),
     "not_quantized": _error("nothing in this checkpoint is quantized", ALL, _QUANTIZE_AGAIN),
     "quantization_config_missing": _error("integers are loaded as if they were float weights", CONFIG_READERS,
                                           _RESTORE_CONFIG),
@@ -254,6 +256,13 @@ _SOURCE = {
     "rows_far": _error("some output channels are far from the source's", ALL, _QUANTIZE_AGAIN),
     "weight_shifted": _error("on average, weights differ from the source's by a fraction of a step: zero points are"
                              " off", ALL, "convert again without changing the stored zero points"),
+    "scales_reordered": _error(
+        "the scales vary in another order than the source's weights do: they are flipped or permuted along an axis",
+        ALL, "write the scales in the order of their rows and groups: quantize again, or convert again",
+    ),
+    "slope_wrong": _error(
+        "the stored weights are a constant times the source's: the scales have another unit", ALL, _QUANTIZE_AGAIN,
+    ),
     "scaling_inconsistent": _error(
         "the factors in these columns do not cancel the scaling before the Linear: the model's function changed", ALL,
         _QUANTIZE_AGAIN,

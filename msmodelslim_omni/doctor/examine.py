@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from .loaders import check_description, check_groups, check_lists
 from .quantization import declared_quantization
 from .source import check_source
 from .tensors import check_tensors
+from .verdict import verdicts
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
@@ -60,6 +61,7 @@ def examine(
     source = None if source is None else _require_folder(source)
     collector = Collector(on_check)
 
+    _require_checkpoint(path)
     config, config_faults = read_config(path)
     description, description_faults = read_description(path)
     folder = read_folder(path)
@@ -82,13 +84,26 @@ def examine(
     config_check = [*config_faults, *description_faults, *model_faults]
     if config:
         config_check += check_config(config, model, description is not None, declared)
-    collector.run("config", iter(config_check), f"{declared.format or 'no format'}, full architecture", "config.json")
+    collector.run(
+        "config", iter(config_check), f"{declared.format or 'no quantization'}, full architecture", "config.json"
+    )
     has_voices = model is None or bool(model.speech_prefixes and model.voices_file)
     companions = "tokenizer, processor, chat template" + ", voices" * has_voices
     collector.run("companions", check_companions(path, has_voices), companions, str(path))
+    block = _declared_block(config, model)
+    settings = block if description is None else description
+    if stopped := _reason_to_stop(collector.findings):
+        loads = verdicts(model, declared.format, settings, folder, collector.findings, stopped)
+        return Diagnosis(str(path), declared.format, tuple(collector.findings), collector.unlisted, loads, stopped)
+    is_float = block is None and description is None and not declared.format and not quantized
     if model is not None and expected:
         tensors = check_tensors(folder, config, model, expected, optional, linears, declared)
         collector.run("tensors", tensors, f"{len(names)} names match config.json", "all")
+    if is_float:
+        finding = make_finding("float_checkpoint", "all Linears", "this is a float checkpoint: no Linear is quantized")
+        collector.run("linears", iter([finding]), "", "all")
+        collector.run("floats", check_floats(folder.tensors.values()), "no NaN, no Inf", "all")
+        return Diagnosis(str(path), "float", tuple(collector.findings), collector.unlisted)
     collector.run("linears", check_linears(linears, declared), f"{len(quantized)} quantized, with all tensors", "all")
     if model is not None:
         collector.run(
@@ -112,7 +127,24 @@ def examine(
         else:
             comparison = iter([make_finding("source_other_model", source, "config.json does not identify the model")])
         collector.run("source", comparison, "floats unchanged, weights near the source's after folding", str(source))
-    return Diagnosis(str(path), declared.format, tuple(collector.findings), collector.unlisted)
+    loads = verdicts(model, declared.format, settings, folder, collector.findings, "")
+    return Diagnosis(str(path), declared.format, tuple(collector.findings), collector.unlisted, loads)
+
+
+# Faults after which the rest of the checkpoint is not there to be examined.
+_STOPPING = (
+    "no_weights", "file_truncated", "file_broken", "file_trailing_bytes", "file_unreadable",
+    "index_names_absent_shard", "config_missing",
+)  # fmt: skip
+
+
+def _reason_to_stop(findings: Sequence[Finding]) -> str:
+    """Why tensors, names and weights are not examined; empty if nothing stands against it."""
+    is_config = {"json_broken": "config.json"}
+    for finding in findings:
+        if finding.code in _STOPPING or is_config.get(finding.code) == finding.where:
+            return f"{finding.where}: {finding.what}"
+    return ""
 
 
 def _require_folder(path: str | Path) -> Path:
@@ -123,6 +155,14 @@ def _require_folder(path: str | Path) -> Path:
             "give the folder that contains config.json and the safetensors files",
         )
     return path
+
+
+def _require_checkpoint(path: Path) -> None:
+    if not (path / "config.json").exists() and not any(path.glob("*.safetensors")):
+        raise QuantError(
+            f"{str(path)!r} holds no checkpoint: it has neither config.json nor a safetensors file",
+            "give the folder that contains config.json and the safetensors files",
+        )
 
 
 def _declared_block(config: dict[str, Any], model: ModelSpec | None) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from ..compatibility import Loads
 from .codes import CODES
 
 Level = Literal["ok", "warning", "error"]
@@ -35,12 +36,18 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings of doctor. `unlisted` counts, by code, the findings that are not in the list."""
+    """All findings of doctor. `unlisted` counts, by code, the findings that are not in the list.
+
+    format: empty if none is declared, `float` for a float checkpoint. loads: the verdict by runtime, empty for a float
+    checkpoint. stopped: why later checks were not made, or an empty string.
+    """
 
     path: str
     format: str
     findings: tuple[Finding, ...]
     unlisted: dict[str, int] = field(default_factory=dict)
+    loads: dict[str, Loads] = field(default_factory=dict)
+    stopped: str = ""
 
     @property
     def errors(self) -> int:
@@ -59,7 +66,17 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the diagnosis as a dict for JSON."""
-        return {**asdict(self), "errors": self.errors, "warnings": self.warnings, "healthy": self.healthy}
+        loads = {
+            runtime: {"verdict": found.verdict, "how": found.how, "proof": found.proof}
+            for runtime, found in self.loads.items()
+        }
+        return {
+            **asdict(self),
+            "loads": loads,
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "healthy": self.healthy,
+        }
 
 
 def make_finding(code: str, where: object, what: str) -> Finding:

@@ -61,12 +61,14 @@ class Comparison:
     """Stored weight y compared with source weight x.
 
     relative: |y - x| / |x|. rows: the same for each row. shift: mean of (y - x) / step. factors: a, per row.
+    slopes: of the regression of x on y, per row and group, [rows, groups]; None for floats.
     """
 
     relative: float
     rows: torch.Tensor
     shift: float
     factors: torch.Tensor
+    slopes: torch.Tensor | None = None
 
 
 def check_source(
@@ -220,13 +222,18 @@ def _check_layer(
                 columns, energy = _estimated_columns(stored, weight, ones)
             elif linear.quantized and expected is not None and expected.shape == columns.shape:
                 columns = expected
-            result = _compare(stored, weight, columns, rows_unknown)
+            is_known = linear.quantized and expected is not None and expected.shape == columns.shape
+            regressed = expected / columns if is_known and expected is not None else torch.ones_like(columns)
+            result = _compare(stored, weight, columns, rows_unknown, regressed)
             if linear.quantized and from_norm:
                 columns, energy = _estimated_columns(stored, weight, result.factors)
             if linear.quantized and expected is not None and expected.shape == columns.shape:
                 yield from _factor_faults(f"{name} and {group.previous}", columns, expected, energy, stored.bits)
             factors[relative] = result.factors
             yield from _weight_faults(name, result, stored.bits)
+            if result.slopes is not None and stored.scales is not None:
+                columns_unknown = not from_norm and not is_known
+                yield from slope_faults(name, result.slopes, stored.scales, rows_unknown, columns_unknown)
             if rows_unknown:
                 yield from _check_bias(name, result.factors, folder, original, stored.bits)
 
@@ -249,11 +256,15 @@ def _expected_columns(
 
 @dataclass(frozen=True)
 class _StoredWeight:
-    """Access to a stored weight: its rows as float32, and the quantization step of each element, None for floats."""
+    """Access to a stored weight: its rows as float32; for integers, the step of each element and the scales.
+
+    scales: [rows, groups], None for floats.
+    """
 
     bits: int
     rows: Callable[[slice], torch.Tensor]
     steps: Callable[[slice], torch.Tensor] | None
+    scales: torch.Tensor | None = None
 
 
 def _stored_weight(linear: StoredLinear) -> _StoredWeight | None:
@@ -268,6 +279,7 @@ def _stored_weight(linear: StoredLinear) -> _StoredWeight | None:
         integers.scheme.weight_bits,
         lambda rows: dequantize(linear_rows(integers, rows)),
         lambda rows: _steps(integers, rows),
+        integers.scales,
     )
 
 
@@ -312,12 +324,16 @@ def _estimated_columns(
     return torch.where(xx > 0, xy / xx, torch.ones_like(xx)).to(torch.float32), xx.to(torch.float32)
 
 
-def _compare(stored: _StoredWeight, weight: TensorInfo, columns: torch.Tensor, rows_unknown: bool) -> Comparison:
+def _compare(
+    stored: _StoredWeight, weight: TensorInfo, columns: torch.Tensor, rows_unknown: bool, regressed: torch.Tensor
+) -> Comparison:
     """Compare the stored weight y with x = a W[:, c] g[c].
 
-    a is 1, or with rows_unknown the least-squares factor of each row, sum of y x / sum of x x.
+    a is 1, or with rows_unknown the least-squares factor of each row, sum of y x / sum of x x. regressed: the ratio of
+    the expected factors g and the given ones; the slopes are those of the expected ones, because estimated factors
+    would hide scales in a wrong order.
     """
-    errors, factors, shift, count = [], [], 0.0, 0
+    errors, factors, slopes, shift, count = [], [], [], 0.0, 0
     total_error = total_signal = 0.0
     for rows in _blocks(weight.shape):
         x, y = _rows(weight, rows) * columns, stored.rows(rows)
@@ -331,11 +347,71 @@ def _compare(stored: _StoredWeight, weight: TensorInfo, columns: torch.Tensor, r
         errors.append(torch.where(signal > 0, (error / signal).sqrt(), error.sign() * torch.inf).nan_to_num(nan=0.0))
         factors.append(a)
         total_error, total_signal = total_error + float(error.sum()), total_signal + float(signal.sum())
+        if stored.scales is not None:
+            slopes.append(_slopes(x * regressed, y, stored.scales.shape[1]))
         if stored.steps is not None:
             shift += float((d / stored.steps(rows)).sum(dtype=torch.float64))
         count += d.numel()
     relative = total_error if total_error != total_error else relative_error(total_error, total_signal)
-    return Comparison(relative, torch.cat(errors), shift / max(1, count), torch.cat(factors))
+    found = torch.cat(slopes) if slopes else None
+    return Comparison(relative, torch.cat(errors), shift / max(1, count), torch.cat(factors), found)
+
+
+def _slopes(x: torch.Tensor, y: torch.Tensor, groups: int) -> torch.Tensor:
+    """Slope of the regression of x on y through zero, sum of x y / sum of y y, per row and group; NaN where y is 0."""
+    xy, yy = ((a * y).view(y.shape[0], groups, -1).sum(dim=2) for a in (x, y))
+    return torch.where(yy > 0, xy / yy, torch.nan)
+
+
+# Of the slopes. Rounding moves a mean slope by 0.01, clipping by 0.05; a scale that is too large or small by more than
+# a quarter is a fault.
+_MAX_SLOPE = 1.25
+# Rounding, clipping and outliers move this coefficient to -0.2; scales in a wrong order give -1.
+_MIN_COEFFICIENT = -0.5
+# Standard errors between the coefficient and the limit that make a fault certain.
+_CERTAIN = 4.0
+
+
+def slope_faults(
+    name: str, slopes: torch.Tensor, scales: torch.Tensor, rows_unknown: bool, columns_unknown: bool
+) -> Iterator[Finding]:
+    """Check that the slopes of source on stored weights are near 1, whatever the scale of their row and group.
+
+    With log b = c + k log s + noise over rows and groups (b: slope, s: scale), k is 0 for scales in their own order. In
+    a wrong order b is the right scale over the stored one, so that k is -1, also where all scales are nearly alike.
+    rows_unknown, columns_unknown: the factors of the rows, or of the columns, were estimated from the same weights;
+    then only the variation inside the rows, or inside the columns of groups, is a sign.
+    """
+    good = torch.isfinite(slopes) & (slopes > 0) & (scales > 0)
+    if not bool(good.any()):
+        return
+    middle = float(slopes[good].median())
+    if not rows_unknown and not columns_unknown and not 1 / _MAX_SLOPE < middle < _MAX_SLOPE:
+        yield make_finding("slope_wrong", name, f"the median slope of the source on the stored weights is {middle:.3g}")
+        return
+    b = torch.where(good, slopes, torch.ones_like(slopes)).log().to(torch.float64)
+    s = torch.where(good, scales.to(slopes.dtype), torch.ones_like(slopes)).log().to(torch.float64)
+    weights = good.to(torch.float64)
+    lost = 1
+    for axis, is_unknown in ((1, rows_unknown), (0, columns_unknown)):
+        if is_unknown:
+            b, s, lost = _centred(b, weights, axis), _centred(s, weights, axis), lost + b.shape[1 - axis]
+    if not rows_unknown and not columns_unknown:
+        b, s = (v - (v * weights).sum() / weights.sum() for v in (b, s))
+    free, spread = float(weights.sum()) - lost - 1, float((s * s * weights).sum())
+    if free < 1 or spread <= 0:
+        return
+    coefficient = float((b * s * weights).sum()) / spread
+    error = (float(((b - coefficient * s).square() * weights).sum()) / free / spread) ** 0.5
+    if coefficient + _CERTAIN * error < _MIN_COEFFICIENT:
+        what = f"slopes fall with the scales by {coefficient:.2f} instead of 0 (standard error {error:.2g})"
+        yield make_finding("scales_reordered", name, what)
+
+
+def _centred(values: torch.Tensor, weights: torch.Tensor, axis: int) -> torch.Tensor:
+    """Values minus their weighted mean along an axis."""
+    total = weights.sum(dim=axis, keepdim=True).clamp_min(1.0)
+    return values - (values * weights).sum(dim=axis, keepdim=True) / total
 
 
 def _weight_faults(name: str, result: Comparison, bits: int) -> Iterator[Finding]:

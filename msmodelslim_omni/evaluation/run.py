@@ -24,11 +24,20 @@ from typing import Literal
 
 import torch
 
-from ..calibration import CalibSet, load_calib_set
+from ..calibration import CalibSet, load_calib_set, missing_modality_warnings
 from ..errors import QuantError
-from ..models import MODALITIES, MediaLimits
+from ..files import file_digest
+from ..models import MODALITIES, MediaLimits, MediaProcessor
 from ..quantized import Source, identify, is_quantized, open_source
-from ..report import EvalReport, Fidelity, LayerDrift, write_eval_report, write_evaluation
+from ..report import (
+    EvalReport,
+    Fidelity,
+    LayerDrift,
+    check_fewer_samples,
+    stored_report,
+    write_eval_report,
+    write_evaluation,
+)
 from ..run import versions
 from ..runtime import (
     Clock,
@@ -40,9 +49,11 @@ from ..runtime import (
     resolve_device,
 )
 from ..storage import load_json_object
+from .answers import answer_pairs, write_answers
 from .figures import compute_fidelity, fidelity_by_modality
 from .layer_walk import LayerWalk
 from .logits import score
+from .previews import shown_answers
 from .same_model import check_same_model
 from .stem_pair import Sample, StemPair
 
@@ -84,6 +95,9 @@ def evaluate(
     save_path: str | Path | None = None,
     trust_remote_code: bool = False,
     on_bad_sample: Literal["fail", "skip"] = "fail",
+    update_card: bool = False,
+    overwrite: bool = False,
+    answers_file: str | Path | None = None,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Compare next-token distributions, answers and hidden states of two checkpoints on a dataset.
@@ -93,7 +107,9 @@ def evaluate(
         without an answer are skipped. `text`: those that predict a text token instead of a media token. `auto`: as
         `answer` for samples with an answer, else as `text`.
     exact_match: refuse a dataset without answers. If there are answers, exact match is always reported.
-    save_path: a folder for eval_report.json and .md. None: write nothing.
+    save_path: a folder for eval_report.json, .md and .html. None: write nothing.
+    update_card: write the figures into the model card of the output. overwrite: replace an evaluation of more samples.
+    answers_file: JSON Lines of what both models answer; see AnswerPair.
 
     Greedy decoding gives exactly the expected answer if, at each of its positions and its end, the likeliest token
     after the expected prefix is the expected token. One forward pass is therefore enough.
@@ -111,9 +127,13 @@ def evaluate(
         model_warnings = check_same_model(pair.float_source, pair.quant_source)
         calib = _load_samples(dataset, pair, options)
     _check_answers(calib, options)
+    if save_path is not None:
+        check_fewer_samples(Path(save_path), len(calib.samples), overwrite=overwrite)
     with _resource_faults_as_errors(chosen), _work_folder(save_path) as folder:
         with clock("towers"):
-            stems = _run_stems(pair, calib, options, folder, chosen.torch, progress)
+            source = pair.float_source
+            processor = source.model.family.open_media_processor(source.path, limits, trust_remote_code)
+            stems = _run_stems(pair, calib, options, processor, folder, chosen.torch, progress)
             walk = LayerWalk(pair.float_source, pair.quant_source, stems, folder, chosen.torch)
         layers = tuple(walk.layers(clock, progress))
         with clock("logits"):
@@ -121,12 +141,17 @@ def evaluate(
     with clock("figures"):
         overall = compute_fidelity(measurements, range(len(stems.samples)), None, seed)
         by_modality = fidelity_by_modality(measurements, seed)
-    warnings = _collect_warnings(model_warnings, calib, stems, options)
+    warnings = (*_data_warnings(pair, calib), *_collect_warnings(model_warnings, calib, stems, options))
     results = _Results(stems.samples, layers, overall, by_modality, warnings)
     report = _make_report(pair, calib, options, results, chosen, clock)
+    pairs = answer_pairs(measurements, calib.samples, processor)
+    if answers_file is not None:
+        write_answers(pairs, Path(answers_file))
+        progress.say(f"{len(pairs)} answers: {answers_file}")
     if save_path is not None:
+        shown = shown_answers(pairs)
         write_eval_report(report, Path(save_path))
-        write_evaluation(report, Path(save_path), progress)
+        write_evaluation(report, shown, Path(save_path), progress, update_card=update_card, overwrite=overwrite)
     return report
 
 
@@ -194,15 +219,20 @@ def _load_samples(dataset: str, pair: _Pair, options: _Options) -> CalibSet:
 
 
 def _run_stems(
-    pair: _Pair, calib: CalibSet, options: _Options, folder: Path, device: torch.device, progress: Progress
+    pair: _Pair,
+    calib: CalibSet,
+    options: _Options,
+    processor: MediaProcessor,
+    folder: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> StemPair:
     """Run processor, towers and embedding of both models on all samples."""
     needs_answer = options.positions == "answer"
-    source = pair.float_source
     stems = StemPair(pair.float_source, pair.quant_source, folder, device)
     stems.prepare(
         [sample for sample in calib.samples if sample.has_answer or not needs_answer],
-        source.model.family.open_media_processor(source.path, options.limits, options.trust_remote_code),
+        processor,
         skip_bad=options.on_bad_sample == "skip",
         needs_answer=needs_answer,
         progress=progress,
@@ -299,6 +329,7 @@ def _make_report(
         peak_rss_bytes=peak_rss(),
         peak_device_bytes=peak_device_memory(device.torch),
         warnings=results.warnings,
+        dataset_digest=file_digest(calib.index),
     )
 
 
@@ -313,6 +344,16 @@ def _collect_warnings(
     if options.positions == "answer" and unanswered:
         warnings.append(f"{unanswered} samples without an answer skipped")
     return (*warnings, *stems.warnings)
+
+
+def _data_warnings(pair: _Pair, calib: CalibSet) -> list[str]:
+    """Warnings where the evaluation says little: on the samples of the calibration, or without a modality."""
+    warnings = []
+    report = stored_report(pair.quant_source.path) if pair.quant_source.linears else None
+    if report is not None and report.dataset_digest and report.dataset_digest == file_digest(calib.index):
+        warnings.append(f"{calib.name} is the calibration data of this model; samples that it has not seen say more")
+    modalities = pair.float_source.model.modalities
+    return [*warnings, *missing_modality_warnings(calib.samples, modalities, "the figures say nothing about them")]
 
 
 def _format_of(source: Source) -> str:

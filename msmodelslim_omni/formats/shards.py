@@ -36,7 +36,7 @@ _METADATA = {"format": "pt"}
 # Files of the source that do not apply to the new weights.
 _STALE_FILES = frozenset(
     {"config.json", "quant_model_description.json", "quant_report.json", "quant_report.md", "quant_report.html"}
-    | {"eval/eval_report.json", "eval/eval_report.md", "eval/quant_report.html"}
+    | {"eval/eval_report.json", "eval/eval_report.md", "eval/eval_report.html", "eval/quant_report.html"}
 )
 
 

@@ -68,3 +68,7 @@ class MediaProcessor(Protocol):
     """Converts the messages of a sample to model inputs."""
 
     def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs: ...
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of tokens, without special tokens."""
+        ...

@@ -70,6 +70,9 @@ class VisionProcessor:
 
     # --- shared by all models ---
 
+    def decode(self, tokens: list[int]) -> str:
+        return str(self._processor.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def prepare(self, messages: Messages, use_audio_in_video: bool) -> ModelInputs:
         """Convert one sample. Video parts hold a path, audio parts a float32 array at 16 kHz."""
         import torch

@@ -22,7 +22,7 @@ from ..files import check_save_path, find_model_folder
 from ..formats import FORMATS, OutLinear, OutputJob, OutTensor, format_tensors
 from ..models import ModelSpec
 from ..recipe import saver_names
-from ..report import PartSize, Report, stored_recipe, stored_report, write_documents
+from ..report import LEFT_OUT, PartSize, Report, stored_recipe, stored_report, write_documents
 from ..run import (
     Outputs,
     Workspace,
@@ -98,7 +98,9 @@ def export(
         with Workspace(target, fingerprint, overwrite=overwrite) as workspace:
             if not workspace.manifest.committing:
                 _write_tensors(job, save_format, part_file_size, workspace, progress)
-                report = replace(_make_report(source, job, tensors, save_format, target), fingerprint=fingerprint)
+                report = replace(
+                    _make_report(source, job, tensors, save_format, target, thinker_only), fingerprint=fingerprint
+                )
                 _write_documents(report, source, save_format, workspace, progress)
             workspace.commit([save_format])
     return Exported(
@@ -273,6 +275,7 @@ def _make_report(
     tensors: list[OutTensor],
     save_format: str,
     save_path: Path,
+    thinker_only: bool,
 ) -> Report:
     """The source's report with the new path and sizes, and a warning that names the source.
 
@@ -281,7 +284,9 @@ def _make_report(
     note = f"exported from {source.path} ({source.saver}); errors, time and memory are those of the quantizing run"
     report = stored_report(source.path) or _minimal_report(source)
     written = written_parts(source.model, tensors)
-    parts = tuple(_with_written_size(part, written.get(part.name, (0, "left out"))) for part in report.parts)
+    command = ["msmodelslim", "export", "OUT", "EXPORTED", "--save_format", save_format]
+    command += ["--thinker_only"] if thinker_only else []
+    parts = tuple(_with_written_size(part, written.get(part.name, (0, LEFT_OUT))) for part in report.parts)
     return replace(
         report,
         savers={save_format: str(save_path)},
@@ -289,6 +294,7 @@ def _make_report(
         parts=parts,
         run_memory=memory_of(source.model, source.checkpoint.config, parts),
         bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
+        commands=(*report.commands, tuple(command)),
         warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),
     )
 

@@ -1,19 +1,21 @@
 """Documents about a run: quant_report as JSON, Markdown and HTML, the model card, the evaluation report.
 
 report.py and fidelity.py define the data, the other files render them, and html/ builds the HTML page.
-May import: processors, formats, models, runtime, storage, files, errors.
+May import: processors, compatibility, formats, models, runtime, storage, files, errors.
 Not here, on purpose: measurements. run/measure.py and evaluation/ compute the numbers.
 """
 
 from __future__ import annotations
 
 from .documents import stored_recipe, stored_report, write_documents, write_evaluation
-from .eval_report import FIGURES_NOTE, figure_rows, write_eval_report
-from .fidelity import EvalReport, Fidelity, Interval, LayerDrift
+from .eval_report import FIGURES_NOTE, check_fewer_samples, figure_rows, judgement, write_eval_report
+from .fidelity import AnswerPair, EvalReport, Fidelity, Interval, LayerDrift, Preview, ShownAnswer
 from .html.charts import heat_map
 from .html.page import INSTALL_HINT, can_write_html, render_page
 from .html.sections import Article, Chart, Section, Table, Tile
+from .next_steps import next_steps
 from .report import (
+    LEFT_OUT,
     RUN_MEMORY_COLUMNS,
     LayerRecord,
     LinearRecord,
@@ -31,7 +33,9 @@ from .run_memory import RunMemory, run_memory
 __all__ = [
     "FIGURES_NOTE",
     "INSTALL_HINT",
+    "LEFT_OUT",
     "RUN_MEMORY_COLUMNS",
+    "AnswerPair",
     "Article",
     "Chart",
     "EvalReport",
@@ -41,17 +45,22 @@ __all__ = [
     "LayerRecord",
     "LinearRecord",
     "PartSize",
+    "Preview",
     "Report",
     "RunMemory",
     "Section",
+    "ShownAnswer",
     "Table",
     "Tile",
     "can_write_html",
+    "check_fewer_samples",
     "figure_rows",
     "heat_map",
     "human_bytes",
+    "judgement",
     "layer_record",
     "markdown_table",
+    "next_steps",
     "part_errors",
     "read_report",
     "render_page",

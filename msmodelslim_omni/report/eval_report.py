@@ -37,6 +37,21 @@ def write_eval_report(report: EvalReport, folder: Path) -> None:
         ) from error
 
 
+def check_fewer_samples(folder: Path, samples: int, *, overwrite: bool) -> None:
+    """Raise QuantError if the folder holds an evaluation of more samples, unless overwrite is set."""
+    if overwrite or not (folder / JSON_NAME).is_file():
+        return
+    try:
+        stored = load_json_object(folder / JSON_NAME).get("samples")
+    except QuantError:
+        return  # a damaged report is replaced
+    if isinstance(stored, int) and stored > samples:
+        raise QuantError(
+            f"{folder / JSON_NAME} holds an evaluation of {stored} samples; this one has {samples}",
+            "give another --save_path, or pass --overwrite to replace it",
+        )
+
+
 def read_eval_report(folder: Path) -> EvalReport:
     """Read eval_report.json of a folder. Raises QuantError if it is not an evaluation report."""
     stored = load_json_object(folder / JSON_NAME)
@@ -75,6 +90,9 @@ def figure_rows(
     columns = ["", "overall", *report.by_modality]
     parts = [report.overall, *report.by_modality.values()]
     separators = [separator, *(separator if all_intervals else None for _ in report.by_modality)]
+
+    # One sample alone has no interval.
+    separators = [s if part.samples > 1 else None for s, part in zip(separators, parts, strict=True)]
 
     def row(name: str, figure: str, spec: str) -> list[str]:
         values = [getattr(part, figure) for part in parts]
@@ -123,13 +141,44 @@ FIGURES_NOTE = (
 )
 
 
+def judgement(report: EvalReport) -> str:
+    """One or two sentences: what became of the answers, and whether the samples can tell a change from chance."""
+    overall = report.overall
+    if overall.exact_change is None or overall.exact_float is None or overall.exact_quant is None:
+        return (
+            f"The most likely next token is the same at {overall.top1.value:.1%} of {overall.positions} positions; the"
+            f" samples have no answers to compare."
+        )
+    sentence = (
+        f"Exact answers to {overall.answered} questions: {overall.exact_float.value:.1%} by the float model,"
+        f" {overall.exact_quant.value:.1%} by the quantized model; {_describe_change(overall)}."
+    )
+    changes = {name: part.exact_change for name, part in report.by_modality.items() if part.exact_change is not None}
+    told = {
+        name: c for name, c in changes.items() if not c.low <= 0 <= c.high and report.by_modality[name].answered > 1
+    }
+    listed = ", ".join(f"{name} {100 * change.value:+.1f} points" for name, change in told.items())
+    return f"{sentence} By modality, these samples show a change for: {listed}." if listed else sentence
+
+
+def _describe_change(overall: Fidelity) -> str:
+    change = overall.exact_change
+    assert change is not None
+    if overall.answered < 2:
+        return "one question cannot tell more"
+    span = f"{100 * change.low:+.1f} to {100 * change.high:+.1f} points"
+    if change.low <= 0 <= change.high:
+        return f"a change of {span} is possible, so these questions cannot tell it from no change"
+    return f"a change of {100 * change.value:+.1f} points ({span})"
+
+
 def as_markdown(report: EvalReport) -> str:
     """Return the text of eval_report.md."""
     schemes = ", ".join(f"{count} Linears {name}" for name, count in report.linears_by_scheme.items())
     tokens = ", ".join(f"{name} {count}" for name, count in report.tokens_by_modality.items())
     columns, rows = figure_rows(report)
     lines = [
-        f"# Evaluation report: {report.model_type}, {report.quant_format}",
+        f"# Evaluation report: {Path(report.quant_path).name}, {report.quant_format}",
         "",
         f"- float: `{report.float_path}`, {human_bytes(report.float_bytes)}",
         f"- quantized: `{report.quant_path}`, {human_bytes(report.quant_bytes)}; {schemes or 'float'}",
@@ -139,6 +188,8 @@ def as_markdown(report: EvalReport) -> str:
         f" {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
         f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
         + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
+        "",
+        judgement(report),
         "",
         *markdown_table(columns, rows),
         "",

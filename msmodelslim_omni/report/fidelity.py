@@ -58,11 +58,49 @@ class LayerDrift:
 
 
 @dataclass(frozen=True)
+class AnswerPair:
+    """What both models answer to one sample that has an answer.
+
+    question: the text of the last question. media: (kind, path) of its media. *_text: the greedy answer up to the first
+    token that differs from the expected answer, which is where the measurement ends; *_exact: whether no token differs.
+    kl: mean KL(float || quant) over the tokens of the answer and its end, in nats.
+    """
+
+    where: str
+    question: str
+    media: tuple[tuple[str, str], ...]
+    expected: str
+    float_text: str
+    float_exact: bool
+    quant_text: str
+    quant_exact: bool
+    kl: float
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A small picture (`image`) or sound (`audio`) of a sample, as a data URI. text: a name, for screen readers."""
+
+    kind: str
+    uri: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ShownAnswer:
+    """An answer pair with previews of its media, for the page."""
+
+    pair: AnswerPair
+    previews: tuple[Preview, ...]
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """The contents of eval_report.json.
 
     scored: description of the positions that count. by_modality: `text` covers text-only samples, the other modalities
-    cover samples that contain them; a sample that contains several counts in each.
+    cover samples that contain them; a sample that contains several counts in each. dataset_digest: the SHA-256 of the
+    index; empty in reports from earlier versions.
     """
 
     model_type: str
@@ -87,3 +125,4 @@ class EvalReport:
     peak_rss_bytes: int
     peak_device_bytes: int
     warnings: tuple[str, ...] = ()
+    dataset_digest: str = ""

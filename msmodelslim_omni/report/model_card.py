@@ -1,25 +1,43 @@
 """README.md of an output: a Hugging Face model card with the figures of the run.
 
-The card has no times, memory figures or local folders, so the same command writes the same bytes. Text from the
-source's card, config and recipe is untrusted: a YAML library writes the header, names lose unsafe characters, and the
-recipe is in a code fence that the recipe's text cannot close.
+The card has no times, measured memory or paths of this machine, so the same command writes the same bytes. What it says
+about runtimes comes from the table of compatibility. Text from the source's card, config and recipe is untrusted: a
+YAML library writes the header, names lose unsafe characters, and the recipe is linked, not copied.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
+from ..compatibility import (
+    DEQUANTIZE_NOTE,
+    PROOFS,
+    REPOSITORY,
+    RUNTIMES,
+    Loads,
+    answering_class,
+    class_uses,
+    describe_readers,
+    image_request,
+    load_snippet,
+    loads_in,
+    serve_command,
+    speaking_class,
+)
 from ..files import write_atomically
 from ..models import ModelSpec
 from ..storage import load_json_object
-from .eval_report import figure_rows
+from .eval_report import figure_rows, judgement
 from .fidelity import EvalReport
 from .report import (
+    LEFT_OUT,
     Report,
     human_bytes,
     markdown_table,
@@ -63,7 +81,8 @@ def write_card(folder: Path, report: Report, saver: str, model: ModelSpec, recip
             kept = kept.with_name(f"{kept.stem}.source.md")
         path.replace(kept)
     base = _base_model(load_json_object(folder / "config.json"), model)
-    path.write_text(make_card(report, saver, base, header, recipe_text), encoding="utf-8")
+    card = make_card(report, saver, model, base, header, has_recipe=bool(recipe_text))
+    path.write_text(card, encoding="utf-8")
 
 
 def update_evaluation(folder: Path, evaluation: EvalReport) -> bool:
@@ -78,26 +97,40 @@ def update_evaluation(folder: Path, evaluation: EvalReport) -> bool:
     return True
 
 
-def make_card(report: Report, saver: str, base: str, header: dict[str, Any], recipe_text: str) -> str:
+def samples_in_card(folder: Path) -> int:
+    """Number of samples of the evaluation in an output's card, or 0."""
+    _, begin, rest = _read_text(folder / CARD_NAME).partition(_EVALUATION[0])
+    found = re.search(r"^Compared with its float model on (\d{1,9}) samples", rest.partition(_EVALUATION[1])[0], re.M)
+    return int(found[1]) if begin and found else 0
+
+
+def make_card(
+    report: Report, saver: str, model: ModelSpec, base: str, header: dict[str, Any], *, has_recipe: bool = False
+) -> str:
     """Return the text of a card.
 
-    base: the float model's name on the hub, or an empty string. header: keys copied from the source's card.
+    base: the float model's name on the hub, or an empty string. header: keys copied from the source's card. has_recipe:
+    whether the output holds its recipe.
     """
-    name = base.rpartition("/")[2] or _plain(Path(report.model_path).name) or _plain(report.model_type)
+    name = base.rpartition("/")[2] or _folder_name(report.model_path) or _plain(model.hf_model_type)
     schemes = _schemes(report)
+    loads = loads_in(model.hf_model_type, saver, schemes, without_speech=_lacks_speech(report, model))
+    yaml_header = yaml.safe_dump(
+        _yaml_header(report, saver, model, base, header, schemes, loads), sort_keys=False, allow_unicode=True
+    )
     blocks = [
-        f"---\n{yaml.safe_dump(_yaml_header(saver, base, header, schemes), sort_keys=False, allow_unicode=True)}---",
+        f"---\n{yaml_header}---",
         _MARK,
         f"# {name}, {' and '.join(schemes)}",
         _description(report, saver, name, schemes),
-        "## Figures",
-        *_sizes_and_errors(report, saver),
-        "## Evaluation",
-        "\n".join((_EVALUATION[0], _NOT_EVALUATED, _EVALUATION[1])),
+        *_headline(report, saver),
+        "\n".join((_EVALUATION[0], _not_evaluated(report), _EVALUATION[1])),
         "## How to load it",
-        *_loading_texts(saver, schemes),
+        *_loading_texts(report, model, loads),
         "## How it was made",
-        *_provenance(report, saver, recipe_text),
+        *_provenance(report, has_recipe),
+        "## Errors of the Linears",
+        *_errors(report),
         "## Limits",
         _LIMITS + (_INFERRED_BASE.format(base=base) if base else ""),
     ]
@@ -107,12 +140,30 @@ def make_card(report: Report, saver: str, base: str, header: dict[str, Any], rec
 # --- the header ----------------------------------------------------------------------------------------------
 
 
-def _yaml_header(saver: str, base: str, header: dict[str, Any], schemes: Sequence[str]) -> dict[str, Any]:
+def _yaml_header(
+    report: Report,
+    saver: str,
+    model: ModelSpec,
+    base: str,
+    header: dict[str, Any],
+    schemes: Sequence[str],
+    loads: Mapping[str, Loads],
+) -> dict[str, Any]:
+    """The header. library_name makes the hub print a snippet, so it is set only if transformers loads the model."""
     kinds = sorted({scheme.split("_")[0].lower() for scheme in schemes})
-    library = {} if saver == "ascendv1_saver" else {"library_name": "transformers"}
+    answering, _ = class_uses(loads)
+    library = {"library_name": "transformers"} if answering else {}
+    speaks = bool(model.speech_prefixes) and not _lacks_speech(report, model)
+    task = "any-to-any" if speaks else "image-text-to-text"
     base_keys = {"base_model": base, "base_model_relation": "quantized"} if base else {}
     tags = ["msmodelslim_omni", "quantized", *kinds, saver.replace("_", "-")]
-    return {**header, **library, "pipeline_tag": "any-to-any", **base_keys, "tags": tags}
+    return {**header, **library, "pipeline_tag": task, **base_keys, "tags": tags}
+
+
+def _lacks_speech(report: Report, model: ModelSpec) -> bool:
+    """Whether the parts that speak were left out of an output of a model that can speak."""
+    speech = {part.name for part in model.parts if part.prefix in model.speech_prefixes}
+    return any(part.name in speech and part.scheme == LEFT_OUT for part in report.parts)
 
 
 def _base_model(config: dict[str, Any], model: ModelSpec) -> str:
@@ -158,9 +209,18 @@ def _read_text(path: Path) -> str:
 # --- the text ------------------------------------------------------------------------------------------------
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, length: int = 80) -> str:
     """Replace characters that Markdown or HTML could interpret, and limit the length."""
-    return re.sub(r"[^\w .,+=()%-]", "?", text)[:80].strip()
+    return re.sub(r"[^\w .,+=()%-]", "?", text)[:length].strip()
+
+
+# Names of folders that say nothing about the model.
+_NAMELESS = {"model", "models", "checkpoint", "weights", "snapshot"}
+
+
+def _folder_name(path: str) -> str:
+    name = _plain(Path(path).name)
+    return "" if name.lower() in _NAMELESS else name
 
 
 def _schemes(report: Report) -> list[str]:
@@ -170,7 +230,7 @@ def _schemes(report: Report) -> list[str]:
 
 def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) -> str:
     kept = [_plain(part.name) for part in report.parts if part.scheme.startswith("float")]
-    omitted = [_plain(part.name) for part in report.parts if part.scheme == "left out"]
+    omitted = [_plain(part.name) for part in report.parts if part.scheme == LEFT_OUT]
     return (
         f"{name} with quantized Linear layers in the decoder ({', '.join(map(_describe_scheme, schemes))}), in the"
         f" `{_plain(saver)}` format."
@@ -190,21 +250,34 @@ def _describe_scheme(scheme: str) -> str:
         return f"FP8 (e4m3) weights, one scale per {where}; FP8 activations, one scale per {tokens}"
     if grouped := re.fullmatch(r"W4A16_G(\d+)(_SYM)?", scheme):
         return f"int4 weights in groups of {grouped[1]}{'' if grouped[2] else ' with zero points'}; float activations"
+    if blocks := re.fullmatch(r"NF4_G(\d+)(_DOUBLE)?", scheme):
+        return f"4-bit NormalFloat weights in blocks of {blocks[1]}; float activations"
     return scheme
 
 
-def _sizes_and_errors(report: Report, saver: str) -> list[str]:
-    """Blocks with sizes and errors. A report without layers does not know the sizes of the float model."""
+def _headline(report: Report, saver: str) -> list[str]:
+    """A table of the sizes that a reader compares first. A report without layers does not know the float model's."""
+    if not report.layers:
+        return []
+    rows = [["size of all tensors", human_bytes(report.source_bytes), human_bytes(report.output_bytes[saver])]]
+    if report.run_memory is not None:
+        memory = report.run_memory
+        rows.append(
+            ["memory of the weights that answer in text", human_bytes(memory.text_float), human_bytes(memory.text_now)]
+        )
+    return [_table(["", "float", "quantized"], rows)]
+
+
+def _errors(report: Report) -> list[str]:
+    """Blocks with the errors of the Linears."""
     if not report.layers:
         return ["No figures are available: this checkpoint has no quantization report."]
-    before, after = human_bytes(report.source_bytes), human_bytes(report.output_bytes[saver])
-    sizes = f"Size of all tensors: {after}; of the float checkpoint: {before}."
     by_modality: dict[str, list[float]] = {}
     for layer in report.layers:
         for modality, error in layer.output_error_by_modality.items():
             by_modality.setdefault(modality, []).append(error)
     kind = "weight error |W - Ŵ| / |W|" if report.data_free else "output error |Y - Ŷ| / |Y| on calibration data"
-    blocks = [sizes, f"Relative {kind}, root mean square over the layers:"]
+    blocks = [f"Relative {kind}, root mean square over the layers:"]
     if by_modality:
         rows = [[_plain(m), f"{root_mean_square(errors):.4f}"] for m, errors in by_modality.items()]
         blocks.append(_table(["layer's contribution to the hidden states, by modality", "error"], rows))
@@ -216,106 +289,117 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(markdown_table(columns, rows))
 
 
-_NOT_EVALUATED = """\
-Not evaluated. The errors above are those of single layers on calibration data. `msmodelslim eval --float FLOAT
---quant THIS --dataset DATA` compares this model with its float model and writes the figures here."""
+def _not_evaluated(report: Report) -> str:
+    known = (
+        "only the errors of single weights are known, no data was used"
+        if report.data_free
+        else "only the errors of single layers on calibration data are known"
+    )
+    return (
+        f"Not evaluated: {known}. `msmodelslim eval THIS --float FLOAT --dataset DATA --update_card` compares"
+        " this model with its float model and writes the figures here."
+    )
 
 
 def _evaluation_text(report: EvalReport) -> str:
+    """A headline, a table of few rows, and everything else folded."""
     columns, rows = figure_rows(report)
     data = _plain(Path(report.dataset).parent.name)
+    headings = ["figure", *map(_plain, columns[1:])]
+    warnings = [f"Note: {_plain(warning, 300)}." for warning in report.warnings[:_SHOWN_WARNINGS]]
+    digest = f" (SHA-256 of its index `{_plain(report.dataset_digest)[:16]}`)" if report.dataset_digest else ""
     return "\n\n".join(
         [
-            f"Compared with its float model on {report.samples} samples of `{data}`; scored: {_plain(report.scored)};"
-            f" seed {report.seed}. Brackets hold 95 % intervals over samples.",
-            _table(["figure", *map(_plain, columns[1:])], rows),
+            judgement(report),
+            f"Compared with its float model on {report.samples} samples of `{data}`{digest}; scored:"
+            f" {_plain(report.scored)}; seed {report.seed}. Brackets hold 95 % intervals over samples.",
+            _table(headings, [row for row in rows if row[0] in _HEADLINE_FIGURES]),
+            *warnings,
+            "<details><summary>All figures</summary>",
+            _table(headings, rows),
             "KL: divergence between the next-token distributions of the float and the quantized model. Top-1, top-5:"
             " agreement of the most likely tokens. Exact: greedy answers that equal the expected answer. Hidden,"
-            " embedding: states that the talker reads. `text`: text-only samples; a sample with several modalities"
-            " counts under each.",
+            " embedding: final hidden states and embeddings. `text`: text-only samples; a sample with several"
+            " modalities counts under each.",
+            "</details>",
         ]
     )
 
 
-# These texts claim only what the project's README lists as tested.
-_VLLM = """\
-vLLM (tested: 0.32.0, CPU build, with a small model of the same classes; not tested: builds for accelerators):
-
-```
-python -m vllm.entrypoints.openai.api_server --model . --dtype bfloat16 --max-model-len 2048
-```"""
-_THINKER = """\
-transformers with compressed-tensors, text answers (tested: 4.57.3 and 5.23.0, with a small model of the same classes):
-
-```python
-from transformers import Qwen2_5OmniThinkerForConditionalGeneration
-
-thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(".", dtype="bfloat16")
-```
-
-The full class, `Qwen2_5OmniForConditionalGeneration`, also needs
-`quantization_config=CompressedTensorsConfig(run_compressed=False)`."""
-_UNCOMPRESSED = """\
-transformers with compressed-tensors (tested: transformers 5.17.0 with compressed-tensors 0.19.0 reads exactly these
-weights, with a small model of the same classes):
-
-```python
-from transformers import CompressedTensorsConfig, Qwen2_5OmniThinkerForConditionalGeneration
-
-uncompressed = CompressedTensorsConfig(run_compressed=False)
-thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(
-    ".", dtype="bfloat16", quantization_config=uncompressed
-)
-```
-
-vLLM reads this layout; that was not tested."""
-_FP8 = "It computes in FP8 on Ada, Hopper and Blackwell cards."
-_ZERO_POINTS = """\
-transformers with compressed-tensors loads int4 with zero points from 5.23.0 on and needs
-`quantization_config=CompressedTensorsConfig(run_compressed=False)`."""
-_AUTOAWQ = "AutoAWQ 0.2.9 with transformers 4.57.3 was tested with a small model of the same classes."
-_ASCEND = "vLLM-Ascend reads this format. Names and shapes follow its rules; the runtime itself was not tested."
-_MIXED = "The Linears have several schemes. Run `msmodelslim doctor .` to see which runtimes support that."
+_HEADLINE_FIGURES = ("samples", "KL mean, nats", "top-1 agreement", "exact, float", "exact, quant", "exact, change")
+_SHOWN_WARNINGS = 5
 
 
-def _loading_texts(saver: str, schemes: Sequence[str]) -> list[str]:
-    if len(schemes) > 1:
-        return [_MIXED]
-    if saver == "ascendv1_saver":
-        return [_ASCEND]
-    if saver == "awq":
-        return [_VLLM, _AUTOAWQ]
-    if schemes[0].startswith("FP8"):
-        return [f"{_UNCOMPRESSED} {_FP8}"]
-    if schemes[0] == "W8A16":
-        return [_UNCOMPRESSED]
-    has_zero_points = schemes[0].startswith("W4") and not schemes[0].endswith("_SYM")
-    return [_VLLM, _ZERO_POINTS if has_zero_points else _THINKER]
+def _loading_texts(report: Report, model: ModelSpec, loads: Mapping[str, Loads]) -> list[str]:
+    """Blocks for every runtime that the table of compatibility lists, and a line about the others."""
+    blocks = [*_vllm_texts(report, model, loads), *_transformers_texts(model, loads)]
+    _, others = describe_readers(loads)
+    if others:
+        blocks.append(f"Other runtimes: {others}.")
+    return blocks
 
 
-def _provenance(report: Report, saver: str, recipe_text: str) -> list[str]:
+def _vllm_texts(report: Report, model: ModelSpec, loads: Mapping[str, Loads]) -> list[str]:
+    command = serve_command(loads, REPOSITORY)
+    if not command:
+        return []
+    readers = [name for name in ("vllm", "vllm_cpu", "vllm_ascend") if loads[name].verdict == "yes"]
+    proofs = "\n".join(f"- {RUNTIMES[name]}: {PROOFS[loads[name].proof]} ({loads[name].how})." for name in readers)
+    speech = ""
+    if model.speech_prefixes:
+        kept = "; the parts that speak are for transformers" if not _lacks_speech(report, model) else ""
+        speech = f" It answers in text{kept}."
+    return [f"vLLM.{speech}", proofs, f"```\n{command}\n```", f"```\n{image_request(REPOSITORY)}\n```"]
+
+
+def _transformers_texts(model: ModelSpec, loads: Mapping[str, Loads]) -> list[str]:
+    answering, speaking = class_uses(loads)
+    blocks: list[str] = []
+    uses = [(answering, answering_class(model), "text answers")]
+    if speaking:
+        uses.append((speaking, speaking_class(model), "text and speech"))
+    for versions, architecture, purpose in uses:
+        for use in dict.fromkeys(versions.values()):  # one block for each way to load
+            names = [name for name, other in versions.items() if other == use]
+            tested = ", ".join(f"{RUNTIMES[name].removeprefix('transformers ')}" for name in names)
+            packages = " ".join(dict.fromkeys(package for name in names for package in loads[name].packages))
+            blocks.append(
+                f"transformers ({loads[names[0]].proof}: {tested}), {purpose}; `pip install transformers {packages}`:"
+            )
+            blocks.append(f"```python\n{load_snippet(architecture, use, REPOSITORY)}\n```")
+    if "dequantized" in (*answering.values(), *speaking.values()):
+        blocks.append(DEQUANTIZE_NOTE)
+    return blocks
+
+
+def _provenance(report: Report, has_recipe: bool) -> list[str]:
     if not report.layers:
         return ["Another tool quantized this model, or its report is missing. This format stores the same integers."]
     recipe = f"{_plain(Path(report.recipe).stem)}.yaml"
     total = sum(report.tokens_by_modality.values())
     shares = ", ".join(f"{_plain(name)} {count / total:.1%}" for name, count in report.tokens_by_modality.items())
-    data = "none (data-free)" if report.data_free else f"{report.samples} samples, {total} tokens ({shares})"
+    data = "none (data-free)"
+    if not report.data_free:
+        name = f" of `{_plain(report.dataset)}`" if report.dataset else ""
+        digest = f" (SHA-256 of its index `{_plain(report.dataset_digest)[:16]}`)" if report.dataset_digest else ""
+        data = f"{report.samples} samples{name}{digest}, {total} tokens ({shares})"
     versions = ", ".join(f"{_plain(name)} {_plain(number)}" for name, number in report.versions.items())
-    command = (
-        f"msmodelslim quant --model_path FLOAT --save_path OUT --config_path {recipe} --save_format {_plain(saver)}"
-        f" --seed {report.seed}"
-    )
-    blocks = [f"```\n{command}\n```", f"Calibration: {data}. Device: {_plain(report.device)}. Versions: {versions}."]
-    if recipe_text:
-        longest = max(map(len, re.findall("`+", recipe_text)), default=0)
-        fence = "`" * max(3, longest + 1)
-        blocks.append(f"The recipe, `{recipe}`:\n\n{fence}yaml\n{recipe_text.rstrip()}\n{fence}")
-    return blocks
+    lines = [" ".join(_word(word) for word in command) for command in report.commands]
+    commands = "\n".join(lines)
+    return [
+        *([f"```\n{commands}\n```"] if lines else ["The command was not recorded."]),
+        f"Calibration: {data}. Device: {_plain(report.device)}. Versions: {versions}.",
+        *([f"The recipe is [{recipe}]({quote(recipe)})."] if has_recipe else []),
+    ]
+
+
+def _word(word: str) -> str:
+    """A word of a command as a shell takes it, without characters that could end the block of code."""
+    return shlex.quote(re.sub(r"[^\w .,:/+=()%~@-]", "?", word)[:200])
 
 
 _LIMITS = """\
-Some answers differ from the float model's, more often on data unlike the calibration samples; evaluate the model on
-your own data before you rely on it. Quantization involves no training: the biases and limits of the float model remain,
-and its licence applies."""
+Evaluate the model on your own data before you rely on it. Quantization involves no training: the biases and limits of
+the float model remain, and its licence applies."""
 _INFERRED_BASE = """ \
 The float model, {base}, is inferred from `config.json`; correct the header if the source was a fine-tune of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,9 @@ from ..formats import write_json
 from ..models import MODALITIES
 from ..storage import load_json_object
 from .run_memory import RunMemory
+
+# The scheme of a part that an export omits.
+LEFT_OUT = "left out"
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,11 @@ class LayerRecord:
 class Report:
     """The contents of quant_report.json.
 
-    peak_rise_by_phase: increase of peak memory during each phase, in bytes. fingerprint: everything that the output
-    depends on, most of it as digests. These two and run_memory are empty in reports from versions without them.
+    peak_rise_by_phase: increase of peak memory during each phase, in bytes. dataset, dataset_digest: the name of the
+    calibration data and the SHA-256 of its index; max_samples: the limit that was set. commands: the words of the
+    commands that made the output, with names in place of local folders. fingerprint: everything that the
+    output depends on, most of it as digests. Fields with a default are missing in reports
+    from earlier versions.
     """
 
     model_type: str
@@ -91,6 +98,10 @@ class Report:
     peak_rise_by_phase: dict[str, int] = field(default_factory=dict)
     run_memory: RunMemory | None = None
     fingerprint: dict[str, str] = field(default_factory=dict)
+    dataset: str = ""
+    dataset_digest: str = ""
+    max_samples: int | None = None
+    commands: tuple[tuple[str, ...], ...] = ()
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -106,7 +117,14 @@ def read_report(folder: Path) -> Report:
     parts = tuple(PartSize(**part) for part in stored["parts"])
     memory = RunMemory(**stored["run_memory"]) if stored.get("run_memory") else None
     return Report(
-        **{**stored, "layers": layers, "parts": parts, "warnings": tuple(stored["warnings"]), "run_memory": memory}
+        **{
+            **stored,
+            "layers": layers,
+            "parts": parts,
+            "warnings": tuple(stored["warnings"]),
+            "run_memory": memory,
+            "commands": tuple(tuple(command) for command in stored.get("commands", ())),
+        }
     )
 
 
@@ -173,6 +191,7 @@ def as_markdown(report: Report) -> str:
         *(f"- {saver}: {human_bytes(size)}" for saver, size in report.output_bytes.items()),
         f"- quantized Linears: {report.bits_per_weight:.3f} bits per weight, scales included",
         f"- recipe: `{report.recipe}`; device {report.device}; seed {report.seed}",
+        *(f"- command: `{shlex.join(command)}`" for command in report.commands),
         f"- versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
         f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
         + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
@@ -204,7 +223,8 @@ def _calibration_text(report: Report) -> str:
         return "None. The recipe is data-free: the run read no dataset and ran no tower."
     total = sum(report.tokens_by_modality.values())
     shares = ", ".join(f"{m} {n} ({n / total:.1%})" for m, n in report.tokens_by_modality.items())
-    return f"{report.samples} samples, {total} tokens: {shares}."
+    data = f" of {report.dataset}, index SHA-256 {report.dataset_digest[:16]}" if report.dataset else ""
+    return f"{report.samples} samples{data}, {total} tokens: {shares}."
 
 
 def _error_note(report: Report) -> str:

@@ -310,13 +310,31 @@ def _finish(
         clock=clock,
         resumed_at_layer=first,
         fingerprint=workspace.fingerprint,
-        warnings=(*(prepared.calib.warnings if prepared.calib else ()), *(stems.warnings if stems else ())),
+        warnings=(
+            *(prepared.calib.warnings if prepared.calib else ()),
+            *(stems.warnings if stems else ()),
+            *_few_tokens(prepared, stream),
+        ),
+        calib=prepared.calib,
+        request=prepared.request,
     )
     folders = {name: workspace.output_folder(name) for name in names}
     for folder in folders.values():
         (folder / f"{plan.recipe.path.stem}.yaml").write_bytes(plan.recipe.text.encode())
     write_documents(report, folders, plan.model, plan.recipe.text, progress)
     return _commit(workspace, names)
+
+
+def _few_tokens(prepared: Prepared, stream: CalibrationStream | None) -> tuple[str, ...]:
+    """A warning where a Gram matrix has more inputs than tokens: rounding is then fitted to few directions."""
+    plan = prepared.plan
+    if stream is None or plan.statistics != "gram":
+        return ()
+    tokens = sum(stream.stems.tokens_by_modality().values())
+    widest = max(linear.shape[1] for linear in plan.linears if linear.scheme is not None)
+    if tokens >= widest:
+        return ()
+    return (f"{tokens} tokens are few for Linears of {widest} inputs; calibrate on more samples",)
 
 
 def _commit(workspace: Workspace, savers: list[str]) -> Report:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ..calibration import CalibSet, load_calib_set
+from ..calibration import CalibSet, load_calib_set, missing_modality_warnings
 from ..errors import QuantError
 from ..files import file_digest, find_model_folder, value_digest
 from ..models import ModelSpec, derive_model_type, find_model_type
@@ -17,6 +17,9 @@ from ..storage import open_checkpoint
 from .forecast import Forecast, assumed_extent, forecast
 from .request import QuantRequest
 from .summary import versions
+
+# The default formats of W8A8: on Ascend devices, and elsewhere.
+ASCEND_FORMAT, ELSEWHERE_FORMAT = "ascendv1_saver", "compressed_tensors"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def prepare(
         recipe,
         model,
         checkpoint,
-        save_formats=request.save_format,
+        save_formats=request.save_format or _default_formats(request, recipe, device, progress),
         dataset=request.dataset,
         max_samples=request.max_samples,
         on_bad_sample=request.on_bad_sample,
@@ -96,6 +99,18 @@ def check_recipe(recipe: Recipe, model_path: str | Path) -> list[str]:
     return list(make_plan(recipe, derive_model_type(checkpoint.config), checkpoint).warnings)
 
 
+def _default_formats(request: QuantRequest, recipe: Recipe, device: Device, progress: Progress) -> tuple[str, ...]:
+    """The format of a run that names neither a format nor a recipe; empty: the recipe's.
+
+    The shipped W8A8 recipes save for vLLM-Ascend, which only Ascend devices run. Elsewhere the same integers are saved
+    for vLLM and transformers.
+    """
+    if request.config_path is not None or device.is_ascend or [s.type for s in recipe.spec.save] != [ASCEND_FORMAT]:
+        return ()
+    progress.say(f"format {ELSEWHERE_FORMAT}, for vLLM and transformers; --save_format {ASCEND_FORMAT}: vLLM-Ascend")
+    return (ELSEWHERE_FORMAT,)
+
+
 def _load_calibration(plan: QuantPlan) -> CalibSet | None:
     if plan.dataset is None:
         return None
@@ -108,7 +123,8 @@ def _load_calibration(plan: QuantPlan) -> CalibSet | None:
         on_bad_sample=plan.calibration.on_bad_sample,
     )
     _check_modality_weights(plan, calib)
-    return calib
+    missing = missing_modality_warnings(calib.samples, plan.model.modalities, "calibration does not see such inputs")
+    return replace(calib, warnings=(*calib.warnings, *missing))
 
 
 def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:

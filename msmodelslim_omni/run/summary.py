@@ -6,13 +6,15 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import Any
 
-from ..calibration import Stems
+from ..calibration import CalibSet, Stems
+from ..files import file_digest
 from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan
 from ..report import PartSize, Report, RunMemory, layer_record, run_memory
 from ..runtime import Clock, Device, peak_device_memory, peak_rss
 from ..version import __version__
+from .request import QuantRequest
 
 
 def make_report(
@@ -28,6 +30,8 @@ def make_report(
     resumed_at_layer: int,
     fingerprint: dict[str, str],
     warnings: tuple[str, ...],
+    calib: CalibSet | None,
+    request: QuantRequest,
 ) -> Report:
     """tensors: those of the first format, whose sizes the report shows. layers: the records from the manifest."""
     parts = part_sizes(plan, tensors)
@@ -57,7 +61,29 @@ def make_report(
         peak_rise_by_phase=clock.peak_rises,
         run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
         fingerprint=fingerprint,
+        dataset=calib.name if calib is not None else "",
+        dataset_digest=file_digest(calib.index) if calib is not None else "",
+        max_samples=plan.calibration.max_samples if calib is not None else None,
+        commands=(command_words(request, plan, calib),),
     )
+
+
+def command_words(request: QuantRequest, plan: QuantPlan, calib: CalibSet | None) -> tuple[str, ...]:
+    """The command that makes this output from the files beside it: local folders are cut to their names.
+
+    Everything that a recipe does not hold and that changes the output is a flag of it.
+    """
+    words = ["msmodelslim", "quant", request.model_path.name or "FLOAT", "OUT"]
+    words += ["--config_path", f"{plan.recipe.path.stem}.yaml"]
+    for saver in plan.savers:
+        words += ["--save_format", saver.type]
+    if calib is not None:
+        words += ["--dataset", calib.name] if request.dataset is not None else []
+        words += ["--max_samples", str(request.max_samples)] if request.max_samples is not None else []
+        words += ["--on_bad_sample", request.on_bad_sample] if request.on_bad_sample is not None else []
+        words += ["--seed", str(plan.seed)]
+        words += ["--max_memory", str(request.max_memory)] if request.max_memory is not None else []
+    return tuple(words)
 
 
 def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize]) -> RunMemory:

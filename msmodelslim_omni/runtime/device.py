@@ -38,6 +38,11 @@ class Device:
     def torch(self) -> torch.device:
         return torch.device(self.name)
 
+    @property
+    def is_ascend(self) -> bool:
+        """Whether vLLM-Ascend serves on this kind of device."""
+        return self.name.startswith("npu")
+
 
 @contextmanager
 def out_of_memory_as_error(device: Device, remedy: str) -> Iterator[None]:

@@ -19,8 +19,10 @@ from msmodelslim_omni.calibration.samples import (
     MAX_TEXT_CHARACTERS,
     CalibSample,
     CalibSet,
+    choose_by_modality,
     find_index,
     load_calib_set,
+    missing_modality_warnings,
     prepare_sample,
 )
 from msmodelslim_omni.errors import QuantError
@@ -426,6 +428,30 @@ def test_max_samples_selects_by_seed_and_keeps_the_order(folder: Path) -> None:
     assert chosen == texts_of(load(folder, *entries, max_samples=10, seed=1))
     assert chosen != texts_of(load(folder, *entries, max_samples=10, seed=2))
     assert chosen != [f"{i:03d}" for i in range(10)]
+
+
+def sample_with(number: int, *kinds: str) -> CalibSample:
+    parts = [*({"type": kind, kind: Path(f"{number}.{kind}")} for kind in kinds), {"type": "text", "text": f"{number}"}]
+    return CalibSample(f"index.jsonl:{number}", ({"role": "user", "content": parts},), False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_max_samples_serves_every_modality(seed: int) -> None:
+    """97 texts and one sample of each kind of media: a plain random choice of 8 would lose the media."""
+    samples = [sample_with(n) for n in range(97)]
+    samples += [sample_with(97, "image"), sample_with(98, "audio"), sample_with(99, "video", "audio")]
+    chosen = choose_by_modality(samples, 8, seed)
+    assert len(chosen) == 8 and chosen == sorted(chosen, key=lambda sample: int(sample.where.split(":")[1]))
+    assert {kind for sample in chosen for kind in sample.modalities()} == {"text", "image", "audio", "video"}
+    assert choose_by_modality(samples, 100, seed) == samples
+
+
+def test_a_modality_that_no_sample_has_is_a_warning() -> None:
+    samples = [sample_with(0), sample_with(1, "audio")]
+    assert missing_modality_warnings(samples, ("text", "image", "audio", "video"), "nothing is known of them") == [
+        "no sample has image or video, which the model takes: nothing is known of them"
+    ]
+    assert missing_modality_warnings(samples, ("text", "audio"), "") == []
 
 
 def test_max_samples_above_the_number_of_samples(folder: Path) -> None:

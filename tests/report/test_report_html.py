@@ -13,6 +13,7 @@ import pytest
 from command import MINMAX, fast_recipe, quant
 from reports import HOSTILE, LINEARS, data_free, made_evaluation, made_report
 
+from msmodelslim_omni.report.fidelity import AnswerPair, Preview, ShownAnswer
 from msmodelslim_omni.report.html import charts
 from msmodelslim_omni.report.html.page import as_html
 from msmodelslim_omni.report.report import Report
@@ -107,12 +108,33 @@ def test_page_shows_the_evaluation_report(page: str) -> None:
     assert "Quantization:" not in evaluation_only.text and "Evaluation:" in evaluation_only.text
 
 
+def test_page_shows_answers_side_by_side() -> None:
+    pair = AnswerPair(
+        "index.jsonl:7", "What <b>is</b> it?", (("image", "x"),), "a cat", "a cat", True, "a dog", False, 0.5
+    )
+    previews = (Preview("image", "data:image/jpeg;base64,AAAA", "x"), Preview("audio", "data:audio/wav;base64,AA", "y"))
+    page = as_html(None, made_evaluation(), "", [ShownAnswer(pair, previews)])
+    text = Page(page).text
+    assert "What <b>is</b> it?" in text and "<b>is</b>" not in page
+    assert "float model, exact" in text and "quantized model, not exact" in text and "a dog …" in text
+    assert '<img src="data:image/jpeg;base64,AAAA" alt="x">' in page and "<audio controls" in page
+    assert "img-src data:; media-src data:" in page
+
+
+def test_page_lists_the_worst_linears_with_lines_for_a_recipe(report: Report) -> None:
+    text = Page(as_html(report, None)).text
+    assert "The Linears that lose most" in text and "exclude:" in text and '- "thinker.model.layers.' in text
+    assert "SHA-256 of its index" in text and "--config_path recipe.yaml" in text
+
+
 def test_page_has_no_requests_and_no_scripts(page: str) -> None:
     parsed = Page(page)
     assert all(link.startswith("#") for link in parsed.links)
     assert not {"script", "link", "iframe", "img", "image", "object", "embed", "form", "base"} & set(parsed.tags)
     assert "url(http" not in page and "@import" not in page and "default-src &#39;none&#39;" not in page
-    assert "content=\"default-src 'none'; style-src 'unsafe-inline'\"" in page  # browsers enforce it
+    assert (
+        "content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:\"" in page
+    )  # browsers enforce it
 
 
 def test_accessibility_and_dark_mode(page: str) -> None:

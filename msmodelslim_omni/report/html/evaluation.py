@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from ..fidelity import EvalReport, Fidelity, Interval
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..eval_report import judgement
+from ..fidelity import EvalReport, Fidelity, Interval, ShownAnswer
 from ..report import human_bytes
 from . import charts
 from .quantization import resource_charts
 from .sections import (
+    Answer,
     Article,
     Chart,
     Row,
@@ -20,19 +25,45 @@ from .sections import (
 )
 
 
-def evaluation_article(report: EvalReport) -> Article:
-    """Return the contents of eval_report.json as an article."""
+def evaluation_article(report: EvalReport, answers: Sequence[ShownAnswer] = ()) -> Article:
+    """Return the contents of eval_report.json as an article. answers: those to show, the farthest first."""
     groups = {"all samples": report.overall, **report.by_modality}
     sections = [_agreement(groups)]
+    if answers:
+        sections.insert(0, _shown_answers(answers))
     if any(group.answered for group in groups.values()):
         sections.append(_answers(groups))
     sections.append(_drift(report, groups))
     sections.append(_measurement(report))
     text = (
-        f"The quantized model compared with its float model on {report.samples} samples under the same conditions."
-        f" Scored: {report.scored}."
+        f"{judgement(report)} The quantized model was compared with its float model on {report.samples} samples under"
+        f" the same conditions. Scored: {report.scored}."
     )
-    return Article(f"Evaluation: {report.model_type}, {report.quant_format}", text, _tiles(report), tuple(sections))
+    return Article(
+        f"Evaluation: {Path(report.quant_path).name}, {report.quant_format}", text, _tiles(report), tuple(sections)
+    )
+
+
+def _shown_answers(answers: Sequence[ShownAnswer]) -> Section:
+    text = (
+        "First the samples that one model alone answers exactly, then those whose answers lie farthest apart by KL"
+        " divergence. Both models were run on the expected answer; a greedy answer is known up to the first token that"
+        " differs from it, marked by an ellipsis."
+    )
+    shown = tuple(
+        Answer(
+            question=answer.pair.question,
+            previews=answer.previews,
+            expected=answer.pair.expected,
+            before=answer.pair.float_text + ("" if answer.pair.float_exact else " …"),
+            before_exact=answer.pair.float_exact,
+            after=answer.pair.quant_text + ("" if answer.pair.quant_exact else " …"),
+            after_exact=answer.pair.quant_exact,
+            note=f"KL {answer.pair.kl:.3g} nats per token; {answer.pair.where}",
+        )
+        for answer in answers
+    )
+    return Section("Answers, side by side", text, answers=shown)
 
 
 def _tiles(report: EvalReport) -> tuple[Tile, ...]:
@@ -155,6 +186,7 @@ def _measurement(report: EvalReport) -> Section:
         ("quantized model", report.quant_path),
         ("Linears", ", ".join(f"{n} {name}" for name, n in report.linears_by_scheme.items())),
         ("dataset", report.dataset),
+        *([("SHA-256 of its index", report.dataset_digest)] if report.dataset_digest else []),
         ("tokens", tokens),
         ("device", report.device),
         ("seed", str(report.seed)),

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..fidelity import EvalReport
+from ..fidelity import EvalReport, ShownAnswer
 from ..report import Report
 from .sections import Article
 
-HTML_NAME = "quant_report.html"
+HTML_NAME, EVAL_HTML_NAME = "quant_report.html", "eval_report.html"
 INSTALL_HINT = "for an HTML report, run: pip install 'msmodelslim_omni[report]'"
 
 
@@ -23,14 +23,19 @@ def can_write_html() -> bool:
     return find_spec("matplotlib") is not None and find_spec("jinja2") is not None
 
 
-def as_html(report: Report | None, evaluation: EvalReport | None, recipe_text: str = "") -> str:
-    """Render the page of a quantization, an evaluation, or both; the evaluation comes first."""
+def as_html(
+    report: Report | None,
+    evaluation: EvalReport | None,
+    recipe_text: str = "",
+    answers: Sequence[ShownAnswer] = (),
+) -> str:
+    """Render the page of a quantization, an evaluation, or both; the evaluation comes first. answers: to show in it."""
     from .evaluation import evaluation_article
     from .quantization import quantization_article
 
     articles: list[Article] = []
     if evaluation is not None:
-        articles.append(evaluation_article(evaluation))
+        articles.append(evaluation_article(evaluation, answers))
     if report is not None:
         articles.append(quantization_article(report, recipe_text))
     return render_page(articles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ def quantization_article(report: Report, recipe_text: str) -> Article:
         _sizes(report),
         _calibration(report),
         _errors(report),
+        _worst(report),
         _search(report),
         _notes(report),
         _resources(report),
@@ -48,6 +50,31 @@ def quantization_article(report: Report, recipe_text: str) -> Article:
     )
     present = tuple(section for section in sections if section is not None)
     return Article(f"Quantization: {report.model_type}, {report.quant_type}", text, _tiles(report), present)
+
+
+def _worst(report: Report) -> Section | None:
+    """The Linears with the largest errors, and the lines of a recipe that keep them float."""
+    errors: list[tuple[float, LinearRecord]] = []
+    for layer in report.layers:
+        for linear in layer.linears:
+            error = linear.output_error if linear.output_error is not None else linear.weight_error
+            if error is not None and math.isfinite(error) and linear.scheme != "FLOAT":
+                errors.append((error, linear))
+    if not errors:
+        return None
+    worst = sorted(errors, key=lambda pair: (-pair[0], pair[1].name))[:_WORST]
+    rows = tuple((linear.name, linear.scheme, format_percent(error)) for error, linear in worst)
+    kind = "weight" if report.data_free else "output"
+    table = Table(f"Largest relative {kind} errors", ("Linear", "scheme", "error"), rows, text_columns=2)
+    text = (
+        "These lines in a linear_quant of the recipe keep the Linears float. q, k and v of a layer need one scheme, and"
+        " so do gate and up: list all of a group."
+    )
+    names = "\n".join(f'  - "{linear.name}"' for _, linear in worst)
+    return Section("The Linears that lose most", text, tables=(table,), code=f"exclude:\n{names}")
+
+
+_WORST = 10
 
 
 def _tiles(report: Report) -> tuple[Tile, ...]:
@@ -398,6 +425,8 @@ def _recipe(report: Report, recipe_text: str) -> Section:
         ("model type", report.model_type),
         ("quant type", report.quant_type),
         ("recipe", report.recipe),
+        *(("command", shlex.join(command)) for command in report.commands),
+        *([("dataset", report.dataset), ("SHA-256 of its index", report.dataset_digest)] if report.dataset else []),
         ("device", report.device),
         ("seed", str(report.seed)),
         *((f"output, {saver}", folder) for saver, folder in report.savers.items()),

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ...models import MODALITIES
+from ..fidelity import Preview
 from ..report import root_mean_square
 
 Row = tuple[str, ...]
@@ -48,6 +49,20 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """The answers of the float model (before) and the quantized model (after) to one question."""
+
+    question: str
+    previews: tuple[Preview, ...]
+    expected: str
+    before: str
+    before_exact: bool
+    after: str
+    after_exact: bool
+    note: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and its contents, in display order."""
 
@@ -57,6 +72,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     notes: tuple[str, ...] = ()
     code: str = ""
+    answers: tuple[Answer, ...] = ()
 
 
 @dataclass(frozen=True)

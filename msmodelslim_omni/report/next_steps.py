@@ -1,0 +1,36 @@
+"""The last lines of a run: which runtimes read the output, and the commands to go on with."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from ..compatibility import describe_readers, loads_in, serve_command
+from ..models import find_model_type
+from .report import LEFT_OUT, Report
+
+# Stands for samples of the user's own.
+_DATASET = "DATASET"
+
+
+def next_steps(report: Report, saver: str) -> list[str]:
+    """Lines for one output of a run: who reads it, who does not, and how to serve, evaluate and check it."""
+    model = find_model_type(report.model_type)
+    schemes = {linear.scheme for layer in report.layers for linear in layer.linears} or {report.quant_type}
+    speech = {part.name for part in model.parts if part.prefix in model.speech_prefixes}
+    is_silent = any(part.name in speech and part.scheme == LEFT_OUT for part in report.parts)
+    loads = loads_in(model.hf_model_type, saver, schemes, without_speech=is_silent)
+    readers, others = describe_readers(loads)
+    folder, source = report.savers[saver], report.model_path
+    quoted, quoted_source = shlex.quote(folder), shlex.quote(source)
+    commands = [
+        serve_command(loads, folder),
+        f"msmodelslim eval {quoted} --float {quoted_source} --dataset {_DATASET}",
+        f"msmodelslim doctor {quoted} --source {quoted_source}",
+    ]
+    return [
+        f"{saver} in {Path(folder)} is read by {readers}",
+        *([f"not by {others}"] if others else []),
+        "next:",
+        *(f"  {command}" for command in commands if command),
+    ]
