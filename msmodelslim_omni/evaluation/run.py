@@ -26,7 +26,7 @@ import torch
 
 from ..calibration import CalibSet, load_calib_set, missing_modality_warnings
 from ..errors import QuantError
-from ..files import file_digest
+from ..files import file_sha256
 from ..models import MODALITIES, MediaLimits, MediaProcessor
 from ..quantized import Source, identify, is_quantized, open_source
 from ..report import (
@@ -329,7 +329,7 @@ def _make_report(
         peak_rss_bytes=peak_rss(),
         peak_device_bytes=peak_device_memory(device.torch),
         warnings=results.warnings,
-        dataset_digest=file_digest(calib.index),
+        dataset_digest=file_sha256(calib.index),
     )
 
 
@@ -350,7 +350,7 @@ def _data_warnings(pair: _Pair, calib: CalibSet) -> list[str]:
     """Warnings where the evaluation says little: on the samples of the calibration, or without a modality."""
     warnings = []
     report = stored_report(pair.quant_source.path) if pair.quant_source.linears else None
-    if report is not None and report.dataset_digest and report.dataset_digest == file_digest(calib.index):
+    if report is not None and report.dataset_digest and report.dataset_digest == file_sha256(calib.index):
         warnings.append(f"{calib.name} is the calibration data of this model; samples that it has not seen say more")
     modalities = pair.float_source.model.modalities
     return [*warnings, *missing_modality_warnings(calib.samples, modalities, "the figures say nothing about them")]

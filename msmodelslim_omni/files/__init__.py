@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from .atomic_write import write_atomically
 from .datasets import find_index
-from .digests import file_digest, value_digest
+from .digests import file_digest, file_sha256, value_digest
 from .model_folder import find_model_folder
 from .read_ahead import read_ahead
 from .resources import shipped_folder
@@ -21,6 +21,7 @@ __all__ = [
     "call_with_timeout",
     "check_save_path",
     "file_digest",
+    "file_sha256",
     "find_index",
     "find_model_folder",
     "open_regular",

@@ -17,6 +17,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a small file, as `sha256sum` prints it, for people who compare files."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def value_digest(value: Any) -> str:
     """Digest of JSON data: the first 16 hex digits of SHA-256. The order of keys does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:16]

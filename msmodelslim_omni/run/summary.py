@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..calibration import CalibSet, Stems
-from ..files import file_digest
+from ..files import file_sha256
 from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan
@@ -62,7 +62,7 @@ def make_report(
         run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
         fingerprint=fingerprint,
         dataset=calib.name if calib is not None else "",
-        dataset_digest=file_digest(calib.index) if calib is not None else "",
+        dataset_digest=file_sha256(calib.index) if calib is not None else "",
         max_samples=plan.calibration.max_samples if calib is not None else None,
         commands=(command_words(request, plan, calib),),
     )
