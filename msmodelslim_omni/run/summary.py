@@ -12,7 +12,7 @@ from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan
 from ..report import PartSize, Report, RunMemory, layer_record, run_memory
-from ..runtime import Clock, Device, peak_device_memory, peak_rss
+from ..runtime import DEFAULT_BUDGET, Budget, Clock, Device, peak_device_memory, peak_rss
 from ..version import __version__
 from .request import QuantRequest
 
@@ -82,8 +82,14 @@ def command_words(request: QuantRequest, plan: QuantPlan, calib: CalibSet | None
         words += ["--max_samples", str(request.max_samples)] if request.max_samples is not None else []
         words += ["--on_bad_sample", request.on_bad_sample] if request.on_bad_sample is not None else []
         words += ["--seed", str(plan.seed)]
-        words += ["--max_memory", str(request.max_memory)] if request.max_memory is not None else []
+        is_sketched = plan.statistics == "gram" and _memory_for_gram(plan.budget) != _memory_for_gram(DEFAULT_BUDGET)
+        words += ["--max_memory", str(request.max_memory)] if is_sketched and request.max_memory is not None else []
     return tuple(words)
+
+
+def _memory_for_gram(budget: Budget) -> tuple[int, int]:
+    """The parts of a memory limit that change the output."""
+    return budget.matrix, budget.factor
 
 
 def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize]) -> RunMemory:
