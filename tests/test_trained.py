@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command import command, quant
+
+from msmodelslim_omni.run import QuantRequest, prepare, run_prepared
+from msmodelslim_omni.runtime import Progress
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "examples" / "tiny_omni"
@@ -46,9 +50,13 @@ def reports(step: int, questions: Path, tmp_path_factory: pytest.TempPathFactory
     limit = ("--max_samples", 16) if step == 40 else ()
     for name, flags in recipes.items():
         quant(TINY / "model", folder / name, "--dataset", TINY / "calib", *limit, *flags).done()
-        words = ("--float", TINY / "model", "--quant", folder / name, "--dataset", questions, "--device", "cpu")
-        results[name] = command("eval", *words, "--json").done().json
+        results[name] = evaluated(folder / name, questions)
     return results
+
+
+def evaluated(output: Path, questions: Path) -> Any:
+    words = ("--float", TINY / "model", "--quant", output, "--dataset", questions, "--device", "cpu")
+    return command("eval", *words, "--json").done().json
 
 
 def kl(report: Any, modality: str = "") -> float:
@@ -84,6 +92,27 @@ def test_w4a16_is_better_than_plain_rounding(reports: dict[str, Any], step: int)
         assert kl(reports["w4a16"], "text") < 0.75 * kl(reports["rounded"], "text")
         for modality in MEDIA:
             assert kl(reports["w4a16"], modality) < kl(reports["rounded"], modality), modality
+
+
+FORMS = {"on disk": {"matrix": 0, "factor": 1 << 20}, "one weighted matrix": {"matrix": 4 * 768**2}}
+
+
+@pytest.mark.parametrize("form", ["on disk", pytest.param("one weighted matrix", marks=pytest.mark.full)])
+def test_small_memory_budget_costs_no_accuracy(
+    form: str, reports: dict[str, Any], step: int, questions: Path, tmp_path: Path
+) -> None:
+    """Each form that H can be given by a small budget is the same H up to its last bits."""
+    request = QuantRequest(TINY / "model", device="cpu", quant_type="w4a16", dataset=str(TINY / "calib"))
+    prepared = prepare(replace(request, max_samples=16 if step == 40 else None))
+    budget = replace(prepared.plan.budget, **FORMS[form])
+    small = replace(prepared, plan=replace(prepared.plan, budget=budget))
+    report = run_prepared(small, tmp_path / "out", overwrite=False, progress=Progress())
+    kinds = {record["reason"].partition("H: ")[2] for layer in report.layers for record in layer.smoothing}
+    assert any("on disk" in kind for kind in kinds) == (form == "on disk")
+    found = evaluated(tmp_path / "out", questions)
+    assert hidden_error(found) == pytest.approx(hidden_error(reports["w4a16"]), rel=0.02)
+    if step == 1:
+        assert kl(found) < 1.1 * kl(reports["w4a16"])
 
 
 def test_plain_rounding_has_a_measurable_loss(reports: dict[str, Any], step: int) -> None:

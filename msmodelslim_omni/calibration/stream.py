@@ -128,7 +128,7 @@ class CalibrationStream:
         """Run the float layer on all samples: collect input statistics and store the outputs."""
         uses_gram, roles = self._plan.statistics == "gram", self._roles
         tokens = list(roles.gram_counts) if uses_gram else None
-        recorder = InputRecorder(module, spec, tokens, self.budget, self._split, roles.importance)
+        recorder = InputRecorder(module, spec, tokens, self.budget, self._split, roles.importance, self._folder)
         # Only a search on H tries its candidates in the blocks themselves.
         blocks = {group.block for group in spec.groups} if uses_gram else set()
         probe = LayerProbe(module, blocks, roles.importance, self._split.subset(sorted(roles.probe_samples)))

@@ -29,6 +29,10 @@ def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
         *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
         ["disk space, work folder included", human_bytes(expected.disk_bytes)],
         ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
+        *(
+            [f"H of the input of {group}: on disk, slower, no less accurate", human_bytes(size)]
+            for group, size in expected.gram_disk_bytes.items()
+        ),
         ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
     ]
     results.print(table("Estimates", ["item", "value"], rows, numeric=1))
@@ -106,6 +110,7 @@ def _print_as_json(prepared: Prepared) -> None:
             "output_bytes": expected.output_bytes,
             "disk_bytes": expected.disk_bytes,
             "peak_memory_bytes": expected.peak_memory_bytes,
+            "gram_disk_bytes": expected.gram_disk_bytes,
             "run_memory": asdict(expected.run_memory),
             "warnings": list(plan.warnings),
         }

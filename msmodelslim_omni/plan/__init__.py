@@ -9,7 +9,7 @@ Not here: samples and tensors. A plan is made from the recipe, config.json and s
 from __future__ import annotations
 
 from .admission import check_all_tensors, declared_scheme, quantization_of, refuse_quantized
-from .peak_memory import fit_budget, peak_memory, refit_budget
+from .peak_memory import fit_budget, gram_disk_bytes, peak_memory, refit_budget
 from .plan import LayerPlan, QuantPlan, make_plan
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_all_tensors",
     "declared_scheme",
     "fit_budget",
+    "gram_disk_bytes",
     "make_plan",
     "peak_memory",
     "quantization_of",

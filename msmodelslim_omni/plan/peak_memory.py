@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..errors import QuantError
 from ..models import LinearGroup
 from ..runtime import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
-from ..statistics import choose_form, rows_per_modality
+from ..statistics import GramForm, choose_form, rows_per_modality
 from .plan import QuantPlan
 
 # The interpreter, torch and the classes of transformers. With samples, also the processor and decoded media.
@@ -121,10 +121,25 @@ def _trial_bytes(layer: _LayerSizes, group: LinearGroup) -> int:
 
 def _gram_bytes(budget: Budget, width: int, extent: Extent) -> tuple[int, int]:
     """Return the bytes of H of one input: one per modality, and the weighted sum of all modalities."""
-    counts = [max(1, extent.tokens // extent.modalities)] * extent.modalities
-    form = choose_form(counts, width, budget.matrix, budget.factor, combinable=True)
+    form = _gram_form(budget, width, extent)
     separate = form.nbytes(width, extent.modalities)
-    return separate, separate if form.rows is not None else 4 * width**2
+    return separate, separate if form.rows is not None or form.strip is not None else 4 * width**2
+
+
+def _gram_form(budget: Budget, width: int, extent: Extent) -> GramForm:
+    counts = [max(1, extent.tokens // extent.modalities)] * extent.modalities
+    return choose_form(counts, width, budget.matrix, budget.factor, combinable=True)
+
+
+def gram_disk_bytes(plan: QuantPlan, extent: Extent) -> dict[str, int]:
+    """Return the bytes on disk of H and its factorization, by group, for the groups whose H does not fit in memory."""
+    if plan.statistics != "gram" or extent == NO_SAMPLES:
+        return {}
+    sizes = {
+        group: _gram_form(plan.budget, width, extent).disk_bytes(width, extent.modalities)
+        for group, width in _LayerSizes(plan).inputs.items()
+    }
+    return {group: size for group, size in sizes.items() if size}
 
 
 def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:

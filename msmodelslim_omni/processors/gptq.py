@@ -11,23 +11,49 @@ are still free to compensate. Scales and zero points are already fixed, so the r
 H + λ of a factor R [rows, in] (see gram.py) is factorized without computing H: with P = (I + Σ R_Bᵀ R_B / λ)^-1 over
 the preceding blocks B, L below the diagonal is R_Jᵀ V_B with V_B = P R_B L_BB^-T. This costs in * rows^2 instead of
 in^3.
+
+If H is on disk (spilled.py), Lᵀ is computed and stored there too, a strip of rows after the other.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..numerics import QuantizedLinear
-from ..statistics import Gram
+from ..statistics import Gram, SpilledMatrix
 
+ENOUGH_TOKENS = 20  # per input: with fewer, part of H is chance, and the rounding is judged (judge.py)
 _BLOCK = 128  # inputs
 _SORTED_ROWS = 1024  # rows of H sorted at once, to save memory for a copy of H
 _STRIP = 32  # inputs of a block; errors propagate one by one within a strip, and all at once to the rest of the block
 _PART = 40 << 20  # maximum weights rounded at once; smaller parts spend more time on calls than on arithmetic
 _SHARED = 16 << 20  # a CPU weight with more elements has at least two parts, so that two processes can share them
+
+
+@dataclass(frozen=True)
+class _BlocksOnDisk(Sequence[torch.Tensor]):
+    """`below` of a CholeskyFactor whose Lᵀ is on disk, upper [in, in]. divisors: [in], of the rows of L."""
+
+    upper: SpilledMatrix
+    divisors: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return math.ceil(self.upper.size / _BLOCK)
+
+    def __getitem__(self, number: int) -> torch.Tensor:  # type: ignore[override]
+        if number >= len(self):
+            raise IndexError(number)
+        rows = slice(number * _BLOCK, (number + 1) * _BLOCK)
+        below = self.upper.read(rows, slice(rows.stop, None)).T
+        return below if self.divisors is None else below / self.divisors[rows.stop :, None]
+
+    def rescaled(self, ordered: torch.Tensor) -> _BlocksOnDisk:
+        """The blocks for an input divided by `ordered` [in]."""
+        return replace(self, divisors=ordered if self.divisors is None else self.divisors * ordered)
 
 
 @dataclass(frozen=True)
@@ -40,7 +66,7 @@ class CholeskyFactor:
 
     order: torch.Tensor
     inner: list[torch.Tensor]
-    below: list[torch.Tensor]
+    below: Sequence[torch.Tensor]
     factor: torch.Tensor | None
 
     def pivots(self) -> torch.Tensor:
@@ -57,6 +83,8 @@ class CholeskyFactor:
         inner = [block / ordered[i : i + _BLOCK, None] for i, block in zip(starts, self.inner, strict=True)]
         if self.factor is not None:
             return replace(self, inner=inner, factor=self.factor / ordered)
+        if isinstance(self.below, _BlocksOnDisk):
+            return replace(self, inner=inner, below=self.below.rescaled(ordered))
         below = [block / ordered[i + _BLOCK :, None] for i, block in zip(starts, self.below, strict=True)]
         return replace(self, inner=inner, below=below)
 
@@ -70,38 +98,71 @@ def relative_damping(tokens: int, in_features: int) -> float:
     return min(1.0, max(0.02, 0.5 * math.sqrt(in_features / max(tokens, 1))))
 
 
+def has_few_tokens(gram: Gram) -> bool:
+    """Whether GPTQ may correct errors by correlations that are chance."""
+    return gram.tokens < ENOUGH_TOKENS * gram.in_features
+
+
 def factorize(gram: Gram) -> CholeskyFactor:
     """The Cholesky factor of H + λ, inputs sorted by H_ii. An input that no token reached contributes only damping."""
     diagonal = gram.diagonal()
     damping = relative_damping(gram.tokens, gram.in_features) * float(diagonal.mean().clamp_min(1e-20))
     order = torch.argsort(diagonal, stable=True)
-    if gram.matrix is None:
-        assert gram.factor is not None
+    if gram.factor is not None:
         return _factorize_rows(gram.factor[:, order].contiguous(), order, damping)
+    attempt = _try_cholesky if gram.matrix is not None else _try_cholesky_on_disk
     dampings = [damping]
-    lower = _try_cholesky(gram.matrix, order, dampings)
-    while lower is None:  # float32 lost the smallest eigenvalues
+    while (cholesky := attempt(gram, order, dampings)) is None:  # float32 lost the smallest eigenvalues
         dampings.append(10 * dampings[-1])
-        lower = _try_cholesky(gram.matrix, order, dampings)
+    return cholesky
+
+
+def _try_cholesky(gram: Gram, order: torch.Tensor, dampings: list[float]) -> CholeskyFactor | None:
+    """The factor of H, sorted by `order`, with all dampings added; None if it is not positive definite in float32.
+
+    Needs memory for one more matrix: rows are sorted block by block, and LAPACK factorizes in place.
+    """
+    assert gram.matrix is not None
+    lower = torch.empty_like(gram.matrix)
+    for first in range(0, len(order), _SORTED_ROWS):
+        rows = slice(first, first + _SORTED_ROWS)
+        lower[rows] = gram.matrix[order[rows]][:, order]
+    for damping in dampings:
+        lower.diagonal().add_(damping)
+    failed = torch.zeros((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))
+    if int(failed) > 0:
+        return None
     starts = range(0, len(order), _BLOCK)
     inner = [lower[i : i + _BLOCK, i : i + _BLOCK] for i in starts]
     return CholeskyFactor(order, inner, [lower[i + _BLOCK :, i : i + _BLOCK] for i in starts], None)
 
 
-def _try_cholesky(h: torch.Tensor, order: torch.Tensor, dampings: list[float]) -> torch.Tensor | None:
-    """L of h, sorted by `order`, with all dampings added; None if it is not positive definite in float32.
+def _try_cholesky_on_disk(gram: Gram, order: torch.Tensor, dampings: list[float]) -> CholeskyFactor | None:
+    """The same for H on disk. Needs memory for three strips.
 
-    Needs memory for one more matrix: rows are sorted block by block, and LAPACK factorizes in place.
+    Computes Lᵀ, a strip J of rows after the other: L_JJ⁻¹ (H_J - Σ L_JK L_Kᵀ), with the sum over the strips K before J.
     """
-    lower = torch.empty_like(h)
-    for first in range(0, len(order), _SORTED_ROWS):
-        rows = slice(first, first + _SORTED_ROWS)
-        lower[rows] = h[order[rows]][:, order]
-    for damping in dampings:
-        lower.diagonal().add_(damping)
-    failed = torch.zeros((), dtype=torch.int32, device=h.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, failed))
-    return None if int(failed) > 0 else lower
+    assert gram.spilled is not None
+    upper = gram.spilled.another()
+    inner: list[torch.Tensor] = []
+    for strip in upper.strips(_BLOCK):
+        rest, size = slice(strip.start, None), strip.stop - strip.start
+        h = gram.spilled_rows(order[strip])[:, order[rest]]  # [size, in - start]
+        h.diagonal().add_(sum(dampings))
+        for earlier in upper.strips(_BLOCK):
+            if earlier.start >= strip.start:
+                break
+            above = upper.read(earlier, rest)
+            h.addmm_(above[:, :size].T, above, alpha=-1.0)
+        lower, failed = torch.linalg.cholesky_ex(h[:, :size])
+        if int(failed) > 0:
+            return None
+        h[:, :size] = lower.T
+        h[:, size:] = torch.linalg.solve_triangular(lower, h[:, size:], upper=False)
+        upper.write(strip, rest, h)
+        inner += [lower[i : i + _BLOCK, i : i + _BLOCK].clone() for i in range(0, size, _BLOCK)]
+    return CholeskyFactor(order, inner, _BlocksOnDisk(upper), None)
 
 
 def _factorize_rows(r: torch.Tensor, order: torch.Tensor, damping: float) -> CholeskyFactor:

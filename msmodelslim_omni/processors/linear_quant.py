@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Literal
 
@@ -9,7 +10,8 @@ from ..errors import QuantError
 from ..models import LinearGroup
 from ..recipe import LinearQuantConfig
 from ..statistics import Gram
-from .rounding import TOKENS_PER_INPUT, cholesky_for_gptq, round_group
+from .judge import better_rounding
+from .rounding import cholesky_for_gptq, round_group, tokens_for_gptq
 from .work import LayerWork
 
 
@@ -19,26 +21,31 @@ def needs(config: LinearQuantConfig) -> Literal["", "gram"]:
 
 def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -> LayerWork:
     """Quantize the Linears of the layer with these relative names by their planned schemes."""
-    ready = {linear: work.rounded[linear] for linear in linears if linear in work.rounded}
-    work = replace(work, quantized={**work.quantized, **ready})
     for group in work.spec.groups:
-        if remaining := [linear for linear in group.linears if linear in linears - set(ready)]:
-            work = _quantize_group(work, group, remaining)
+        if selected := [linear for linear in group.linears if linear in linears]:
+            work = _quantize_group(work, group, selected)
     return work
 
 
 def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> LayerWork:
-    stats = work.stats[group.name] if work.stats is not None else None
-    cholesky = work.cholesky_factors.get(group.name)
-    gram = stats.gram(work.importance) if stats is not None and stats.has_gram and cholesky is None else None
-    weights = ((linear, work.weight(linear)) for linear in linears)
+    quantized = {linear: work.rounded[linear] for linear in linears if linear in work.rounded}
+    remaining = [linear for linear in linears if linear not in quantized]
     schemes = {linear: work.schemes[linear] for linear in linears}
-    cholesky = cholesky or cholesky_for_gptq(schemes, gram)
+    stats = work.stats[group.name] if work.stats is not None else None
+    gram = stats.gram(work.importance) if stats is not None and stats.has_gram else None
+    cholesky = work.cholesky_factors.get(group.name)
+    if cholesky is None and remaining:
+        cholesky = cholesky_for_gptq({linear: schemes[linear] for linear in remaining}, gram)
+    weights = ((linear, work.weight(linear)) for linear in remaining)
     try:
-        quantized = round_group(weights, schemes, gram, cholesky, work.team)
+        quantized |= round_group(weights, schemes, gram if cholesky is None else None, cholesky, work.team)
     except QuantError as error:
         raise QuantError(f"layer {work.index}, {error.message}", error.hint) from error
-    if cholesky is None and gram is not None and any(s.weight_method == "gptq" for s in schemes.values()):
+    by_gptq = {linear: quantized[linear] for linear in linears if schemes[linear].weight_method == "gptq"}
+    if cholesky is not None and gram is not None:
+        work, judged = better_rounding(work, group, gram, by_gptq)
+        quantized |= judged
+    elif gram is not None and by_gptq:
         work = replace(work, notes=(*work.notes, _too_few_tokens_note(group, gram)))
     return replace(work, quantized={**work.quantized, **quantized})
 
@@ -46,5 +53,5 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> 
 def _too_few_tokens_note(group: LinearGroup, gram: Gram) -> str:
     return (
         f"{group.name}: {gram.tokens} tokens are too few for GPTQ on {gram.in_features} inputs (it needs"
-        f" {round(TOKENS_PER_INPUT * gram.in_features)}); rounded to the nearest level with a clip search instead"
+        f" {math.ceil(tokens_for_gptq(gram.in_features))}); rounded to the nearest level with a clip search instead"
     )

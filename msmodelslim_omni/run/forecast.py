@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..calibration import CalibSample, CalibSet
 from ..formats import FORMATS, format_tensors
-from ..plan import QuantPlan, peak_memory
+from ..plan import QuantPlan, gram_disk_bytes, peak_memory
 from ..report import RunMemory
 from ..runtime import NO_SAMPLES, Extent
 from .assembly import make_job
@@ -21,13 +21,15 @@ _BYTES_PER_TOKEN = 3
 class Forecast:
     """Bytes of each output, of the work folder at its largest, and of memory at its peak.
 
-    run_memory: of a runtime that serves the first output.
+    run_memory: of a runtime that serves the first output. gram_disk_bytes: a part of work_bytes, by group; see
+    plan.gram_disk_bytes.
     """
 
     output_bytes: dict[str, int]
     work_bytes: int
     peak_memory_bytes: int
     run_memory: RunMemory
+    gram_disk_bytes: dict[str, int]
 
     @property
     def disk_bytes(self) -> int:
@@ -62,7 +64,8 @@ def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
     }
     parts = part_sizes(plan, tensors[plan.savers[0].type])
     served = memory_of(plan.model, plan.checkpoint.config, parts)
+    grams = gram_disk_bytes(plan, extent)
     # Per token: hidden states at up to four boundaries, features that are added between layers, rotary tables once.
     states = 4 + plan.model.family.deepstack_depth(plan.checkpoint.config)
-    work = extent.tokens * (states * plan.layer_spec.hidden_size * 4 + 4096)
-    return Forecast(outputs, work, peak_memory(plan, extent), served)
+    work = extent.tokens * (states * plan.layer_spec.hidden_size * 4 + 4096) + sum(grams.values())
+    return Forecast(outputs, work, peak_memory(plan, extent), served, grams)

@@ -12,9 +12,9 @@ class Budget:
     """Bytes that may be kept in memory. Tensors that do not fit the budget are re-read from disk.
 
     hidden: hidden states of all samples, at the input and output of a layer together. arguments: the samples' other
-    layer arguments. towers: Linears of the towers. matrix, factor: H of one input, see gram.choose_form; the results of
-    a run depend on these two fields only. read_ahead: whether to read the next layer during compute. limit: the
-    process' memory limit set by the user, from which the other fields are derived; None if not set.
+    layer arguments. towers: Linears of the towers. matrix, factor: H of one input, see gram.choose_form; the last bits
+    of a run's results depend on these two fields only. read_ahead: whether to read the next layer during compute.
+    limit: the process' memory limit set by the user, from which the other fields are derived; None if not set.
     """
 
     hidden: int = 96 * MIB

@@ -1,6 +1,6 @@
 """Statistics of the inputs of Linears, collected by calibration: channel maxima, sample rows, and H = X^T X.
 
-capture.py records them during the forward pass. gram.py stores H within a memory budget.
+capture.py records them during the forward pass. gram.py stores H within a memory budget, spilled.py on disk.
 May import: models, runtime, errors.
 Not here: the use of the statistics; see processors.
 """
@@ -15,12 +15,15 @@ from .capture import (
     rows_per_modality,
     run_layer,
 )
-from .gram import Gram, choose_form
+from .gram import Gram, GramForm, choose_form
+from .spilled import SpilledMatrix
 
 __all__ = [
     "Gram",
+    "GramForm",
     "InputRecorder",
     "InputStats",
+    "SpilledMatrix",
     "choose_form",
     "choose_rows",
     "relative_weights",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .gram import (
     choose_form,
     weighted_sum,
 )
+from .spilled import Spill
 
 # Input rows to keep: enough to distinguish errors that differ by a few percent, and to find factors for channels that
 # only some tokens use. Every modality has at least ROWS_PER_MODALITY of them.
@@ -156,7 +158,7 @@ class InputRecorder:
 
     tokens: the number of tokens of each modality in the samples that enter H, or None if H is not collected.
     importance: the weight of one token of each modality, with which H of all modalities may be summed at once; None if
-    H is needed per modality. budget: the memory budget of H.
+    H is needed per modality. budget: the memory budget of H. folder: for an H that does not fit.
     split: the assignment of samples to processes. If there are several processes, each keeps the statistics of its
     samples separate (8 float32 per channel and sample). All are then merged in the order of the samples, so that the
     result is bit-identical to a single process.
@@ -170,13 +172,18 @@ class InputRecorder:
         budget: Budget = DEFAULT_BUDGET,
         split: Split = UNSPLIT,
         importance: Mapping[int, float] | None = None,
+        folder: Path | None = None,
     ) -> None:
         self._split = split
         self._importance = importance
         self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
         self._grams = {
             group.name: _gram_builders(
-                layer.get_submodule(group.linears[0]).get_parameter("weight"), tokens, budget, importance is not None
+                layer.get_submodule(group.linears[0]).get_parameter("weight"),
+                tokens,
+                budget,
+                importance is not None,
+                folder,
             )
             for group in spec.groups
         }
@@ -271,7 +278,7 @@ class InputRecorder:
 
 
 def _gram_builders(
-    weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget, combinable: bool
+    weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget, combinable: bool, folder: Path | None
 ) -> dict[int, GramBuilder]:
     """One builder of H per modality with tokens, by index, or one of all of them under _COMBINED.
 
@@ -280,10 +287,11 @@ def _gram_builders(
     if tokens is None:
         return {}
     form = choose_form(tokens, weight.shape[1], budget.matrix, budget.factor, combinable=combinable)
+    spill = None if form.strip is None else Spill(folder, form.strip)
     if form.combined:
-        return {_COMBINED: GramBuilder(weight.shape[1], None, weight.device, seed=0)}
+        return {_COMBINED: GramBuilder(weight.shape[1], None, weight.device, spill)}
     return {
-        m: GramBuilder(weight.shape[1], form.rows[m] if form.rows else None, weight.device, seed=m)
+        m: GramBuilder(weight.shape[1], form.rows[m] if form.rows else None, weight.device, spill)
         for m, count in enumerate(tokens)
         if count
     }

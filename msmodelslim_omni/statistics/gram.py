@@ -3,19 +3,20 @@
 For a weight change ΔW [out, in], the squared output error of each output row δ is exactly δ H δᵀ. Dividing the input
 by s turns H into D⁻¹ H D⁻¹ with D = diag(s).
 
-H is stored as a matrix if that is cheap, otherwise as a factor R [rows, in] with RᵀR = H. R holds the tokens
-themselves or, if there are too many, a count sketch of the tokens (Charikar, Chen, Farach-Colton 2002): each row of R
-is a sum of tokens with random signs, and the expected value of RᵀR is H.
+H is exact in all its forms: a matrix, a matrix in a file if memory is short, or for few tokens the tokens themselves, a
+factor R [rows, in] with RᵀR = H. An H that is only near the true one makes GPTQ worse than no GPTQ: it corrects errors
+by correlations that do not exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..runtime import SINGLE_PROCESS, Team
+from .spilled import Spill, SpilledMatrix
 
 _FLUSH_ROWS = 1024  # tokens to collect before each matrix product
 _TILE = 512  # columns of H per matrix product; only the upper triangle is computed, then mirrored
@@ -23,19 +24,20 @@ _TILE = 512  # columns of H per matrix product; only the upper triangle is compu
 
 @dataclass(frozen=True)
 class Gram:
-    """H of one input, float32: either `matrix` H [in, in] or `factor` R [rows, in]; the other field is None.
+    """H of one input, float32. One of the fields is set: `matrix` H [in, in], `factor` R [tokens, in], or `spilled`.
 
-    tokens: the number of tokens in H. error: |diag(RᵀR) - diag(H)| / |diag(H)| for a sketch, 0 for an exact H.
+    tokens: the number of tokens in H. divisors: [in], by which the input of a spilled H is divided on reading.
     """
 
     matrix: torch.Tensor | None
     factor: torch.Tensor | None
     tokens: int
-    error: float = 0.0
+    spilled: SpilledMatrix | None = None
+    divisors: torch.Tensor | None = None
 
     @property
     def in_features(self) -> int:
-        return int(self._stored.shape[1])
+        return self.spilled.size if self.spilled is not None else int(self._stored.shape[1])
 
     @property
     def _stored(self) -> torch.Tensor:
@@ -46,25 +48,40 @@ class Gram:
     @property
     def kind(self) -> str:
         """How H is stored, for the report."""
-        if self.matrix is not None:
-            return f"matrix of {self.tokens} tokens"
-        rows = self._stored.shape[0]
-        if self.error == 0.0:
-            return f"{self.tokens} tokens"
-        return f"sketch of {self.tokens} tokens in {rows} rows, diagonal error {self.error:.1%}"
+        if self.spilled is not None:
+            return f"matrix of {self.tokens} tokens, on disk"
+        return f"matrix of {self.tokens} tokens" if self.matrix is not None else f"{self.tokens} tokens"
+
+    def spilled_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Some rows of a spilled H, [rows, in]."""
+        assert self.spilled is not None
+        part = self.spilled.read(rows)
+        return part if self.divisors is None else part.div_(self.divisors).div_(self.divisors[rows, None])
+
+    def _strips(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The rows of a spilled H, a strip after the other."""
+        assert self.spilled is not None
+        return ((rows, self.spilled_rows(rows)) for rows in self.spilled.strips())
 
     def output_error(self, delta: torch.Tensor) -> torch.Tensor:
         """δ H δᵀ for each row δ of `delta` [rows, in] -> [rows]."""
+        if self.spilled is not None:
+            return torch.stack([((delta[:, rows] @ h) * delta).sum(dim=1) for rows, h in self._strips()]).sum(dim=0)
         if self.matrix is not None:
             return ((delta @ self.matrix) * delta).sum(dim=1)
         return (delta @ self._stored.T).square().sum(dim=1)
 
     def diagonal(self) -> torch.Tensor:
         """diag(H), [in]: the sum of squares of each channel."""
+        if self.spilled is not None:
+            return torch.cat([h[:, rows].diagonal() for rows, h in self._strips()])
         return self.matrix.diagonal() if self.matrix is not None else self._stored.square().sum(dim=0)
 
     def diagonal_blocks(self, size: int) -> torch.Tensor:
         """H of each group of `size` consecutive channels, [in / size, size, size]."""
+        if self.spilled is not None:
+            groups = (slice(first, first + size) for first in range(0, self.in_features, size))
+            return torch.stack([self.spilled_rows(group)[:, group] for group in groups])
         if self.matrix is not None:
             tiles = self.matrix.reshape(-1, size, self.in_features // size, size)  # [groups, size, groups, size]
             return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
@@ -73,85 +90,106 @@ class Gram:
 
     def rescaled(self, factors: torch.Tensor) -> Gram:
         """H of the input divided by `factors` [in]."""
+        if self.spilled is not None:
+            return replace(self, divisors=factors if self.divisors is None else self.divisors * factors)
         if self.matrix is not None:
             return replace(self, matrix=self.matrix / factors / factors[:, None])
         return replace(self, factor=self._stored / factors)
 
 
 def weighted_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
-    """Σ w H: adds matrices, or stacks factors. All H must be matrices, or all factors."""
+    """Σ w H: adds matrices, or stacks factors. All H must have the same form."""
     tokens = sum(gram.tokens for gram in grams)
-    error = max(gram.error for gram in grams)
+    if grams[0].spilled is not None:
+        return Gram(None, None, tokens, _weighted_sum_on_disk(grams, weights))
     if grams[0].matrix is not None:
         total = torch.zeros_like(grams[0].matrix)
         for gram, weight in zip(grams, weights, strict=True):
             assert gram.matrix is not None
             total.add_(gram.matrix, alpha=weight)
-        return Gram(total, None, tokens, error)
-    rows = [gram._stored * weight**0.5 for gram, weight in zip(grams, weights, strict=True)]
-    return Gram(None, torch.cat(rows), tokens, error)
+        return Gram(total, None, tokens)
+    factors = [gram._stored * weight**0.5 for gram, weight in zip(grams, weights, strict=True)]
+    return Gram(None, torch.cat(factors), tokens)
+
+
+def _weighted_sum_on_disk(grams: Sequence[Gram], weights: Sequence[float]) -> SpilledMatrix:
+    assert grams[0].spilled is not None
+    total = grams[0].spilled.another()
+    for rows in total.strips():
+        strip = total.read(rows)
+        for gram, weight in zip(grams, weights, strict=True):
+            strip.add_(gram.spilled_rows(rows), alpha=weight)
+        total.write(rows, slice(None), strip)
+    return total
 
 
 @dataclass(frozen=True)
 class GramForm:
-    """How H of one input is collected. rows: the number of rows of the factor R per modality; None for a matrix.
+    """How H of one input is collected. rows: the number of tokens per modality to store; None for a matrix.
 
-    combined: one weighted H of all modalities instead of one H per modality.
+    combined: one weighted H of all modalities instead of one H per modality. strip: rows of a matrix on disk that are
+    in memory at once; None for a matrix in memory.
     """
 
     rows: tuple[int, ...] | None
     combined: bool = False
+    strip: int | None = None
 
     def nbytes(self, in_features: int, modalities: int) -> int:
-        """Bytes of H of one input while it is collected."""
+        """Bytes in memory of H of one input while it is collected."""
         if self.rows is not None:
             return 4 * in_features * sum(self.rows)
-        return 4 * in_features**2 * (1 if self.combined else modalities)
+        held = in_features if self.strip is None else 2 * self.strip  # a strip, and as many tokens to add to it
+        return 4 * in_features * held * (1 if self.combined else modalities)
+
+    def disk_bytes(self, in_features: int, modalities: int) -> int:
+        """Bytes on disk: H, per modality and combined, and its factorization."""
+        matrices = 0 if self.strip is None else 2 if self.combined or modalities == 1 else modalities + 2
+        return 4 * in_features**2 * matrices
 
 
 def choose_form(
     counts: Sequence[int], in_features: int, matrix_bytes: int, factor_bytes: int, *, combinable: bool = False
 ) -> GramForm:
-    """Choose how to collect H of one input: exactly if the budget allows it, otherwise as a sketch.
+    """Choose how to collect H of one input: in memory if the budget allows it, otherwise on disk.
 
     counts: tokens per modality. matrix_bytes, factor_bytes: the budget of H of one input over all modalities, as a
-    matrix and as a factor. combinable: whether the weights of the modalities are known, so that one weighted matrix can
-    replace one matrix per modality when these do not fit.
+    matrix, and as a factor or as the strips of a matrix on disk. combinable: whether the weights of the modalities are
+    known, so that one weighted matrix can replace one matrix per modality when these do not fit.
 
-    A matrix costs tokens * in^2 to build and in^3 / 3 to factorize, a factor in * 4 rows^2 (gptq.py). The tokens
-    themselves are stored if there are fewer than in / 2. Tokens that do not fit are sketched; the modalities share the
-    budget evenly.
+    A matrix costs tokens * in^2 to build and in^3 / 3 to factorize, a factor in * 4 tokens^2 (gptq.py). The tokens
+    themselves are stored if there are fewer than in / 2.
     """
     total, present = sum(counts), sum(1 for count in counts if count)
-    if 2 * total >= in_features:
-        for combined in (False, True) if combinable else (False,):
-            if GramForm(None, combined).nbytes(in_features, present) <= matrix_bytes:
-                return GramForm(None, combined)
-    available = max(factor_bytes // (4 * in_features), present)
-    rows = [0] * len(counts)
-    for done, index in enumerate(sorted(range(len(counts)), key=lambda i: counts[i])):
-        rows[index] = min(counts[index], available // (len(counts) - done))
-        available -= rows[index]
-    return GramForm(tuple(rows))
+    tokens = GramForm(tuple(counts))
+    if 2 * total < in_features and tokens.nbytes(in_features, present) <= factor_bytes:
+        return tokens
+    for combined in (False, True) if combinable else (False,):
+        if GramForm(None, combined).nbytes(in_features, present) <= matrix_bytes:
+            return GramForm(None, combined)
+    if tokens.nbytes(in_features, present) <= factor_bytes:
+        return tokens
+    combined = combinable and present > 1
+    strip = factor_bytes // (8 * in_features * (1 if combined else max(present, 1)))
+    return GramForm(None, combined, min(max(strip, 1), in_features))
 
 
 class GramBuilder:
     """Accumulates H of one input and one modality, token by token in order.
 
-    In a team, each process adds some of the tokens, and all processes get the same H of all tokens. A factor that holds
-    the tokens themselves is bit-identical to a single process. Sketches and matrices are summed in a different order;
-    see Team.all_reduce.
+    In a team, each process adds some of the tokens, and all processes get the same H of all tokens. A factor, which
+    holds the tokens themselves, is bit-identical to a single process. Matrices are summed in a different order; see
+    Team.all_reduce.
     """
 
-    def __init__(self, in_features: int, rows: int | None, device: torch.device, seed: int) -> None:
-        """rows: number of rows of the factor, or None for a matrix. seed: for the random signs of the sketch."""
+    def __init__(self, in_features: int, rows: int | None, device: torch.device, spill: Spill | None = None) -> None:
+        """rows: the number of tokens to store, or None for a matrix. spill: for a matrix on disk."""
         self._rows = rows
-        height = in_features if rows is None else rows
+        self._spilled = None if spill is None else SpilledMatrix(in_features, spill, device)
+        self._enough = _FLUSH_ROWS if spill is None else spill.rows
+        height = 0 if spill is not None else in_features if rows is None else rows
         self._sum = torch.zeros((height, in_features), dtype=torch.float32, device=device)
-        self._squares = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._waiting: list[torch.Tensor] = []
-        self._random = torch.Generator().manual_seed(seed)
-        self._signs = torch.zeros(0, dtype=torch.int8)  # of the tokens after the first `rows`
         self._tokens = 0
 
     def add(self, x: torch.Tensor, offset: int | None = None) -> None:
@@ -161,40 +199,25 @@ class GramBuilder:
         """
         if self._rows is None:
             self._waiting.append(x)
-            if sum(len(part) for part in self._waiting) >= _FLUSH_ROWS:
+            if sum(len(part) for part in self._waiting) >= self._enough:
                 self._flush()
         else:
-            self._squares += x.square().sum(dim=0)
-            self._sketch(x, self._tokens if offset is None else offset)
+            first = self._tokens if offset is None else offset
+            self._sum[first : first + len(x)] = x
         self._tokens += len(x)
 
     def _flush(self) -> None:
         x = torch.cat(self._waiting)
         self._waiting = []
+        if self._spilled is not None:
+            for rows in self._spilled.strips():
+                columns = slice(rows.start, None)
+                strip = self._spilled.read(rows, columns)
+                self._spilled.write(rows, columns, strip.addmm_(x[:, rows].T, x[:, columns]))
+            return
         for first in range(0, x.shape[1], _TILE):
             tile = slice(first, first + _TILE)
             self._sum[tile, first:].addmm_(x[:, tile].T, x[:, first:])
-
-    def _sketch(self, x: torch.Tensor, offset: int) -> None:
-        """Add token t to row t mod rows. The first `rows` tokens keep their sign: with no more tokens, H is exact."""
-        assert self._rows is not None
-        done = 0
-        while done < len(x):
-            row = (offset + done) % self._rows
-            count = min(len(x) - done, self._rows - row)
-            part = x[done : done + count]
-            if offset + done >= self._rows:
-                part = part * self._signs_of(offset + done - self._rows, count).to(x.device, torch.float32)[:, None]
-            self._sum[row : row + count] += part
-            done += count
-
-    def _signs_of(self, first: int, count: int) -> torch.Tensor:
-        """The signs (1 or -1) of `count` tokens; `first` counts from the end of the first `rows` tokens."""
-        missing = first + count - len(self._signs)
-        if missing > 0:
-            drawn = torch.randint(0, 2, (missing,), generator=self._random) * 2 - 1
-            self._signs = torch.cat([self._signs, drawn.to(torch.int8)])
-        return self._signs[first : first + count]
 
     @torch.inference_mode()
     def finish(self, team: Team = SINGLE_PROCESS) -> Gram:
@@ -202,17 +225,24 @@ class GramBuilder:
         if self._waiting:
             self._flush()
         tokens = sum(team.all_gather(self._tokens))
+        if self._spilled is not None:
+            return Gram(None, None, tokens, self._finish_on_disk(self._spilled, team))
         team.all_reduce(self._sum)
-        team.all_reduce(self._squares)
-        if self._rows is None:
-            for first in range(0, self._sum.shape[0], _TILE):
-                tile = slice(first, first + _TILE)
-                self._sum[first + _TILE :, tile] = self._sum[tile, first + _TILE :].T
-                square = self._sum[tile, tile]
-                square.copy_((square + square.T) / 2)
-            return Gram(self._sum, None, tokens)
-        if tokens <= self._rows:
+        if self._rows is not None:
             return Gram(None, self._sum, tokens)
-        diagonal = self._sum.square().sum(dim=0)
-        error = float((diagonal - self._squares).norm() / self._squares.norm().clamp_min(1e-30))
-        return Gram(None, self._sum, tokens, error)
+        for first in range(0, self._sum.shape[0], _TILE):
+            tile = slice(first, first + _TILE)
+            self._sum[first + _TILE :, tile] = self._sum[tile, first + _TILE :].T
+            square = self._sum[tile, tile]
+            square.copy_((square + square.T) / 2)
+        return Gram(self._sum, None, tokens)
+
+    @staticmethod
+    def _finish_on_disk(spilled: SpilledMatrix, team: Team) -> SpilledMatrix:
+        if team.size > 1:
+            for rows in spilled.strips():
+                strip = spilled.read(rows)
+                team.all_reduce(strip)
+                spilled.write(rows, slice(None), strip)
+        spilled.mirror()
+        return spilled

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from msmodelslim_omni import QuantError
 from msmodelslim_omni.models.inputs import MODALITIES
-from msmodelslim_omni.plan.peak_memory import fit_budget, peak_memory, phase_memory, refit_budget
+from msmodelslim_omni.plan import peak_memory as peak_memory_module
+from msmodelslim_omni.plan.peak_memory import fit_budget, gram_disk_bytes, peak_memory, phase_memory, refit_budget
 from msmodelslim_omni.plan.plan import QuantPlan
 from msmodelslim_omni.run.forecast import assumed_extent, forecast
 from msmodelslim_omni.run.preparation import prepare
@@ -128,6 +129,25 @@ def test_budget_is_divided_again_for_the_measured_extent(plan: QuantPlan) -> Non
     with pytest.raises(QuantError, match=message):
         refit_budget(first, too_long)
     assert refit_budget(plan, too_long) == plan  # no limit
+
+
+def test_h_that_does_not_fit_is_on_disk(
+    tiny: Path, index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H and its factorization: two matrices per input, 256 or 512 wide. The plan says so, and so does the report."""
+    monkeypatch.setattr(peak_memory_module, "_BUDGET_OPTIONS", ((1 << 10, 1 << 16, False),))
+    words = ("--config_path", int4_recipe(tmp_path), "--dataset", index, "--max_memory", "2GiB", "--json")
+    planned = quant(tiny, tmp_path / "out", *words, "--dry_run").done().json
+    narrow, wide = 2 * 4 * 256**2, 2 * 4 * 512**2
+    assert planned["gram_disk_bytes"] == {"qkv": narrow, "o": narrow, "gate_up": narrow, "down": wide}
+    assert "H of the input of down: on disk" in quant(tiny, tmp_path / "out", *words[:-1], "--dry_run").done().out
+    layers = quant(tiny, tmp_path / "out", *words).done().json["layers"]
+    assert all(record["reason"].endswith("on disk") for layer in layers for record in layer["smoothing"])
+    assert not [path for path in tmp_path.rglob("*") if path.stat().st_size == 4 * 512**2]
+
+
+def test_h_that_fits_takes_no_disk(plan: QuantPlan) -> None:
+    assert gram_disk_bytes(plan, Extent(10_000, 1024, 4)) == {} == gram_disk_bytes(plan, NO_SAMPLES)
 
 
 def test_samples_that_are_longer_than_assumed(tiny: Path, tmp_path: Path) -> None:

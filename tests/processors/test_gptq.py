@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grams import FORMS, Form, as_factor, as_matrix
+from grams import FORMS, Form, as_factor, as_matrix, as_spilled
 from ties import assert_rounded
 
 from msmodelslim_omni.errors import QuantError
@@ -26,6 +26,7 @@ from msmodelslim_omni.processors.rounding import (
     has_enough_tokens,
     round_group,
 )
+from msmodelslim_omni.statistics.gram import Gram
 
 ASYM = QuantScheme(4, None, "gptq", 32, symmetric=False)
 SYM = replace(ASYM, symmetric=True)
@@ -292,13 +293,20 @@ def test_sizes_of_parts(shape: tuple[int, int], sizes: list[int]) -> None:
 
 def test_rounding_is_deterministic_and_does_not_change_its_inputs() -> None:
     x, weight = tokens(700), normal(OUT, IN, seed=1)
-    for form in (as_matrix, as_factor):
+    for form in (as_matrix, as_factor, as_spilled):
         gram, grid, before = form(x), quantize_weight(weight, ASYM), weight.clone()
-        kept = (gram.matrix if gram.matrix is not None else gram.factor).clone()
+        kept = stored(gram).clone()
         first = round_in_order(weight, grid, factorize(gram))
         assert torch.equal(first.qweight, round_in_order(weight, grid, factorize(gram)).qweight)
         assert torch.equal(weight, before)
-        assert torch.equal(gram.matrix if gram.matrix is not None else gram.factor, kept)
+        assert torch.equal(stored(gram), kept)
+
+
+def stored(gram: Gram) -> torch.Tensor:
+    """H or its factor, as it is stored."""
+    if gram.spilled is not None:
+        return gram.spilled.read(slice(None))
+    return gram.matrix if gram.matrix is not None else gram.factor
 
 
 # --- rounding a group of Linears -----------------------------------------------------------------------------

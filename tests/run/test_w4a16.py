@@ -23,7 +23,7 @@ from msmodelslim_omni.calibration.layer_probe import LayerProbe
 from msmodelslim_omni.calibration.token_roles import token_importance
 from msmodelslim_omni.models.inputs import LayerInput
 from msmodelslim_omni.numerics.arithmetic import quantize_weight
-from msmodelslim_omni.processors.rounding import TOKENS_PER_INPUT
+from msmodelslim_omni.processors import rounding
 from msmodelslim_omni.processors.work import Fold, LayerWork, SmoothingRecord
 from msmodelslim_omni.run import layers
 from msmodelslim_omni.run.preparation import prepare
@@ -222,22 +222,23 @@ def test_resume_with_another_recipe_is_refused(small: Path, tmp_path: Path) -> N
 # --- fallback to plain rounding ------------------------------------------------------------------------------
 
 
-def test_too_few_tokens_for_gptq_are_reported(small: Path, tmp_path: Path) -> None:
+def test_too_few_tokens_for_gptq_are_reported(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tokens are too few for a Linear with many inputs and enough for a Linear with fewer."""
+    monkeypatch.setattr(rounding, "TOKENS_PER_INPUT", 0.125)
     index = write_index(tmp_path / "data", {"text": "Hi."}, {"text": "Ho."})
     save = tmp_path / "out"
     words = ("--config_path", int4_recipe(tmp_path), "--dataset", index, "--max_samples", 1)
     quant(small, save, *words).done()
     report = report_of(save / AWQ)
     (tokens,) = report["tokens_by_modality"].values()
-    assert tokens < TOKENS_PER_INPUT * 512
+    assert tokens < 512 / 8
     for layer in report["layers"]:
         for group, inputs in (("qkv", 256), ("o", 256), ("gate_up", 256), ("down", 512)):
             note = (
                 f"{group}: {tokens} tokens are too few for GPTQ on {inputs} inputs (it needs"
-                f" {round(TOKENS_PER_INPUT * inputs)}); rounded to the nearest level with a clip search instead"
+                f" {inputs // 8}); rounded to the nearest level with a clip search instead"
             )
-            assert (note in layer["notes"]) == (tokens < TOKENS_PER_INPUT * inputs)
+            assert (note in layer["notes"]) == (tokens < inputs / 8)
         assert layer["error_over_plain"] <= 1
     page = (save / AWQ / "quant_report.md").read_text(encoding="utf-8")
     assert f"layer 1: down: {tokens} tokens are too few for GPTQ" in page

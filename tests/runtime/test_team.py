@@ -80,19 +80,15 @@ def test_team_of_one_does_not_communicate() -> None:
     assert SINGLE_PROCESS.is_leader and total.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("rows", [40, 12])
-def test_gram_of_two_processes_sums_to_that_of_one(rows: int) -> None:
-    """With as many rows as tokens, H is bit-identical. In a sketch each token keeps its row and sign."""
+def test_tokens_of_two_processes_are_those_of_one() -> None:
     x = torch.randn(40, 16)
-    single, pair = GramBuilder(16, rows, CPU, 3), [GramBuilder(16, rows, CPU, 3) for _ in range(2)]
+    single, pair = GramBuilder(16, 40, CPU), [GramBuilder(16, 40, CPU) for _ in range(2)]
     for first, last, owner in ((0, 5, 0), (5, 17, 1), (17, 30, 0), (30, 40, 1)):
         single.add(x[first:last])
         pair[owner].add(x[first:last], first)
     total, parts = single.finish().factor, [builder.finish().factor for builder in pair]
     assert total is not None and parts[0] is not None and parts[1] is not None
-    if rows == 40:
-        assert torch.equal(total, parts[0] + parts[1])
-    torch.testing.assert_close(total, parts[0] + parts[1])
+    assert torch.equal(total, parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("method", ["mse", "gptq"])
@@ -100,7 +96,7 @@ def test_parts_of_a_linear_round_like_the_full_linear(method: str, monkeypatch: 
     monkeypatch.setattr(gptq, "_PART", 256 * 64)
     scheme = QuantScheme(4, None, symmetric=False, group_size=32, weight_method=method)
     weight, x = torch.randn(612, 64), torch.randn(128, 64)
-    builder = GramBuilder(64, None, CPU, 0)
+    builder = GramBuilder(64, None, CPU)
     builder.add(x)
     gram = builder.finish()
     blocks = [weight[rows] for rows in split_into_parts(weight)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import mmap
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from msmodelslim_omni.statistics.gram import (
     choose_form,
     weighted_sum,
 )
+from msmodelslim_omni.statistics.spilled import Spill, SpilledMatrix
 
 IN = 24
 CPU = torch.device("cpu")
@@ -51,15 +55,17 @@ def rounding_bound(x: torch.Tensor) -> torch.Tensor:
     return (len(x) + 2) * 2.0**-24 * (x.double().abs().T @ x.double().abs())
 
 
-def build_gram(parts: list[torch.Tensor], rows: int | None, seed: int = 0) -> Gram:
-    builder = GramBuilder(parts[0].shape[1], rows, CPU, seed)
+def build_gram(parts: list[torch.Tensor], rows: int | None) -> Gram:
+    builder = GramBuilder(parts[0].shape[1], rows, CPU)
     for part in parts:
         builder.add(part)
     return builder.finish()
 
 
 def full_matrix(gram: Gram) -> torch.Tensor:
-    """H as a float64 matrix [in, in], for either form."""
+    """H as a float64 matrix [in, in], for every form."""
+    if gram.spilled is not None:
+        return gram.spilled_rows(slice(None)).double()
     return gram.matrix.double() if gram.matrix is not None else gram.factor.double().T @ gram.factor.double()
 
 
@@ -115,11 +121,6 @@ def test_weighted_sum_of_parts(form: Form) -> None:
         assert_near(full_matrix(gram), part.double().T @ part.double())
 
 
-def test_weighted_sum_has_the_largest_error_of_its_parts() -> None:
-    parts = [Gram(None, tokens(5), 5), Gram(None, tokens(5), 50, error=0.25)]
-    assert weighted_sum(parts, [1.0, 1.0]).error == 0.25
-
-
 # --- GramBuilder ---------------------------------------------------------------------------------------------
 
 
@@ -129,7 +130,7 @@ def test_matrix_is_summed_over_samples_of_any_length(lengths: list[int], seed: i
     parts = [tokens(length, seed=seed + i) for i, length in enumerate(lengths)]
     gram = build_gram(parts, None)
     x = torch.cat(parts).double()
-    assert gram.tokens == len(x) and gram.error == 0.0
+    assert gram.tokens == len(x)
     assert ((gram.matrix - x.T @ x).abs() <= rounding_bound(x)).all()
     assert torch.equal(gram.matrix, gram.matrix.T)
 
@@ -154,63 +155,55 @@ def test_sample_order_changes_only_the_last_bits() -> None:
 def test_tokens_that_fit_are_stored_unchanged(lengths: list[int], spare: int) -> None:
     parts = [tokens(length, seed=i) for i, length in enumerate(lengths)]
     gram = build_gram(parts, sum(lengths) + spare)
-    assert gram.error == 0.0 and gram.tokens == sum(lengths)
+    assert gram.tokens == sum(lengths)
     assert torch.equal(gram.factor[: sum(lengths)], torch.cat(parts))
     assert not gram.factor[sum(lengths) :].any()
-    assert f"{gram.tokens} tokens" in gram.kind and "sketch" not in gram.kind
+    assert gram.kind == f"{gram.tokens} tokens"
 
 
 def test_builder_does_not_change_the_tokens() -> None:
     x = tokens(40)
     before = x.clone()
     build_gram([x], None)
-    build_gram([x], 7)
+    build_gram([x], 40)
     assert torch.equal(x, before)
 
 
-# --- the sketch ----------------------------------------------------------------------------------------------
+# --- on disk -------------------------------------------------------------------------------------------------
 
 
-def test_sketch_of_seven_tokens_in_three_rows() -> None:
-    """Token t is in row t mod 3 with a random sign; the first three tokens keep their sign."""
-    x = torch.eye(7)
-    gram = build_gram([x[:2], x[2:6], x[6:]], 3)
-    assert gram.factor.abs().tolist() == [[1, 0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 1, 0, 0], [0, 0, 1, 0, 0, 1, 0]]
-    assert (gram.factor[:, :3] == torch.eye(3)).all()
-    assert gram.tokens == 7
+@pytest.mark.parametrize("strip", [1, 7, IN, 100])
+def test_matrix_on_disk_is_the_matrix(strip: int) -> None:
+    """Whole tokens are small integers, so that float32 sums are exact in any order."""
+    x = torch.randint(-9, 10, (60, IN), generator=torch.Generator().manual_seed(0)).float()
+    builder = GramBuilder(IN, None, CPU, Spill(None, strip))
+    for part in x.split(11):
+        builder.add(part)
+    gram = builder.finish()
+    assert gram.tokens == 60 and gram.kind == "matrix of 60 tokens, on disk"
+    assert torch.equal(full_matrix(gram), x.double().T @ x.double())
+    assert torch.equal(gram.diagonal(), x.square().sum(0))
 
 
-def test_sketch_is_accurate_and_reports_its_error() -> None:
-    """4000 tokens in 1000 rows: quadratic forms are accurate to some percent, and more rows are more accurate."""
-    x = tokens(4000)
-    delta = normal(60, IN, seed=9)
-    direct = (x.double() @ delta.double().T).square().sum(0)
-    spread = []
-    for rows in (250, 1000, 3999):
-        gram = build_gram(list(torch.split(x, 333)), rows)
-        sketched = gram.output_error(delta).double()
-        spread.append(float(((sketched - direct) / direct).square().mean().sqrt()))
-        exact = x.double().square().sum(0)
-        assert gram.error == pytest.approx(float((gram.diagonal().double() - exact).norm() / exact.norm()), abs=1e-6)
-        assert f"sketch of 4000 tokens in {rows} rows, diagonal error {gram.error:.1%}" in gram.kind
-    assert spread[1] < 0.2 and spread[2] < spread[1] < spread[0]
+def test_file_on_disk_has_no_name_and_only_its_strips_are_in_memory(tmp_path: Path) -> None:
+    size, strip = 3000, 64
+    before = resident_bytes()
+    builder = GramBuilder(size, None, CPU, Spill(tmp_path, strip))
+    builder.add(normal(strip, size))
+    gram = builder.finish()
+    assert gram.diagonal().min() > 0
+    assert not list(tmp_path.iterdir())
+    assert resident_bytes() - before < 4 * size * size / 2  # H takes 36 MB
 
 
-def test_sketch_is_unbiased() -> None:
-    x = tokens(300)
-    h = x.double().T @ x.double()
-    sketches = [full_matrix(build_gram([x], 100, seed)) for seed in range(200)]
-    mean = torch.stack(sketches).mean(0)
-    single_error = float((sketches[0] - h).norm() / h.norm())
-    assert float((mean - h).norm() / h.norm()) < 0.25 * single_error
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
-def test_sketch_is_deterministic_and_independent_of_sample_lengths() -> None:
-    x = tokens(500)
-    once, again = build_gram(list(torch.split(x, 77)), 64), build_gram(list(torch.split(x, 77)), 64)
-    assert torch.equal(once.factor, again.factor) and once.error == again.error
-    torch.testing.assert_close(once.factor, build_gram([x], 64).factor)
-    assert not torch.equal(once.factor, build_gram([x], 64, seed=1).factor)
+def test_full_disk_is_an_error_before_anything_is_written() -> None:
+    with pytest.raises(OSError):
+        SpilledMatrix(1 << 24, Spill(None, 1), CPU)  # a petabyte
 
 
 # --- choice of the form --------------------------------------------------------------------------------------
@@ -238,16 +231,19 @@ def test_one_modality_needs_no_combined_matrix() -> None:
     assert default_form([30_000, 0, 0, 0], DOWN_7B) == GramForm(None)
 
 
-def test_sketch_if_no_matrix_fits() -> None:
+def test_on_disk_if_no_matrix_fits() -> None:
+    """Half of the budget is a strip, the other half the tokens to add. On disk are H and its factorization."""
     budget = 160 << 20
-    assert 4 * DOWN_7B**2 > 448 << 20
     form = choose_form([30_000, 100, 40_000, 0], DOWN_7B, 448 << 20, budget, combinable=True)
-    available = budget // (4 * DOWN_7B)
-    assert form.rows is not None and not form.combined
-    # The modality with few tokens is exact; the others share the remaining rows.
-    assert form.rows[1] == 100 and form.rows[3] == 0
-    assert abs(form.rows[0] - form.rows[2]) <= 1
-    assert available - 2 <= sum(form.rows) <= available
+    assert form == GramForm(None, combined=True, strip=budget // (8 * DOWN_7B))
+    assert budget - 8 * DOWN_7B < form.nbytes(DOWN_7B, 3) <= budget
+    assert form.disk_bytes(DOWN_7B, 3) == 2 * 4 * DOWN_7B**2
+    # Without the weights of the modalities: three matrices, their sum and its factorization.
+    separate = choose_form([30_000, 100, 40_000, 0], DOWN_7B, 448 << 20, budget)
+    assert separate == GramForm(None, strip=budget // (24 * DOWN_7B))
+    assert separate.disk_bytes(DOWN_7B, 3) == 5 * 4 * DOWN_7B**2
+    assert choose_form([50, 0, 0, 0], 300, 1, 4 * 300 * 50) == GramForm((50, 0, 0, 0))  # the tokens fit
+    assert choose_form([50, 0, 0, 0], 300, 4 * 300**2, 1) == GramForm(None)  # only the matrix fits
 
 
 @given(
@@ -259,9 +255,11 @@ def test_sketch_if_no_matrix_fits() -> None:
 def test_form_fits_the_budget_and_includes_every_modality(counts: list[int], width: int, combinable: bool) -> None:
     form = choose_form(counts, width, DEFAULT_BUDGET.matrix, DEFAULT_BUDGET.factor, combinable=combinable)
     present = sum(1 for count in counts if count)
-    if form.rows is None:
-        assert 2 * sum(counts) >= width and form.nbytes(width, present) <= DEFAULT_BUDGET.matrix
-        assert combinable or not form.combined
-        return
-    assert all((row > 0) == (count > 0) and row <= count for row, count in zip(form.rows, counts, strict=True))
-    assert form.nbytes(width, present) <= max(DEFAULT_BUDGET.factor, 4 * width * present)
+    if form.rows is not None:
+        assert form.rows == tuple(counts) and form.nbytes(width, present) <= DEFAULT_BUDGET.factor
+    elif form.strip is None:
+        assert form.nbytes(width, present) <= DEFAULT_BUDGET.matrix
+    else:
+        assert 1 <= form.strip <= width
+        assert form.nbytes(width, present) <= max(DEFAULT_BUDGET.factor, 8 * width * present)
+    assert combinable or not form.combined
