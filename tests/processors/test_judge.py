@@ -66,16 +66,14 @@ def rounded_by(work: LayerWork, group: LinearGroup, *, gptq: bool) -> dict[str, 
     return round_group(weights.items(), schemes, gram, cholesky_for_gptq(schemes, gram) if gptq else None)
 
 
-@pytest.mark.parametrize("name", ["o", "down"])
-def test_clip_search_is_taken_if_gptq_is_worse_on_the_probe(name: str) -> None:
-    group = GROUPS[name]
+def test_clip_search_is_taken_if_gptq_is_worse_on_the_probe() -> None:
+    group = GROUPS["down"]
     work = misled(probed_work(300), group)
     done = linear_quant.apply(work, RECIPE, frozenset(group.linears))
-    expected = rounded_by(work, group, gptq=False)
-    assert all(torch.equal(done.quantized[linear].qweight, expected[linear].qweight) for linear in group.linears)
+    expected = rounded_by(work, group, gptq=False)["mlp.down_proj"]
+    assert torch.equal(done.quantized["mlp.down_proj"].qweight, expected.qweight)
     (note,) = done.notes
-    width = SPEC.shapes[f"{group.linears[0]}.weight"][1]
-    assert note.startswith(f"{name}: 300 tokens for {width} inputs; GPTQ's output error is 1.")
+    assert note.startswith("down: 300 tokens for 96 inputs; GPTQ's output error is 1.")
     assert note.endswith("x that of the clip search on the probe samples; rounded by the clip search")
 
 
