@@ -157,6 +157,11 @@ def _transformers(
     return Loads("yes", proof, how, answering, speaking, packages)
 
 
+_UNCOMPRESSED_RUN = _transformers(
+    "5.17.0 with compressed-tensors 0.19.0 was run; dequantized when loaded", "dequantized", proof="loaded"
+)
+
+
 # --- the table -----------------------------------------------------------------------------------------------
 
 TABLE: tuple[Entry, ...] = (
@@ -271,11 +276,7 @@ TABLE: tuple[Entry, ...] = (
                 "vllm_cpu": _LAYOUT_NOT_RUN,
                 "vllm_ascend": _no("computes in no FP8 on A2 and A3") if scheme != "w8a16" else _LAYOUT_NOT_RUN,
                 "transformers_4": _LAYOUT_NOT_RUN,
-                "transformers_5": _transformers(
-                    "5.17.0 with compressed-tensors 0.19.0 was run; dequantized when loaded",
-                    "dequantized",
-                    proof="loaded",
-                ),
+                "transformers_5": _UNCOMPRESSED_RUN if family == OMNI else _LAYOUT_NOT_RUN,
             },
         )
         for family in (OMNI, VL)
