@@ -571,6 +571,8 @@ def value_range(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[f
         return 0.0, math.prod(shape[1:]) ** -0.5
     if leaf == "weight":  # norms
         return 1.0, 0.15
+    if leaf in ("scale", "gamma"):  # of a residual branch
+        return 0.1, 0.01
     if leaf in ("alpha", "beta"):  # logarithms of the vocoder's activation parameters
         return 0.0, 0.1
     raise ValueError(f"no rule for {leaf} of {type(module).__name__} with shape {shape}")
@@ -651,12 +653,15 @@ def outlier_gains(tag: str, size: int, seed: int) -> Tensor:
     return gains
 
 
-_LAYER_KEY = re.compile(r"((?:thinker\.)?model\.(?:language_model\.)?layers\.\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight")
+_LAYER_KEY = re.compile(
+    r"((?:thinker\.)?model\.(?:language_model\.)?layers\.\d+)"
+    r"\.(?:self_attn\.|mlp\.(?:experts\.\d+\.)?)?(\w+)\.weight"
+)
 # Activation whose gains multiply a tensor's rows, and activation whose gains divide its columns.
 _ROW_GAINS = {"input_layernorm": "attn_in", "post_attention_layernorm": "mlp_in", "up_proj": "mlp_inner"}
 _COLUMN_GAINS = {
     "q_proj": "attn_in", "k_proj": "attn_in", "v_proj": "attn_in", "gate_proj": "mlp_in", "up_proj": "mlp_in",
-    "down_proj": "mlp_inner",
+    "down_proj": "mlp_inner", "gate": "mlp_in",
 }  # fmt: skip
 
 

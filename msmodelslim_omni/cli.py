@@ -25,7 +25,7 @@ _SHORT_HELP = {"help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(
     name="msmodelslim",
-    help="Quantize multimodal models: Qwen2.5-Omni, Qwen2.5-VL and Qwen3-VL.",
+    help="Quantize multimodal models: Qwen2.5-Omni, Qwen2.5-VL, Qwen3-Omni and Qwen3-VL.",
     invoke_without_command=True,
     context_settings=_SHORT_HELP,
     pretty_exceptions_enable=False,

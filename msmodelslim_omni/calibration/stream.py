@@ -137,7 +137,8 @@ class CalibrationStream:
         outputs = self._float_outputs(layer, module, recorder, probe)
         self._exact.write(outputs, sync=not propagate)  # a run never resumes from the file named "exact"
         stats = recorder.finish()
-        if unseen := [linear for group in spec.groups if group.name not in stats for linear in group.linears]:
+        required = [group for group in spec.groups if group.expert is None]
+        if unseen := [linear for group in required if group.name not in stats for linear in group.linears]:
             raise QuantError(f"layer {layer}: {unseen[0]} received no token", "exclude it, or give other samples")
         return Captured(stats, roles.importance, probe)
 

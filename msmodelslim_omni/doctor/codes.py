@@ -160,6 +160,12 @@ _NAMES = {
         "only Linears of decoder layers should be quantized; towers, lm_head and speech parts lose accuracy,"
         " and few loaders can read them quantized", ALL, "keep it float",
     ),
+    "router_quantized": _error(
+        "routers select the experts of each token; runtimes build them float, or read this one as garbage", ALL,
+        "keep the router float and quantize again",
+    ),
+    "experts_differ": _error("runtimes take the scheme of expert 0 for all experts of a layer", ALL,
+                             "quantize all experts of a layer alike"),
     "pattern_refused": _warning("this pattern can take hours to match, so doctor does not check it", ALL,
                                 "write a simpler pattern"),
     "description_missing_entry": _error("vLLM-Ascend looks up this entry and fails with a KeyError", (ASCEND,),
@@ -178,7 +184,7 @@ _NAMES = {
 _CONFIG_KINDS = {
     "config_missing": _error("loaders need config.json", ALL, "copy config.json from the source"),
     "config_foreign": _error("this tool does not support the model, so names and shapes are not checked", ALL,
-                             "give a checkpoint of Qwen2.5-Omni or Qwen2.5-VL"),
+                             "give a checkpoint of Qwen2.5-Omni, Qwen2.5-VL, Qwen3-Omni or Qwen3-VL"),
     "config_thinker_only": _error(
         "vLLM supports only the full model's architecture and reads hf_config.thinker_config", (VLLM, ASCEND),
         "keep the source's complete config.json, also when talker and token2wav are omitted",

@@ -26,6 +26,7 @@ from .config import (
     read_description,
 )
 from .content import check_floats, check_integers, check_scales
+from .experts import check_experts
 from .findings import (
     Collector,
     Diagnosis,
@@ -109,6 +110,9 @@ def examine(
         collector.run(
             "groups", check_groups(model, linears), "q, k, v and gate, up have the same form; towers are float", "all"
         )
+    if model is not None and expected and model.family.layer_spec(config).experts is not None:
+        alike = "all experts of a layer have the same form; routers are float"
+        collector.run("experts", check_experts(model, config, linears), alike, "all")
     if model is not None and declared.format == "ascend":
         if description:
             entries = check_description(model, linears, description, sorted(names), optional, all_linears)

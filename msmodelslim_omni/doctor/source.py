@@ -217,8 +217,9 @@ def _check_layer(
                 continue
             ones = torch.ones(weight.shape[0])
             rows_unknown, from_norm = relative in divided, group.subgraph == "norm-linear"
+            unscaled = group.subgraph == "none"
             columns, energy = torch.ones(weight.shape[1]), ones
-            if linear.quantized and not from_norm:
+            if linear.quantized and not from_norm and not unscaled:
                 columns, energy = _estimated_columns(stored, weight, ones)
             elif linear.quantized and expected is not None and expected.shape == columns.shape:
                 columns = expected
@@ -242,6 +243,8 @@ def _expected_columns(
     previous: str, group: LinearGroup, folder: Folder, original: Checkpoint, factors: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """Return the column factors that cancel the scaling before the group, or None if they are unknown."""
+    if group.subgraph == "none":
+        return None  # _check_layer compares with the unscaled columns
     if group.subgraph != "norm-linear":
         if group.previous not in factors:
             return None

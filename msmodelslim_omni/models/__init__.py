@@ -11,7 +11,7 @@ from __future__ import annotations
 from .inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
 from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport
-from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, apply_renaming
+from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock, apply_renaming
 
 __all__ = [
     "MODALITIES",
@@ -26,6 +26,7 @@ __all__ = [
     "ModelSpec",
     "Part",
     "Renaming",
+    "RoutedBlock",
     "RunnableModel",
     "SpeakingModel",
     "SpeechSupport",

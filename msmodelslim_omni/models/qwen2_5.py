@@ -318,7 +318,8 @@ class DecoderStem:
         features, mask = arguments.get("deepstack_visual_embeds"), arguments.get("visual_pos_masks")
         self._deepstack = None
         if features is not None and mask is not None:
-            self._deepstack = Deepstack(mask[0].nonzero().flatten(), tuple(features))
+            is_visual = mask[0].reshape(mask.shape[1], -1)[:, 0]  # some versions repeat the mask over the width
+            self._deepstack = Deepstack(is_visual.nonzero().flatten(), tuple(features))
 
     def options(self, inputs: ModelInputs) -> dict[str, Any]:
         """Extra arguments of the forward, in addition to the sample's tensors."""

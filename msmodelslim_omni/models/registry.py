@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import QuantError, nearest
-from . import qwen2_5_omni, qwen2_5_vl, qwen3_vl
+from . import qwen2_5_omni, qwen2_5_vl, qwen3_omni, qwen3_vl
 from .spec import ModelSpec
 
 MODEL_TYPES: dict[str, ModelSpec] = {
@@ -13,6 +13,9 @@ MODEL_TYPES: dict[str, ModelSpec] = {
     "Qwen2.5-Omni-3B": qwen2_5_omni.model_spec("Qwen2.5-Omni-3B"),
     "Qwen2.5-VL-7B-Instruct": qwen2_5_vl.model_spec("Qwen2.5-VL-7B-Instruct"),
     "Qwen2.5-VL-3B-Instruct": qwen2_5_vl.model_spec("Qwen2.5-VL-3B-Instruct"),
+    qwen3_omni.INSTRUCT: qwen3_omni.model_spec(qwen3_omni.INSTRUCT),
+    qwen3_omni.THINKING: qwen3_omni.model_spec(qwen3_omni.THINKING),
+    qwen3_omni.CAPTIONER: qwen3_omni.model_spec(qwen3_omni.CAPTIONER),
     "Qwen3-VL-4B-Instruct": qwen3_vl.model_spec("Qwen3-VL-4B-Instruct"),
     "Qwen3-VL-8B-Instruct": qwen3_vl.model_spec("Qwen3-VL-8B-Instruct"),
     "Qwen3-VL-32B-Instruct": qwen3_vl.model_spec("Qwen3-VL-32B-Instruct"),
@@ -22,6 +25,7 @@ MODEL_TYPES: dict[str, ModelSpec] = {
 MODEL_TYPE_ALIASES = {
     "Qwen2.5-VL-7B": "Qwen2.5-VL-7B-Instruct",
     "Qwen2.5-VL-3B": "Qwen2.5-VL-3B-Instruct",
+    "Qwen3-Omni-30B-A3B": qwen3_omni.INSTRUCT,
     "Qwen3-VL-4B": "Qwen3-VL-4B-Instruct",
     "Qwen3-VL-8B": "Qwen3-VL-8B-Instruct",
     "Qwen3-VL-32B": "Qwen3-VL-32B-Instruct",

@@ -49,7 +49,7 @@ class LinearGroup:
     @property
     def adds_to_residual(self) -> bool:
         """Whether the output of the group's Linear is added to the residual stream, as those of o and down are."""
-        return self.subgraph != "norm-linear"
+        return self.subgraph not in ("norm-linear", "none")
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def check_layers(model: ModelSpec, checkpoint: Checkpoint) -> None:
     shapes = model.family.layer_spec(checkpoint.config).shapes
     layers = range(model.family.num_layers(checkpoint.config))
     expected = {model.layer_name(index, name): shape for index in layers for name, shape in shapes.items()}
+    _refuse_fused_experts(model, checkpoint)
     _compare(checkpoint, expected, frozenset())
     names = [name for name in checkpoint.tensors if name.startswith(model.layers_prefix)]
     if surplus := sorted(set(names) - set(expected)):
@@ -83,6 +84,17 @@ def check_layers(model: ModelSpec, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: {wrong[0]} has dtype {checkpoint.tensors[wrong[0]].dtype};"
             f" expected {', '.join(_QUANTIZABLE_DTYPES)}",
             "give a float checkpoint",
+        )
+
+
+def _refuse_fused_experts(model: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Raise QuantError for layers whose experts are fused in three-dimensional tensors."""
+    fused = [n for n, info in checkpoint.tensors.items() if n.startswith(model.layers_prefix) and len(info.shape) == 3]
+    if fused:
+        raise QuantError(
+            f"{checkpoint.path}: {fused[0]} has shape {list(checkpoint.tensors[fused[0]].shape)}: all experts of the"
+            " layer in one tensor, as Qwen3-VL-MoE and Qwen3.5-MoE store them",
+            f"{model.model_type} stores one matrix per expert; fetch the published checkpoint",
         )
 
 

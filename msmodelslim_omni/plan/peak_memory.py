@@ -73,7 +73,17 @@ class _LayerSizes:
         self.widest_stored = max(info.nbytes for info in infos)
         self.integers = sum(self.numel.values())
         self.widest = max(self.numel.values())
-        self.inputs = {group.name: shapes[f"{group.linears[0]}.weight"][1] for group in plan.layer_spec.groups}
+        spec = plan.layer_spec
+        widths = {group.name: shapes[f"{group.linears[0]}.weight"][1] for group in spec.groups}
+        # A token reaches only some experts; their inputs together are as wide as those of the active ones.
+        shared = sum(widths[group.name] for group in spec.groups if group.expert is None)
+        routed = sum(widths[group.name] for group in spec.groups if group.expert is not None)
+        self.active_share = spec.experts.active / spec.experts.count if spec.experts else 1.0
+        self.inputs = {group.name: widths[group.name] for group in spec.groups if group.expert is None}
+        self.routed_inputs = [widths[group.name] for group in spec.groups if group.expert is not None]
+        self.input_width = shared + int(routed * self.active_share)
+        inner = max(widths[group.name] for group in spec.groups if group.subgraph == "up-down")
+        self.inner = inner * (spec.experts.active if spec.experts else 1)
         self.hidden = plan.layer_spec.hidden_size
 
     def group_numel(self, group: LinearGroup) -> int:
@@ -91,14 +101,16 @@ def _towers_memory(plan: QuantPlan, extent: Extent) -> int:
 def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: Extent) -> dict[str, int]:
     """Return the memory of each phase of a layer that is quantized with samples."""
     tokens, longest, searching = extent.tokens, extent.longest, plan.statistics == "gram"
-    rows = 4 * sum(layer.inputs.values()) * min(tokens, extent.modalities * rows_per_modality(extent.modalities))
+    rows = 4 * layer.input_width * min(tokens, extent.modalities * rows_per_modality(extent.modalities))
     stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, 2048 * tokens)
     # Layer probe: inputs and outputs of the layer; for a search, also of its blocks.
     probe = (16 if searching else 8) * layer.hidden * min(tokens, extent.modalities * longest)
     # layer.integers: the previous layer, which is still being written.
     common = _PROCESS_WITH_MEDIA + layer.stored + next_read + layer.integers + rows + stores + probe + _BLOCKS
-    activations = 4 * longest * (3 * layer.inputs["down"] + 8 * layer.hidden)
+    activations = 4 * longest * (3 * layer.inner + 8 * layer.hidden)
     grams = [_gram_bytes(plan.budget, width, extent) for width in layer.inputs.values()] if searching else []
+    if searching and layer.routed_inputs:
+        grams.append(_routed_gram_bytes(layer, tokens))
     phases = {"forward": common + 4 * layer.integers + activations + sum(separate for separate, _ in grams)}
     if searching:
         # The float layer for trials; H, its factorization and the rescaled factors.
@@ -140,6 +152,13 @@ def gram_disk_bytes(plan: QuantPlan, extent: Extent) -> dict[str, int]:
         for group, width in _LayerSizes(plan).inputs.items()
     }
     return {group: size for group, size in sizes.items() if size}
+
+
+def _routed_gram_bytes(layer: _LayerSizes, tokens: int) -> tuple[int, int]:
+    """Bytes of H of all experts: the tokens of each on average, up to half a matrix, or the matrix; see gram.py."""
+    routed = int(tokens * layer.active_share)
+    collected = sum(4 * width * (routed if 2 * routed < width else width) for width in layer.routed_inputs)
+    return collected, max(4 * width * width for width in layer.routed_inputs)
 
 
 def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:

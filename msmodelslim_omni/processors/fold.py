@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ..models import LinearGroup
-from .work import LayerWork
+from .work import FEWEST_EXPERT_TOKENS, LayerWork
 
 
 def reason_to_skip(work: LayerWork, group: LinearGroup, enabled: Sequence[str], linears: frozenset[str]) -> str | None:
@@ -23,6 +23,8 @@ def reason_to_skip(work: LayerWork, group: LinearGroup, enabled: Sequence[str], 
         return ""
     if len(selected) < len(group.linears):
         return "the recipe selects only some Linears of the group"
+    if work.input_stats(group) is None:
+        return f"fewer than {FEWEST_EXPERT_TOKENS} tokens reached this expert"
     floats = [linear for linear in group.linears if linear not in work.schemes]
     return f"{', '.join(floats)} stays float, and scaling would round it" if floats else None
 

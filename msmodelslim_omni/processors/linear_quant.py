@@ -12,7 +12,9 @@ from ..recipe import LinearQuantConfig
 from ..statistics import Gram
 from .judge import better_rounding
 from .rounding import cholesky_for_gptq, round_group, tokens_for_gptq
-from .work import LayerWork
+from .work import FEWEST_EXPERT_TOKENS, LayerWork
+
+_LISTED_EXPERTS = 8
 
 
 def needs(config: LinearQuantConfig) -> Literal["", "gram"]:
@@ -24,15 +26,34 @@ def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -
     for group in work.spec.groups:
         if selected := [linear for linear in group.linears if linear in linears]:
             work = _quantize_group(work, group, selected)
+    if note := _experts_note(work, linears):
+        work = replace(work, notes=(*work.notes, note))
     return work
+
+
+def _experts_note(work: LayerWork, linears: frozenset[str]) -> str:
+    """Which experts too few tokens reached, for the report; empty in a data-free run."""
+    if work.stats is None:
+        return ""
+    experts = {g.expert: g for g in work.spec.groups if g.expert is not None and linears & set(g.linears)}
+    few = [number for number, group in experts.items() if work.input_stats(group) is None]
+    if not few:
+        return ""
+    listed = ", ".join(map(str, few[:_LISTED_EXPERTS])) + (", ..." if len(few) > _LISTED_EXPERTS else "")
+    return (
+        f"{len(few)} of {len(experts)} experts got fewer than {FEWEST_EXPERT_TOKENS} tokens and are rounded without"
+        f" data: {listed}"
+    )
 
 
 def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> LayerWork:
     quantized = {linear: work.rounded[linear] for linear in linears if linear in work.rounded}
     remaining = [linear for linear in linears if linear not in quantized]
     schemes = {linear: work.schemes[linear] for linear in linears}
-    stats = work.stats[group.name] if work.stats is not None else None
+    stats = work.input_stats(group)
     gram = stats.gram(work.importance) if stats is not None and stats.has_gram else None
+    if group.expert is not None and gram is not None and gram.tokens < FEWEST_EXPERT_TOKENS:
+        gram = None
     cholesky = work.cholesky_factors.get(group.name)
     if cholesky is None and remaining:
         cholesky = cholesky_for_gptq({linear: schemes[linear] for linear in remaining}, gram)
@@ -42,10 +63,10 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> 
     except QuantError as error:
         raise QuantError(f"layer {work.index}, {error.message}", error.hint) from error
     by_gptq = {linear: quantized[linear] for linear in linears if schemes[linear].weight_method == "gptq"}
-    if cholesky is not None and gram is not None:
+    if group.expert is None and cholesky is not None and gram is not None:
         work, judged = better_rounding(work, group, gram, by_gptq)
         quantized |= judged
-    elif gram is not None and by_gptq:
+    elif group.expert is None and gram is not None and by_gptq:
         work = replace(work, notes=(*work.notes, _too_few_tokens_note(group, gram)))
     return replace(work, quantized={**work.quantized, **quantized})
 

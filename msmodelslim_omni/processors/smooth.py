@@ -165,7 +165,7 @@ def _worst_ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch
         weight = work.weight(group.linears[number], rows).to(torch.float32)
         return _OutputErrors(stats, [weight], scheme).sums(factors)[0]
 
-    totals = [torch.zeros(3, len(stats.present()), dtype=torch.float64) for _ in group.linears]
+    totals = [torch.zeros(3, len(stats.sampled()), dtype=torch.float64) for _ in group.linears]
     piece_sums = work.team.map(sums, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
     for (number, _), piece_sum in zip(pieces, piece_sums, strict=True):
         totals[number] += piece_sum
@@ -192,7 +192,7 @@ class _OutputErrors:
     def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
         """weights: [out, in] of each Linear, or some of its rows; float32."""
         self._x = stats.rows
-        self._members = [stats.row_modality == m for m in stats.present()]
+        self._members = [stats.row_modality == m for m in stats.sampled()]
         self._weights = weights
         self._scheme = scheme
         self._exact = [self._x @ weight.T for weight in weights]  # [rows, out] each
@@ -206,11 +206,11 @@ class _OutputErrors:
         return _worst_ratio(self.sums(factors))
 
     def sums(self, factors: torch.Tensor) -> list[torch.Tensor]:
-        """float64 [3, modalities present] for each Linear, see _worst_ratio."""
+        """float64 [3, modalities] for each Linear, see _worst_ratio."""
         return [torch.stack(s) for s in zip(self._errors(factors), self._plain, self._signals, strict=True)]
 
     def _errors(self, factors: torch.Tensor | None) -> list[torch.Tensor]:
-        """The squared output error of each Linear, float64 [modalities present]."""
+        """The squared output error of each Linear, float64 [modalities]."""
         x = self._x if factors is None else self._x / factors
         errors = []
         for weight, exact, row_weights in zip(self._weights, self._exact, self._weights_of_rows, strict=True):

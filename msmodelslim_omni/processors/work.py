@@ -8,11 +8,15 @@ from typing import Protocol
 
 import torch
 
-from ..models import LayerSpec
+from ..models import LayerSpec, LinearGroup
 from ..numerics import QuantizedLinear, QuantScheme
 from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import InputStats
 from .gptq import CholeskyFactor
+
+# An expert that fewer tokens reached is rounded as in a data-free run: statistics of so few tokens say more about the
+# calibration samples than about the expert.
+FEWEST_EXPERT_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,13 @@ class LayerWork:
     smoothing: tuple[SmoothingRecord, ...] = ()
     notes: tuple[str, ...] = ()
     over_plain: float | None = None
+
+    def input_stats(self, group: LinearGroup) -> InputStats | None:
+        """The statistics of a group's input; None in a data-free run, and for an expert with too few tokens."""
+        stats = None if self.stats is None else self.stats.get(group.name)
+        if stats is None or (group.expert is not None and int(stats.count.sum()) < FEWEST_EXPERT_TOKENS):
+            return None
+        return stats
 
     def with_record(self, record: SmoothingRecord) -> LayerWork:
         return replace(self, smoothing=(*self.smoothing, record))

@@ -50,7 +50,8 @@ class LayerRecord:
     """One decoder layer: its Linears, the chosen smoothing, and the error of its output against the float layer.
 
     error_over_plain: measured output error divided by the error of plain rounding, or None if they were not compared;
-    1 if the layer fell back to plain rounding.
+    1 if the layer fell back to plain rounding. expert_tokens: calibration tokens of each expert, by modality; empty
+    without experts and in data-free runs.
     """
 
     index: int
@@ -60,6 +61,7 @@ class LayerRecord:
     output_error_by_modality: dict[str, float] = field(default_factory=dict)
     error_over_plain: float | None = None
     notes: tuple[str, ...] = ()
+    expert_tokens: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,21 @@ def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: Out
     )
     smoothing = tuple(asdict(record) for record in work.smoothing)
     record = LayerRecord(layer.index, (), smoothing, notes=work.notes, error_over_plain=work.over_plain)
+    if work.stats is not None and work.spec.experts is not None:
+        record = replace(record, expert_tokens=_expert_tokens(work))
     if output is not None:
         record = replace(record, output_error=output.overall, output_error_by_modality=output.by_modality)
     return {**asdict(record), "linears": linears}
+
+
+def _expert_tokens(work: LayerWork) -> dict[str, list[int]]:
+    """The number of calibration tokens that each expert got, by modality."""
+    assert work.stats is not None and work.spec.experts is not None
+    counts = torch.zeros((len(MODALITIES), work.spec.experts.count), dtype=torch.int64)
+    for group in work.spec.groups:
+        if group.expert is not None and group.name in work.stats:
+            counts[:, group.expert] = work.stats[group.name].count
+    return {name: counts[m].tolist() for m, name in enumerate(MODALITIES) if bool(counts[m].any())}
 
 
 def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: str) -> LinearRecord:
@@ -46,7 +58,10 @@ def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: s
     if work.stats is None:
         return LinearRecord(name, shape, quantized.scheme.name, of_weight)
     group = next(group for group in work.spec.groups if linear in group.linears)
-    overall, by_modality = output_error(work.stats[group.name], weight, quantized)
+    stats = work.stats.get(group.name)
+    if stats is None or not len(stats.rows):  # no kept token reached this expert
+        return LinearRecord(name, shape, quantized.scheme.name, of_weight)
+    overall, by_modality = output_error(stats, weight, quantized)
     return LinearRecord(name, shape, quantized.scheme.name, of_weight, overall, by_modality)
 
 
@@ -59,7 +74,7 @@ def output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinea
     error, signal = row_squares(quantized_matmul(stats.rows, linear) - exact), row_squares(exact)
     total_error = total_signal = 0.0
     by_modality = {}
-    for index in stats.present():
+    for index in stats.sampled():
         mine = stats.row_modality == index
         e, s = float(error[mine].mean()), float(signal[mine].mean())
         by_modality[MODALITIES[index]] = relative_error(e, s)

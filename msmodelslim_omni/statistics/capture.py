@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from ..errors import QuantError
-from ..models import MODALITIES, LayerInput, LayerSpec, LinearGroup
+from ..models import MODALITIES, LayerInput, LayerSpec, LinearGroup, RoutedBlock
 from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split
 from .gram import (
     Gram,
     GramBuilder,
+    RoutedGramBuilder,
     choose_form,
     weighted_sum,
 )
@@ -67,6 +68,10 @@ class InputStats:
     def present(self) -> list[int]:
         """Indices of the modalities that have tokens."""
         return [int(m) for m in torch.nonzero(self.count).flatten()]
+
+    def sampled(self) -> list[int]:
+        """Indices of the modalities of which tokens are kept as rows: of an expert's input, not always all present."""
+        return [m for m in self.present() if bool((self.row_modality == m).any())]
 
     @property
     def has_gram(self) -> bool:
@@ -176,21 +181,25 @@ class InputRecorder:
     ) -> None:
         self._split = split
         self._importance = importance
+        self._block = cast(RoutedBlock, layer.get_submodule(spec.experts.block)) if spec.experts else None
         self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
         self._grams = {
             group.name: _gram_builders(
                 layer.get_submodule(group.linears[0]).get_parameter("weight"),
                 tokens,
                 budget,
-                importance is not None,
                 folder,
+                combinable=importance is not None,
+                is_routed=group.expert is not None,
             )
             for group in spec.groups
         }
+        self._begun = 0  # samples
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
         self._in_gram = True
-        self._waiting: dict[str, torch.Tensor] = {}  # inputs whose weights in H depend on the layer's output
+        # Inputs whose weights in H depend on the layer's output, and the positions of an expert's tokens.
+        self._waiting: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._gram_offsets: Sequence[int] | None = None
         self._hooks = [
             layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group))
@@ -212,50 +221,68 @@ class InputRecorder:
         by default those that this recorder has added.
         """
         self._modality, self._chosen, self._in_gram, self._gram_offsets = modality, chosen, in_gram, gram_offsets
+        self._begun += 1
 
     def end(self, out: torch.Tensor) -> None:
         """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden]."""
         if self._waiting:
             scales = relative_weights(out[0]).sqrt()[:, None]
-            for group, x in self._waiting.items():
-                self._add_to_grams(group, x * scales)
+            for group, (x, tokens) in self._waiting.items():
+                of_tokens = scales if tokens is None else scales[tokens]
+                self._add_to_grams(group, x * of_tokens, self._modality if tokens is None else self._modality[tokens])
             self._waiting = {}
 
     def _recorder(self, group: LinearGroup) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0][0]
-            new = input_stats(x, self._modality, self._chosen)
+            modality, chosen = self._tokens_of(group.expert)
+            new = input_stats(x, modality, chosen)
             if not torch.isfinite(new.abssum).all():
                 raise QuantError(
                     f"{group.linears[0]}: NaN or Inf in the input activations",
                     "check the checkpoint with the float model, or remove the sample",
                 )
             old = self._stats[group.name]
-            self._stats[group.name] = [*old, new] if self._split.team.size > 1 or not old else [old[0].merged(new)]
+            if self._split.team.size == 1:
+                self._stats[group.name] = [old[0].merged(new)] if old else [new]
+            else:
+                self._stats[group.name] = [*_padded(old, self._begun - 1, new), new]
             if self._in_gram and self._grams[group.name]:
                 if group.adds_to_residual:
-                    self._waiting[group.name] = x
+                    tokens = None if group.expert is None else self._routed_tokens(group.expert)
+                    self._waiting[group.name] = (x, tokens)
                 else:
-                    self._add_to_grams(group.name, x)
+                    self._add_to_grams(group.name, x, modality)
 
         return record
 
-    def _add_to_grams(self, group: str, x: torch.Tensor) -> None:
+    def _tokens_of(self, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Modality of each token of the current input, and indices of the rows to keep: of an expert, its tokens'."""
+        if expert is None:
+            return self._modality, self._chosen
+        tokens = self._routed_tokens(expert)
+        return self._modality[tokens], torch.isin(tokens, self._chosen).nonzero().flatten()
+
+    def _routed_tokens(self, expert: int) -> torch.Tensor:
+        assert self._block is not None  # a layer with experts has a block that routes
+        return self._block.routed[expert].cpu()
+
+    def _add_to_grams(self, group: str, x: torch.Tensor, modality: torch.Tensor) -> None:
         for m, builder in self._grams[group].items():
             if m == _COMBINED:
-                builder.add(self._weigh(x))
+                builder.add(self._weigh(x, modality))
                 continue
-            selected = self._modality == m
+            selected = modality == m
             offset = self._gram_offsets[m] if self._gram_offsets is not None else None
             if selected.all():
                 builder.add(x, offset)
             elif selected.any():
                 builder.add(x[selected.to(x.device)], offset)
 
-    def _weigh(self, x: torch.Tensor) -> torch.Tensor:
+    def _weigh(self, x: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
         """The tokens x [tokens, in] scaled so that XᵀX is H weighted by importance; tokens of weight 0 are dropped."""
         assert self._importance is not None
-        weights = torch.tensor([self._importance.get(m, 0.0) for m in self._modality.tolist()])
+        weights = torch.tensor([self._importance.get(m, 0.0) for m in modality.tolist()])
         kept = weights > 0
         scales = weights[kept].sqrt().to(x.device)[:, None]
         return (x if kept.all() else x[kept.to(x.device)]) * scales
@@ -266,7 +293,7 @@ class InputRecorder:
         merged = {}
         for group, own_stats in self._stats.items():
             grams = {m: builder.finish(self._split.team) for m, builder in self._grams.pop(group).items()}
-            if stats := _gather_stats(own_stats, self._split):
+            if stats := _gather_stats(own_stats, self._split, self._begun):
                 weighted = grams.pop(_COMBINED, None)
                 merged[group] = replace(reduce(InputStats.merged, stats), grams=grams, weighted=weighted)
         return merged
@@ -278,14 +305,25 @@ class InputRecorder:
 
 
 def _gram_builders(
-    weight: torch.Tensor, tokens: Sequence[int] | None, budget: Budget, combinable: bool, folder: Path | None
-) -> dict[int, GramBuilder]:
+    weight: torch.Tensor,
+    tokens: Sequence[int] | None,
+    budget: Budget,
+    folder: Path | None,
+    *,
+    combinable: bool,
+    is_routed: bool,
+) -> dict[int, GramBuilder | RoutedGramBuilder]:
     """One builder of H per modality with tokens, by index, or one of all of them under _COMBINED.
 
-    weight: [out, in] of a Linear that reads the input. combinable: see choose_form.
+    weight: [out, in] of a Linear that reads the input. combinable: see choose_form. is_routed: whether the input has
+    only the tokens of one expert, whose number is not known before.
     """
     if tokens is None:
         return {}
+    if is_routed:
+        if not combinable:
+            raise QuantError("H of each modality is not available for experts", "give the modalities fixed weights")
+        return {_COMBINED: RoutedGramBuilder(weight.shape[1], weight.device)}
     form = choose_form(tokens, weight.shape[1], budget.matrix, budget.factor, combinable=combinable)
     spill = None if form.strip is None else Spill(folder, form.strip)
     if form.combined:
@@ -297,11 +335,25 @@ def _gram_builders(
     }
 
 
-def _gather_stats(own_stats: list[InputStats], split: Split) -> list[InputStats]:
-    """The statistics of all samples in order. own_stats: those of this process's samples."""
+def _padded(stats: list[InputStats], samples: int, like: InputStats) -> list[InputStats]:
+    """One entry per sample: empty statistics for the last samples, if no token of them reached the input's expert."""
+    nothing = torch.zeros_like(like.absmax)
+    count, rows = torch.zeros_like(like.count), like.rows[:0]
+    empty = InputStats(nothing, nothing, count, rows, like.row_modality[:0])
+    return [*stats, *[empty] * (samples - len(stats))]
+
+
+def _gather_stats(own_stats: list[InputStats], split: Split, samples: int) -> list[InputStats]:
+    """The statistics of all samples in order. own_stats: those of this process's samples, whose number is `samples`.
+
+    A process of which no token reached the input has none; then the others' follow each other by process.
+    """
     if split.team.size == 1:
         return own_stats
-    by_rank = split.team.all_gather([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own_stats])
+    own = _padded(own_stats, samples, own_stats[0]) if own_stats else []
+    by_rank = split.team.all_gather([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own])
+    if not all(by_rank):
+        return [InputStats(*tensors) for of_rank in by_rank for tensors in of_rank]
     return [InputStats(*tensors) for tensors in split.interleave(by_rank)] if any(by_rank) else []
 
 

@@ -174,6 +174,50 @@ def choose_form(
     return GramForm(None, combined, min(max(strip, 1), in_features))
 
 
+class RoutedGramBuilder:
+    """Accumulates H of the tokens that reach one expert, whose number is known only at the end. H is always exact.
+
+    Keeps the tokens themselves, up to half as many as there are inputs; more become a matrix.
+    """
+
+    def __init__(self, in_features: int, device: torch.device) -> None:
+        self._in_features = in_features
+        self._device = device
+        self._rows: list[torch.Tensor] = []
+        self._matrix: GramBuilder | None = None
+        self._tokens = 0
+
+    def add(self, x: torch.Tensor, offset: int | None = None) -> None:
+        """Add weighted tokens, float32 [tokens, in]."""
+        self._tokens += len(x)
+        if self._matrix is None and 2 * self._tokens >= self._in_features:
+            self._to_matrix()
+        if self._matrix is not None:
+            self._matrix.add(x)
+        else:
+            self._rows.append(x)
+
+    def _to_matrix(self) -> None:
+        self._matrix = GramBuilder(self._in_features, None, self._device)
+        for rows in self._rows:
+            self._matrix.add(rows)
+        self._rows = []
+
+    @torch.inference_mode()
+    def finish(self, team: Team = SINGLE_PROCESS) -> Gram:
+        """H of the tokens added by all processes of the team, added in the order of the processes."""
+        total = sum(team.all_gather(self._tokens))
+        if 2 * total >= self._in_features:
+            if self._matrix is None:
+                self._to_matrix()
+            assert self._matrix is not None
+            return self._matrix.finish(team)
+        empty = torch.zeros((0, self._in_features), dtype=torch.float32, device=self._device)
+        own = torch.cat([empty, *self._rows])
+        rows = own if team.size == 1 else torch.cat([part.to(self._device) for part in team.all_gather(own.cpu())])
+        return Gram(None, rows, total)
+
+
 class GramBuilder:
     """Accumulates H of one input and one modality, token by token in order.
 
