@@ -74,27 +74,6 @@ class RoutedBlock(Protocol):
 
 
 @dataclass(frozen=True)
-class Experts:
-    """The experts of a layer: MLPs, of which a router assigns `active` to each token.
-
-    router: its Linear, [count, hidden], which stays float. block: the submodule that routes, a RoutedBlock.
-    prefix: of the Linears of one expert; contains {expert}.
-    """
-
-    router: str
-    block: str
-    prefix: str
-    count: int
-    active: int
-
-
-class RoutedBlock(Protocol):
-    """A module with experts. routed: for each expert, the token positions of the current call, ascending."""
-
-    routed: list[torch.Tensor]
-
-
-@dataclass(frozen=True)
 class LayerSpec:
     """A decoder layer: its groups in forward order, and the shape of every tensor by relative name.
 
