@@ -43,6 +43,10 @@ RECIPES = {
     f"{THIS_TOOL}-w8a8": ["--quant_type", "w8a8", "--save_format", "compressed_tensors"],
     "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_rounded.yaml")],
     f"{THIS_TOOL}-w4a16": ["--quant_type", "w4a16"],
+    f"{THIS_TOOL}-w8a16": ["--quant_type", "w8a16", "--save_format", "compressed_tensors"],
+    f"{THIS_TOOL}-fp8": ["--quant_type", "fp8"],
+    f"{THIS_TOOL}-fp8-block": ["--quant_type", "fp8_block"],
+    f"{THIS_TOOL}-nvfp4a16": ["--quant_type", "nvfp4a16"],
     f"{THIS_TOOL}-nf4": ["--quant_type", "nf4"],
     f"{THIS_TOOL}-nf4-awq": ["--config_path", "qwen2_5_omni_nf4_awq"],
 }

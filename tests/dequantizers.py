@@ -108,6 +108,17 @@ def float8_values(codes: Array) -> Array:
     return np.where(codes & 127 == 127, np.nan, values).astype(np.float32)
 
 
+def dequantize_nvfp4(packed: Array, scale: Array, global_scale: float) -> Array:
+    """packed uint8 [out, in / 2], scale codes uint8 [out, in / 16], global scale -> weight [out, in]."""
+    values = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+    scales = float8_values(scale) / np.float32(global_scale)
+    weight = np.zeros((packed.shape[0], 2 * packed.shape[1]), np.float32)
+    for column in range(weight.shape[1]):
+        codes = packed[:, column // 2] >> 4 if column % 2 else packed[:, column // 2] & 15
+        weight[:, column] = np.array(values, np.float32)[codes] * scales[:, column // 16]
+    return weight
+
+
 def dequantize_float8(codes: Array, scale: Array) -> Array:
     """codes uint8 [out, in], scale [out, 1] or [ceil(out / 128), ceil(in / 128)] -> weight [out, in]."""
     weight = float8_values(codes)

@@ -200,7 +200,10 @@ def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:
         is_int8 = weights.get("num_bits") == 8 and weights.get("type") != "float"
         is_float8 = weights.get("type") == "float"
         expected: dict[str, tuple[Any, ...]]
-        if is_float8:
+        is_nvfp4 = is_float8 and weights.get("num_bits") == 4
+        if is_nvfp4:
+            expected = {"strategy": ("tensor_group",), "group_size": (16,)}
+        elif is_float8:
             expected = {"num_bits": (8,), "strategy": ("channel", "block")}
         else:
             expected = {"type": ("int",), "strategy": ("channel",) if is_int8 and act else ("group", "channel")}
@@ -211,13 +214,21 @@ def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:
         if weights.get("actorder") not in (None, "weight", "static", False):
             yield _field_fault(f"config_groups.{name}.weights.actorder", weights["actorder"], "null; vLLM rejects it")
         activation = (act.get("strategy"), act.get("dynamic")) if isinstance(act, dict) else None
-        allowed = _FLOAT8_ACTIVATIONS.get(weights.get("strategy")) if is_float8 else None
+        allowed = (None,) if is_nvfp4 else _FLOAT8_ACTIVATIONS.get(weights.get("strategy")) if is_float8 else None
         if activation not in (allowed or (None, ("token", True), ("tensor", False))):
             kind = "per group of 128 and dynamic" if weights.get("strategy") == "block" else "per token and dynamic"
             yield _field_fault(f"config_groups.{name}.input_activations", act, kind)
         elif isinstance(act, dict) and act.get("type", "int") != weights.get("type", "int"):
             yield _field_fault(f"config_groups.{name}.input_activations.type", act.get("type"), weights.get("type"))
-        form = "float-quantized" if is_float8 else "int-quantized" if is_int8 and act else "pack-quantized"
+        form = (
+            "nvfp4-pack-quantized"
+            if is_nvfp4
+            else "float-quantized"
+            if is_float8
+            else "int-quantized"
+            if is_int8 and act
+            else "pack-quantized"
+        )
         place = f"config_groups.{name}.format" if group.get("format") is not None else "format"
         declared_form = group.get("format") or block.get("format")
         if declared_form not in (form, None):

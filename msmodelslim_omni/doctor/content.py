@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import nf4_linear, unpack_bytes, unpack_gemm, unpack_plain
-from ..numerics import NF4_LEVELS, QuantizedLinear, QuantScheme, row_blocks
+from ..formats import nf4_linear, nvfp4_stored_scales, unpack_bytes, unpack_e2m1, unpack_gemm, unpack_plain
+from ..numerics import NF4_LEVELS, NVFP4_GROUP, QuantizedLinear, QuantScheme, row_blocks
 from ..storage import (
     FLOAT_DTYPES,
     TORCH_DTYPES,
@@ -45,8 +45,8 @@ def is_readable(linear: StoredLinear) -> bool:
 
 
 def _has_whole_groups(linear: StoredLinear) -> bool:
-    """Whether the weight has elements; in blocks, also whether the last block of inputs is complete."""
-    group_size = FLOAT8_BLOCK if linear.form == "float8_block" else 1
+    """Whether the weight has elements; with scales per block, also whether the last block of inputs is complete."""
+    group_size = {"float8_block": FLOAT8_BLOCK, "nvfp4": NVFP4_GROUP}.get(linear.form, 1)
     return linear.shape is not None and min(linear.shape) > 0 and linear.shape[1] % group_size == 0
 
 
@@ -68,6 +68,9 @@ def load_integers(linear: StoredLinear) -> QuantizedLinear:
         packed_zeros = unpack_plain(tensors["weight_zero_point"], axis=0, size=rows) if has_zeros else None
         integers = unpack_plain(tensors["weight_packed"], axis=1, size=columns)
         return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), scheme, packed_zeros)
+    if linear.form == "nvfp4":
+        integers, scales = unpack_e2m1(tensors["weight_packed"]), nvfp4_stored_scales(linear.tensors)
+        return QuantizedLinear(integers, scales, QuantScheme(4, None, group_size=NVFP4_GROUP, number="e2m1"))
     if linear.form == "packed8":
         integers = unpack_bytes(tensors["weight_packed"], columns)
         return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), QuantScheme(8, None))
@@ -95,9 +98,10 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
     for linear in linears:
         if not linear.quantized:
             continue
-        for suffix in ("scales", "weight_scale", "deq_scale", "input_scale", "weight.absmax", "weight.nested_absmax"):
+        for suffix in ("scales", "weight_scale", "deq_scale", "input_scale", "weight.absmax", "weight.nested_absmax",
+                       "weight_global_scale"):  # fmt: skip
             info = linear.tensors.get(suffix)
-            if info is not None and info.dtype in FLOAT_DTYPES:
+            if info is not None and info.dtype in (*FLOAT_DTYPES, "F8_E4M3"):
                 yield from _scale_faults(info, allow_zero=suffix.endswith("absmax"))
         offset, shape = linear.tensors.get("weight_offset"), linear.tensors.get("weight_shape")
         if offset is not None and (nonzero := int(load_tensor(offset).ne(0).sum())):
@@ -113,6 +117,7 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
 def _scale_faults(info: TensorInfo, allow_zero: bool) -> Iterator[Finding]:
     """allow_zero: whether a scale may be zero, like the absmax of a block of zeros."""
     scales = load_tensor(info)
+    scales = scales.to(torch.float32) if info.dtype == "F8_E4M3" else scales  # all its values are normal in float32
     magnitude = scales.to(torch.float32).abs()
     tiny = torch.finfo(scales.dtype).tiny
     denormal = "scale_subnormal" if info.dtype == "F16" else "scale_denormal"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..errors import QuantError
 from ..formats import BYTES_PER_WORD, NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout
+from ..numerics import NVFP4_GROUP
 from ..storage import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
@@ -23,6 +24,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "packed8": ("weight_packed", "weight_scale", "weight_shape"),
     "int8": ("weight", "weight_scale", "weight_zero_point?"),
     "float8": ("weight", "weight_scale"),
+    "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
     "float8_block": ("weight", "weight_scale"),
     "ascend": ("weight", "weight_scale", "weight_offset"),
     "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
@@ -34,14 +36,14 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Format -> the forms of its quantized Linears. Float Linears have the form `float` in every format.
 FORMS_OF_FORMAT = {
     "awq": ("gemm",),
-    "compressed-tensors": ("packed", "packed8", "int8", "float8", "float8_block"),
+    "compressed-tensors": ("packed", "packed8", "int8", "float8", "float8_block", "nvfp4"),
     "ascend": ("ascend", "ascend_static"),
     "bitsandbytes": ("nf4",),
 }
 
 _BITS_OF_FORM = {
     "gemm": 4, "packed": 4, "packed8": 8, "int8": 8, "float8": 8, "float8_block": 8, "ascend": 8, "ascend_static": 8,
-    "nf4": 4,
+    "nf4": 4, "nvfp4": 4,
 }  # fmt: skip
 
 _PER_WORD = 8
@@ -120,6 +122,8 @@ def _form(tensors: dict[str, TensorInfo], declared: str, shape: tuple[int, int] 
     """shape: (out, in) that config.json implies, which tells packed int8 from packed int4."""
     if "qweight" in tensors or "qzeros" in tensors:
         return "gemm"
+    if "weight_global_scale" in tensors or ("weight_packed" in tensors and tensors["weight_packed"].dtype == "U8"):
+        return "nvfp4"
     if "weight_packed" in tensors or "weight_shape" in tensors:
         packed = tensors.get("weight_packed")
         has_bytes = packed is not None and shape is not None and packed.shape[1:] == (-(-shape[1] // BYTES_PER_WORD),)
@@ -157,7 +161,7 @@ def _shape_from_tensors(form: str, tensors: dict[str, TensorInfo]) -> tuple[int,
     rows, columns = weight.shape
     if form == "gemm":
         return columns * _PER_WORD, rows
-    return rows, columns * {"packed": _PER_WORD, "packed8": BYTES_PER_WORD}.get(form, 1)
+    return rows, columns * {"packed": _PER_WORD, "packed8": BYTES_PER_WORD, "nvfp4": 2}.get(form, 1)
 
 
 def _missing(form: str, tensors: dict[str, TensorInfo], declared: Declared) -> list[str]:
@@ -189,6 +193,12 @@ def _expected_tensors(
                 "weight_shape": (("I64", "I32"), (2,)),
                 "weight_zero_point": (("I32",), (-(-rows // _PER_WORD), groups)),
                 "weight_g_idx": (("I32",), (columns,)),
+            }
+        case "nvfp4":
+            return {
+                "weight_packed": (("U8",), (rows, columns // 2)),
+                "weight_scale": (("F8_E4M3",), (rows, columns // NVFP4_GROUP)),
+                "weight_global_scale": (("F32",), (1,)),
             }
         case "packed8":
             return {

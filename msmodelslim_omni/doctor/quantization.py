@@ -111,6 +111,8 @@ def _declared_compressed(block: dict[str, Any]) -> Declared:
 def _declared_form(group: dict[str, Any]) -> str | None:
     """The form of the Linears that a config group declares, see linears.FORMS."""
     weights = weights if isinstance(weights := group.get("weights"), dict) else {}
+    if weights.get("type") == "float" and weights.get("num_bits") == 4:
+        return "nvfp4"
     if weights.get("type") == "float":
         return "float8_block" if weights.get("strategy") == "block" else "float8"
     int8 = "int8" if group.get("input_activations") else "packed8"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from .ascend import DESCRIPTION_FILE
 from .bitsandbytes import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout, nf4_linear
+from .ct_nvfp4 import nvfp4_stored_scales, unpack_e2m1
 from .job import FLOAT, OutLinear, OutputJob, OutTensor
 from .nibbles import BYTES_PER_WORD, unpack_bytes, unpack_gemm, unpack_plain
 from .registry import FORMATS
@@ -33,8 +34,10 @@ __all__ = [
     "format_tensors",
     "nf4_layout",
     "nf4_linear",
+    "nvfp4_stored_scales",
     "output_files",
     "unpack_bytes",
+    "unpack_e2m1",
     "unpack_gemm",
     "unpack_plain",
     "write_json",

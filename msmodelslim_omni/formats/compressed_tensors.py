@@ -1,4 +1,4 @@
-"""compressed_tensors: W8A8, W8A16, W4A16 and FP8, also mixed in one checkpoint (mixed-precision).
+"""compressed_tensors: W8A8, W8A16, W4A16, FP8 and NVFP4A16, also mixed in one checkpoint (mixed-precision).
 
 vLLM, vLLM-Ascend and transformers load these checkpoints. Each layout of the tensors of a Linear is one module
 (ct_layout.py); LAYOUTS lists them. Biases are untouched.
@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import QuantError
 from ..numerics import QuantScheme
 from ..storage import TensorInfo
-from . import ct_float8, ct_int8, ct_packed
+from . import ct_float8, ct_int8, ct_nvfp4, ct_packed
 from .ct_layout import Layout
 from .job import OutLinear, OutputJob, OutTensor
 from .stored import (
@@ -29,7 +29,7 @@ from .stored import (
     group_parts,
 )
 
-LAYOUTS: tuple[Layout, ...] = (ct_int8, ct_packed, ct_float8)
+LAYOUTS: tuple[Layout, ...] = (ct_int8, ct_packed, ct_float8, ct_nvfp4)
 
 weights_stem = "model"
 quant_method: str | None = "compressed-tensors"
@@ -39,7 +39,7 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
     for scheme in schemes:
         if not any(layout.stores(scheme) for layout in LAYOUTS):
             return (
-                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, and int4 weights per group with float"
+                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, NVFP4A16, and int4 weights per group with float"
                 f" activations, not {scheme.name}"
             )
     # The tensors distinguish schemes of different layouts. Only config patterns distinguish two of the same layout.

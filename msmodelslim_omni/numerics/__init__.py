@@ -1,7 +1,7 @@
 """Quantize and dequantize: pure functions on tensors.
 
-scheme.py defines schemes, arithmetic.py computes with them, float8.py rounds to FP8, nf4.py wraps the NF4 codebook of
-bitsandbytes.
+scheme.py defines schemes, arithmetic.py computes with them, float8.py rounds to FP8, float4.py to NVFP4, nf4.py wraps
+the NF4 codebook of bitsandbytes.
 May import: errors.
 Not here: files, model names, logging, and the search for smoothing scales; see processors.
 """
@@ -24,12 +24,15 @@ from .arithmetic import (
     squared_norm,
     weight_error,
 )
+from .float4 import GLOBAL_SCALE, NVFP4_GROUP
 from .nf4 import NESTED_BLOCK_SIZE, NF4_LEVELS, NestedScales, pack_nf4, require_bitsandbytes, unpack_nf4
 from .scheme import QuantScheme
 
 __all__ = [
+    "GLOBAL_SCALE",
     "NESTED_BLOCK_SIZE",
     "NF4_LEVELS",
+    "NVFP4_GROUP",
     "NestedScales",
     "QuantScheme",
     "QuantizedLinear",

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import QuantError
+from .float4 import nvfp4_scales, round_e2m1, search_nvfp4_scales
 from .float8 import decode_e4m3, e4m3_scales, quantize_act_e4m3, round_e4m3, search_e4m3_scales
 from .nf4 import NestedScales, decode_nf4, encode_nf4, nest_absmax
 from .scheme import QuantScheme
@@ -68,7 +69,7 @@ def quantize_weight(
     `importance`, it lowers the output error dᵀ H d for diagonal blocks of H, [groups, g, g], or Σ h d² for one weight
     per input, [groups, g].
     Grouped scales are rounded to values that float16 and bfloat16 both represent. A channel or group of zeros gets
-    s = 1 and q = z. For a codebook, see nf4.py; for e4m3, float8.py.
+    s = 1 and q = z. For a codebook, see nf4.py; for e4m3, float8.py; for e2m1, float4.py.
 
     weight: [out, in], any float dtype. Raises QuantError if it holds NaN or Inf.
     """
@@ -205,6 +206,9 @@ def group_grid(
     importance: for the clip search of `mse` and `gptq`; see quantize_weight.
     """
     low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
+    if scheme.number == "e2m1":
+        absmax = torch.maximum(high, -low)
+        return (search_nvfp4_scales(grouped, absmax) if scheme.weight_method == "mse" else nvfp4_scales(absmax)), None
     best_s, best_z = _range_grid(low, high, scheme)
     if scheme.weight_method == "minmax":
         return best_s, best_z
@@ -261,6 +265,8 @@ def round_to_grid(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: QuantScheme
 ) -> torch.Tensor:
     """Return the rounded weight: integers, stored as floats. The shapes of the tensors must broadcast."""
+    if scheme.number == "e2m1":
+        return round_e2m1(weight / scales)
     q = (weight / scales).round_()
     q = q if zeros is None else q.add_(zeros)
     return q.clamp_(*scheme.weight_range)

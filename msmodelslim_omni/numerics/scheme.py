@@ -17,7 +17,8 @@ class QuantScheme:
             With a `codebook`, the integers are indices into its table (nf4.py: the 16 NF4 levels) and the scale of a
             group is its absmax. `double_quant` also quantizes the absmax, to 8 bits.
             With number `e4m3`, weights and activations are 8-bit floats (float8.py) instead of integers; with
-            `block_rows`, a scale covers `block_rows` output channels by `group_size` inputs.
+            `block_rows`, a scale covers `block_rows` output channels by `group_size` inputs. With number `e2m1`, the
+            integers are twice the 4-bit floats of NVFP4 (float4.py).
     act:    signed integers of `act_bits`, symmetric, with one scale per token, computed at run time and not stored;
             per `group_size` inputs of a token for e4m3 in blocks. None: float activations.
     """
@@ -29,12 +30,14 @@ class QuantScheme:
     symmetric: bool = True
     codebook: Literal["nf4"] | None = None
     double_quant: bool = False
-    number: Literal["int", "e4m3"] = "int"
+    number: Literal["int", "e4m3", "e2m1"] = "int"
     block_rows: int | None = None
 
     @property
     def name(self) -> str:
         """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128_SYM, W8A16, NF4_G64, FP8_DYNAMIC."""
+        if self.number == "e2m1":
+            return "NVFP4A16"
         if self.number == "e4m3":
             return "FP8_BLOCK" if self.block_rows else "FP8_DYNAMIC"
         if self.codebook is not None:
@@ -56,7 +59,8 @@ class QuantScheme:
 
     @property
     def weight_range(self) -> tuple[int, int]:
-        """Smallest and largest integer: [-127, 127] for int8 per channel, [-8, 7] for int4; [-448, 448] for e4m3.
+        """Smallest and largest integer: [-127, 127] for int8 per channel, [-8, 7] for int4; [-448, 448] for e4m3;
+        [-12, 12] for doubled e2m1.
 
         Grouped schemes also use the lowest code, because one level of sixteen matters. For a codebook, the range of its
         indices.
@@ -65,5 +69,7 @@ class QuantScheme:
             return 0, 2**self.weight_bits - 1
         if self.number == "e4m3":
             return -448, 448
+        if self.number == "e2m1":
+            return -12, 12
         top = 2 ** (self.weight_bits - 1) - 1
         return (-top - 1 if self.group_size else -top), top

@@ -240,7 +240,8 @@ def _plan_layer(model: ModelSpec, spec: LayerSpec, index: int, selections: list[
 
 
 def _scheme(weight: WeightConfig, act: ActConfig | None = None) -> QuantScheme:
-    bits = {"int8": 8, "int4": 4, "nf4": 4, "fp8_e4m3": 8}
+    bits = {"int8": 8, "int4": 4, "nf4": 4, "fp8_e4m3": 8, "nvfp4": 4}
+    numbers: dict[str, Literal["e4m3", "e2m1"]] = {"fp8_e4m3": "e4m3", "nvfp4": "e2m1"}
     return QuantScheme(
         bits[weight.dtype],
         bits[act.dtype] if act else None,
@@ -249,7 +250,7 @@ def _scheme(weight: WeightConfig, act: ActConfig | None = None) -> QuantScheme:
         weight.symmetric,
         "nf4" if weight.dtype == "nf4" else None,
         weight.ext.double_quant,
-        "e4m3" if weight.dtype == "fp8_e4m3" else "int",
+        numbers.get(weight.dtype, "int"),
         weight.block_rows,
     )
 
@@ -302,11 +303,11 @@ def _check_group_sizes(
                 for location, config, names in selections
                 if isinstance(config, LinearQuantConfig) and name in names
             )
-            if scheme.block_rows is not None:
+            if scheme.number != "int":
                 raise QuantError(
                     f"{recipe.where((*location, 'qconfig', 'weight'))}: blocks of {scheme.group_size} inputs do not"
                     f" divide in_features {in_features} of {name}",
-                    "use scope per_channel, or exclude this Linear",
+                    "use another dtype or scope, or exclude this Linear",
                 )
             divisors = [str(size) for size in GROUP_SIZES if in_features % size == 0]
             raise QuantError(
@@ -326,9 +327,9 @@ def _check_awq(model: ModelSpec, layers: tuple[LayerPlan, ...], selections: list
             for linear, scheme in sorted(layer.schemes.items()):
                 if (name := model.layer_name(layer.index, linear)) in names:
                     schemes.setdefault(scheme, name)
-        if per_channel := [scheme for scheme in schemes if scheme.group_size is None or scheme.act_bits is not None]:
+        if per_channel := [scheme for scheme in schemes if scheme.group_size is None or scheme.number != "int"]:
             raise QuantError(
-                f"{recipe.where(location)}: awq requires per_group weights, but linear_quant quantizes"
+                f"{recipe.where(location)}: awq requires int4 or nf4 weights per_group, but linear_quant quantizes"
                 f" {schemes[per_channel[0]]} to {per_channel[0].name}",
                 "exclude such Linears from awq; use iter_smooth or smooth_quant with W8A8",
             )

@@ -44,6 +44,9 @@ QUANT_TYPE_ALIASES = {
 # Other names for a saver.
 SAVER_ALIASES = {"ascendv1": "ascendv1_saver", "ascend": "ascendv1_saver", "autoawq": "awq", "bnb": "bitsandbytes"}
 
+# Quant types that the dtype of the weights names; the others follow from the bits in metadata.label.
+_QUANT_TYPE_OF_DTYPE = {"nf4": "nf4", "nvfp4": "nvfp4a16"}
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -85,20 +88,22 @@ class WeightExt(_Block):
 class WeightConfig(_Block):
     """Weights: int8 with one symmetric scale per output channel, int4 with one scale per group of inputs, nf4
     (bitsandbytes' table of 16 levels) with one absmax per group, or fp8_e4m3 (8-bit floats) with one scale per output
-    channel or, `per_block`, per 128 channels by 128 inputs.
+    channel or, `per_block`, per 128 channels by 128 inputs, or nvfp4 (4-bit floats) with an FP8 scale per 16 inputs.
 
     method: `minmax` covers the full range; `mse` searches a clipped range per channel, group or block; `gptq` (int4)
     also compensates the rounding error of each weight in the weights that are rounded after it.
     """
 
     scope: Literal["per_channel", "per_group", "per_block"] = "per_channel"
-    dtype: Literal["int8", "int4", "nf4", "fp8_e4m3"] = "int8"
+    dtype: Literal["int8", "int4", "nf4", "fp8_e4m3", "nvfp4"] = "int8"
     symmetric: bool = True
     method: Literal["minmax", "mse", "gptq"] = "minmax"
     ext: WeightExt = WeightExt()
 
     @property
     def group_size(self) -> int | None:
+        if self.dtype == "nvfp4":
+            return 16
         if self.scope == "per_block":
             return FP8_BLOCK
         default = 64 if self.dtype == "nf4" else 128
@@ -112,6 +117,8 @@ class WeightConfig(_Block):
     def _check_supported(self) -> WeightConfig:
         if self.dtype == "fp8_e4m3":
             return self._check_fp8()
+        if self.dtype == "nvfp4":
+            return self._check_nvfp4()
         if self.scope == "per_block":
             raise ValueError("scope per_block requires dtype fp8_e4m3")
         if (self.scope == "per_channel") != (self.dtype == "int8"):
@@ -128,6 +135,11 @@ class WeightConfig(_Block):
             raise ValueError("ext.group_size requires scope per_group")
         return self
 
+    def _check_nvfp4(self) -> WeightConfig:
+        if self.scope != "per_group" or self.method == "gptq" or not self.symmetric or self.ext != WeightExt():
+            raise ValueError("nvfp4 requires scope per_group, method minmax or mse, symmetric: true, and no ext")
+        return self
+
     def _check_fp8(self) -> WeightConfig:
         if self.scope == "per_group":
             raise ValueError("fp8_e4m3 requires scope per_channel or per_block")
@@ -140,7 +152,7 @@ class WeightConfig(_Block):
 
 class LinearQConfig(_Block):
     """int8 weights take int8 activations or, without `act`, float activations; fp8_e4m3 weights require fp8_e4m3
-    activations; int4 and nf4 weights require float activations.
+    activations; int4, nf4 and nvfp4 weights require float activations.
     """
 
     act: ActConfig | None = None
@@ -253,8 +265,8 @@ class AscendSaverConfig(_SaverConfig):
 
 
 class CompressedTensorsConfig(_SaverConfig):
-    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16 and
-    W8A16, float-quantized for FP8, and mixed-precision for a model with several of them.
+    """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16 and W8A16,
+    float-quantized for FP8, nvfp4-pack-quantized for NVFP4A16, and mixed-precision for a model with several of them.
     """
 
     type: Literal["compressed_tensors"]
@@ -359,13 +371,15 @@ class Recipe(_Block):
 
     @property
     def quant_type(self) -> str:
-        """`nf4`, `fp8` or `fp8_block` for such weights, else e.g. `w8a8` from metadata.label, if there is a label."""
+        """`nf4`, `fp8`, `fp8_block`, `nvfp4a16`, or e.g. `w8a8` from metadata.label; empty without a label."""
         label = self.metadata.label
         configs = [config for _, config in self.processors() if isinstance(config, LinearQuantConfig)]
         for config in configs:
             weight = config.qconfig.weight
-            if weight.dtype in ("nf4", "fp8_e4m3"):
-                return "nf4" if weight.dtype == "nf4" else "fp8_block" if weight.scope == "per_block" else "fp8"
+            if weight.dtype == "fp8_e4m3":
+                return "fp8_block" if weight.scope == "per_block" else "fp8"
+            if weight.dtype in _QUANT_TYPE_OF_DTYPE:
+                return _QUANT_TYPE_OF_DTYPE[weight.dtype]
         return f"w{label.w_bit}a{label.a_bit}" if label else ""
 
     def where(self, location: Location = ()) -> str:

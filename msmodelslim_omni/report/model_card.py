@@ -242,6 +242,8 @@ def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) 
 def _describe_scheme(scheme: str) -> str:
     if scheme.startswith("W8A8"):
         return "int8 weights, one scale per output channel; int8 activations, one scale per token"
+    if scheme == "NVFP4A16":
+        return "NVFP4 weights (4-bit floats, an FP8 scale per 16 inputs); float activations"
     if scheme == "W8A16":
         return "int8 weights, one scale per output channel; float activations"
     if scheme.startswith("FP8"):

@@ -58,10 +58,16 @@ FP8_AND_INT4 = data_free_recipe(
     f'process: [{{type: linear_quant, qconfig: {FP8}, include: ["*down_proj"], exclude: ["*layers.3.*"]}}, ',
 )
 BLOCKS = data_free_recipe("fp8 blocks", FP8_BLOCK, EXCLUDE)
+NVFP4 = data_free_recipe("nvfp4", "{weight: {scope: per_group, dtype: nvfp4}}", EXCLUDE)
 W8A16_AND_INT4 = data_free_recipe("w8a16 and int4", INT4.replace("SYMMETRIC", "True"), "[]").replace(
     "process: [", 'process: [{type: linear_quant, qconfig: {weight: {}}, include: ["*down_proj", "*layers.2.*"]}, '
 )
-FP8_RECIPES = (("fp8 and int4", FP8_AND_INT4), ("fp8 blocks", BLOCKS), ("w8a16 and int4", W8A16_AND_INT4))
+FP8_RECIPES = (
+    ("fp8 and int4", FP8_AND_INT4),
+    ("fp8 blocks", BLOCKS),
+    ("w8a16 and int4", W8A16_AND_INT4),
+    ("nvfp4", NVFP4),
+)
 MIXED4 = data_free_recipe("mixed4", INT4.replace("SYMMETRIC", "False"), EXCLUDE)
 MIXED8 = data_free_recipe("mixed8", INT8, EXCLUDE, ASCEND)
 
@@ -124,7 +130,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 GOOD_OUTPUTS = (
     "ascend", "ct8", "awq", "ct4", "plain", "sym4", "mixed awq", "mixed ct4", "mixed ascend", "sharded", "thinker only",
     "sharded thinker only", "both", "fp8", "fp8 and int4", "fp8 blocks",
-    "w8a16", "w8a16 ascend", "w8a16 and int4",
+    "w8a16", "w8a16 ascend", "w8a16 and int4", "nvfp4",
 )  # fmt: skip
 
 

@@ -280,7 +280,7 @@ def test_error_names_line_key_and_allowed_values(old: str, new: str, where: str,
         ("{scope: per_group, dtype: int4, ext: {group_size: '64'}}", "weight.ext.group_size", "32, 64 or 128"),
         ("{scope: per_group, dtype: int4, ext: {groupsize: 64}}", "weight.ext.groupsize", "'group_size'"),
         ("{scope: per_group, dtype: int4, method: awq}", "weight.method", "'gptq'"),
-        ("{scope: per_group, dtype: int3}", "weight.dtype", "'int8', 'int4', 'nf4' or 'fp8_e4m3'"),
+        ("{scope: per_group, dtype: int3}", "weight.dtype", "'nf4', 'fp8_e4m3' or 'nvfp4'"),
     ],
 )
 def test_weight_error(weight: str, key: str, words: str) -> None:
@@ -546,7 +546,7 @@ def test_unknown_quant_type(quant_type: str, model_type: str) -> None:
         find_recipe(model_type, quant_type)
     message = caught.value.message
     assert f"quant_type {quant_type!r} and model_type {model_type!r}" in message
-    assert "Quant types with a recipe: fp8, fp8_block, nf4, w4a16, w8a16, w8a8." in message
+    assert "Quant types with a recipe: fp8, fp8_block, nf4, nvfp4a16, w4a16, w8a16, w8a8." in message
     assert "Did you mean 'w8a8'?" in message
     assert "--config_path" in caught.value.hint
 
