@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outputs import INT4, LINEARS, all_tensors, edited, replaced, without, write_recipe
 
+from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.formats import compressed_tensors
 from msmodelslim_omni.formats.job import OutLinear
@@ -139,3 +140,17 @@ def test_faults(outputs: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["Qwen2.5-Omni-3B", "Qwen2.5-VL-7B-Instruct"])
 def test_quant_type(model_type: str) -> None:
     assert find_recipe(model_type, "w8a16").quant_type == "w8a16"
+
+
+def test_w8a8_and_w8a16_in_one_checkpoint(tiny: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, "mixed", "{act: {}, weight: {}}", "thinker.model.layers.1.mlp.down_proj")
+    step = f'process:\n    - {{type: linear_quant, qconfig: {INT8}, include: ["*down_proj"], exclude: ["*.1.mlp*"]}}'
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("process:", step), encoding="utf-8")
+    quantize(tiny, tmp_path / "out", config_path=str(recipe), save_format=list(SAVERS.values()), device="cpu")
+    for saver in SAVERS.values():
+        checkpoint = open_quantized(tmp_path / "out" / saver)
+        acts = {name.rpartition(".")[2]: stored.linear.scheme.act_bits for name, stored in checkpoint.linears.items()}
+        assert acts["down_proj"] is None and set(acts.values()) == {8, None} and acts["o_proj"] == 8
+        assert examine(tmp_path / "out" / saver, tiny).codes() <= {"autoawq_cannot_say"}
+    text = (tmp_path / "out" / "ascendv1_saver" / "quant_model_description.json").read_text(encoding="utf-8")
+    assert json.loads(text)["model_quant_type"] == "W8A8_DYNAMIC"
