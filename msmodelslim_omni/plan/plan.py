@@ -329,7 +329,7 @@ def _check_awq(model: ModelSpec, layers: tuple[LayerPlan, ...], selections: list
                     schemes.setdefault(scheme, name)
         if per_channel := [scheme for scheme in schemes if scheme.group_size is None or scheme.number != "int"]:
             raise QuantError(
-                f"{recipe.where(location)}: awq requires int4 or nf4 weights per_group, but linear_quant quantizes"
+                f"{recipe.where(location)}: awq requires per_group weights, but linear_quant quantizes"
                 f" {schemes[per_channel[0]]} to {per_channel[0].name}",
                 "exclude such Linears from awq; use iter_smooth or smooth_quant with W8A8",
             )
