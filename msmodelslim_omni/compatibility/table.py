@@ -44,6 +44,7 @@ SCHEMES: dict[str, str] = {
     "w8a16": "W8A16",
     "fp8": "FP8 dynamic",
     "fp8_block": "FP8 in blocks",
+    "nvfp4a16": "NVFP4A16",
     "nf4": "NF4",
 }
 
@@ -55,14 +56,16 @@ _KINDS = {
     r"W8A16": "w8a16",
     r"FP8_BLOCK": "fp8_block",
     r"FP8(_DYNAMIC)?": "fp8",
+    r"NVFP4A16": "nvfp4a16",
     r"NF4_G\d+(_DOUBLE)?": "nf4",
 }
 
-OMNI, VL, VL3 = "qwen2_5_omni", "qwen2_5_vl", "qwen3_vl"
+OMNI, VL, VL3, OMNI3 = "qwen2_5_omni", "qwen2_5_vl", "qwen3_vl", "qwen3_omni_moe"
 FAMILIES: dict[str, str] = {
     OMNI: "Qwen2.5-Omni-7B, -3B",
     VL: "Qwen2.5-VL-7B-, -3B-Instruct",
     VL3: "Qwen3-VL, dense",
+    OMNI3: "Qwen3-Omni-30B-A3B",
 }
 
 # How a class of transformers loads the checkpoint. `plain`: from_pretrained(path). `dequantized`: the weights must be
@@ -274,22 +277,23 @@ TABLE: tuple[Entry, ...] = (
             {
                 "vllm": _LAYOUT_NOT_RUN,
                 "vllm_cpu": _LAYOUT_NOT_RUN,
-                "vllm_ascend": _no("computes in no FP8 on A2 and A3") if scheme != "w8a16" else _LAYOUT_NOT_RUN,
+                "vllm_ascend": _LAYOUT_NOT_RUN if scheme == "w8a16" else _no("computes in no FP8 on A2 and A3"),
                 "transformers_4": _LAYOUT_NOT_RUN,
                 "transformers_5": _UNCOMPRESSED_RUN if family == OMNI else _LAYOUT_NOT_RUN,
             },
         )
         for family in (OMNI, VL)
-        for scheme in ("w8a16", "fp8", "fp8_block")
+        for scheme in ("w8a16", "fp8", "fp8_block", "nvfp4a16")
     ),
     *(Entry(family, "ascendv1_saver", "w8a16", _ASCEND_ONLY) for family in (OMNI, VL)),
     *(
         Entry(
-            VL3,
+            family,
             output_format,
             scheme,
             {runtime: loads if loads.verdict == "no" else _FAMILY_NOT_RUN for runtime, loads in known.items()},
         )
+        for family in (VL3, OMNI3)
         for output_format, scheme, known in (
             ("ascendv1_saver", "w8a8", _ASCEND_ONLY),
             ("compressed_tensors", "w8a8", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
@@ -298,6 +302,7 @@ TABLE: tuple[Entry, ...] = (
             ("compressed_tensors", "w4a16_sym", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("bitsandbytes", "nf4", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN) | _NF4),
         )
+        if (family, scheme) != (OMNI3, "nf4")
     ),
 )
 
