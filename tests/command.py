@@ -56,9 +56,16 @@ def quant(model: Path, save: Path, *words: object) -> CommandResult:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """Contents of all files below a folder, except the report, whose times differ between runs."""
+    """Contents of all files below a folder, except the report, whose times differ between runs.
+
+    Without the commands in model cards: an output of two formats, or one that was exported, was made by others.
+    """
     contents = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
-    return {name: content for name, content in contents.items() if "quant_report" not in name}
+    return {
+        name: re.sub(rb"```\nmsmodelslim [^`]*```", b"", content) if name.endswith("README.md") else content
+        for name, content in contents.items()
+        if "quant_report" not in name
+    }
 
 
 def write_index(folder: Path, *entries: object) -> Path:

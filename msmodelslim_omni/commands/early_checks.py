@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import QuantError
 from ..files import check_save_path, find_index, find_model_folder, parse_size
-from ..recipe import check_quant_type, resolve_recipe, saver_names
+from ..recipe import check_quant_type, needs_samples, resolve_recipe, saver_names
 
 
 def check_output(save_path: Path, model: Path) -> None:
@@ -36,11 +36,11 @@ def check_quant(
 ) -> None:
     """Raise QuantError for the first argument of `quant` that cannot be right."""
     check_output(Path(save_path), find_model_folder(model))
-    if config_path is not None:
-        resolve_recipe(config_path)
+    recipe = None if config_path is None else resolve_recipe(config_path)
     if quant_type is not None:
         check_quant_type(quant_type)
-    check_samples(dataset)
+    if recipe is None or needs_samples(recipe):  # a data-free run does not read the dataset
+        check_samples(dataset)
     if save_format:
         saver_names(save_format)
     if max_memory is not None:

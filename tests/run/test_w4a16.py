@@ -93,7 +93,7 @@ def test_report(both: Path) -> None:
     assert len(report["layers"]) == LAYERS
     for layer in report["layers"]:
         assert 0 < layer["error_over_plain"] <= 1
-        assert layer["notes"] == []
+        assert all("that of the clip search" in note for note in layer["notes"])  # there are few tokens
         assert {entry["group"] for entry in layer["smoothing"]} == {"qkv", "o", "gate_up", "down"}
         assert all(0 < entry["gain"] <= 1 and "H: " in entry["reason"] for entry in layer["smoothing"])
         for linear in layer["linears"]:
@@ -268,7 +268,7 @@ def test_layer_without_rounding_error_falls_back(small: Path, tmp_path: Path) ->
     index = write_index(tmp_path / "data", *({"text": f"A {'very ' * 40}long sentence {n}."} for n in range(3)))
     quant(model, tmp_path / "out", "--config_path", int4_recipe(tmp_path), "--dataset", index).done()
     first, second = report_of(tmp_path / "out" / AWQ)["layers"]
-    assert first["error_over_plain"] < 1 and first["notes"] == []
+    assert first["error_over_plain"] < 1 and not any("fell back" in note for note in first["notes"])
     assert second["error_over_plain"] == 1.0 and second["output_error"] == 0.0
     assert all(entry["alpha"] is None for entry in second["smoothing"])
     assert not any("0.000x" in note for note in second["notes"]), "no search result can be better"
