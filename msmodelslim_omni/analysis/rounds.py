@@ -70,12 +70,10 @@ class TrialRunner:
         )
 
     def move_model_to_work(self, number: int) -> None:
-        """Move the model of a round out of the way; it may have been moved before an interruption."""
-        if self.model.exists():
-            target = self.work / f"model-{number}"
-        if target.exists():  # from a run that was stopped after this step
-            shutil.rmtree(target)
-        self.model.rename(target)
+        """Move the model of a round out of the way, unless that was done before an interruption."""
+        target = self.work / f"model-{number}"
+        if self.model.exists() and not target.exists():  # otherwise the model is that of the next round
+            self.model.rename(target)
 
     def keep_only(self, number: int) -> None:
         """Delete the models of all other rounds from `work` to free disk space for the next one."""
