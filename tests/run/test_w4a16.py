@@ -211,12 +211,13 @@ def test_resume_with_another_recipe_is_refused(small: Path, tmp_path: Path) -> N
     index = write_index(tmp_path / "data", {"text": "One sentence."})
     stop_at("layers", 1, small, tmp_path / "out", index, config_path=str(int4_recipe(tmp_path)))
     for change, field in (
-        ({"method": "mse"}, "recipe process"),
-        ({"modality_weights": {"text": 1.0}}, "recipe calibration"),
+        ({"method": "mse"}, "processors"),
+        ({"modality_weights": {"text": 1.0}}, "calibration"),
     ):
         recipe = int4_recipe(tmp_path, **change)
         message = quant(small, tmp_path / "out", "--config_path", recipe, "--dataset", index).fault()
-        assert "belongs to another run" in message and "--overwrite" in message, message
+        assert "belongs to another run" in message and "--overwrite" in message
+        assert field in message, message
 
 
 # --- fallback to plain rounding ------------------------------------------------------------------------------
