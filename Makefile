@@ -17,9 +17,6 @@ SECONDS_EACH ?= 60
 TARGETS ?=
 RUN := "$(CURDIR)/$(VENV)/bin/python"
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
-# Without a card, PyPI's builds of torch and torchvision would bring 3 GB of CUDA libraries.
-CPU_WHEELS := https://download.pytorch.org/whl/cpu
-HAS_CARD := $(shell command -v nvidia-smi npu-smi)
 
 .PHONY: install demo test test-isa test-full test-clients fuzz lint types docs release clean
 
@@ -29,11 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-ifeq ($(HAS_CARD),)
-	$(PIP) --index-url $(CPU_WHEELS) --retries 0 --timeout 20 torch torchvision || $(PIP) torch torchvision
-else
 	$(PIP) torch torchvision
-endif
 	$(PIP) --editable '.[dev]'
 	@touch $@
 

