@@ -38,6 +38,7 @@ class LayerProbe:
         self._calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]]] = {b: [] for b in blocks}
         self._samples: list[tuple[LayerInput, torch.Tensor]] = []
         self._modalities: list[torch.Tensor] = []
+        self._token_weights: list[torch.Tensor] = []  # of squared errors, [tokens] of each sample
 
     def watch(self, inputs: LayerInput, modality: torch.Tensor) -> torch.Tensor:
         """Run the layer on a sample and record the inputs and outputs of its blocks. Returns the layer's output."""
@@ -57,6 +58,8 @@ class LayerProbe:
             handle.remove()
         self._samples.append((inputs, out))
         self._modalities.append(modality)
+        importance = torch.tensor([self._importance[m] for m in modality.tolist()]).to(out.device)
+        self._token_weights.append(importance * relative_weights(out[0]))
         return out
 
     def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
@@ -65,11 +68,8 @@ class LayerProbe:
         replaced = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
         errors = []
         with torch.inference_mode():
-            calls = zip(self._calls[block], self._samples, self._modalities, strict=True)
-            for (args, kwargs, exact), (_, layer_out), modality in calls:
+            for (args, kwargs, exact), per_token in zip(self._calls[block], self._token_weights, strict=True):
                 out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
-                per_token = torch.tensor([self._importance[m] for m in modality.tolist()]).to(out.device)
-                per_token *= relative_weights(layer_out[0])
                 errors.append(float((per_token * (out - exact)[0].square().sum(dim=1)).sum()))
         return float(sum(self._split.gather(errors)))
 

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import QuantError
 from ..numerics import QuantScheme
-from ..storage import TensorInfo, TensorSpec, load_tensor
+from ..storage import TensorInfo, TensorSpec
 from .job import (
     FLOAT,
     Data,
@@ -34,6 +34,7 @@ from .stored import (
     describe_missing_parts,
     describe_wrong_part,
     group_parts,
+    stored_per_channel,
 )
 
 weights_stem = "quant_model_weights"
@@ -113,7 +114,7 @@ def read_linears(
         if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts) or _kind_fault(kind):
             faults.append(PartFault(name, why))
         else:
-            linears[name] = StoredLinear(_stored_linear(name, parts, _SCHEMES[str(kind)], float_dtype(name)), parts)
+            linears[name] = StoredLinear(stored_per_channel(name, parts, _SCHEMES[str(kind)], float_dtype(name)), parts)
     return StoredLinears(linears, tuple(faults))
 
 
@@ -131,15 +132,3 @@ def _kind_fault(kind: object) -> str:
     if kind in _SCHEMES:
         return ""
     return f"the description lists {kind or 'no kind'} for its weight, not {' or '.join(reversed(_SCHEMES))}"
-
-
-def _stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
-    rows, columns = parts["weight"].shape
-    return OutLinear(
-        name,
-        scheme,
-        (rows, columns),
-        float_dtype,
-        lambda: load_tensor(parts["weight"]),
-        lambda: load_tensor(parts["weight_scale"]).to(torch.float32),
-    )

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ..numerics import QuantScheme
-from ..storage import TORCH_DTYPES, TensorSpec, load_tensor
+from ..storage import TORCH_DTYPES, TensorSpec
 from .job import OutLinear, OutTensor
-from .stored import FLOATS, Parts, describe_wrong_part
+from .stored import FLOATS, Parts, describe_wrong_part, stored_per_channel
 
 FORM = "int-quantized"
 SUPPORTED = "int-quantized int8 per channel with float activations or dynamic int8 activations per token"
@@ -72,13 +72,4 @@ def fault(parts: Parts, scheme: QuantScheme) -> str:
     )
 
 
-def stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
-    rows, columns = parts["weight"].shape
-    return OutLinear(
-        name,
-        scheme,
-        (rows, columns),
-        float_dtype,
-        lambda: load_tensor(parts["weight"]),
-        lambda: load_tensor(parts["weight_scale"]).to(torch.float32),
-    )
+stored_linear = stored_per_channel

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..storage import FLOAT_DTYPES, TensorInfo
+import torch
+
+from ..numerics import QuantScheme
+from ..storage import FLOAT_DTYPES, TensorInfo, load_tensor
 from .job import OutLinear
 
 FLOATS = tuple(sorted(FLOAT_DTYPES))
@@ -75,3 +78,16 @@ def describe_wrong_part(parts: Parts, expected: Mapping[str, tuple[tuple[str, ..
         if info.shape != shape:
             return f"{ending} has shape {list(info.shape)}, not {list(shape)}"
     return ""
+
+
+def stored_per_channel(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
+    """The Linear of an int8 `weight` [out, in] with one `weight_scale` per output channel, [out, 1]."""
+    rows, columns = parts["weight"].shape
+    return OutLinear(
+        name,
+        scheme,
+        (rows, columns),
+        float_dtype,
+        lambda: load_tensor(parts["weight"]),
+        lambda: load_tensor(parts["weight_scale"]).to(torch.float32),
+    )

@@ -33,7 +33,7 @@ from ..numerics import (
 )
 from ..recipe import AwqConfig
 from ..runtime import SINGLE_PROCESS, Team
-from ..statistics import Gram
+from ..statistics import Gram, evenly_spaced
 from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
@@ -208,8 +208,7 @@ def _sample_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
     sampled = []
     for linear in group.linears:
         out_features, in_features = work.weights[f"{linear}.weight"].shape
-        count = min(out_features, max(_MIN_ROWS, _SEARCH_WEIGHTS // in_features))
-        rows = torch.linspace(0, out_features - 1, count).round().long()
+        rows = evenly_spaced(out_features, max(_MIN_ROWS, _SEARCH_WEIGHTS // in_features))
         sampled.append(work.weight(linear, rows).to(torch.float32))
     return sampled
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics import QuantScheme, row_blocks
-from ..statistics import InputStats, relative_weights
+from ..statistics import InputStats, evenly_spaced, relative_weights
 
 _WEIGHT_ROWS = 128  # output rows of each Linear for their maxima
 _NUMBERS = 1 << 23  # maximum numbers of the inputs that are used
@@ -72,13 +72,13 @@ class ExpectedErrors:
     @classmethod
     def of_tokens(cls, stats: InputStats, weights: Sequence[torch.Tensor], scheme: QuantScheme) -> ExpectedErrors:
         """The errors on the kept rows."""
-        chosen = _evenly_spaced(len(stats.rows), max(1, _NUMBERS // stats.rows.shape[1]))
+        chosen = evenly_spaced(len(stats.rows), max(1, _NUMBERS // stats.rows.shape[1]))
         x = stats.rows[chosen].clone()  # an inference tensor has no gradient
         modality = stats.row_modality[chosen]
         members = [(modality == m).to(x.device) for m in stats.present() if bool((modality == m).any())]
         token_weights = []  # 1 / |y|, divided by the mean |y| of the tokens
         for weight in weights:
-            y = x @ weight[_evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32).T  # some outputs
+            y = x @ weight[evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32).T  # some outputs
             inverse = relative_weights(y)
             signal = float((y.square().sum(dim=1) * inverse).mean()) * len(weight) / max(1, y.shape[1])
             token_weights.append(inverse / max(signal, 1e-30))
@@ -136,11 +136,6 @@ def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.
 
 def _weight(weight: torch.Tensor, scheme: QuantScheme) -> _Weight:
     columns = torch.stack([weight[r].to(torch.float32).square().sum(dim=0) for r in row_blocks(weight)]).sum(dim=0)
-    rows = weight[_evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32)
+    rows = weight[evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32)
     size = scheme.group_size or rows.shape[1]
     return _Weight(columns, rows.view(len(rows), -1, size), len(rows) / len(weight), scheme.symmetric)
-
-
-def _evenly_spaced(count: int, most: int) -> torch.Tensor:
-    """Indices of at most `most` of `count` items."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long()

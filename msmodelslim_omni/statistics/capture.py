@@ -124,6 +124,11 @@ def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -
     return InputStats(absmax, abssum, count, x[chosen.to(x.device)].clone(), modality[chosen])
 
 
+def evenly_spaced(count: int, most: int) -> torch.Tensor:
+    """Indices of at most `most` of `count` items, evenly spaced, with the first and the last one."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long()
+
+
 def rows_per_modality(present: int) -> int:
     """The number of rows to keep of each of `present` modalities."""
     return max(ROWS_PER_MODALITY, ROWS // max(1, present))
@@ -140,8 +145,7 @@ def choose_rows(modalities: Sequence[torch.Tensor], per_modality: int | None = N
     for index in range(len(MODALITIES)):
         positions = torch.nonzero(all_tokens == index).flatten()
         if len(positions):
-            count = min(per_modality, len(positions))
-            keep[positions[torch.linspace(0, len(positions) - 1, count).round().long()]] = True
+            keep[positions[evenly_spaced(len(positions), per_modality)]] = True
     return [torch.nonzero(part).flatten() for part in torch.split(keep, [len(m) for m in modalities])]
 
 
