@@ -6,7 +6,8 @@
 
 Every tool calibrates on the same samples. This tool reads the media; the peers take token ids only, and read media
 tokens through an enlarged embedding (fidelity_setup.py). With --text_only all tools calibrate on the samples without
-media. Peers work in float32 on the CPU, in asymmetric int4 in groups of 128, each at its defaults. Then
+media. Peers work in float32 on the CPU, in asymmetric int4 in groups of 128, each at its defaults; --group_size 64 is
+for the real decoder (real_language.py). Then
 `msmodelslim eval` compares each result with the float model, per modality; awq_evaluate.py unpacks the peers' results.
 
 This process does not import torch, because the memory of a parent process counts in the peak RSS of its child.
@@ -50,6 +51,10 @@ RECIPES = {
     f"{THIS_TOOL}-nf4": ["--quant_type", "nf4"],
     f"{THIS_TOOL}-nf4-awq": ["--config_path", "qwen2_5_omni_nf4_awq"],
 }
+GROUPS_OF_64 = {
+    "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_g64_rounded.yaml")],
+    f"{THIS_TOOL}-w4a16": ["--config_path", str(HERE / "recipes" / "w4a16_g64.yaml")],
+}
 TOOLS = [*RECIPES, *PEERS]
 MEDIA = ("image", "audio", "video")
 
@@ -81,10 +86,14 @@ def make_twin(index: Path, work: Path, args: argparse.Namespace) -> Path:
 def run_tool(name: str, index: Path, work: Path, args: argparse.Namespace) -> Run:
     folder = work / "runs" / name
     if name in RECIPES:
-        return run_once(folder, lambda: run_msmodelslim(name, RECIPES[name], args.model, index, folder, args.threads))
+        recipe = GROUPS_OF_64.get(name, RECIPES[name]) if args.group_size == 64 else RECIPES[name]
+        return run_once(folder, lambda: run_msmodelslim(name, recipe, args.model, index, folder, args.threads))
     twin = make_twin(index, work, args)
     tokens = twin / "tokens.safetensors"
-    return run_once(folder, lambda: run_peer(name, args.environments, twin / "model", tokens, folder, args.threads))
+    model, group_size = twin / "model", args.group_size
+    return run_once(
+        folder, lambda: run_peer(name, args.environments, model, tokens, folder, args.threads, group_size)
+    )
 
 
 def evaluate(run: Run, work: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -151,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     settings = {"model": str(args.model), "calibration": str(args.calibration), "text_only": args.text_only}
-    settings |= {"heldout": str(args.heldout), "length": args.length}
+    settings |= {"heldout": str(args.heldout), "length": args.length, "group_size": args.group_size}
     settings["weights"] = [digest(file) for file in sorted(args.model.glob("*.safetensors"))]
     settings_file = work / "settings.json"
     if settings_file.is_file() and json.loads(settings_file.read_text(encoding="utf-8")) != settings:
@@ -192,6 +201,7 @@ def main() -> int:
     runner.add_argument("--tools", type=name_list(TOOLS), default=TOOLS, help=f"some of {','.join(TOOLS)}")
     runner.add_argument("--text_only", action="store_true", help="calibrate on the samples without media")
     runner.add_argument("--length", type=int, default=256, help="tokens per block of the peers' data")
+    runner.add_argument("--group_size", type=int, choices=(64, 128), default=128, help="of the 4-bit weights")
     runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")
     runner.add_argument("--out", type=Path, help="results.json to write, with a .md next to it (default: in --work)")
     args = parser.parse_args()

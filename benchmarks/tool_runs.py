@@ -25,7 +25,7 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "llmcompressor": [["llmcompressor==0.14.0.1"]],
     # --no-deps: autoawq would install triton, which a CPU does not need. Its last release supports transformers 4.52.
     "autoawq": [["transformers==4.52.4", "accelerate", "datasets", "safetensors"], ["--no-deps", "autoawq==0.2.9"]],
-    "autoround": [["auto-round==0.15.1"]],
+    "autoround": [["auto-round==0.16.1"]],
 }
 
 THIS_TOOL = "msmodelslim"
@@ -42,6 +42,7 @@ class Peer:
 
 PEERS = {
     "llmcompressor": Peer("llmcompressor", "run_llmcompressor.py"),
+    "llmcompressor-gptq": Peer("llmcompressor", "run_llmcompressor.py", ("--method", "gptq")),
     "autoawq": Peer("autoawq", "run_autoawq.py"),
     "autoround": Peer("autoround", "run_autoround.py", ("--iters", "200")),
     "autoround-rtn": Peer("autoround", "run_autoround.py", ("--iters", "0")),
@@ -120,14 +121,16 @@ def run_msmodelslim(name: str, recipe: list[str], model: Path, dataset: Path, fo
     return Run(name, version, report["seconds"], seconds, peak, str(out), note)
 
 
-def run_peer(name: str, environments: Path, model: Path, tokens: Path, folder: Path, threads: int) -> Run:
+def run_peer(
+    name: str, environments: Path, model: Path, tokens: Path, folder: Path, threads: int, group_size: int = 128
+) -> Run:
     """Run a peer's driver. tokens: a safetensors file with input_ids [samples, length]."""
     peer = PEERS[name]
     python = environments / peer.environment / "bin" / "python"
     if not python.is_file():
         raise ToolFailed(f"{python} does not exist; create the environment with `install`")
     command = [str(python), str(HERE / "peers" / peer.driver), "--model", str(model)]
-    command += ["--tokens", str(tokens), "--out", str(folder), *peer.arguments]
+    command += ["--tokens", str(tokens), "--out", str(folder), "--group_size", str(group_size), *peer.arguments]
     seconds, peak = run_process(command, threads, folder / "log.txt")
     record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     weights = str(folder / record["weights"])
