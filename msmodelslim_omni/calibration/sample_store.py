@@ -123,12 +123,14 @@ class HiddenStates:
         self.path = path
         self._specs = [TensorSpec(f"{n:06d}", "F32", (1, length, width)) for n, length in enumerate(lengths)]
         self._cache = _Cache(budget)
+        self._infos: dict[str, TensorInfo] | None = None  # of the file, read once: a header is as long as the samples
 
     def write(self, hidden: Iterable[torch.Tensor], *, sync: bool = True) -> None:
         """Write the samples' hidden states in order, float32 [1, tokens, hidden] each.
 
         sync: whether a run may resume from this file. Other files need neither a sync nor a checksum.
         """
+        self._infos = None
         with SafetensorsWriter(self.path, self._specs, sync=sync, checksum=sync) as writer:
             for number, tensor in enumerate(hidden):
                 on_cpu = tensor.to("cpu", torch.float32).contiguous()
@@ -140,8 +142,11 @@ class HiddenStates:
         return is_whole(self.path)
 
     def read(self, number: int) -> torch.Tensor:
-        kept = self._cache.get(number)
-        return kept["hidden"] if kept else load_tensor(read_header(self.path)[f"{number:06d}"])
+        if kept := self._cache.get(number):
+            return kept["hidden"]
+        if self._infos is None:
+            self._infos = read_header(self.path)
+        return load_tensor(self._infos[f"{number:06d}"])
 
     def __len__(self) -> int:
         return len(self._specs)

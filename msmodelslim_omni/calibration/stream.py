@@ -83,7 +83,8 @@ class CalibrationStream:
     def _boundary(self, layer: int, name: str = "hidden") -> HiddenStates:
         """The hidden states of this process' samples before a layer."""
         width = self._plan.layer_spec.hidden_size
-        lengths = [self.stems.lengths[position] for position in self._split.local_items]
+        all_lengths = self.stems.lengths
+        lengths = [all_lengths[position] for position in self._split.local_items]
         suffix = f"-{self._team.rank}" if self._team.size > 1 else ""
         cache_bytes = self.budget.hidden // _BOUNDARIES
         return HiddenStates(self._folder / f"{name}-{layer:04d}{suffix}.safetensors", lengths, width, cache_bytes)

@@ -16,7 +16,7 @@ import torch
 
 from ..errors import QuantError
 from ..models import MODALITIES, LayerInput, LayerSpec, LinearGroup, RoutedBlock
-from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split
+from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split, Team
 from .gram import (
     Gram,
     GramBuilder,
@@ -162,15 +162,48 @@ def relative_weights(out: torch.Tensor) -> torch.Tensor:
     return 1.0 / lengths.clamp_min(max(1e-3 * float(lengths.max()), 1e-20))
 
 
+class _RunningStats:
+    """The statistics of one input over the samples so far, without H.
+
+    Their size does not depend on the number of samples, but for the kept rows, which are joined once at the end.
+    """
+
+    def __init__(self) -> None:
+        self._total: InputStats | None = None  # without rows
+        self._rows: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # rows and their modality, by sample
+
+    def add(self, sample: int, new: InputStats) -> None:
+        """Add the statistics of one sample, given by its position among all samples."""
+        if len(new.rows):
+            self._rows[sample] = (new.rows, new.row_modality)
+        alone = replace(new, rows=new.rows[:0].clone(), row_modality=new.row_modality[:0].clone())
+        self._total = self._total.merged(alone) if self._total else alone
+
+    def finish(self, team: Team) -> InputStats | None:
+        """The statistics of all processes, with the rows in the order of the samples; None if no token arrived."""
+        total, own = self._total, []
+        if total is not None:
+            own = [[total.absmax, total.abssum, total.count, total.rows, total.row_modality]]
+        totals = [InputStats(*tensors) for of_rank in team.all_gather(own) for tensors in of_rank]
+        rows = {int(sample): pair for of_rank in team.all_gather(list(self._rows.items())) for sample, pair in of_rank}
+        if not totals:
+            return None
+        merged, ordered = reduce(InputStats.merged, totals), [rows[sample] for sample in sorted(rows)]
+        return replace(
+            merged,
+            rows=torch.cat([merged.rows, *(part for part, _ in ordered)]),
+            row_modality=torch.cat([merged.row_modality, *(part for _, part in ordered)]),
+        )
+
+
 class InputRecorder:
     """Hooks on one layer that collect InputStats for each of its groups while samples run through the layer.
 
     tokens: the number of tokens of each modality in the samples that enter H, or None if H is not collected.
     importance: the weight of one token of each modality, with which H of all modalities may be summed at once; None if
     H is needed per modality. budget: the memory budget of H. folder: for an H that does not fit.
-    split: the assignment of samples to processes. If there are several processes, each keeps the statistics of its
-    samples separate (8 float32 per channel and sample). All are then merged in the order of the samples, so that the
-    result is bit-identical to a single process.
+    split: the assignment of samples to processes. Maxima, counts and rows of several processes are bit-identical to
+    those of a single process; sums of |x| are added in another order, in float32.
     """
 
     def __init__(
@@ -183,10 +216,11 @@ class InputRecorder:
         importance: Mapping[int, float] | None = None,
         folder: Path | None = None,
     ) -> None:
-        self._split = split
+        self._team = split.team
+        self._positions = split.local_items  # of this process' samples; empty if the split is unknown
         self._importance = importance
         self._block = cast(RoutedBlock, layer.get_submodule(spec.experts.block)) if spec.experts else None
-        self._stats: dict[str, list[InputStats]] = {group.name: [] for group in spec.groups}
+        self._stats = {group.name: _RunningStats() for group in spec.groups}
         self._grams = {
             group.name: _gram_builders(
                 layer.get_submodule(group.linears[0]).get_parameter("weight"),
@@ -246,11 +280,8 @@ class InputRecorder:
                     f"{group.linears[0]}: NaN or Inf in the input activations",
                     "check the checkpoint with the float model, or remove the sample",
                 )
-            old = self._stats[group.name]
-            if self._split.team.size == 1:
-                self._stats[group.name] = [old[0].merged(new)] if old else [new]
-            else:
-                self._stats[group.name] = [*_padded(old, self._begun - 1, new), new]
+            own = self._begun - 1
+            self._stats[group.name].add(self._positions[own] if self._positions else own, new)
             if self._in_gram and self._grams[group.name]:
                 if group.adds_to_residual:
                     tokens = None if group.expert is None else self._routed_tokens(group.expert)
@@ -295,11 +326,11 @@ class InputRecorder:
         """Remove the hooks. Returns the statistics from all processes by group, for the groups that got input."""
         self.remove()
         merged = {}
-        for group, own_stats in self._stats.items():
-            grams = {m: builder.finish(self._split.team) for m, builder in self._grams.pop(group).items()}
-            if stats := _gather_stats(own_stats, self._split, self._begun):
+        for group, running in self._stats.items():
+            grams = {m: builder.finish(self._team) for m, builder in self._grams.pop(group).items()}
+            if stats := running.finish(self._team):
                 weighted = grams.pop(_COMBINED, None)
-                merged[group] = replace(reduce(InputStats.merged, stats), grams=grams, weighted=weighted)
+                merged[group] = replace(stats, grams=grams, weighted=weighted)
         return merged
 
     def remove(self) -> None:
@@ -337,28 +368,6 @@ def _gram_builders(
         for m, count in enumerate(tokens)
         if count
     }
-
-
-def _padded(stats: list[InputStats], samples: int, like: InputStats) -> list[InputStats]:
-    """One entry per sample: empty statistics for the last samples, if no token of them reached the input's expert."""
-    nothing = torch.zeros_like(like.absmax)
-    count, rows = torch.zeros_like(like.count), like.rows[:0]
-    empty = InputStats(nothing, nothing, count, rows, like.row_modality[:0])
-    return [*stats, *[empty] * (samples - len(stats))]
-
-
-def _gather_stats(own_stats: list[InputStats], split: Split, samples: int) -> list[InputStats]:
-    """The statistics of all samples in order. own_stats: those of this process's samples, whose number is `samples`.
-
-    A process of which no token reached the input has none; then the others' follow each other by process.
-    """
-    if split.team.size == 1:
-        return own_stats
-    own = _padded(own_stats, samples, own_stats[0]) if own_stats else []
-    by_rank = split.team.all_gather([[s.absmax, s.abssum, s.count, s.rows, s.row_modality] for s in own])
-    if not all(by_rank):
-        return [InputStats(*tensors) for of_rank in by_rank for tensors in of_rank]
-    return [InputStats(*tensors) for tensors in split.interleave(by_rank)] if any(by_rank) else []
 
 
 def run_layer(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:

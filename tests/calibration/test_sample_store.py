@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from growth import python_calls
 
 from msmodelslim_omni.calibration.sample_store import HiddenStates, StemStore
 from msmodelslim_omni.models.inputs import LayerInput
@@ -96,3 +97,19 @@ def test_failed_write_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="the layer failed"):
         states.write(failing_samples())  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reading_one_sample_back_does_not_cost_more_with_more_samples(tmp_path: Path) -> None:
+    def calls_per_sample(count: int) -> float:
+        states = HiddenStates(tmp_path / f"{count}.safetensors", [1] * count, 4, budget=0)
+        states.write((torch.zeros(1, 1, 4) for _ in range(count)), sync=False)
+        return python_calls(lambda: [states.read(number) for number in range(count)]) / count
+
+    assert calls_per_sample(400) < 1.1 * calls_per_sample(100)
+
+
+def test_states_that_were_written_again_are_read_anew(tmp_path: Path) -> None:
+    states = HiddenStates(tmp_path / "hidden.safetensors", [1, 2], 4, budget=0)
+    for value in (1.0, 2.0):
+        states.write(torch.full((1, length, 4), value) for length in (1, 2))
+        assert states.read(1).tolist() == [[[value] * 4] * 2]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from growth import elements_computed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_layer import SPEC, Sample, build, layer_weights, record, sample, token_counts
@@ -121,6 +122,23 @@ def test_large_modality_does_not_displace_a_small_one() -> None:
 @pytest.fixture
 def layer() -> torch.nn.Module:
     return build(layer_weights())
+
+
+def test_recording_a_sample_does_not_cost_more_with_more_samples(layer: torch.nn.Module) -> None:
+    """Every sample keeps one row. Joined once a sample, the rows would be copied as often as there are samples."""
+    short = sample(tokens=2, seed=1)
+
+    def elements_per_sample(count: int) -> float:
+        def run() -> None:
+            recorder = InputRecorder(layer, SPEC)
+            for _ in range(count):
+                recorder.begin(short.modality, torch.zeros(1, dtype=torch.int64))
+                run_layer(layer, short.inputs)
+            assert len(recorder.finish()["qkv"].rows) == count
+
+        return elements_computed(run) / count
+
+    assert elements_per_sample(64) < 1.1 * elements_per_sample(16)
 
 
 def test_recorded_input_equals_the_input_of_every_linear(layer: torch.nn.Module) -> None:
