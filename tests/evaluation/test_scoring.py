@@ -178,6 +178,12 @@ def test_one_sample_has_no_width_and_seeds_repeat() -> None:
     assert Bootstrap(20, 3)._counts.shape == (RESAMPLES, 20)
 
 
+def test_samples_without_a_position_leave_the_interval_finite() -> None:
+    # A quarter of the resamples draw the second sample alone.
+    interval = Bootstrap(2, 0).ratio(np.array([0.5, 0.0]), np.array([2.0, 0.0]))
+    assert (interval.value, interval.low, interval.high) == (0.25, 0.25, 0.25)
+
+
 def test_exponentials_stay_finite() -> None:
     assert math.isfinite(Bootstrap(1, 0).ratio(np.array([1e6]), np.array([1.0]), exponential=True).high)
 
