@@ -140,7 +140,7 @@ def test_massive_activation_keeps_the_answers(tmp_path: Path) -> None:
     seen = massive.inputs_of(after, [*names, "norm", "layers.1.mlp.down_proj"], [item.batch for item in items])
     ratios = {name: float(first.norm() / others.norm(dim=1).median()) for name, (first, others) in seen.items()}
     assert ratios[names[0]] < 10 and ratios["norm"] < 10
-    assert all(300 < ratios[name] < 400 for name in names[1:])
+    assert all(250 < ratios[name] < 450 for name in names[1:])
     first, others = seen["layers.1.mlp.down_proj"]
     assert abs(float(first.max()) - massive.PEAK) < 10 and float(others.abs().max()) < massive.PEAK / 10
 

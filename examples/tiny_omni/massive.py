@@ -25,12 +25,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import make_tiny_omni as tiny
-import model as omni
-import score
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_omni import model as omni
+from tiny_omni import score
 from torch import Tensor
 
 HERE = Path(__file__).parent
