@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from ties import LOGIT_DISTANCE
-from tiny_omni import harden, render, score, tasks, text, towers, train
+from tiny_omni import harden, massive, render, score, tasks, text, towers, train
 from tiny_omni import model as omni
 
 from msmodelslim_omni.calibration.samples import load_calib_set, parse_sample, prepare_sample
@@ -121,6 +121,28 @@ def test_batches_equal_the_package_on_files(name: str, tmp_path: Path) -> None:
         actual, _ = omni.answer_logits(thinker, batch)
     answer = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
     torch.testing.assert_close(actual, expected[0, answer], atol=2e-5, rtol=0)
+
+
+@needs_model
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_massive_activation_keeps_the_answers(tmp_path: Path) -> None:
+    massive.make_massive(MODEL, tmp_path / "massive")
+    before, after = (omni.load_thinker(folder) for folder in (MODEL, tmp_path / "massive"))
+    items = score.read_items(HERE / "heldout" / "index.jsonl", MODEL, every=64)
+    divergences, same = [], []
+    for (p, _), (q, _) in zip(*(score.log_probabilities(t, items) for t in (before, after)), strict=True):
+        divergences.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        same.append(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    assert sum(divergences) / len(items) < 1e-3
+    assert sum(same) / len(items) > 0.99
+    names = [f"layers.{number}.input_layernorm" for number in (1, 2, 3)]
+    seen = massive.inputs_of(after, [*names, "norm", "layers.1.mlp.down_proj"], [item.batch for item in items])
+    ratios = {name: float(first.norm() / others.norm(dim=1).median()) for name, (first, others) in seen.items()}
+    assert ratios[names[0]] < 10 and ratios["norm"] < 10
+    assert all(250 < ratios[name] < 450 for name in names[1:])
+    first, others = seen["layers.1.mlp.down_proj"]
+    assert abs(float(first.max()) - massive.PEAK) < 10 and float(others.abs().max()) < massive.PEAK / 10
 
 
 @needs_model

@@ -122,7 +122,7 @@ def search_recipe(
         if target_size is not None:
             pending = proposer.for_size(units, target_size) if number == 1 else None
         elif max_kl is not None:
-            pending = _next_for_kl(proposer, units, tried, max_kl)
+            pending = next_for_kl(proposer, units, tried, max_kl)
     chosen, trial = tried[best]
     runner.restore(best + 1, chosen)
     return Choice(
@@ -157,12 +157,16 @@ def best_round(rounds: Sequence[Round], max_kl: float | None) -> int:
     return min(range(len(rounds)), key=lambda i: rounds[i].measured_kl.value)
 
 
-def _next_for_kl(
+def next_for_kl(
     proposer: Proposer, units: Sequence[UnitSensitivity], tried: Sequence[tuple[Proposal, Round]], max_kl: float
 ) -> Proposal | None:
-    """The next proposal for a KL target; None if the last one is good enough or there is no further proposal."""
+    """The next proposal for a KL target; None if the last one is good enough or there is no further proposal.
+
+    Damage without KL says nothing about the damage that the target allows, so a KL of 0 also ends the search.
+    """
     kl = tried[-1][1].measured_kl.value
     small_enough = len(tried) == 1 or kl >= _CLOSE_ENOUGH * max_kl
-    if len(tried) > _CORRECTIONS or (kl <= max_kl and small_enough):
+    per_damage = kl_per_damage(tried)
+    if len(tried) > _CORRECTIONS or (kl <= max_kl and small_enough) or per_damage <= 0:
         return None
-    return proposer.for_damage(units, _KL_AIM * max_kl / kl_per_damage(tried))
+    return proposer.for_damage(units, _KL_AIM * max_kl / per_damage)

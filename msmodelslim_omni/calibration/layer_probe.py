@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..models import MODALITIES, LayerInput
-from ..numerics import row_squares, squared_norm
+from ..numerics import row_squares
 from ..runtime import UNSPLIT, Split
-from ..statistics import relative_weights, run_layer
+from ..statistics import is_ordinary, relative_weights, run_layer
 
-# Sums over the tokens of each modality, float64 [modalities] each: of |e|² with the error e of a token, of the squared
-# signal that it is compared with, and of |e|² / |h| with the token's hidden state h, see relative_weights.
-Errors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+class Errors(NamedTuple):
+    """Sums over the tokens of each modality, float64 [modalities] each.
+
+    error: of |e|² with the error e of a token. signal: of the squared signal that it is compared with. noise: of
+    |e|² / |h| with the token's hidden state h, see relative_weights. ordinary_error, ordinary_signal: of ordinary
+    tokens, see is_ordinary, by their signal. massive: the number of the other tokens.
+    """
+
+    error: torch.Tensor
+    signal: torch.Tensor
+    noise: torch.Tensor
+    ordinary_error: torch.Tensor
+    ordinary_signal: torch.Tensor
+    massive: torch.Tensor
 
 
 class LayerProbe:
@@ -101,7 +113,7 @@ class LayerProbe:
 
     def weighted_error(self, errors: Errors) -> float:
         """The squared output error of a layer, by relative_weights and each token's importance."""
-        return sum(weight * float(errors[2][m]) for m, weight in self._importance.items())
+        return sum(weight * float(errors.noise[m]) for m, weight in self._importance.items())
 
     def release(self) -> None:
         """Free the layer and the recorded calls."""
@@ -124,31 +136,29 @@ def _linears_replaced(layer: torch.nn.Module, linears: Mapping[str, torch.nn.Mod
 
 
 def zero_errors() -> Errors:
-    error, signal, noise = torch.zeros((3, len(MODALITIES)), dtype=torch.float64)
-    return error, signal, noise
+    return Errors(*torch.zeros((len(Errors._fields), len(MODALITIES)), dtype=torch.float64))
 
 
 def squared_errors(
     entering: torch.Tensor, exact: torch.Tensor, out: torch.Tensor, modality: torch.Tensor
 ) -> torch.Tensor:
-    """The sums of one sample, float64 [3, modalities]; see Errors. Error: out - exact; signal: exact - entering.
+    """The sums of one sample, float64 [sums, modalities]; see Errors. Error: out - exact; signal: exact - entering.
 
     entering, exact, out: [1, tokens, hidden]; modality: int8 [tokens].
     """
-    sums = torch.zeros((3, len(MODALITIES)), dtype=torch.float64)
-    noise = row_squares(out[0] - exact[0]) * relative_weights(exact[0]).cpu().to(torch.float64)
+    error, signal = row_squares((out - exact)[0]), row_squares((exact - entering)[0])
+    noise = error * relative_weights(exact[0]).cpu().to(torch.float64)
+    ordinary = is_ordinary(signal, modality).to(torch.float64)
+    by_token = torch.stack([error, signal, noise, error * ordinary, signal * ordinary, 1 - ordinary])
+    sums = torch.zeros((len(by_token), len(MODALITIES)), dtype=torch.float64)
     for index in torch.unique(modality).tolist():
-        mine = (modality == index).to(out.device)
-        sums[0, index] = squared_norm((out - exact)[0, mine])
-        sums[1, index] = squared_norm((exact - entering)[0, mine])
-        sums[2, index] = noise[modality == index].sum()
+        sums[:, index] = by_token[:, modality == index].sum(dim=1)
     return sums
 
 
 def add_sums(sums: Sequence[torch.Tensor]) -> Errors:
     """The samples' sums, added in order."""
-    error, signal, noise = reduce(torch.add, sums)
-    return error, signal, noise
+    return Errors(*reduce(torch.add, sums))
 
 
 def _hidden(out: Any) -> torch.Tensor:

@@ -28,10 +28,16 @@ _BOUNDARIES = 3  # before a layer, after the float layer, and after the quantize
 
 @dataclass(frozen=True)
 class OutputError:
-    """Relative error of what a layer adds to the residual stream, over all tokens and by modality."""
+    """Relative error of what a layer adds to the residual stream, over all tokens and by modality.
+
+    ordinary: over all tokens but those to which the layer adds more than MASSIVE times what it adds to the median token
+    of their sample. massive: their number.
+    """
 
     overall: float
     by_modality: dict[str, float]
+    ordinary: float
+    massive: int
 
 
 @dataclass(frozen=True)
@@ -179,13 +185,18 @@ class CalibrationStream:
             following.write(self._quantized_outputs(layer, module(), errors))
             self._exact.path.unlink()
             self._hidden = following
-            error, signal, _ = add_sums(self._split.gather(errors))
+            sums = add_sums(self._split.gather(errors))
         else:
             self.advance_float()
-            error, signal, _ = probe_errors
+            sums = probe_errors
+        error, signal = sums.error, sums.signal
         present = torch.nonzero(signal).flatten().tolist()
-        by_modality = {MODALITIES[i]: relative_error(float(error[i]), float(signal[i])) for i in present}
-        return OutputError(relative_error(float(error.sum()), float(signal.sum())), by_modality)
+        return OutputError(
+            relative_error(float(error.sum()), float(signal.sum())),
+            {MODALITIES[i]: relative_error(float(error[i]), float(signal[i])) for i in present},
+            relative_error(float(sums.ordinary_error.sum()), float(sums.ordinary_signal.sum())),
+            int(sums.massive.sum()),
+        )
 
     def advance_float(self) -> None:
         """Move to the next layer's inputs as the float layer computed them; for a plan without propagate_error."""

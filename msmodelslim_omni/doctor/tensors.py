@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..models import ModelSpec
+from ..models import ModelSpec, is_recomputed_buffer
 from ..storage import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
@@ -29,6 +29,7 @@ def check_tensors(
     owned = {info.name for linear in linears.values() if linear.quantized for info in linear.tensors.values()}
     missing = _missing(folder, expected, optional, linears)
     unexpected = folder.tensors.keys() - expected.keys() - owned - optional
+    unexpected = {name for name in unexpected if not is_recomputed_buffer(name)}
     foreign = {name for name in folder.tensors if not model.part_of(name).prefix}
     prefix = f"{model.layer_prefix.partition('.')[0]}."
     dropped, prefixed = unexpected & foreign, {prefix + name for name in foreign}

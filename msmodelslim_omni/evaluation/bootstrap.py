@@ -21,8 +21,12 @@ class Bootstrap:
         self._counts = random.multinomial(samples, np.full(samples, 1 / samples), size=RESAMPLES).astype(np.float64)
 
     def ratio(self, sums: np.ndarray, counts: np.ndarray, *, exponential: bool = False) -> Interval:
-        """The figure sum(sums) / sum(counts), or its exp, with its interval. sums, counts: [samples], counts > 0."""
-        values = (self._counts @ sums) / (self._counts @ counts)
+        """The figure sum(sums) / sum(counts), or its exp, with its interval. sums, counts: [samples].
+
+        Resamples whose counts are all 0 have no figure and are left out.
+        """
+        of_resamples = self._counts @ counts
+        values = (self._counts @ sums)[of_resamples > 0] / of_resamples[of_resamples > 0]
         value = sums.sum() / counts.sum()
         if exponential:  # exp overflows float64 above 709
             values, value = np.exp(np.minimum(values, 700.0)), np.exp(min(value, 700.0))

@@ -20,7 +20,7 @@ class Measurements:
     """Scores of P positions of S samples, and the drift of each sample.
 
     sample: int64 [P], an index into samples. targets: int64 [P], the next tokens. in_answer: bool [P].
-    hidden: float64 [S, modalities, 4], after the final norm. embedding: float64 [S, 4]. Both are sums as returned by
+    hidden: float64 [S, modalities, 7], after the final norm. embedding: float64 [S, 7]. Both are sums as returned by
     scoring.drift_sums, over the states that the talker reads.
     """
 
@@ -48,7 +48,7 @@ def compute_fidelity(measurements: Measurements, chosen: Sequence[int], modality
         return by_sample.index_add_(0, measurements.sample, values.to(torch.float64))[list(chosen)].numpy()
 
     counts = sum_by_sample(torch.ones_like(scores.kl))
-    hidden = measurements.hidden[list(chosen)].sum(dim=0)  # [modalities, 4]
+    hidden = measurements.hidden[list(chosen)].sum(dim=0)  # [modalities, 7]
     hidden_error, hidden_cosine = drift_figures(hidden.sum(dim=0) if modality is None else hidden[modality])
     embedding_error, embedding_cosine = drift_figures(measurements.embedding[list(chosen)].sum(dim=0))
     answered = [number for number in chosen if measurements.samples[number].answer is not None]

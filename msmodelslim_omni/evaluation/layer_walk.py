@@ -20,7 +20,7 @@ from ..run import quantized_layer
 from ..runtime import Clock, Progress, free_memory, prefetch
 from ..statistics import run_layer
 from ..storage import load_finite
-from .scoring import drift_figures, drift_sums
+from .scoring import drift_figures, drift_sums, ordinary_drift
 from .stem_pair import FLOAT, QUANT, StemPair, require_finite
 
 # Memory that caches the hidden states of one boundary file. Each model has at most two such files.
@@ -51,7 +51,7 @@ class LayerWalk:
         """Run all decoder layers of both models. Yields the drift of the hidden states after each layer."""
         steps = [(index, side) for index in range(self._layers) for side in (FLOAT, QUANT)]
         following: dict[str, HiddenStates] = {}
-        sums = torch.zeros((len(MODALITIES), 4), dtype=torch.float64)
+        sums = torch.zeros((len(MODALITIES), 7), dtype=torch.float64)
         with prefetch(lambda step: load_layer(self._sources[step[1]], step[0]), steps) as loaded:
             for done, (index, side) in enumerate(steps, 1):
                 with clock("read"):
@@ -114,9 +114,10 @@ class LayerWalk:
 
 
 def _layer_drift(index: int, sums: torch.Tensor) -> LayerDrift:
-    """sums: float64 [modalities, 4], see scoring.drift_sums."""
+    """sums: float64 [modalities, 7], see scoring.drift_sums."""
     by_modality = {name: drift_figures(sums[m])[0] for m, name in enumerate(MODALITIES) if sums[m, 3]}
-    return LayerDrift(index, drift_figures(sums.sum(dim=0))[0], by_modality)
+    total = sums.sum(dim=0)
+    return LayerDrift(index, drift_figures(total)[0], by_modality, *ordinary_drift(total))
 
 
 # --- one layer -----------------------------------------------------------------------------------------------

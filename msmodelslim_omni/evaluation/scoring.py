@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..numerics import relative_error
+from ..statistics import is_ordinary
+
 TOP = 5
 
 
@@ -151,11 +154,12 @@ def scored_positions(
 def drift_sums(
     float_states: torch.Tensor, quant_states: torch.Tensor, groups: torch.Tensor, count: int
 ) -> torch.Tensor:
-    """Sums over the tokens of each group: float64 [count, 4] on the CPU.
+    """Sums over the tokens of each group: float64 [count, 7] on the CPU.
 
-    Columns: |quant - float|^2, |float|^2, the cosine of the two, and 1. Sums of several samples can be added; see
-    `drift_figures`. float_states, quant_states: float32 [tokens, width]; groups: [tokens], 0 <= group < count. Two zero
-    vectors have cosine 1.
+    Columns: |quant - float|^2, |float|^2, the cosine of the two, and 1; the first two again, of ordinary tokens only
+    (see is_ordinary), and the number of the other tokens. Sums of several samples can be added; see `drift_figures`.
+    float_states, quant_states: float32 [tokens, width]; groups: [tokens], 0 <= group < count. Two zero vectors have
+    cosine 1.
     """
     error = (quant_states - float_states).square().sum(dim=1).cpu().to(torch.float64)
     float_square, quant_square, product = (
@@ -165,14 +169,24 @@ def drift_sums(
     scale = (float_square * quant_square).sqrt()
     both_zero = (float_square == 0) & (quant_square == 0)
     cosine = torch.where(scale > 0, product / scale, both_zero.to(torch.float64))
-    columns = torch.stack([error, float_square, cosine, torch.ones_like(error)], dim=1)
-    return torch.zeros((count, 4), dtype=torch.float64).index_add_(0, groups.to(torch.int64), columns)
+    ordinary = is_ordinary(float_square, groups).to(torch.float64)
+    columns = torch.stack(
+        [error, float_square, cosine, torch.ones_like(error), error * ordinary, float_square * ordinary, 1 - ordinary],
+        dim=1,
+    )
+    return torch.zeros((count, 7), dtype=torch.float64).index_add_(0, groups.to(torch.int64), columns)
 
 
 def drift_figures(sums: torch.Tensor) -> tuple[float, float]:
-    """Relative error sqrt(sum |quant - float|^2 / sum |float|^2) and mean cosine from sums [4]; (0, 1) for no token."""
-    error, signal, cosine, tokens = sums.tolist()
-    if not tokens:
-        return 0.0, 1.0
-    relative = 0.0 if error == 0 else float("inf") if signal == 0 else (error / signal) ** 0.5
-    return relative, cosine / tokens
+    """Relative error sqrt(sum |quant - float|^2 / sum |float|^2) and mean cosine; (0, 1) for no token.
+
+    sums: [7], see drift_sums.
+    """
+    error, signal, cosine, tokens = sums[:4].tolist()
+    return (relative_error(error, signal), cosine / tokens) if tokens else (0.0, 1.0)
+
+
+def ordinary_drift(sums: torch.Tensor) -> tuple[float, int]:
+    """The relative error without massive tokens, and their number, from drift_sums [7]."""
+    error, signal, massive = sums[4:].tolist()
+    return relative_error(error, signal), int(massive)

@@ -114,7 +114,7 @@ class StemPair:
         return self._stores[side].entering(self._numbers[position], layer, hidden)
 
     def embedding_drift(self) -> torch.Tensor:
-        """Drift of the embeddings that the talker reads: float64 [samples, 4], see scoring.drift_sums.
+        """Drift of the embeddings that the talker reads: float64 [samples, 7], see scoring.drift_sums.
 
         Media tokens do not count, since the talker reads zeros in their place.
         """

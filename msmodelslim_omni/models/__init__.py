@@ -11,7 +11,7 @@ from __future__ import annotations
 from .inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
 from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport
-from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock, apply_renaming
+from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock, apply_renaming, is_recomputed_buffer
 
 __all__ = [
     "MODALITIES",
@@ -33,4 +33,5 @@ __all__ = [
     "apply_renaming",
     "derive_model_type",
     "find_model_type",
+    "is_recomputed_buffer",
 ]

@@ -120,6 +120,11 @@ class Part:
 Renaming = tuple[tuple[str, str | None], ...]
 
 
+def is_recomputed_buffer(name: str) -> bool:
+    """Whether a tensor is the rotary buffer that older tools save in every layer. Loaders compute it and skip it."""
+    return name.endswith(".rotary_emb.inv_freq")
+
+
 def apply_renaming(name: str, renaming: Renaming) -> str | None:
     """Replace the prefix of a name. None if no prefix matches or the tensor is not loaded."""
     for old, new in renaming:

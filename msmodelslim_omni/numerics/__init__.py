@@ -21,7 +21,6 @@ from .arithmetic import (
     round_act,
     row_blocks,
     row_squares,
-    squared_norm,
     weight_error,
 )
 from .float4 import GLOBAL_SCALE, NVFP4_GROUP
@@ -49,7 +48,6 @@ __all__ = [
     "round_act",
     "row_blocks",
     "row_squares",
-    "squared_norm",
     "unpack_nf4",
     "weight_error",
 ]

@@ -61,7 +61,7 @@ def quantize_weight(
 ) -> QuantizedLinear:
     """Round a weight to integers: q = clamp(round(W / s) + z), with s and z per output channel or per group of inputs.
 
-    Symmetric, per channel:   s = absmax / qmax, z = 0; the lowest code is not used.
+    Symmetric, per channel:   s = absmax / qmax, rounded to bfloat16, z = 0; the lowest code is not used.
     Symmetric, per group:     s = max(max / qmax, min / qmin), z = 0: the smallest scale without clipping.
     Asymmetric, per group:    s = (max - min) / (qmax - qmin), z = round(qmin - min / s). [min, max] is extended to
                               include zero, so that z is a code and a group of one sign does not collapse.
@@ -193,9 +193,18 @@ def _channel_scales(block: torch.Tensor, absmax: torch.Tensor, scheme: QuantSche
     if scheme.number == "e4m3":
         return search_e4m3_scales(block, absmax) if scheme.weight_method == "mse" else e4m3_scales(absmax)
     qmax = scheme.weight_range[1]
-    s = torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax))
-    s = torch.where(s > 0, s, torch.full_like(s, torch.finfo(torch.float32).tiny))  # absmax / qmax underflowed
+    s = channel_scales(torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax)))
     return _search_mse_scale(block, s, qmax) if scheme.weight_method == "mse" else s
+
+
+def channel_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Round positive scales of int8 channels to bfloat16, in which compressed-tensors stores them.
+
+    So all formats store the same scales as the integers were rounded with. Float16 represents them down to 2^-17, the
+    scale of a channel whose largest weight is 0.001.
+    """
+    tiny = torch.finfo(torch.bfloat16).tiny  # absmax / qmax may underflow
+    return scales.to(torch.bfloat16).clamp_min(tiny).to(torch.float32)
 
 
 def group_grid(
@@ -321,7 +330,7 @@ def map_blocks(function: Callable[[S], T], blocks: Sequence[S], device: torch.de
 def _search_mse_scale(block: torch.Tensor, full: torch.Tensor, qmax: int) -> torch.Tensor:
     """Return the shrunk scale with the least squared error of each row, or the full scale if none is better.
 
-    block: float32 [rows, in]. full: [rows, 1], absmax / qmax. Each candidate is refined once by least squares: for
+    block: float32 [rows, in]. full: [rows, 1], of absmax / qmax. Each candidate is refined once by least squares: for
     given integers, the best scale is sum(W q) / sum(q q).
     """
     best, best_error = full, _squared_error(block, full, qmax)
@@ -329,7 +338,8 @@ def _search_mse_scale(block: torch.Tensor, full: torch.Tensor, qmax: int) -> tor
         start = full * shrink
         q = (block / start).round_().clamp_(-qmax, qmax)
         fitted = (block * q).sum(1, keepdim=True) / (q * q).sum(1, keepdim=True).clamp_min(1.0)
-        for candidate in (start, torch.where(fitted > 0, fitted, start)):
+        for exact in (start, torch.where(fitted > 0, fitted, start)):
+            candidate = channel_scales(exact)
             error = _squared_error(block, candidate, qmax)
             better = error < best_error
             best, best_error = torch.where(better, candidate, best), torch.where(better, error, best_error)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import QuantError
 from ..formats import DESCRIPTION_FILE
-from ..models import MODEL_TYPES, ModelSpec, derive_model_type
+from ..models import MODEL_TYPES, ModelSpec, derive_model_type, is_recomputed_buffer
 from ..storage import Checkpoint, load_json_object
 
 _QUANTIZABLE_DTYPES = ("BF16", "F16", "F32")
@@ -73,7 +73,8 @@ def check_layers(model: ModelSpec, checkpoint: Checkpoint) -> None:
     expected = {model.layer_name(index, name): shape for index in layers for name, shape in shapes.items()}
     _refuse_fused_experts(model, checkpoint)
     _compare(checkpoint, expected, frozenset())
-    names = [name for name in checkpoint.tensors if name.startswith(model.layers_prefix)]
+    in_layers = (name for name in checkpoint.tensors if name.startswith(model.layers_prefix))
+    names = [name for name in in_layers if not is_recomputed_buffer(name)]
     if surplus := sorted(set(names) - set(expected)):
         raise QuantError(
             f"{checkpoint.path}: {_listed(surplus)} {_verb(surplus)} not part of the model that config.json describes",

@@ -16,6 +16,7 @@ and W. Differences from the paper:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -198,7 +199,7 @@ def search_losses(
             change = grouped_rounding_error(weight * factors, scheme).div_(factors)
             error = gram.output_error(change) if pivots is None else change.square() @ pivots
             total += float(error.sum()) / signal if signal > 0 else 0.0
-        return total
+        return total if math.isfinite(total) else math.inf  # H beyond float32: the identity is taken
 
     return dict(enumerate(team.map(loss, candidates)))
 

@@ -31,7 +31,12 @@ _BLOCK = 128  # inputs
 _SORTED_ROWS = 1024  # rows of H sorted at once, to save memory for a copy of H
 _STRIP = 32  # inputs of a block; errors propagate one by one within a strip, and all at once to the rest of the block
 _PART = 40 << 20  # maximum weights rounded at once; smaller parts spend more time on calls than on arithmetic
+_MOST_DAMPING = 100.0  # times the mean of diag(H); with more, H would be a diagonal
 _SHARED = 16 << 20  # a CPU weight with more elements has at least two parts, so that two processes can share them
+
+
+class NotFactorizable(ArithmeticError):
+    """H has no Cholesky factor in float32. The message is the reason, for the report."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +109,21 @@ def has_few_tokens(gram: Gram) -> bool:
 
 
 def factorize(gram: Gram) -> CholeskyFactor:
-    """The Cholesky factor of H + λ, inputs sorted by H_ii. An input that no token reached contributes only damping."""
+    """The Cholesky factor of H + λ, inputs sorted by H_ii. An input that no token reached contributes only damping.
+
+    Raises NotFactorizable, which no layer of a model with finite hidden states should cause.
+    """
     diagonal = gram.diagonal()
-    damping = relative_damping(gram.tokens, gram.in_features) * float(diagonal.mean().clamp_min(1e-20))
+    mean = float(diagonal.mean().clamp_min(1e-20))
+    if not math.isfinite(mean):
+        raise NotFactorizable("H exceeds float32")
     order = torch.argsort(diagonal, stable=True)
-    if gram.factor is not None:
-        return _factorize_rows(gram.factor[:, order].contiguous(), order, damping)
-    attempt = _try_cholesky if gram.matrix is not None else _try_cholesky_on_disk
-    dampings = [damping]
+    attempt = _try_cholesky_of_rows if gram.factor is not None else _try_cholesky
+    attempt = attempt if gram.spilled is None else _try_cholesky_on_disk
+    dampings = [relative_damping(gram.tokens, gram.in_features) * mean]
     while (cholesky := attempt(gram, order, dampings)) is None:  # float32 lost the smallest eigenvalues
+        if dampings[-1] > _MOST_DAMPING * mean:
+            raise NotFactorizable("H is not positive definite in float32")
         dampings.append(10 * dampings[-1])
     return cholesky
 
@@ -165,21 +176,25 @@ def _try_cholesky_on_disk(gram: Gram, order: torch.Tensor, dampings: list[float]
     return CholeskyFactor(order, inner, _BlocksOnDisk(upper), None)
 
 
-def _factorize_rows(r: torch.Tensor, order: torch.Tensor, damping: float) -> CholeskyFactor:
-    """factorize for H = RᵀR. r: [rows, in], inputs sorted by `order`."""
+def _try_cholesky_of_rows(gram: Gram, order: torch.Tensor, dampings: list[float]) -> CholeskyFactor | None:
+    """The same for H = RᵀR."""
+    assert gram.factor is not None
+    r = gram.factor[:, order].contiguous()  # [rows, in]
     p = torch.eye(r.shape[0], dtype=torch.float32, device=r.device)
     inner, below = [], []
+    failed = torch.zeros((), dtype=torch.int32, device=r.device)
     for first in range(0, r.shape[1], _BLOCK):
         block = r[:, first : first + _BLOCK]  # [rows, size]
         passed = p @ block
         square = block.T @ passed
-        square.diagonal().add_(damping)
-        lower = torch.linalg.cholesky((square + square.T) / 2)
+        square.diagonal().add_(sum(dampings))
+        lower, of_block = torch.linalg.cholesky_ex((square + square.T) / 2)
+        failed = torch.maximum(failed, of_block)
         v = torch.linalg.solve_triangular(lower, passed.T, upper=False).T  # P R_B L^-T, [rows, size]
         p.addmm_(v, v.T, alpha=-1.0)
         inner.append(lower)
         below.append(v)
-    return CholeskyFactor(order, inner, below, r)
+    return CholeskyFactor(order, inner, below, r) if int(failed) == 0 else None
 
 
 def split_into_parts(weight: torch.Tensor) -> list[slice]:

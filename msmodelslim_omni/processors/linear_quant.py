@@ -11,7 +11,7 @@ from ..models import LinearGroup
 from ..recipe import LinearQuantConfig
 from ..statistics import Gram
 from .judge import better_rounding
-from .rounding import cholesky_for_gptq, round_group, tokens_for_gptq
+from .rounding import cholesky_for_gptq, has_enough_tokens, round_group, tokens_for_gptq
 from .work import FEWEST_EXPERT_TOKENS, LayerWork
 
 _LISTED_EXPERTS = 8
@@ -66,9 +66,17 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> 
     if group.expert is None and cholesky is not None and gram is not None:
         work, judged = better_rounding(work, group, gram, by_gptq)
         quantized |= judged
-    elif group.expert is None and gram is not None and by_gptq:
-        work = replace(work, notes=(*work.notes, _too_few_tokens_note(group, gram)))
+    elif cholesky is None and gram is not None and by_gptq and (group.expert is None or has_enough_tokens(gram)):
+        note = _not_factorized_note if has_enough_tokens(gram) else _too_few_tokens_note
+        work = replace(work, notes=(*work.notes, note(group, gram)))
     return replace(work, quantized={**work.quantized, **quantized})
+
+
+def _not_factorized_note(group: LinearGroup, gram: Gram) -> str:
+    return (
+        f"{group.name}: H of {gram.tokens} tokens and {gram.in_features} inputs has no Cholesky factor in float32, so"
+        " GPTQ cannot use it; rounded to the nearest level with a clip search instead"
+    )
 
 
 def _too_few_tokens_note(group: LinearGroup, gram: Gram) -> str:

@@ -7,7 +7,7 @@ search) itself, because this takes less time than sending the result.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -17,6 +17,7 @@ from ..runtime import SINGLE_PROCESS, Split, Team
 from ..statistics import Gram
 from .gptq import (
     CholeskyFactor,
+    NotFactorizable,
     factorize,
     round_in_order,
     split_into_parts,
@@ -35,9 +36,13 @@ def has_enough_tokens(gram: Gram) -> bool:
 
 
 def cholesky_for_gptq(schemes: Mapping[str, QuantScheme], gram: Gram | None) -> CholeskyFactor | None:
-    """Factorize H if a scheme uses GPTQ and there are enough tokens, else return None."""
+    """Factorize H if a scheme uses GPTQ and there are enough tokens. None if not, and if H cannot be factorized."""
     uses_gptq = any(scheme.weight_method == "gptq" for scheme in schemes.values())
-    return factorize(gram) if uses_gptq and gram is not None and has_enough_tokens(gram) else None
+    if not uses_gptq or gram is None or not has_enough_tokens(gram):
+        return None
+    with suppress(NotFactorizable):
+        return factorize(gram)
+    return None
 
 
 def round_group(
@@ -79,12 +84,16 @@ def round_group(
 
 
 def _clip_importance(scheme: QuantScheme, gram: Gram | None, cholesky: CholeskyFactor | None) -> torch.Tensor | None:
-    """The error weights of the clip search, see quantize_weight."""
+    """The error weights of the clip search, see quantize_weight. Those of an H beyond float32 are all alike."""
     if scheme.group_size is None:
         return None
     if cholesky is not None:
         return cholesky.pivots().view(-1, scheme.group_size)  # [groups, g]
-    return gram.diagonal_blocks(scheme.group_size) if gram is not None else None
+    if gram is None:
+        return None
+    blocks = gram.diagonal_blocks(scheme.group_size)  # [groups, g, g]
+    identity = torch.eye(scheme.group_size, dtype=blocks.dtype, device=blocks.device)
+    return torch.where(torch.isfinite(blocks).all(), blocks, identity)
 
 
 def round_parts(

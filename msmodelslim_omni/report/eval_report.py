@@ -197,7 +197,12 @@ def as_markdown(report: EvalReport) -> str:
         "",
         "## Drift of the hidden states after each layer",
         "",
-        "Relative error |quantized - float| / |float|, over all tokens and by token modality.",
+        "Relative error |quantized - float| / |float|, over all tokens and by token modality."
+        + (
+            " `ordinary`: without the tokens with massive activations, which alone decide the other figures."
+            if any(layer.massive for layer in report.layers)
+            else ""
+        ),
         "",
         *markdown_table(*layer_rows(report)),
         "",
@@ -213,8 +218,10 @@ def as_markdown(report: EvalReport) -> str:
 def layer_rows(report: EvalReport) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the drift table: one row per layer, the error overall and by modality."""
     modalities = [name for name in MODALITIES if any(name in layer.error_by_modality for layer in report.layers)]
+    has_massive = any(layer.massive for layer in report.layers)
     rows = []
     for layer in report.layers:
-        by_modality = (layer.error_by_modality.get(name) for name in modalities)
-        rows.append([f"{layer.index}", f"{layer.error:.4g}", *("" if e is None else f"{e:.4g}" for e in by_modality)])
-    return ["layer", "all", *modalities], rows
+        figures = [layer.error, *([layer.error_ordinary] if has_massive else [])]
+        figures += [layer.error_by_modality.get(name) for name in modalities]
+        rows.append([f"{layer.index}", *("" if figure is None else f"{figure:.4g}" for figure in figures)])
+    return ["layer", "all", *(["ordinary"] if has_massive else []), *modalities], rows

@@ -50,11 +50,17 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """|quant - float| / |float| of the hidden states after one decoder layer, over all tokens and by token modality."""
+    """|quant - float| / |float| of the hidden states after one decoder layer, over all tokens and by token modality.
+
+    error_ordinary: without the `massive` tokens, whose hidden states are more than 10 times as long as the median of
+    their sample and modality. The defaults are for reports from earlier versions.
+    """
 
     index: int
     error: float
     error_by_modality: dict[str, float] = field(default_factory=dict)
+    error_ordinary: float | None = None
+    massive: int = 0
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class LayerRecord:
 
     error_over_plain: measured output error divided by the error of plain rounding, or None if they were not compared;
     1 if the layer fell back to plain rounding. expert_tokens: calibration tokens of each expert, by modality; empty
-    without experts and in data-free runs.
+    without experts and in data-free runs. output_error_ordinary: output_error without the `massive_tokens`, to which
+    the layer adds more than 10 times what it adds to the median token of their sample and modality.
     """
 
     index: int
@@ -62,6 +63,8 @@ class LayerRecord:
     error_over_plain: float | None = None
     notes: tuple[str, ...] = ()
     expert_tokens: dict[str, list[int]] = field(default_factory=dict)
+    output_error_ordinary: float | None = None
+    massive_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -235,8 +238,9 @@ def _error_note(report: Report) -> str:
     return (
         "Relative output error |Y - Ŷ| / |Y| of each Linear with its stored weights and run-time arithmetic, on"
         " calibration tokens. `layer`: error of what the layer adds to the residual stream, followed by the error per"
-        " modality. `vs. plain`: the layer's error divided by the error of plain rounding, on samples held out from the"
-        " search if there are enough."
+        " modality. `ordinary`, if a layer writes massive activations: its error without the tokens that get them,"
+        " which alone decide the other figure. `vs. plain`: the layer's error divided by the error of plain rounding,"
+        " each token weighted by 1 / |hidden state|, on samples held out from the search if there are enough."
     )
 
 
@@ -244,13 +248,20 @@ def _error_table(report: Report) -> list[str]:
     kinds = list(dict.fromkeys(linear.name.rsplit(".", 1)[-1] for layer in report.layers for linear in layer.linears))
     modalities = [m for m in MODALITIES if any(m in layer.output_error_by_modality for layer in report.layers)]
     has_comparison = any(layer.error_over_plain is not None for layer in report.layers)
-    columns = [*kinds, *(["layer", *modalities] if modalities else []), *(["vs. plain"] if has_comparison else [])]
+    has_massive = any(layer.massive_tokens for layer in report.layers)
+    ordinary = ["ordinary"] if has_massive else []
+    columns = [
+        *kinds,
+        *(["layer", *ordinary, *modalities] if modalities else []),
+        *(["vs. plain"] if has_comparison else []),
+    ]
     rows = [f"| layer | {' | '.join(columns)} |", "|--:|" + "--:|" * len(columns)]
     for layer in report.layers:
         by_kind = {linear.name.rsplit(".", 1)[-1]: linear for linear in layer.linears}
         cells = [_error_cell(by_kind.get(kind)) for kind in kinds]
         if modalities:
             cells.append(_format_number(layer.output_error))
+            cells += [_format_number(layer.output_error_ordinary)] if has_massive else []
             cells += [_format_number(layer.output_error_by_modality.get(m)) for m in modalities]
         if has_comparison:
             cells.append(_format_number(layer.error_over_plain))

@@ -131,7 +131,11 @@ def _check_against_rounding(
 def _no_worse_than_rounding(
     plan: QuantPlan, loaded: LayerWork, work: LayerWork, probe: LayerProbe
 ) -> tuple[LayerWork, Errors]:
-    """The layer itself if its output error is below that of plain rounding, otherwise the plainly rounded layer."""
+    """The layer, its blocks plainly rounded or not, whichever changes the output least.
+
+    If the output error is not below that of plain rounding, often only one of attention and MLP is to blame: no factor
+    is folded from one into the other, so that each can be rounded plainly alone.
+    """
     if not loaded.schemes:
         return work, probe.errors(_module(plan, work, keep_widened=False))
     plain = replace(
@@ -140,10 +144,6 @@ def _no_worse_than_rounding(
             linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"))
             for linear, scheme in loaded.schemes.items()
         },
-        smoothing=tuple(
-            replace(record, alpha=None, gain=1.0, reason=f"reverted: {record.reason}") for record in work.smoothing
-        ),
-        notes=work.notes,
     )
     searched = probe.errors(_module(plan, work, keep_widened=False))
     rounded = probe.errors(_module(plan, plain, keep_widened=False))
@@ -151,10 +151,39 @@ def _no_worse_than_rounding(
     ratio = relative_error(error, of_plain)
     if error < of_plain:
         return replace(work, over_plain=ratio), searched
-    note = "fell back to plain rounding: " + (
-        f"the search's output error was {ratio:.3f}x as large" if of_plain > 0 else "it is exact here"
+    why = f"the search's output error was {ratio:.3f}x as large" if of_plain > 0 else "it is exact here"
+    blocks = {group.block for group in loaded.spec.groups}
+    candidates = [(_with_plain_blocks(work, plain, blocks), "fell back to plain rounding", rounded)]
+    for block in sorted(blocks) if len(blocks) > 1 else ():
+        mixed = _with_plain_blocks(work, plain, {block})
+        errors = probe.errors(_module(plan, mixed, keep_widened=False))
+        candidates.append((mixed, f"{block} fell back to plain rounding", errors))
+    chosen, what, errors = min(candidates, key=lambda candidate: probe.weighted_error(candidate[2]))
+    ratio = relative_error(probe.weighted_error(errors), of_plain) if of_plain > 0 else 1.0
+    return replace(chosen, over_plain=ratio, notes=(*work.notes, f"{what}: {why}")), errors
+
+
+def _with_plain_blocks(work: LayerWork, plain: LayerWork, blocks: set[str]) -> LayerWork:
+    """`work` with some of its blocks as in `plain`, together with the norms in front of them."""
+    groups = [group for group in work.spec.groups if group.block in blocks]
+    prefixes = tuple(f"{name}." for name in {*blocks, *(group.previous for group in groups)})
+    linears = {linear for group in groups for linear in group.linears}
+    reverted = {group.name for group in groups}
+    unscaled = {name: stats for name, stats in (plain.stats or {}).items() if name in reverted}
+    return replace(
+        work,
+        weights={n: plain.weights[n] if n.startswith(prefixes) else tensor for n, tensor in work.weights.items()},
+        folds={linear: fold for linear, fold in work.folds.items() if linear not in linears},
+        quantized={n: plain.quantized[n] if n in linears else q for n, q in work.quantized.items()},
+        stats=None if work.stats is None else {**work.stats, **unscaled},
+        changed=frozenset(name for name in work.changed if not name.startswith(prefixes)),
+        smoothing=tuple(
+            replace(record, alpha=None, gain=1.0, reason=f"reverted: {record.reason}")
+            if record.group in reverted
+            else record
+            for record in work.smoothing
+        ),
     )
-    return replace(plain, over_plain=1.0, notes=(*work.notes, note)), rounded
 
 
 def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from ..numerics import (
 from ..plan import LayerPlan, QuantPlan
 from ..processors import LayerWork
 from ..report import LayerRecord, LinearRecord
-from ..statistics import InputStats
+from ..statistics import InputStats, is_ordinary
 
 
 def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: OutputError | None) -> dict[str, Any]:
@@ -34,7 +34,13 @@ def record_layer(plan: QuantPlan, layer: LayerPlan, work: LayerWork, output: Out
     if work.stats is not None and work.spec.experts is not None:
         record = replace(record, expert_tokens=_expert_tokens(work))
     if output is not None:
-        record = replace(record, output_error=output.overall, output_error_by_modality=output.by_modality)
+        record = replace(
+            record,
+            output_error=output.overall,
+            output_error_by_modality=output.by_modality,
+            output_error_ordinary=output.ordinary,
+            massive_tokens=output.massive,
+        )
     return {**asdict(record), "linears": linears}
 
 
@@ -68,14 +74,16 @@ def _linear_record(plan: QuantPlan, layer: LayerPlan, work: LayerWork, linear: s
 def output_error(stats: InputStats, weight: torch.Tensor, linear: QuantizedLinear) -> tuple[float, dict[str, float]]:
     """|Y - Ŷ| / |Y| on the kept rows, overall and by modality. The bias cancels and is omitted.
 
-    Overall weighs the modalities by the tokens that all samples have, not by the rows kept.
+    Rows with massive outputs are left out, because the figures would show nothing else; see is_ordinary. Overall weighs
+    the modalities by the tokens that all samples have, not by the rows kept.
     """
     exact = stats.rows @ weight.to(torch.float32).T  # [rows, out]
     error, signal = row_squares(quantized_matmul(stats.rows, linear) - exact), row_squares(exact)
+    ordinary = is_ordinary(signal, stats.row_modality)
     total_error = total_signal = 0.0
     by_modality = {}
     for index in stats.sampled():
-        mine = stats.row_modality == index
+        mine = (stats.row_modality == index) & ordinary
         e, s = float(error[mine].mean()), float(signal[mine].mean())
         by_modality[MODALITIES[index]] = relative_error(e, s)
         total_error += e * int(stats.count[index])

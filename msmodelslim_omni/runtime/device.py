@@ -64,7 +64,7 @@ def resolve_device(requested: str, default_index: int = 0) -> Device:
         raise QuantError(f"unknown device {requested!r}", "use auto, cpu, cuda, cuda:1, npu or npu:1")
     kind, index = match[1], int(match[2] or default_index)
     _import_npu()
-    torch.backends.cudnn.allow_tf32 = False  # float32 must not silently become TF32
+    _forbid_tf32()
     if kind == "cpu":
         return Device("cpu", "as requested")
     if kind == "auto":
@@ -73,6 +73,16 @@ def resolve_device(requested: str, default_index: int = 0) -> Device:
     if not count:
         raise QuantError(f"device {requested!r}: {problem}", _NPU_HINT if kind == "npu" else "use --device cpu")
     return _card(kind, index, count, "as requested")
+
+
+def _forbid_tf32() -> None:
+    """Keep float32 from silently becoming TF32 (NVIDIA; an environment variable may allow it) or HF32 (Ascend)."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    npu = getattr(torch, "npu", None)  # torch_npu adds it
+    for operations in (getattr(npu, name, None) for name in ("conv", "matmul")):
+        if operations is not None:
+            operations.allow_hf32 = False
 
 
 def _card(kind: str, index: int, count: int, reason: str) -> Device:

@@ -30,6 +30,10 @@ from .spilled import Spill
 # only some tokens use. Every modality has at least ROWS_PER_MODALITY of them.
 ROWS, ROWS_PER_MODALITY = 1024, 256
 
+# A token with more than this many times the length of an ordinary one has massive activations. In language models these
+# tokens have about 100 to 1000 times it, and the others up to 5 times.
+MASSIVE = 10.0
+
 _COMBINED = -1  # the key of a builder of H of all modalities
 
 
@@ -194,6 +198,18 @@ class _RunningStats:
             rows=torch.cat([merged.rows, *(part for part, _ in ordered)]),
             row_modality=torch.cat([merged.row_modality, *(part for _, part in ordered)]),
         )
+
+
+def is_ordinary(squares: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
+    """Which tokens are no massive ones: at most MASSIVE times as long as the median of their modality. bool [tokens].
+
+    squares: |x|² of the tokens of one sample, float64 [tokens] on the CPU. modality: int8 [tokens].
+    """
+    ordinary = torch.ones_like(modality, dtype=torch.bool)
+    for index in torch.unique(modality).tolist():
+        mine = modality == index
+        ordinary[mine] = squares[mine] <= MASSIVE**2 * squares[mine].median()
+    return ordinary
 
 
 class InputRecorder:

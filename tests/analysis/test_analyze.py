@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ from msmodelslim_omni.analysis.holdout import write_index as write_part
 from msmodelslim_omni.analysis.mixed_recipe import FLOAT, W4, W8
 from msmodelslim_omni.analysis.proposal import Proposal, Proposer
 from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text
-from msmodelslim_omni.analysis.rounds import best_round, kl_per_damage
+from msmodelslim_omni.analysis.rounds import best_round, kl_per_damage, next_for_kl
 from msmodelslim_omni.analysis.run import _split_dataset, analyze
 from msmodelslim_omni.analysis.sensitivity import (
     UnitSensitivity,
@@ -313,6 +313,11 @@ def test_kl_per_damage_is_that_of_the_last_round() -> None:
     proposals = [Proposal({}, "", damage, 0.0, {}) for damage in (0.2, 0.1, 0.0)]
     tried = [(p, make_round(1, kl)) for p, kl in zip(proposals, (0.4, 0.3, 0.1), strict=True)]
     assert [kl_per_damage(tried[:n]) for n in (1, 2, 3)] == pytest.approx([2.0, 3.0, 0.0])
+
+
+def test_search_ends_where_a_round_measures_no_kl() -> None:
+    tried = [(Proposal({}, "", damage, 0.0, {}), make_round(1, kl)) for damage, kl in ((0.2, 0.4), (0.1, 0.0))]
+    assert next_for_kl(cast(Proposer, None), [], tried, 0.3) is None
 
 
 # --- the command ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import tiny_layer
 import torch
 
-from msmodelslim_omni.calibration.layer_probe import LayerProbe
+from msmodelslim_omni.calibration.layer_probe import Errors, LayerProbe, add_sums, squared_errors
 from msmodelslim_omni.statistics.capture import run_layer
 
 IMPORTANCE = {0: 0.5, 1: 0.1, 2: 0.0, 3: 2.0}  # weight of a token by modality
@@ -69,7 +69,7 @@ def test_layer_error() -> None:
     pairs = [(tiny_layer.output(changed, s), tiny_layer.output(weights, s), s.modality) for s in samples]
     expected = sum(weighted(out - exact, modality, exact) for out, exact, modality in pairs)
     assert probe.weighted_error(probe.errors(tiny_layer.build(changed))) == pytest.approx(expected, rel=1e-4)
-    error, signal, _ = probe.errors(tiny_layer.build(changed))
+    error, signal, *_ = probe.errors(tiny_layer.build(changed))
     for modality in range(4):
         outputs = [(tiny_layer.output(changed, s), tiny_layer.output(weights, s), s) for s in samples]
         expected_error = sum(float((a - b)[0, s.modality == modality].double().square().sum()) for a, b, s in outputs)
@@ -78,3 +78,19 @@ def test_layer_error() -> None:
         )
         assert float(error[modality]) == pytest.approx(expected_error, rel=1e-4)
         assert float(signal[modality]) == pytest.approx(expected_signal, rel=1e-4)
+
+
+def test_sums_of_a_sample_by_hand() -> None:
+    """The layer adds 1, 2, 3 to text tokens and 400 to one more, and 5 to an audio token."""
+    entering = torch.zeros(1, 5, 2)
+    exact = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [400.0, 0.0], [5.0, 0.0], [3.0, 0.0]]])
+    out = exact + torch.tensor([[[0.0, 1.0], [0.0, 1.0], [0.0, 20.0], [0.0, 2.0], [0.0, 1.0]]])
+    modality = torch.tensor([0, 0, 0, 2, 0], dtype=torch.int8)
+    sums = add_sums([squared_errors(entering, exact, out, modality)] * 2)
+    assert isinstance(sums, Errors)
+    assert sums.error.tolist() == [2 * 403, 0, 2 * 4, 0]
+    assert sums.signal.tolist() == [2 * (14 + 160000), 0, 2 * 25, 0]
+    assert sums.noise.tolist() == pytest.approx([2 * (1 + 1 / 2 + 400 / 400 + 1 / 3), 0, 2 * 4 / 5, 0])
+    assert sums.ordinary_error.tolist() == [2 * 3, 0, 2 * 4, 0]
+    assert sums.ordinary_signal.tolist() == [2 * 14, 0, 2 * 25, 0]
+    assert sums.massive.tolist() == [2, 0, 0, 0]

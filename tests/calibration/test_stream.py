@@ -85,11 +85,11 @@ def test_next_layer_gets_the_quantized_layers_output(prepared: Prepared, tmp_pat
 
 
 def rounded_per_channel(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The layer's weights rounded to int8 with one scale per output channel, absmax / 127."""
+    """The layer's weights rounded to int8 with one scale per output channel, absmax / 127 in bfloat16."""
     rounded = dict(weights)
     for name, weight in weights.items():
         if weight.ndim == 2:
-            step = weight.abs().amax(1, keepdim=True) / 127
+            step = (weight.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16).float()
             rounded[name] = (weight / step).round() * step
     return rounded
 

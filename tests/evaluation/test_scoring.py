@@ -20,6 +20,7 @@ from msmodelslim_omni.evaluation.scoring import (
     concatenate_scores,
     drift_figures,
     drift_sums,
+    ordinary_drift,
     scored_positions,
 )
 from msmodelslim_omni.evaluation.stem_pair import Sample
@@ -132,12 +133,21 @@ def test_drift_by_hand() -> None:
     float_states = torch.tensor([[3.0, 4.0], [0.0, 2.0], [0.0, 0.0]])
     quant_states = torch.tensor([[3.0, 5.0], [2.0, 0.0], [0.0, 0.0]])
     sums = drift_sums(float_states, quant_states, torch.tensor([0, 1, 1]), 3)
-    assert sums[0].tolist() == pytest.approx([1, 25, 29 / (5 * math.sqrt(34)), 1])
-    assert sums[1].tolist() == pytest.approx([8, 4, 0 + 1, 2])  # right angle; two zero vectors have cosine 1
-    assert sums[2].tolist() == [0, 0, 0, 0]
+    assert sums[0].tolist() == pytest.approx([1, 25, 29 / (5 * math.sqrt(34)), 1, 1, 25, 0])
+    # A right angle; two zero vectors have cosine 1. Beside a token of zeros, which is the median, any other is massive.
+    assert sums[1].tolist() == pytest.approx([8, 4, 0 + 1, 2, 0, 0, 1])
+    assert sums[2].tolist() == [0] * 7
     assert drift_figures(sums[0] + sums[1])[0] == pytest.approx(math.sqrt(9 / 29))
     assert drift_figures(sums[2]) == (0.0, 1.0)
     assert drift_figures(drift_sums(float_states[2:], quant_states[:1], torch.tensor([0]), 1)[0]) == (math.inf, 0.0)
+
+
+def test_drift_of_ordinary_tokens_by_hand() -> None:
+    # Lengths 3, 2, 30, 1000, 2: the median is 3, and only 1000 is more than ten times as long.
+    float_states = torch.diag(torch.tensor([3.0, 2.0, 30.0, 1000.0, 2.0]))
+    sums = drift_sums(float_states, float_states + torch.eye(5), torch.zeros(5), 1)[0]
+    assert drift_figures(sums)[0] == pytest.approx(math.sqrt(5 / (917 + 1000**2)))
+    assert ordinary_drift(sums) == (pytest.approx(math.sqrt(4 / 917)), 1)
 
 
 def test_equal_states_have_exactly_zero_drift() -> None:
@@ -178,6 +188,12 @@ def test_one_sample_has_no_width_and_seeds_repeat() -> None:
     assert Bootstrap(20, 3)._counts.shape == (RESAMPLES, 20)
 
 
+def test_samples_without_a_position_leave_the_interval_finite() -> None:
+    # A quarter of the resamples draw the second sample alone.
+    interval = Bootstrap(2, 0).ratio(np.array([0.5, 0.0]), np.array([2.0, 0.0]))
+    assert (interval.value, interval.low, interval.high) == (0.25, 0.25, 0.25)
+
+
 def test_exponentials_stay_finite() -> None:
     assert math.isfinite(Bootstrap(1, 0).ratio(np.array([1e6]), np.array([1.0]), exponential=True).high)
 
@@ -196,9 +212,9 @@ def make_measurements() -> Measurements:
         values: list[Any] = [torch.tensor(v, dtype=torch.float64) for v in (kl, kl, kl, [2 * k for k in kl])]
         return Scores(*values, torch.tensor(likeliest_float), torch.tensor(likeliest_quant))
 
-    hidden = torch.zeros(3, 4, 4, dtype=torch.float64)
-    hidden[:, 0] = torch.tensor([1.0, 100.0, 1.0, 1])
-    hidden[1, 1] = torch.tensor([25.0, 100.0, 0.5, 1])
+    hidden = torch.zeros(3, 4, 7, dtype=torch.float64)
+    hidden[:, 0, :4] = torch.tensor([1.0, 100.0, 1.0, 1])
+    hidden[1, 1, :4] = torch.tensor([25.0, 100.0, 0.5, 1])
     return Measurements(
         samples=[sample([0] * 5, (3, 5)), sample([0, 1, 0, 0], (2, 4)), sample([0, 1, 2])],
         scores=concatenate_scores([scores([0.1, 0.2], [5, 6], [5, 0]), scores([0.3, 0.4, 1.0], [1, 2, 3], [1, 2, 0])]),

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.formats.shards import GB
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type, find_model_type, qwen2_5_omni
@@ -431,6 +432,16 @@ def test_surplus_tensor_in_a_layer_is_refused(tiny_copy: Path) -> None:
     edit_tensors(tiny_copy, thinker__model__layers__0__self_attn__q_norm__weight=torch.zeros(4))
     message = plan_error(tiny_copy).message
     assert "tensor thinker.model.layers.0.self_attn.q_norm.weight is not part of the model that config.json" in message
+
+
+def test_rotary_buffer_in_a_layer_is_a_warning(tiny_copy: Path, tmp_path: Path) -> None:
+    name = "thinker.model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit_tensors(tiny_copy, **{name.replace(".", "__"): torch.ones(8)})
+    assert plan_of(tiny_copy).warnings == (f"tensor {name} is unknown to this model; copied unchanged",)
+    out = tmp_path / "out"
+    quantize(tiny_copy, out, config_path="qwen2_5_omni_w8a8_minmax", save_format=["compressed_tensors"], device="cpu")
+    assert torch.equal(open_checkpoint(out).load(name), torch.ones(8))
+    assert [finding.code for finding in examine(out, source=tiny_copy).findings if finding.code] == []
 
 
 def test_surplus_layer_is_refused(tiny_copy: Path) -> None:

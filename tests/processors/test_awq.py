@@ -546,3 +546,20 @@ def test_too_few_tokens_for_gptq_are_reported() -> None:
     assert not done.cholesky_factors
     enough = linear_quant.apply(work_of(layer_weights(), [sample(24)], GPTQ), linear_quant_of(GPTQ), ALL)
     assert enough.notes == () and set(enough.quantized) == ALL
+
+
+def test_h_beyond_float32_does_not_end_the_run() -> None:
+    work = work_of(layer_weights(), [sample(24)], GPTQ)
+    assert work.stats is not None
+    infinite = {
+        name: replace(s, grams=s.divided(torch.full_like(s.absmax[0], 1e-20)).grams) for name, s in work.stats.items()
+    }
+    done = awq.apply(replace(work, stats=infinite), config(n_grid=4), ALL)
+    assert {record.alpha for record in done.smoothing} == {None}  # the identity
+    done = linear_quant.apply(done, linear_quant_of(GPTQ), ALL)
+    assert set(done.quantized) == ALL
+    assert [note.split(":")[0] for note in done.notes] == [group.name for group in SPEC.groups]
+    assert all("has no Cholesky factor in float32" in note and "clip search" in note for note in done.notes)
+    clipped = linear_quant.apply(replace(work, stats=None), linear_quant_of(GPTQ), ALL)  # by the weights alone
+    for linear in SPEC.linears:
+        assert torch.equal(done.quantized[linear].qweight, clipped.quantized[linear].qweight), linear

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import gptq
 from msmodelslim_omni.processors.gptq import (
     CholeskyFactor,
+    NotFactorizable,
     factorize,
     relative_damping,
     round_in_order,
@@ -264,6 +266,35 @@ def test_a_few_very_large_activations(form: Form, size: float) -> None:
     grid = quantize_weight(weight, MINMAX)
     rounded = round_in_order(weight, grid, factorize(form(x)))
     assert output_error(x, weight, rounded) < 0.6 * output_error(x, weight, grid)
+
+
+@FORMS
+@pytest.mark.parametrize("size", [1e-15, 1e15])
+def test_integers_do_not_depend_on_the_unit_of_the_inputs(form: Form, size: float) -> None:
+    x, weight = tokens(700), normal(OUT, IN, seed=1)
+    power = 2.0 ** round(math.log2(size))  # scales every step of the factorization exactly
+    grid = quantize_weight(weight, MINMAX)
+    rounded = round_in_order(weight, grid, factorize(form(x * power)))
+    if size > 1:
+        assert torch.equal(rounded.qweight, round_in_order(weight, grid, factorize(form(x))).qweight)
+    assert output_error(x, weight, rounded) <= output_error(x, weight, grid)
+
+
+@FORMS
+def test_h_beyond_float32_falls_back_to_the_clip_search(form: Form) -> None:
+    gram, weight = form(tokens(700) * 1e19), normal(OUT, IN, seed=1)
+    with pytest.raises(NotFactorizable, match="H exceeds float32"):
+        factorize(gram)
+    assert cholesky_for_gptq({"a": ASYM}, gram) is None
+    rounded = round_group([("a", weight)], {"a": ASYM}, gram, None)["a"]
+    assert torch.equal(rounded.qweight, quantize_weight(weight, MSE).qweight)
+
+
+def test_indefinite_h_is_not_factorized() -> None:
+    h = torch.ones(IN, IN)
+    h[0, 1:] = h[1:, 0] = -1e6  # an eigenvalue of -2e7, beyond any damping; H of real tokens has none
+    with pytest.raises(NotFactorizable, match="not positive definite"):
+        factorize(Gram(h, None, 700))
 
 
 def test_each_part_is_rounded_as_published(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from command import MINMAX, fast_recipe, quant
-from reports import HOSTILE, LINEARS, data_free, made_evaluation, made_report
+from reports import HOSTILE, LINEARS, MODALITIES, data_free, made_evaluation, made_report
 
+from msmodelslim_omni.report.eval_report import layer_rows
 from msmodelslim_omni.report.fidelity import AnswerPair, Preview, ShownAnswer
 from msmodelslim_omni.report.html import charts
 from msmodelslim_omni.report.html.page import as_html
 from msmodelslim_omni.report.report import Report
+from msmodelslim_omni.report.report import as_markdown as quant_markdown
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 LOADING = {"src", "href", "xlink:href", "srcset", "data", "action", "poster", "formaction", "background"}
@@ -93,6 +95,22 @@ def test_page_shows_the_quantization_report(report: Report) -> None:
     assert parsed.tags.count("h1") == 1 and "script" not in parsed.tags
     for kind in LINEARS:
         assert kind.rsplit(".", 1)[-1] in parsed.text
+
+
+def test_massive_tokens_get_a_second_figure(report: Report) -> None:
+    """Columns for ordinary tokens, only where a layer has massive ones."""
+    layers = (replace(report.layers[0], output_error_ordinary=0.1234, massive_tokens=3), *report.layers[1:])
+    massive = replace(report, layers=layers)
+    evaluation = made_evaluation()
+    drift = (replace(evaluation.layers[0], error_ordinary=0.4321, massive=5), *evaluation.layers[1:])
+    assert "| layer | ordinary | text |" in quant_markdown(massive) and "| 0.1234 |" in quant_markdown(massive)
+    assert "| layer | text |" in quant_markdown(report)
+    assert "without massive tokens" in as_html(massive, None, "") and "12.3 %" in as_html(massive, None, "")
+    assert "without massive tokens" not in as_html(report, None, "")
+    assert layer_rows(evaluation)[0] == ["layer", "all", *MODALITIES]
+    columns, rows = layer_rows(replace(evaluation, layers=drift))
+    assert columns == ["layer", "all", "ordinary", *MODALITIES]
+    assert [row[2] for row in rows] == ["0.4321", "", ""]
 
 
 def test_page_shows_the_evaluation_report(page: str) -> None:

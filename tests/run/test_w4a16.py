@@ -320,7 +320,8 @@ def test_layer_worse_than_plain_rounding_falls_back(small: Path, tmp_path: Path)
     kept, errors = layers._no_worse_than_rounding(plan, loaded, worse, probe)
     assert kept.over_plain == 1.0
     assert kept.smoothing == (SmoothingRecord("qkv", None, 1.0, "reverted: as searched"),)
-    assert kept.weights is loaded.weights and not kept.changed  # nothing is folded in
+    assert all(kept.weights[name] is tensor for name, tensor in loaded.weights.items())
+    assert not kept.changed and not kept.folds  # nothing is folded in
     for linear, quantized in kept.quantized.items():
         assert torch.equal(quantized.qweight, plain[linear].qweight)
         assert torch.equal(quantized.scales, plain[linear].scales)
@@ -332,6 +333,34 @@ def test_layer_worse_than_plain_rounding_falls_back(small: Path, tmp_path: Path)
         r"fell back to plain rounding: the search's output error was ([\d.]+)x as large", kept.notes[1]
     )
     assert ratio > 2 and shown is not None and abs(float(shown[1]) - ratio) < 0.0005 + 1e-4 * ratio
+
+
+def test_only_the_block_that_is_worse_falls_back(small: Path, tmp_path: Path) -> None:
+    plan, loaded, probe = layer_for(small, tmp_path)
+    searched = {linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="mse"))
+                for linear, scheme in loaded.schemes.items()}  # fmt: skip
+    up = searched["mlp.up_proj"]
+    norms = {
+        f"{name}.weight": loaded.weights[f"{name}.weight"] * 1
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    work = replace(
+        loaded.with_folds(norms, {}),
+        smoothing=tuple(SmoothingRecord(g, 0.5, 0.7, "as searched") for g in ("qkv", "down")),
+    )
+    worse = replace(work, quantized={**searched, "mlp.up_proj": replace(up, scales=9 * up.scales)})
+    kept, errors = layers._no_worse_than_rounding(plan, loaded, worse, probe)
+    assert kept.over_plain is not None and 0 < kept.over_plain < 1
+    assert kept.notes[0].startswith("mlp fell back to plain rounding: the search's output error was ")
+    assert [record.alpha for record in kept.smoothing] == [0.5, None]
+    assert kept.changed == {"input_layernorm.weight"}
+    assert kept.weights["post_attention_layernorm.weight"] is loaded.weights["post_attention_layernorm.weight"]
+    for linear, scheme in loaded.schemes.items():
+        weight = loaded.weights[f"{linear}.weight"]
+        method: Any = "minmax" if linear.startswith("mlp.") else "mse"
+        expected = quantize_weight(weight, replace(scheme, weight_method=method))
+        assert torch.equal(kept.quantized[linear].qweight, expected.qweight), linear
+    torch.testing.assert_close(errors[0], probe.errors(layers._module(plan, kept))[0], rtol=1e-4, atol=0.0)
 
 
 def test_layer_better_than_plain_rounding_is_kept(small: Path, tmp_path: Path) -> None:

@@ -267,16 +267,19 @@ def _short_percent(error: float | None) -> str:
 def _error_table(report: Report, names: list[str]) -> Table:
     kinds = _kinds(report)
     rows = []
+    has_massive = any(layer.massive_tokens for layer in report.layers)
     for layer in report.layers:
         by_kind = {_kind(linear): linear for linear in layer.linears}
         cells = ["float" if (e := _error_of(by_kind.get(kind))) is None else format_percent(e) for kind in kinds]
         if names:
             cells += [
                 format_percent(layer.output_error),
+                *([format_percent(layer.output_error_ordinary)] if has_massive else []),
                 *(format_percent(layer.output_error_by_modality.get(n)) for n in names),
             ]
         rows.append((str(layer.index), *cells))
-    columns = ("layer", *kinds, *(("whole layer", *names) if names else ()))
+    whole = ("whole layer", "without massive tokens") if has_massive else ("whole layer",)
+    columns = ("layer", *kinds, *((*whole, *names) if names else ()))
     return Table("Error by layer and Linear", columns, tuple(rows), folded=True)
 
 
