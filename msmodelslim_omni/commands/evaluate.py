@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import completion
 from .shell import (
     DATA,
     OUTPUT,
@@ -15,7 +16,10 @@ from .shell import (
     Device,
     Json,
     LogFile,
+    LogLevel,
+    LogLevelFlag,
     OnBadSample,
+    Quiet,
     TrueFalse,
     TrustRemoteCode,
     argument,
@@ -49,7 +53,13 @@ def eval_(
     quant: Annotated[str | None, same_as("PATH", "quant")] = None,
     float_: Annotated[str | None, flag("float", "Folder of the float checkpoint.", metavar="PATH")] = None,
     dataset: Annotated[
-        str | None, flag("dataset", "Path of an index.jsonl or its folder, or a name under lab_calib/.", DATA)
+        str | None,
+        flag(
+            "dataset",
+            "Path of an index.jsonl or its folder, or a name under lab_calib/.",
+            DATA,
+            autocompletion=completion.datasets,
+        ),
     ] = None,
     device: Device = "auto",
     max_samples: Annotated[
@@ -93,6 +103,8 @@ def eval_(
         OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.", DATA)
     ] = OnBadSample.fail,
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
+    log_level: LogLevelFlag = LogLevel.info,
+    quiet: Quiet = False,
     log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -140,7 +152,7 @@ def eval_(
         else:
             _print_report(report)
 
-    run_with_progress(check, work, debug, as_json=as_json, log_file=log_file)
+    run_with_progress(check, work, debug, as_json=as_json, log_level=log_level, quiet=quiet, log_file=log_file)
 
 
 def _print_report(report: EvalReport) -> None:
