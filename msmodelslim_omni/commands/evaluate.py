@@ -99,6 +99,16 @@ def eval_(
         Path | None,
         flag("answers", "JSON Lines file for what both models answer to samples with an answer.", OUTPUT),
     ] = None,
+    speech: Annotated[
+        int,
+        flag(
+            "speech",
+            "Let both models also answer N samples aloud, as complete models in memory, like generate.",
+            OUTPUT,
+            min=0,
+        ),
+    ] = 0,
+    speaker: Annotated[str, flag("speaker", "Voice of --speech.", OUTPUT)] = "Chelsie",
     on_bad_sample: Annotated[
         OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.", DATA)
     ] = OnBadSample.fail,
@@ -138,7 +148,8 @@ def eval_(
             max_pixels=max_pixels, video_fps=video_fps, exact_match=exact_match is TrueFalse.true,
             positions=positions.value, seed=seed, save_path=folder,
             trust_remote_code=trust_remote_code is TrueFalse.true, on_bad_sample=on_bad_sample.value,
-            update_card=update_card, overwrite=overwrite, answers_file=answers, progress=progress,
+            update_card=update_card, overwrite=overwrite, answers_file=answers,
+            speech=speech, speaker=speaker, progress=progress,
         )  # fmt: skip
         progress.close()
         for warning in report.warnings:
@@ -156,11 +167,15 @@ def eval_(
 
 
 def _print_report(report: EvalReport) -> None:
-    from ..report import FIGURES_NOTE, figure_rows, judgement
+    from ..report import FIGURES_NOTE, figure_rows, judge_speech, judgement, speech_rows
     from .tables import table
 
     columns, rows = figure_rows(report, all_intervals=results.width >= _MIN_WIDTH_FOR_INTERVALS, separator="\n")
     title = f"{report.quant_path} ({report.quant_format}) compared with {report.float_path}; scored: {report.scored}"
     results.print(table(title, columns, rows, numeric=1))
+    if report.speech:
+        spoken_columns, spoken_rows = speech_rows(report.speech)
+        results.print(table("Spoken answers", spoken_columns, spoken_rows, numeric=1))
+        results.print(judge_speech(report.speech))
     results.print(judgement(report))
     results.print(FIGURES_NOTE)
