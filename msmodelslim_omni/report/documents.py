@@ -46,10 +46,10 @@ def write_documents(
 def write_evaluation(
     evaluation: EvalReport,
     answers: Sequence[ShownAnswer],
-    speech: Sequence[ShownSpeech],
     folder: Path,
     progress: Progress,
     *,
+    speech: Sequence[ShownSpeech] = (),
     update_card: bool = False,
     overwrite: bool = False,
 ) -> None:
