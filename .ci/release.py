@@ -21,7 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny_omni"
 # What a wheel must hold beside the modules, and what an sdist must hold to be built and tested.
-IN_WHEEL = ("configs/qwen2_5_omni_w8a8.yaml", "lab_calib/calibVideos/index.jsonl", "py.typed")
+IN_WHEEL = (
+    "configs/qwen2_5_omni_w8a8.yaml",
+    "lab_calib/calibVideos/index.jsonl",
+    "py.typed",
+    "recipe/recipe.schema.json",
+)
 IN_SDIST = ("README.md", "CHANGELOG.md", "LICENSE", "Makefile", "tests/conftest.py", "examples/demo.py")
 
 

@@ -91,9 +91,7 @@ def run_tool(name: str, index: Path, work: Path, args: argparse.Namespace) -> Ru
     twin = make_twin(index, work, args)
     tokens = twin / "tokens.safetensors"
     model, group_size = twin / "model", args.group_size
-    return run_once(
-        folder, lambda: run_peer(name, args.environments, model, tokens, folder, args.threads, group_size)
-    )
+    return run_once(folder, lambda: run_peer(name, args.environments, model, tokens, folder, args.threads, group_size))
 
 
 def evaluate(run: Run, work: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -74,9 +74,15 @@ def _main(
         typer.echo(context.get_help())
 
 
+def _verbs_that_begin(incomplete: str) -> list[str]:
+    names = [verb.__name__.rstrip("_") for verb in VERBS]
+    return [name for name in [*names, "recipes"] if name.startswith(incomplete)]
+
+
 @app.command("help", context_settings=VERB_SETTINGS)
 def _help(
-    context: typer.Context, verb: Annotated[str | None, typer.Argument(help="A verb, e.g. quant.")] = None
+    context: typer.Context,
+    verb: Annotated[str | None, typer.Argument(help="A verb, e.g. quant.", autocompletion=_verbs_that_begin)] = None,
 ) -> None:
     """Show the help of a verb."""
     if verb is None:

@@ -14,6 +14,7 @@ from .sample_store import HiddenStates, StemStore
 from .samples import (
     CalibSample,
     CalibSet,
+    choose_by_modality,
     describe_fault,
     load_calib_set,
     missing_modality_warnings,
@@ -34,6 +35,7 @@ __all__ = [
     "OutputError",
     "StemStore",
     "Stems",
+    "choose_by_modality",
     "describe_fault",
     "load_audio",
     "load_calib_set",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import completion
 from .shell import (
     DATA,
     OUTPUT,
@@ -16,6 +17,9 @@ from .shell import (
     Device,
     Json,
     LogFile,
+    LogLevel,
+    LogLevelFlag,
+    Quiet,
     TrueFalse,
     TrustRemoteCode,
     argument,
@@ -50,7 +54,13 @@ def analyze(
     model_path: Annotated[str | None, same_as("PATH", "model_path")] = None,
     save_path: Annotated[str | None, same_as("SAVE_PATH", "save_path")] = None,
     model_type: Annotated[
-        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.", RECIPE)
+        str | None,
+        flag(
+            "model_type",
+            "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.",
+            RECIPE,
+            autocompletion=completion.model_types,
+        ),
     ] = None,
     target_size: Annotated[
         str | None,
@@ -70,7 +80,12 @@ def analyze(
     ] = None,
     dataset: Annotated[
         str,
-        flag("dataset", "Path of an index.jsonl, its folder, or a .txt file; or a name under lab_calib/.", DATA),
+        flag(
+            "dataset",
+            "Path of an index.jsonl, its folder, or a .txt file; or a name under lab_calib/.",
+            DATA,
+            autocompletion=completion.datasets,
+        ),
     ] = "calibVideos",
     eval_dataset: Annotated[
         str | None,
@@ -90,6 +105,8 @@ def analyze(
     overwrite: Annotated[
         bool, flag("overwrite", "Replace an earlier analysis in SAVE_PATH.", OUTPUT, is_flag=True)
     ] = False,
+    log_level: LogLevelFlag = LogLevel.info,
+    quiet: Quiet = False,
     log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -145,7 +162,9 @@ def analyze(
     def stopped() -> str:
         return "run the same command again to continue" if folder is not None else ""
 
-    run_with_progress(check, work, debug, stopped=stopped, as_json=as_json, log_file=log_file)
+    run_with_progress(
+        check, work, debug, stopped=stopped, as_json=as_json, log_level=log_level, quiet=quiet, log_file=log_file
+    )
 
 
 def _show(analysis: Analysis, save_path: Path | None, shown_units: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import completion
 from .shell import (
     DATA,
     OUTPUT,
@@ -15,7 +16,10 @@ from .shell import (
     Device,
     Json,
     LogFile,
+    LogLevel,
+    LogLevelFlag,
     OnBadSample,
+    Quiet,
     TrueFalse,
     TrustRemoteCode,
     argument,
@@ -49,7 +53,13 @@ def eval_(
     quant: Annotated[str | None, same_as("PATH", "quant")] = None,
     float_: Annotated[str | None, flag("float", "Folder of the float checkpoint.", metavar="PATH")] = None,
     dataset: Annotated[
-        str | None, flag("dataset", "Path of an index.jsonl or its folder, or a name under lab_calib/.", DATA)
+        str | None,
+        flag(
+            "dataset",
+            "Path of an index.jsonl or its folder, or a name under lab_calib/.",
+            DATA,
+            autocompletion=completion.datasets,
+        ),
     ] = None,
     device: Device = "auto",
     max_samples: Annotated[
@@ -89,10 +99,22 @@ def eval_(
         Path | None,
         flag("answers", "JSON Lines file for what both models answer to samples with an answer.", OUTPUT),
     ] = None,
+    speech: Annotated[
+        int,
+        flag(
+            "speech",
+            "Let both models also answer N samples aloud, as complete models in memory, like generate.",
+            OUTPUT,
+            min=0,
+        ),
+    ] = 0,
+    speaker: Annotated[str, flag("speaker", "Voice of --speech.", OUTPUT)] = "Chelsie",
     on_bad_sample: Annotated[
         OnBadSample, flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it.", DATA)
     ] = OnBadSample.fail,
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
+    log_level: LogLevelFlag = LogLevel.info,
+    quiet: Quiet = False,
     log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -126,7 +148,8 @@ def eval_(
             max_pixels=max_pixels, video_fps=video_fps, exact_match=exact_match is TrueFalse.true,
             positions=positions.value, seed=seed, save_path=folder,
             trust_remote_code=trust_remote_code is TrueFalse.true, on_bad_sample=on_bad_sample.value,
-            update_card=update_card, overwrite=overwrite, answers_file=answers, progress=progress,
+            update_card=update_card, overwrite=overwrite, answers_file=answers,
+            speech=speech, speaker=speaker, progress=progress,
         )  # fmt: skip
         progress.close()
         for warning in report.warnings:
@@ -140,15 +163,19 @@ def eval_(
         else:
             _print_report(report)
 
-    run_with_progress(check, work, debug, as_json=as_json, log_file=log_file)
+    run_with_progress(check, work, debug, as_json=as_json, log_level=log_level, quiet=quiet, log_file=log_file)
 
 
 def _print_report(report: EvalReport) -> None:
-    from ..report import FIGURES_NOTE, figure_rows, judgement
+    from ..report import FIGURES_NOTE, figure_rows, judge_speech, judgement, speech_rows
     from .tables import table
 
     columns, rows = figure_rows(report, all_intervals=results.width >= _MIN_WIDTH_FOR_INTERVALS, separator="\n")
     title = f"{report.quant_path} ({report.quant_format}) compared with {report.float_path}; scored: {report.scored}"
     results.print(table(title, columns, rows, numeric=1))
+    if report.speech:
+        spoken_columns, spoken_rows = speech_rows(report.speech)
+        results.print(table("Spoken answers", spoken_columns, spoken_rows, numeric=1))
+        results.print(judge_speech(report.speech))
     results.print(judgement(report))
     results.print(FIGURES_NOTE)

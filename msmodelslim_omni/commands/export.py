@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import completion
 from .shell import (
     Debug,
     Json,
     LogFile,
+    LogLevel,
+    LogLevelFlag,
+    Quiet,
     argument,
     flag,
     print_json,
@@ -33,13 +37,20 @@ def export(
     ] = None,
     save_path: Annotated[str | None, same_as("SAVE_PATH", "save_path")] = None,
     save_format: Annotated[
-        str | None, flag("save_format", "Format to write: awq, compressed_tensors or ascendv1_saver.")
+        str | None,
+        flag(
+            "save_format",
+            "Format to write: awq, compressed_tensors or ascendv1_saver.",
+            autocompletion=completion.save_formats,
+        ),
     ] = None,
     thinker_only: Annotated[
         bool, flag("thinker_only", "Omit talker and token2wav; the output answers in text only.", is_flag=True)
     ] = False,
     part_file_size: Annotated[int, flag("part_file_size", "Shard size in GB; 0: a single file.", min=0)] = 4,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output in SAVE_PATH.")] = False,
+    log_level: LogLevelFlag = LogLevel.info,
+    quiet: Quiet = False,
     log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -81,4 +92,6 @@ def export(
     def stopped() -> str:
         return "run the same command again to continue"
 
-    run_with_progress(check, work, debug, stopped=stopped, as_json=as_json, log_file=log_file)
+    run_with_progress(
+        check, work, debug, stopped=stopped, as_json=as_json, log_level=log_level, quiet=quiet, log_file=log_file
+    )

@@ -10,6 +10,9 @@ import typer
 from .shell import (
     Debug,
     Device,
+    LogLevel,
+    LogLevelFlag,
+    Quiet,
     TrueFalse,
     TrustRemoteCode,
     flag,
@@ -36,6 +39,8 @@ def generate(
     max_new_tokens: Annotated[int, flag("max_new_tokens", "Maximum length of the answer in tokens.", min=1)] = 128,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
+    log_level: LogLevelFlag = LogLevel.info,
+    quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Generate a text (and speech) answer with plain transformers; the text streams to stdout.
@@ -70,4 +75,4 @@ def generate(
         if answer.speech:
             progress.say(f"{answer.speech_seconds:.1f} s of speech in {answer.speech}")
 
-    run_with_progress(check, work, debug)
+    run_with_progress(check, work, debug, log_level=log_level, quiet=quiet)

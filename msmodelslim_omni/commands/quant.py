@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import completion
 from .shell import (
     DATA,
     MACHINE,
@@ -18,7 +19,9 @@ from .shell import (
     Json,
     LogFile,
     LogLevel,
+    LogLevelFlag,
     OnBadSample,
+    Quiet,
     TrueFalse,
     TrustRemoteCode,
     argument,
@@ -42,7 +45,13 @@ def quant(
     model_path: Annotated[str | None, same_as("PATH", "model_path")] = None,
     save_path: Annotated[str | None, same_as("SAVE_PATH", "save_path")] = None,
     model_type: Annotated[
-        str | None, flag("model_type", "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.", RECIPE)
+        str | None,
+        flag(
+            "model_type",
+            "Model type, e.g. Qwen2.5-Omni-7B. Default: derived from config.json.",
+            RECIPE,
+            autocompletion=completion.model_types,
+        ),
     ] = None,
     quant_type: Annotated[
         str | None,
@@ -51,11 +60,17 @@ def quant(
             "w8a8, w4a16 (also awq, int4), w8a16, fp8, nf4, or a variant: w8a8_minmax, w4a16_sym. The best recipe of"
             " this type is used. Default: w8a8.",
             RECIPE,
+            autocompletion=completion.quant_types,
         ),
     ] = None,
     config_path: Annotated[
         str | None,
-        flag("config_path", "Recipe: a YAML file or the name of a shipped recipe. Excludes --quant_type.", RECIPE),
+        flag(
+            "config_path",
+            "Recipe: a YAML file or the name of a shipped recipe. Excludes --quant_type.",
+            RECIPE,
+            autocompletion=completion.recipe_names,
+        ),
     ] = None,
     save_format: Annotated[
         list[str] | None,
@@ -64,6 +79,7 @@ def quant(
             "Output format: ascendv1_saver, compressed_tensors, awq or bitsandbytes. Several, repeated or joined by"
             " commas, go to SAVE_PATH/FORMAT. Overrides the recipe.",
             RECIPE,
+            autocompletion=completion.save_formats,
         ),
     ] = None,
     dataset: Annotated[
@@ -73,6 +89,7 @@ def quant(
             "Path of an index.jsonl, its folder, or a .txt file with one prompt per line; or a name under lab_calib/."
             " Overrides the recipe.",
             DATA,
+            autocompletion=completion.datasets,
         ),
     ] = None,
     max_samples: Annotated[
@@ -86,7 +103,12 @@ def quant(
     device: Device = "auto",
     max_memory: Annotated[
         str | None,
-        flag("max_memory", "Limit the memory of the process: 6GiB, 6G, 900MB, or bytes.", MACHINE),
+        flag(
+            "max_memory",
+            "Limit the memory of the process: 6GiB, 6G, 900MB, or bytes.",
+            MACHINE,
+            envvar="MSMODELSLIM_MAX_MEMORY",
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
     dry_run: Annotated[bool, flag("dry_run", "Print the plan and stop.", OUTPUT, is_flag=True)] = False,
@@ -96,7 +118,8 @@ def quant(
     overwrite: Annotated[
         bool, flag("overwrite", "Replace an existing output in SAVE_PATH.", OUTPUT, is_flag=True)
     ] = False,
-    log_level: Annotated[LogLevel, flag("log_level", "Lowest level of messages to print.", OUTPUT)] = LogLevel.info,
+    log_level: LogLevelFlag = LogLevel.info,
+    quiet: Quiet = False,
     log_file: LogFile = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -164,7 +187,15 @@ def quant(
         return "nothing was written; run the same command again to start"
 
     run_with_progress(
-        check, work, debug, stopped=stopped, can_share=True, as_json=as_json, log_level=log_level, log_file=log_file
+        check,
+        work,
+        debug,
+        stopped=stopped,
+        can_share=True,
+        as_json=as_json,
+        log_level=log_level,
+        quiet=quiet,
+        log_file=log_file,
     )
 
 

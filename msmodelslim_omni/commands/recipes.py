@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import QuantError
+from .completion import recipe_names
 from .shell import (
     Debug,
     Json,
@@ -58,7 +59,10 @@ def recipes_list(as_json: Json = False, debug: Debug = False) -> None:
     run_verb(work, debug, as_json=as_json)
 
 
-def recipes_show(name: Annotated[str, typer.Argument(help="Name or path of a recipe.")], debug: Debug = False) -> None:
+def recipes_show(
+    name: Annotated[str, typer.Argument(help="Name or path of a recipe.", autocompletion=recipe_names)],
+    debug: Debug = False,
+) -> None:
     """Print the YAML of a recipe."""
 
     def work() -> None:
@@ -70,7 +74,7 @@ def recipes_show(name: Annotated[str, typer.Argument(help="Name or path of a rec
 
 
 def recipes_copy(
-    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", autocompletion=recipe_names)],
     file: Annotated[Path, typer.Argument(help="File to write; must not exist.")],
     debug: Debug = False,
 ) -> None:
@@ -93,7 +97,7 @@ def recipes_copy(
 
 
 def recipes_validate(
-    names: Annotated[list[str], typer.Argument(help="Names or paths of recipes.")],
+    names: Annotated[list[str], typer.Argument(help="Names or paths of recipes.", autocompletion=recipe_names)],
     model_path: Annotated[
         str | None,
         flag(

@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from ..errors import QuantError
+from .completion import devices
 from .interrupts import EXIT_CODE, Interrupts
 
 if TYPE_CHECKING:
@@ -90,12 +92,34 @@ Json = Annotated[
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 LogFile = Annotated[
     Path | None,
-    flag("log_file", "Also append messages and progress to this file, with times.", OUTPUT, show_default=False),
+    flag(
+        "log_file",
+        "Also append messages and progress to this file, with times.",
+        OUTPUT,
+        show_default=False,
+        envvar="MSMODELSLIM_LOG_FILE",
+    ),
 ]
+
+LogLevelFlag = Annotated[
+    LogLevel,
+    flag(
+        "log_level",
+        "Lowest level of messages to print; error also hides progress.",
+        OUTPUT,
+        envvar="MSMODELSLIM_LOG_LEVEL",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="The same as --log_level error.", rich_help_panel=OUTPUT)]
 
 Device = Annotated[
     str,
-    typer.Option(help="Device: auto (npu, else cuda, else cpu), cpu, cuda[:i], npu[:i].", rich_help_panel=MACHINE),
+    typer.Option(
+        help="Device: auto (npu, else cuda, else cpu), cpu, cuda[:i], npu[:i].",
+        rich_help_panel=MACHINE,
+        envvar="MSMODELSLIM_DEVICE",
+        autocompletion=devices,
+    ),
 ]
 TrustRemoteCode = Annotated[
     TrueFalse, flag("trust_remote_code", "Allow code from the checkpoint to run.", MACHINE, case_sensitive=False)
@@ -198,17 +222,23 @@ def run_with_progress(
     can_share: bool = False,
     as_json: bool = False,
     log_level: LogLevel = LogLevel.info,
+    quiet: bool = False,
     log_file: Path | None = None,
 ) -> None:
-    """Run a verb that takes minutes: `check` before torch is imported, then `work`, which shows its progress."""
+    """Run a verb that takes minutes: `check` before torch is imported, then `work`, which shows its progress.
+
+    quiet: the same as the log level `error`.
+    """
+    shown = LogLevel.error if quiet else log_level
     interrupts = Interrupts()
 
     def check_and_work() -> None:
         check()
-        with messages.status("loading libraries"):  # seconds, in which a terminal would show nothing
+        # Seconds, in which a terminal would show nothing.
+        with nullcontext() if shown is LogLevel.error else messages.status("loading libraries"):
             from .live_progress import TerminalProgress
 
-        progress = TerminalProgress(messages, log_level.value, interrupts, log_file)
+        progress = TerminalProgress(messages, shown.value, interrupts, log_file)
         try:
             work(progress)
         except QuantError as error:

@@ -40,8 +40,8 @@ def answer_pairs(
         pairs.append(
             AnswerPair(
                 where=measured.where,
-                question=_last_question(sample),
-                media=_media(sample),
+                question=last_question(sample),
+                media=media_of(sample),
                 expected=processor.decode(targets[:-1].tolist()),
                 float_text=texts[0][0],
                 float_exact=texts[0][1],
@@ -63,13 +63,13 @@ def _answer(likeliest: torch.Tensor, targets: torch.Tensor, processor: MediaProc
     return processor.decode(likeliest[: first + (0 if ends_early else 1)].tolist()), False
 
 
-def _last_question(sample: CalibSample) -> str:
+def last_question(sample: CalibSample) -> str:
     asked = [message for message in sample.messages if message["role"] == "user"]
     parts = asked[-1]["content"] if asked else []
     return " ".join(part["text"] for part in parts if part["type"] == "text")
 
 
-def _media(sample: CalibSample) -> tuple[tuple[str, str], ...]:
+def media_of(sample: CalibSample) -> tuple[tuple[str, str], ...]:
     parts = [part for message in sample.messages for part in message["content"] if part["type"] != "text"]
     return tuple((part["type"], str(part[part["type"]])) for part in parts)
 

@@ -13,9 +13,11 @@ import numpy as np
 
 from ..calibration import load_audio, load_image, sample_frames
 from ..errors import QuantError
-from ..report import AnswerPair, Preview, ShownAnswer
+from ..report import AnswerPair, Preview, ShownAnswer, ShownSpeech, SpokenPair
 
 SHOWN_ANSWERS = 10
+# Spoken answers are cut to this length: at most 1 MB each on the page. The WAV files hold all of it.
+_SHOWN_SPEECH, _SPEECH_SECONDS = 5, 15
 _THUMBNAIL = 240  # pixels of the longer side
 _FRAMES = 4
 # Sounds are cut to this length and halved to 8 kHz: at most 160 KB each.
@@ -29,12 +31,34 @@ def shown_answers(pairs: Sequence[AnswerPair]) -> tuple[ShownAnswer, ...]:
     return tuple(ShownAnswer(pair, tuple(_previews(pair))) for pair in farthest)
 
 
-def _previews(pair: AnswerPair) -> Iterator[Preview]:
+def _previews(pair: AnswerPair | SpokenPair) -> Iterator[Preview]:
     for kind, path in pair.media[:_MAX_MEDIA]:
         try:
             yield from _PREVIEWS[kind](Path(path))
         except QuantError:  # the file was removed since it was evaluated: the answer is shown without it
             continue
+
+
+def shown_speech(pairs: Sequence[SpokenPair], folder: Path) -> tuple[ShownSpeech, ...]:
+    """The first pairs with their sounds, which are files of `folder`."""
+    return tuple(
+        ShownSpeech(
+            pair,
+            tuple(_previews(pair)),
+            _spoken(folder, pair.float_file, "speech of the float model"),
+            _spoken(folder, pair.quant_file, "speech of the quantized model"),
+        )
+        for pair in pairs[:_SHOWN_SPEECH]
+    )
+
+
+def _spoken(folder: Path, name: str, text: str) -> Preview | None:
+    if not name:
+        return None
+    with wave.open(str(folder / name), "rb") as reader:
+        rate = reader.getframerate()
+        sound = reader.readframes(_SPEECH_SECONDS * rate)
+    return Preview("audio", _wav(sound, rate), text)
 
 
 def _image(path: Path) -> Iterator[Preview]:
@@ -52,13 +76,19 @@ def _video(path: Path) -> Iterator[Preview]:
 def _audio(path: Path) -> Iterator[Preview]:
     sound = load_audio(path)[: _SECONDS * _RATE]
     halved = sound[: len(sound) // 2 * 2].reshape(-1, 2).mean(axis=1)
+    pcm = (np.clip(halved, -1, 1) * 32767).astype("<i2").tobytes()
+    yield Preview("audio", _wav(pcm, _RATE // 2), f"sound {path.name}")
+
+
+def _wav(pcm: bytes, rate: int) -> str:
+    """16-bit mono as a data URI."""
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
         writer.setsampwidth(2)
-        writer.setframerate(_RATE // 2)
-        writer.writeframes((np.clip(halved, -1, 1) * 32767).astype("<i2").tobytes())
-    yield Preview("audio", _data_uri("audio/wav", file.getvalue()), f"sound {path.name}")
+        writer.setframerate(rate)
+        writer.writeframes(pcm)
+    return _data_uri("audio/wav", file.getvalue())
 
 
 def _jpeg(picture: Any) -> str:

@@ -33,6 +33,7 @@ from ..report import (
     EvalReport,
     Fidelity,
     LayerDrift,
+    SpokenPair,
     check_fewer_samples,
     stored_report,
     write_eval_report,
@@ -53,8 +54,9 @@ from .answers import answer_pairs, write_answers
 from .figures import compute_fidelity, fidelity_by_modality
 from .layer_walk import LayerWalk
 from .logits import score
-from .previews import shown_answers
+from .previews import shown_answers, shown_speech
 from .same_model import check_same_model
+from .speech import DEFAULT_SPEAKER, check_speech_of, speak_both
 from .stem_pair import Sample, StemPair
 
 Positions = Literal["auto", "answer", "text"]
@@ -98,6 +100,8 @@ def evaluate(
     update_card: bool = False,
     overwrite: bool = False,
     answers_file: str | Path | None = None,
+    speech: int = 0,
+    speaker: str = DEFAULT_SPEAKER,
     progress: Progress | None = None,
 ) -> EvalReport:
     """Compare next-token distributions, answers and hidden states of two checkpoints on a dataset.
@@ -110,6 +114,8 @@ def evaluate(
     save_path: a folder for eval_report.json, .md and .html. None: write nothing.
     update_card: write the figures into the model card of the output. overwrite: replace an evaluation of more samples.
     answers_file: JSON Lines of what both models answer; see AnswerPair.
+    speech: number of samples that both models answer aloud, as complete models in memory; see speech.py. speaker: its
+        voice.
 
     Greedy decoding gives exactly the expected answer if, at each of its positions and its end, the likeliest token
     after the expected prefix is the expected token. One forward pass is therefore enough.
@@ -126,13 +132,22 @@ def evaluate(
     with clock("check"):
         model_warnings = check_same_model(pair.float_source, pair.quant_source)
         calib = _load_samples(dataset, pair, options)
+        if speech:
+            check_speech_of((pair.float_source, pair.quant_source), speaker, chosen)
     _check_answers(calib, options)
     if save_path is not None:
         check_fewer_samples(Path(save_path), len(calib.samples), overwrite=overwrite)
     with _resource_faults_as_errors(chosen), _work_folder(save_path) as folder:
+        source = pair.float_source
+        processor = source.model.family.open_media_processor(source.path, limits, trust_remote_code)
+        spoken: tuple[SpokenPair, ...] = ()
+        if speech:  # first, because it needs the most memory
+            with clock("speech"):
+                spoken = speak_both(
+                    pair.float_source, pair.quant_source, calib.samples, speech, processor, speaker=speaker, seed=seed,
+                    folder=None if save_path is None else Path(save_path), device=chosen, progress=progress,
+                )  # fmt: skip
         with clock("towers"):
-            source = pair.float_source
-            processor = source.model.family.open_media_processor(source.path, limits, trust_remote_code)
             stems = _run_stems(pair, calib, options, processor, folder, chosen.torch, progress)
             walk = LayerWalk(pair.float_source, pair.quant_source, stems, folder, chosen.torch)
         layers = tuple(walk.layers(clock, progress))
@@ -142,16 +157,16 @@ def evaluate(
         overall = compute_fidelity(measurements, range(len(stems.samples)), None, seed)
         by_modality = fidelity_by_modality(measurements, seed)
     warnings = (*_data_warnings(pair, calib), *_collect_warnings(model_warnings, calib, stems, options))
-    results = _Results(stems.samples, layers, overall, by_modality, warnings)
+    results = _Results(stems.samples, layers, overall, by_modality, warnings, spoken)
     report = _make_report(pair, calib, options, results, chosen, clock)
     pairs = answer_pairs(measurements, calib.samples, processor)
     if answers_file is not None:
         write_answers(pairs, Path(answers_file))
         progress.say(f"{len(pairs)} answers: {answers_file}")
     if save_path is not None:
-        shown = shown_answers(pairs)
+        shown, heard = shown_answers(pairs), shown_speech(spoken, Path(save_path))
         write_eval_report(report, Path(save_path))
-        write_evaluation(report, shown, Path(save_path), progress, update_card=update_card, overwrite=overwrite)
+        write_evaluation(report, shown, heard, Path(save_path), progress, update_card=update_card, overwrite=overwrite)
     return report
 
 
@@ -301,6 +316,7 @@ class _Results:
     overall: Fidelity
     by_modality: dict[str, Fidelity]
     warnings: tuple[str, ...]
+    speech: tuple[SpokenPair, ...]
 
 
 def _make_report(
@@ -330,6 +346,7 @@ def _make_report(
         peak_device_bytes=peak_device_memory(device.torch),
         warnings=results.warnings,
         dataset_digest=file_sha256(calib.index),
+        speech=results.speech,
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import QuantError, nearest
 from .resources import shipped_folder
 
 INDEX_SUFFIXES = (".jsonl", ".json", ".txt")
+# `owner/name`, as datasets of a hub are called.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HINT = "give an index.json, an index.jsonl, a folder that contains one, or a .txt file with one prompt per line"
 
 
@@ -21,6 +24,12 @@ def find_index(dataset: str) -> Path:
         candidates.append(shipped_folder("lab_calib") / dataset)
     path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
+        if _HUB_NAME.fullmatch(dataset):
+            raise QuantError(
+                f"dataset {dataset!r} does not exist here; datasets of a hub are not downloaded",
+                f"hf download --repo-type dataset {dataset} --local-dir {Path(dataset).name}, then write an index.jsonl"
+                " that names its files; docs/calibration.md shows one",
+            )
         shipped = sorted(p.name for p in shipped_folder("lab_calib").glob("*") if p.is_dir())
         raise QuantError(
             f"dataset {dataset!r} does not exist. Shipped: {', '.join(shipped)}.{nearest(dataset, shipped)}", _HINT

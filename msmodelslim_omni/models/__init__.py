@@ -9,8 +9,9 @@ Not here: quantization. A ModelSpec names the Linears; the recipe decides how to
 from __future__ import annotations
 
 from .inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
+from .log_mel import log_mel
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
-from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport
+from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport, Spoken
 from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock, apply_renaming, is_recomputed_buffer
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "RunnableModel",
     "SpeakingModel",
     "SpeechSupport",
+    "Spoken",
     "apply_renaming",
     "derive_model_type",
     "find_model_type",
     "is_recomputed_buffer",
+    "log_mel",
 ]

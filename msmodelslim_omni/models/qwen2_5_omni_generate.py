@@ -6,7 +6,7 @@ Text is decoded greedily. The talker samples with the defaults of transformers a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from .qwen2_5_generate import (
     text_streamer,
 )
 from .qwen2_5_omni_names import disk_name
+from .running import Spoken
+from .speech_steps import as_list, watched_steps
 
 FLOAT32_PREFIXES: tuple[str, ...] = ("token2wav.",)
 SPEECH_RATE = 24_000
@@ -29,7 +31,8 @@ SPEECH_RATE = 24_000
 # The talker generates 50 codes per second. A text token rarely takes more than half a second of speech.
 _CODES_PER_TOKEN = 24
 _MAX_CODES = 4096
-_SEED = 0
+# With forced codes only the talker's choices matter, not the sound.
+_COARSE_STEPS = 2
 
 
 def has_speech(config: dict[str, Any]) -> bool:
@@ -95,14 +98,24 @@ class OmniModel:
         return answer_tokens(self.module.thinker, inputs, path, max_new_tokens, on_text, options)
 
     def speak(
-        self, inputs: ModelInputs, path: Path, speaker: str, max_new_tokens: int, on_text: Callable[[str], None]
-    ) -> tuple[list[int], Any]:
+        self,
+        inputs: ModelInputs,
+        path: Path,
+        speaker: str,
+        max_new_tokens: int,
+        on_text: Callable[[str], None],
+        *,
+        said: Sequence[int] | None = None,
+        codes: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Spoken:
         import torch
 
         tokenizer = open_tokenizer(path)
         _load_speakers(self.module, path)
         talker = self._config.talker_config
-        torch.manual_seed(_SEED)
+        steps = watched_steps(codes, talker.tts_codec_end_token_id)
+        torch.manual_seed(seed)
         sequences, wave = self.module.generate(
             **inputs.tensors,
             use_audio_in_video=inputs.use_audio_in_video,
@@ -113,5 +126,9 @@ class OmniModel:
             thinker_streamer=text_streamer(tokenizer, on_text),
             talker_max_new_tokens=min(_MAX_CODES, _CODES_PER_TOKEN * (max_new_tokens + 1)),
             talker_eos_token_id=[talker.tts_codec_pad_token_id, talker.tts_codec_end_token_id],
+            thinker_logits_processor=as_list(watched_steps(said)),
+            talker_logits_processor=as_list(steps),
+            **({} if codes is None else {"token2wav_num_steps": _COARSE_STEPS}),
         )
-        return new_tokens(sequences, inputs), wave.reshape(-1).float().cpu()
+        samples = wave.reshape(-1).float().cpu()
+        return Spoken(new_tokens(sequences, inputs), samples, steps.chosen, steps.likeliest)

@@ -7,7 +7,7 @@ transformers 4: version 5 fuses the talker's experts in memory, and this package
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -19,6 +19,8 @@ from .qwen2_5 import load_transformers
 from .qwen2_5_generate import answer_tokens, build_model, greedy_options, new_tokens, open_tokenizer, text_streamer
 from .qwen3_experts import NO_EXPERTS, sparse_mlp, thinker_text
 from .qwen3_omni_names import disk_name
+from .running import Spoken
+from .speech_steps import as_list, watched_steps
 
 FLOAT32_PREFIXES: tuple[str, ...] = ()
 SPEECH_RATE = 24_000
@@ -26,7 +28,6 @@ SPEECH_RATE = 24_000
 # The talker generates 12.5 frames of codes per second. A text token rarely takes more than half a second of speech.
 _FRAMES_PER_TOKEN = 7
 _MAX_FRAMES = 2048
-_SEED = 0
 
 
 def has_speech(config: dict[str, Any]) -> bool:
@@ -100,12 +101,22 @@ class OmniModel:
         return answer_tokens(self.module.thinker, inputs, path, max_new_tokens, on_text, options)
 
     def speak(
-        self, inputs: ModelInputs, path: Path, speaker: str, max_new_tokens: int, on_text: Callable[[str], None]
-    ) -> tuple[list[int], Any]:
+        self,
+        inputs: ModelInputs,
+        path: Path,
+        speaker: str,
+        max_new_tokens: int,
+        on_text: Callable[[str], None],
+        *,
+        said: Sequence[int] | None = None,
+        codes: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Spoken:
         import torch
 
         tokenizer = open_tokenizer(path)
-        torch.manual_seed(_SEED)
+        steps = watched_steps(codes, self._config.talker_config.codec_eos_token_id)
+        torch.manual_seed(seed)
         options = {f"thinker_{name}": value for name, value in greedy_options(tokenizer, path).items()}
         result, wave = self.module.generate(
             **inputs.tensors,
@@ -116,8 +127,11 @@ class OmniModel:
             thinker_min_new_tokens=2,  # with one token the talker has nothing to say
             thinker_streamer=text_streamer(tokenizer, on_text),
             talker_max_new_tokens=min(_MAX_FRAMES, _FRAMES_PER_TOKEN * (max_new_tokens + 1)),
+            thinker_logits_processor=as_list(watched_steps(said)),
+            talker_logits_processor=as_list(steps),
         )
-        return new_tokens(result, inputs), wave.reshape(-1).float().cpu()
+        samples = wave.reshape(-1).float().cpu()
+        return Spoken(new_tokens(result, inputs), samples, steps.chosen, steps.likeliest)
 
 
 def _text_model(thinker: Any) -> Any:

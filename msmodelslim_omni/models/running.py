@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +11,20 @@ from .inputs import ModelInputs
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """An answer in text and speech.
+
+    tokens: of the text. samples: float32 [samples] in [-1, 1] on the CPU. codes: the talker's tokens without its end
+    token (of several codebooks, the first). likeliest: its most likely token at every step, the end's included.
+    """
+
+    tokens: list[int]
+    samples: torch.Tensor
+    codes: list[int]
+    likeliest: list[int]
 
 
 class RunnableModel(Protocol):
@@ -33,9 +48,22 @@ class SpeakingModel(RunnableModel, Protocol):
     """A RunnableModel that can also answer in speech."""
 
     def speak(
-        self, inputs: ModelInputs, path: Path, speaker: str, max_new_tokens: int, on_text: Callable[[str], None]
-    ) -> tuple[list[int], torch.Tensor]:
-        """Like `answer`, and also return the speech: float32 [samples] in [-1, 1] on the CPU."""
+        self,
+        inputs: ModelInputs,
+        path: Path,
+        speaker: str,
+        max_new_tokens: int,
+        on_text: Callable[[str], None],
+        *,
+        said: Sequence[int] | None = None,
+        codes: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Spoken:
+        """Like `answer`, and also speak.
+
+        said, codes: the text and the talker's tokens to force, as `tokens` and `codes` of another answer with the same
+        max_new_tokens. seed: of the talker, which samples.
+        """
         ...
 
 

@@ -9,17 +9,33 @@ Omitted on purpose: damage checks (see doctor) and accuracy (see evaluation).
 from __future__ import annotations
 
 from .export import export
-from .generate import Source, generate, open_source
+from .generate import (
+    Source,
+    check_memory,
+    check_speech,
+    fill_model,
+    generate,
+    on_device,
+    open_model,
+    open_source,
+    write_wav,
+)
 from .inspect import inspect_checkpoint
 from .reader import identify, is_quantized, load_linear
 
 __all__ = [
     "Source",
+    "check_memory",
+    "check_speech",
     "export",
+    "fill_model",
     "generate",
     "identify",
     "inspect_checkpoint",
     "is_quantized",
     "load_linear",
+    "on_device",
+    "open_model",
     "open_source",
+    "write_wav",
 ]

@@ -116,7 +116,7 @@ def generate(
         raise QuantError(f"max_new_tokens is {max_new_tokens}", "give at least 1, or at least 2 with --speech")
     chosen = resolve_device(device)
     source = open_source(path)
-    speech_support = _check_speech(source, speaker, Path(speech)) if speech else None
+    speech_support = check_speech(source, speaker, Path(speech)) if speech else None
     sample = _make_prompt(source.model, text, images, audios, videos)
     model = open_model(source, bool(speech))
     limits = MediaLimits(_MAX_TOKENS, _VISUAL_TOKENS * source.model.visual_token_pixels, _VIDEO_FPS)
@@ -124,7 +124,7 @@ def generate(
     started = time.perf_counter()
     with out_of_memory_as_error(chosen, "give smaller media, or --device cpu"):
         fill_model(model, source, chosen, progress)
-        inputs = _on_device(inputs, chosen.torch)
+        inputs = on_device(inputs, chosen.torch)
         pieces: list[str] = []
 
         def add_piece(piece: str) -> None:
@@ -136,10 +136,10 @@ def generate(
                 tokens = model.answer(inputs, source.path, max_new_tokens, add_piece)
                 return Answer("".join(pieces), tokens, time.perf_counter() - started)
             speaking_model = cast(SpeakingModel, model)  # opened with speech=True
-            tokens, samples = speaking_model.speak(inputs, source.path, speaker, max_new_tokens, add_piece)
-    write_wav(Path(speech), samples, speech_support.SPEECH_RATE)
-    seconds = len(samples) / speech_support.SPEECH_RATE
-    return Answer("".join(pieces), tokens, time.perf_counter() - started, str(speech), seconds)
+            spoken = speaking_model.speak(inputs, source.path, speaker, max_new_tokens, add_piece)
+    write_wav(Path(speech), spoken.samples, speech_support.SPEECH_RATE)
+    seconds = len(spoken.samples) / speech_support.SPEECH_RATE
+    return Answer("".join(pieces), spoken.tokens, time.perf_counter() - started, str(speech), seconds)
 
 
 # --- checkpoint and prompt, before the weights are loaded ----------------------------------------------------
@@ -160,7 +160,7 @@ def open_source(path: str | Path) -> Source:
     return Source(folder, checkpoint.config, derive_model_type(checkpoint.config), checkpoint.tensors, {}, sizes)
 
 
-def _check_speech(source: Source, speaker: str, file: Path) -> SpeechSupport:
+def check_speech(source: Source, speaker: str, file: Path | None = None) -> SpeechSupport:
     """The speech part of the model. Raises QuantError if it cannot speak, the speaker is unknown or the file is bad."""
     speech_support = source.model.speech_support
     if speech_support is None:
@@ -171,6 +171,8 @@ def _check_speech(source: Source, speaker: str, file: Path) -> SpeechSupport:
     known = speech_support.speakers(source.path)
     if speaker not in known:
         raise QuantError(f"unknown speaker {speaker!r}. Known: {', '.join(known)}.{nearest(speaker, known)}")
+    if file is None:
+        return speech_support
     if file.suffix.lower() != ".wav":
         raise QuantError(f"--speech {str(file)!r} is not a .wav file", "give a file name that ends in .wav")
     if file.is_dir() or not file.absolute().parent.is_dir():
@@ -193,7 +195,7 @@ def _make_prompt(
     return parse_sample("prompt", {"messages": [{"role": "user", "content": parts}]}, Path.cwd(), "", model)
 
 
-def _on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
+def on_device(inputs: ModelInputs, device: torch.device) -> ModelInputs:
     tensors = {name: tensor.to(device) for name, tensor in inputs.tensors.items()}
     return ModelInputs(tensors, inputs.use_audio_in_video, inputs.modality)
 
@@ -216,6 +218,11 @@ def open_model(source: Source, speech: bool) -> RunnableModel:
                 "config.json and the weights belong to different models; fetch the checkpoint again",
             )
     return model
+
+
+def check_memory(source: Source, model: RunnableModel, device: Device) -> None:
+    """Raise QuantError if the weights of the model do not fit into memory in any dtype."""
+    _choose_dtype(source, device, source.model.runner, set(model.checkpoint_names().values()))
 
 
 def fill_model(model: RunnableModel, source: Source, device: Device, progress: Progress) -> None:

@@ -1,12 +1,14 @@
 """Recipes: parse YAML into a frozen, validated Recipe, with file:line in every error.
 
-schema.py holds the pydantic schema and finds shipped recipes; patterns.py matches include and exclude.
+schema.py holds the pydantic schema and finds shipped recipes; patterns.py matches include and exclude;
+editor_schema.py makes the JSON Schema, which is shipped as recipe.schema.json.
 May import: files, errors. No torch.
 Not here: models. The plan package checks whether a recipe fits a model.
 """
 
 from __future__ import annotations
 
+from .editor_schema import recipe_schema
 from .patterns import matches
 from .schema import (
     GROUP_SIZES,
@@ -27,7 +29,7 @@ from .schema import (
     load_recipe,
     needs_samples,
     parse_recipe,
-    recipe_schema,
+    quant_type_names,
     resolve_recipe,
     saver_names,
     shipped_recipes,
@@ -56,6 +58,7 @@ __all__ = [
     "matches",
     "needs_samples",
     "parse_recipe",
+    "quant_type_names",
     "recipe_schema",
     "resolve_recipe",
     "saver_names",

@@ -49,11 +49,13 @@ _QUANT_TYPE_OF_DTYPE = {"nf4": "nf4", "nvfp4": "nvfp4a16"}
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    """The docstring of a field is its description in the JSON Schema, which editors show."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
-NoExtension = Annotated[dict[str, Any], Field(max_length=0, description="Not supported: msModelSlim's method options")]
+NoExtension = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class ActConfig(_Block):
@@ -63,10 +65,15 @@ class ActConfig(_Block):
     """
 
     scope: Literal["per_token", "per_group"] = "per_token"
+    """What shares a scale: a token, or (fp8_e4m3 with weights per_block) 128 consecutive inputs of a token."""
     dtype: Literal["int8", "fp8_e4m3"] = "int8"
+    """Number format of the rounded activations."""
     symmetric: Literal[True] = True
+    """Scales without zero points, the only value."""
     method: Literal["minmax"] = "minmax"
+    """The scale covers the largest value of the token, the only value."""
     ext: NoExtension = {}
+    """Options of msModelSlim's methods; must be empty."""
 
 
 GroupSize = Literal[32, 64, 128]
@@ -82,7 +89,9 @@ class WeightExt(_Block):
     """
 
     group_size: GroupSize | None = None
+    """Inputs that share a scale, for scope per_group. Default: 128; nf4: 64."""
     double_quant: bool = False
+    """nf4: also quantize the scales, to 8 bits."""
 
 
 class WeightConfig(_Block):
@@ -95,10 +104,16 @@ class WeightConfig(_Block):
     """
 
     scope: Literal["per_channel", "per_group", "per_block"] = "per_channel"
+    """What shares a scale: an output channel (int8, fp8_e4m3), a group of inputs (int4, nf4, nvfp4), or a block of 128
+    channels by 128 inputs (fp8_e4m3)."""
     dtype: Literal["int8", "int4", "nf4", "fp8_e4m3", "nvfp4"] = "int8"
+    """Number format of the stored weights."""
     symmetric: bool = True
+    """False stores zero points, for int4 only."""
     method: Literal["minmax", "mse", "gptq"] = "minmax"
+    """minmax covers the full range; mse searches a clipped range; gptq (int4) compensates rounding errors."""
     ext: WeightExt = WeightExt()
+    """Group size and double quantization."""
 
     @property
     def group_size(self) -> int | None:
@@ -156,7 +171,9 @@ class LinearQConfig(_Block):
     """
 
     act: ActConfig | None = None
+    """Activations. Without it they stay float; `{}` rounds them to int8 per token."""
     weight: WeightConfig
+    """Weights."""
 
     @model_validator(mode="after")
     def _check_supported(self) -> LinearQConfig:
@@ -178,7 +195,9 @@ class _LinearSelection(_Block):
     """include / exclude: shell patterns for the Linear's checkpoint name; exclude takes precedence."""
 
     include: Names = ("*",)
+    """Shell patterns, with {a,b}, for checkpoint names of Linears of the decoder layers."""
     exclude: Names = ()
+    """Patterns of Linears to leave out; takes precedence over include."""
 
     @field_validator("include")
     @classmethod
@@ -192,7 +211,9 @@ class LinearQuantConfig(_LinearSelection):
     """Quantize the selected Linears."""
 
     type: Literal["linear_quant"]
+    """Quantize the selected Linears."""
     qconfig: LinearQConfig
+    """Number format, scope and method of weights and activations."""
 
 
 Alpha = Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"]
@@ -203,23 +224,31 @@ class SmoothQuantConfig(_LinearSelection):
     """SmoothQuant, for norm -> linear only. `alpha: auto` searches a grid that includes no smoothing."""
 
     type: Literal["smooth_quant"]
+    """SmoothQuant, for norm -> linear only."""
     alpha: Alpha = 0.5
+    """Share of the outliers that moves into the weights, 0 to 1; auto searches a grid that includes no smoothing."""
     symmetric: Literal[True] = True
+    """The only value."""
 
 
 class IterSmoothConfig(_LinearSelection):
     """Smoothing of several kinds of subgraphs, with msModelSlim's defaults."""
 
     type: Literal["iter_smooth"]
+    """Smoothing of several kinds of subgraphs."""
     alpha: Alpha = 0.9
+    """Share of the outliers that moves into the weights, 0 to 1; auto searches a grid that includes no smoothing."""
     scale_min: Annotated[float, Field(gt=0.0)] = 1e-5
+    """Smallest factor of a channel."""
     symmetric: Literal[True] = True
+    """The only value."""
     enable_subgraph_type: Annotated[tuple[Subgraph, ...], Field(strict=False)] = (
         "norm-linear",
         "linear-linear",
         "ov",
         "up-down",
     )
+    """Places to smooth: norm to q, k, v and to gate, up; v to o; up to down."""
 
 
 AwqSubgraph = Literal["norm-linear", "ov", "up-down"]
@@ -233,9 +262,13 @@ class AwqConfig(_LinearSelection):
     """
 
     type: Literal["awq"]
+    """AWQ: scale important input channels up before rounding."""
     weight_qconfig: WeightConfig | None = None
+    """The weight scheme to search for. Default: that of linear_quant, with which it must agree."""
     n_grid: Annotated[int, Field(ge=1, le=100)] = 20
+    """Number of exponents that the search tries."""
     enable_subgraph_type: Annotated[tuple[AwqSubgraph, ...], Field(strict=False)] = ("norm-linear", "ov", "up-down")
+    """Places to scale: norm to q, k, v and to gate, up; v to o; up to down."""
 
 
 ProcessorConfig = LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig | AwqConfig
@@ -245,23 +278,28 @@ class GroupConfig(_Block):
     """Processors that share one pass over the layer and run in the given order."""
 
     type: Literal["group"]
+    """Several processors in one pass."""
     configs: Annotated[
         tuple[Annotated[ProcessorConfig, Field(discriminator="type")], ...], Field(strict=False, min_length=1)
     ]
+    """The processors, in order."""
 
 
 ProcessItem = Annotated[ProcessorConfig | GroupConfig, Field(discriminator="type")]
 
 
 class _SaverConfig(_Block):
-    part_file_size: Annotated[int, Field(ge=0, description="Size of a shard in GB; 0 = one file")] = 4
+    part_file_size: Annotated[int, Field(ge=0)] = 4
+    """Size of a shard in GB; 0: one file."""
     ext: dict[str, Any] = {}
+    """Options of msModelSlim's savers; not used."""
 
 
 class AscendSaverConfig(_SaverConfig):
     """quant_model_weights-*.safetensors and quant_model_description.json, for vLLM-Ascend."""
 
     type: Literal["ascendv1_saver"]
+    """For vLLM-Ascend."""
 
 
 class CompressedTensorsConfig(_SaverConfig):
@@ -270,18 +308,21 @@ class CompressedTensorsConfig(_SaverConfig):
     """
 
     type: Literal["compressed_tensors"]
+    """For vLLM, and transformers with compressed-tensors."""
 
 
 class AwqSaverConfig(_SaverConfig):
     """AutoAWQ's GEMM layout, for vLLM (awq, awq_marlin) and transformers."""
 
     type: Literal["awq"]
+    """AutoAWQ's layout, for vLLM."""
 
 
 class BitsandbytesConfig(_SaverConfig):
     """bitsandbytes' NF4 layout, for transformers with bitsandbytes installed."""
 
     type: Literal["bitsandbytes"]
+    """NF4, for transformers with bitsandbytes."""
 
 
 SaverConfig = AscendSaverConfig | CompressedTensorsConfig | AwqSaverConfig | BitsandbytesConfig
@@ -306,38 +347,69 @@ class CalibrationConfig(_Block):
     """
 
     max_samples: Annotated[int, Field(gt=0)] | None = None
-    max_tokens: Annotated[int, Field(gt=0, description="Maximum tokens of one sample, including media")] = 8192
-    max_pixels: Annotated[int, Field(ge=4 * 28 * 28, description="Maximum pixels per image or frame")] | None = None
+    """Use at most this many samples, selected with --seed. Default: all."""
+    max_tokens: Annotated[int, Field(gt=0)] = 8192
+    """Maximum tokens of one sample, including media."""
+    max_pixels: Annotated[int, Field(ge=4 * 28 * 28)] | None = None
+    """Scale images and frames down to this many pixels. Default: the limit of the model's processor."""
     video_fps: Annotated[float, Field(gt=0.0, le=30.0)] = 2.0
+    """Frames per second that are read from a video."""
     on_bad_sample: Literal["fail", "skip"] = "fail"
+    """Fail on a sample that cannot be used, or skip it."""
     modality_weights: Literal["balanced", "tokens"] | dict[Modality, ModalityWeight] = "tokens"
+    """Weights for awq, gptq and the clip search: balanced (each modality counts the same), tokens (each token counts
+    the same), or a weight by modality, 0 if not listed."""
     propagate_error: bool = True
+    """The next layer receives the outputs of the quantized layer instead of the float layer."""
 
 
 class Label(_Block):
+    """Names the quant type of the recipe, e.g. w8a8; decides nothing."""
+
     w_bit: Annotated[int, Field(ge=1, le=16)]
+    """Bits of the weights."""
     a_bit: Annotated[int, Field(ge=1, le=16)]
+    """Bits of the activations; 16 for float."""
     is_sparse: bool = False
+    """msModelSlim's; not used."""
     kv_cache: bool = False
+    """msModelSlim's; not used."""
     fa_bit: int | None = None
+    """msModelSlim's; not used."""
     fa_quant: bool | None = None
+    """msModelSlim's; not used."""
 
 
 class Metadata(_Block):
+    """What a recipe is called and which models it is made for."""
+
     config_id: str = ""
+    """Name of the recipe."""
     score: Annotated[float, Field(ge=0.0)] = 100.0
+    """Of several shipped recipes of a quant type, the one with the highest score is used."""
     label: Label | None = None
+    """Names the quant type; decides nothing."""
     verified_model_types: Names = ()
+    """Models that the recipe is made for; for others there is a warning."""
     verified_tags: dict[str, Any] = {}
+    """msModelSlim's; not used."""
 
 
 class Spec(_Block):
+    """What to do with the model."""
+
     runner: Literal["auto", "layer_wise"] = "layer_wise"
+    """msModelSlim's; both values mean layer by layer."""
     process: Annotated[tuple[ProcessItem, ...], Field(strict=False, min_length=1)]
+    """The processors, in order; smoothing and scaling come before linear_quant."""
     save: Annotated[tuple[Annotated[SaverConfig, Field(discriminator="type")], ...], Field(strict=False, min_length=1)]
+    """The output formats, each at most once."""
     dataset: Annotated[str, Field(min_length=1)] = "calibVideos"
+    """Calibration samples: an index.jsonl, its folder, a .txt file, or a name under lab_calib/."""
     default_text: Annotated[str, Field(min_length=1)] = "Describe this image in detail."
+    """Question of media samples without a text."""
     calibration: CalibrationConfig = CalibrationConfig()
+    """How the samples are used."""
 
     @field_validator("save")
     @classmethod
@@ -352,8 +424,11 @@ class Recipe(_Block):
     """A recipe: how to quantize a model, which data to calibrate on, and which formats to save."""
 
     apiversion: Literal["multimodal_vlm_modelslim_v1"]
+    """Format of the recipe, the only value."""
     metadata: Metadata = Metadata()
+    """Name, score and models of the recipe."""
     spec: Spec
+    """Processors, formats and samples."""
 
     _path: Path = PrivateAttr(default=Path("recipe"))
     _text: str = PrivateAttr(default="")
@@ -499,6 +574,18 @@ def check_quant_type(quant_type: str) -> None:
         )
 
 
+def quant_type_names() -> dict[str, str]:
+    """What --quant_type takes: types and variants with what their recipe does, then other tools' names for them."""
+    names: dict[str, str] = {}
+    for recipe in shipped_recipes():
+        names.setdefault(recipe.quant_type, summary(recipe))
+    for recipe in shipped_recipes():
+        variant = re.search(rf"_({re.escape(recipe.quant_type)}_\w+)$", recipe.metadata.config_id)
+        if variant:
+            names.setdefault(variant[1], summary(recipe))
+    return dict(sorted(names.items())) | {alias: f"same as {name}" for alias, name in QUANT_TYPE_ALIASES.items()}
+
+
 def _of_type(recipes: list[Recipe], quant_type: str) -> Recipe | None:
     """The first recipe of a quant type, or the first whose name ends with it."""
     canonical = QUANT_TYPE_ALIASES.get(quant_type.lower(), quant_type.lower())
@@ -545,10 +632,3 @@ def saver_names(given: Iterable[str]) -> list[str]:
             )
         names.append(name)
     return names
-
-
-def recipe_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, for editors. It allows unknown top-level keys: they may hold YAML anchors."""
-    schema = Recipe.model_json_schema()
-    schema["additionalProperties"] = True
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -8,8 +8,26 @@ Not here, on purpose: measurements. run/measure.py and evaluation/ compute the n
 from __future__ import annotations
 
 from .documents import stored_recipe, stored_report, write_documents, write_evaluation
-from .eval_report import FIGURES_NOTE, check_fewer_samples, figure_rows, judgement, write_eval_report
-from .fidelity import AnswerPair, EvalReport, Fidelity, Interval, LayerDrift, Preview, ShownAnswer
+from .eval_report import (
+    FIGURES_NOTE,
+    check_fewer_samples,
+    figure_rows,
+    judge_speech,
+    judgement,
+    speech_rows,
+    write_eval_report,
+)
+from .fidelity import (
+    AnswerPair,
+    EvalReport,
+    Fidelity,
+    Interval,
+    LayerDrift,
+    Preview,
+    ShownAnswer,
+    ShownSpeech,
+    SpokenPair,
+)
 from .html.charts import heat_map
 from .html.page import INSTALL_HINT, can_write_html, render_page
 from .html.sections import Article, Chart, Section, Table, Tile
@@ -50,6 +68,8 @@ __all__ = [
     "RunMemory",
     "Section",
     "ShownAnswer",
+    "ShownSpeech",
+    "SpokenPair",
     "Table",
     "Tile",
     "can_write_html",
@@ -57,6 +77,7 @@ __all__ = [
     "figure_rows",
     "heat_map",
     "human_bytes",
+    "judge_speech",
     "judgement",
     "layer_record",
     "markdown_table",
@@ -66,6 +87,7 @@ __all__ = [
     "render_page",
     "run_memory",
     "run_memory_rows",
+    "speech_rows",
     "stored_recipe",
     "stored_report",
     "write_documents",

@@ -17,7 +17,7 @@ from ..files import read_regular, write_atomically
 from ..models import ModelSpec
 from ..processors import SmoothingRecord
 from ..runtime import Progress
-from .fidelity import EvalReport, ShownAnswer
+from .fidelity import EvalReport, ShownAnswer, ShownSpeech
 from .html.page import (
     EVAL_HTML_NAME,
     HTML_NAME,
@@ -26,7 +26,7 @@ from .html.page import (
     can_write_html,
 )
 from .model_card import CARD_NAME, samples_in_card, update_evaluation, write_card
-from .report import Report, read_report, write_report
+from .report import Report, human_bytes, read_report, write_report
 
 _MAX_RECIPE = 1 << 20
 
@@ -35,7 +35,7 @@ def write_documents(
     report: Report, folders: Mapping[str, Path], model: ModelSpec, recipe_text: str, progress: Progress
 ) -> None:
     """Write the report and the model card into the finished output of each saver."""
-    page = _render_page(report, None, (), recipe_text, progress)
+    page = _render_page(report, None, (), (), recipe_text, progress)
     for saver, folder in folders.items():
         write_report(report, folder)
         write_card(folder, report, saver, model, recipe_text)
@@ -49,20 +49,22 @@ def write_evaluation(
     folder: Path,
     progress: Progress,
     *,
+    speech: Sequence[ShownSpeech] = (),
     update_card: bool = False,
     overwrite: bool = False,
 ) -> None:
     """Write the HTML page of an evaluation to `folder`; with update_card, its figures to the output's model card.
 
     The page also covers the quantization if the output holds a readable quantization report. overwrite: figures of
-    fewer samples may replace those of more. answers: those that the page shows.
+    fewer samples may replace those of more. answers, speech: those that the page shows.
     """
     output = Path(evaluation.quant_path)
     report = stored_report(output)
     recipe_text = stored_recipe(output, report) if report else ""
     try:
-        if page := _render_page(report, evaluation, answers, recipe_text, progress):
+        if page := _render_page(report, evaluation, answers, speech, recipe_text, progress):
             write_atomically(folder / EVAL_HTML_NAME, page)
+            progress.say(f"page: {folder / EVAL_HTML_NAME}, {human_bytes(len(page.encode()))}, one file without links")
     except OSError as error:
         raise QuantError(
             f"the report cannot be written to {str(folder)!r}: {error.strerror or error}", "give another --save_path"
@@ -109,6 +111,7 @@ def _render_page(
     report: Report | None,
     evaluation: EvalReport | None,
     answers: Sequence[ShownAnswer],
+    speech: Sequence[ShownSpeech],
     recipe_text: str,
     progress: Progress,
 ) -> str:
@@ -116,4 +119,4 @@ def _render_page(
     if not can_write_html():
         progress.say(INSTALL_HINT)
         return ""
-    return as_html(report, evaluation, recipe_text, answers)
+    return as_html(report, evaluation, recipe_text, answers, speech)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from .fidelity import (
     Fidelity,
     Interval,
     LayerDrift,
+    SpokenPair,
 )
 from .report import human_bytes, markdown_table
 
 JSON_NAME, PAGE_NAME = "eval_report.json", "eval_report.md"
 
 _INTERVALS = ("kl_mean", "top1", "top5", "perplexity_float", "perplexity_quant")
+_FEW_SPOKEN = 10
 _EXACT = ("exact_float", "exact_quant", "exact_change")
 
 
@@ -63,6 +66,7 @@ def read_eval_report(folder: Path) -> EvalReport:
                 "by_modality": {name: _read_fidelity(part) for name, part in stored["by_modality"].items()},
                 "layers": tuple(LayerDrift(**layer) for layer in stored["layers"]),
                 "warnings": tuple(stored["warnings"]),
+                "speech": tuple(SpokenPair(**pair) for pair in stored.get("speech", ())),
             }
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -195,6 +199,7 @@ def as_markdown(report: EvalReport) -> str:
         "",
         FIGURES_NOTE,
         "",
+        *_speech_lines(report),
         "## Drift of the hidden states after each layer",
         "",
         "Relative error |quantized - float| / |float|, over all tokens and by token modality."
@@ -213,6 +218,61 @@ def as_markdown(report: EvalReport) -> str:
     if report.warnings:
         lines += ["", "## Warnings", "", *(f"- {warning}" for warning in report.warnings)]
     return "\n".join(lines) + "\n"
+
+
+def _speech_lines(report: EvalReport) -> list[str]:
+    if not report.speech:
+        return []
+    columns, rows = speech_rows(report.speech)
+    listed = [
+        f"- {pair.question or 'media alone'}: float `{pair.float_text}`, quantized `{pair.quant_text}`"
+        for pair in report.speech
+    ]
+    return ["## Speech", "", judge_speech(report.speech), "", *markdown_table(columns, rows), "", *listed, ""]
+
+
+def speech_rows(speech: Sequence[SpokenPair]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the figures of spoken answers, one row per answer."""
+    columns = [
+        "answer",
+        "codes",
+        "same",
+        "same text, dB",
+        "own text, dB",
+        "two float takes, dB",
+        "float, s",
+        "quant, s",
+    ]
+    rows = [
+        [
+            f"{number}",
+            f"{pair.codes}",
+            f"{pair.code_agreement:.1%}",
+            *(f"{distance:.1f}" for distance in (pair.mel_same_text, pair.mel_free, pair.mel_takes)),
+            f"{pair.float_seconds:.1f}",
+            f"{pair.quant_seconds:.1f}",
+        ]
+        for number, pair in enumerate(speech, 1)
+    ]
+    return columns, rows
+
+
+def judge_speech(speech: Sequence[SpokenPair]) -> str:
+    """Two sentences about the spoken answers: agreement of the codes, and the distance beside that of two takes."""
+    steps = sum(pair.codes for pair in speech)
+    agreement = sum(pair.code_agreement * pair.codes for pair in speech) / max(1, steps)
+    shares = [pair.code_agreement for pair in speech]
+    same = sum(pair.mel_same_text for pair in speech) / len(speech)
+    takes = sum(pair.mel_takes for pair in speech) / len(speech)
+    answers = "answer" if len(speech) == 1 else "answers"
+    span = f", {min(shares):.1%} to {max(shares):.1%} by answer" if len(speech) > 1 else ""
+    compared = "not more than" if same <= takes else "more than"
+    return (
+        f"Speech, {len(speech)} {answers}: the talker's most likely code is the same at {agreement:.1%} of {steps}"
+        f" steps{span}. With the same text the sound lies {same:.1f} dB from the float model's, {compared} two takes of"
+        f" the float model from each other ({takes:.1f} dB)."
+        + (" So few answers are an impression, not a measurement." if len(speech) < _FEW_SPOKEN else "")
+    )
 
 
 def layer_rows(report: EvalReport) -> tuple[list[str], list[list[str]]]:

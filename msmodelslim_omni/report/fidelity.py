@@ -84,6 +84,33 @@ class AnswerPair:
 
 
 @dataclass(frozen=True)
+class SpokenPair:
+    """What both models answer aloud to one sample.
+
+    media: (kind, path) of its media. codes: number of the talker's steps that are compared. code_agreement: share of
+    the steps at which its most likely code is the same, on the text and the codes of the float model. mel_*: mean
+    distance of the log-mel spectrograms in dB from the float model's speech: of the quantized model with the same text,
+    of the quantized model's own answer, and of a second take of the float model with another seed. *_file: WAV files,
+    relative to the folder of the evaluation; empty if none were written.
+    """
+
+    where: str
+    question: str
+    media: tuple[tuple[str, str], ...]
+    float_text: str
+    quant_text: str
+    codes: int
+    code_agreement: float
+    mel_same_text: float
+    mel_free: float
+    mel_takes: float
+    float_seconds: float
+    quant_seconds: float
+    float_file: str
+    quant_file: str
+
+
+@dataclass(frozen=True)
 class Preview:
     """A small picture (`image`) or sound (`audio`) of a sample, as a data URI. text: a name, for screen readers."""
 
@@ -101,12 +128,22 @@ class ShownAnswer:
 
 
 @dataclass(frozen=True)
+class ShownSpeech:
+    """A spoken pair for the page: previews of its media, and the sounds of both models; None without their files."""
+
+    pair: SpokenPair
+    previews: tuple[Preview, ...]
+    before: Preview | None
+    after: Preview | None
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """The contents of eval_report.json.
 
     scored: description of the positions that count. by_modality: `text` covers text-only samples, the other modalities
     cover samples that contain them; a sample that contains several counts in each. dataset_digest: the SHA-256 of the
-    index; empty in reports from earlier versions.
+    index; empty in reports from earlier versions. speech: answers that both models spoke, with --speech.
     """
 
     model_type: str
@@ -132,3 +169,4 @@ class EvalReport:
     peak_device_bytes: int
     warnings: tuple[str, ...] = ()
     dataset_digest: str = ""
+    speech: tuple[SpokenPair, ...] = ()

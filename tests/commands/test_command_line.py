@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 from command import MINMAX, command, quant, write_index
+from typer.testing import CliRunner
 
 from msmodelslim_omni import QuantError, __version__, load_recipe
+from msmodelslim_omni.cli import app
+from msmodelslim_omni.commands.completion import quant_types
 from msmodelslim_omni.commands.show_plan import grouped_decisions, ranges
 from msmodelslim_omni.files import find_model_folder, parse_size
 from msmodelslim_omni.recipe import find_recipe, saver_names
@@ -174,6 +177,56 @@ def test_hub_name_is_found_in_the_local_cache(tiny: Path, tmp_path: Path, monkey
     assert (tmp_path / "out" / "spk_dict.pt").read_bytes() == (tiny / "spk_dict.pt").read_bytes()
     with pytest.raises(QuantError, match="no model of this name is in the local hub cache"):
         find_model_folder("Org/Other")
+
+
+def test_a_dataset_of_a_hub_is_answered_with_the_download(tiny: Path, tmp_path: Path) -> None:
+    answer = quant(tiny, tmp_path / "out", "--dataset", "org/Some-Samples")
+    assert "dataset 'org/Some-Samples' does not exist here; datasets of a hub are not downloaded" in answer.fault()
+    assert "hf download --repo-type dataset org/Some-Samples --local-dir Some-Samples" in answer.err
+
+
+# --- completion, environment variables, quiet ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["quant", "--quant_type", "w4"], {"w4a16", "w4a16_awq", "w4a16_sym", "w4a16_text"}),
+        (["quant", "--save_format", "awq,c"], {"awq,compressed_tensors"}),
+        (["quant", "--device", ""], {"auto", "cpu", "cuda", "npu"}),
+        (["quant", "--model_type", "Qwen2.5-VL-3"], {"Qwen2.5-VL-3B-Instruct"}),
+        (["eval", "--dataset", "cal"], {"calibVideos"}),
+        (["recipes", "show", "qwen2_5_omni_w8a8"], {"qwen2_5_omni_w8a8", "qwen2_5_omni_w8a8_minmax"}),
+        (["help", "do"], {"doctor"}),
+    ],
+)
+def test_the_shell_completes_values(words: list[str], expected: set[str]) -> None:
+    environment = {
+        "_MSMODELSLIM_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["msmodelslim", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    completed = CliRunner().invoke(app, [], env=environment, prog_name="msmodelslim")
+    assert set(completed.stdout.split()) == expected
+
+
+def test_other_names_of_quant_types_are_completed() -> None:
+    assert ("int4", "same as w4a16") in quant_types("int")
+    assert all(find_recipe("Qwen2.5-VL-3B-Instruct", alias) for alias, _ in quant_types("b"))
+
+
+def test_defaults_come_from_the_environment(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MSMODELSLIM_DEVICE", "cuda:7")
+    monkeypatch.setenv("MSMODELSLIM_LOG_FILE", str(tmp_path / "run.log"))
+    words = ("quant", tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run")
+    assert "cuda:7" in command(*words).fault()
+    assert "device cpu" in command(*words, "--device", "cpu").done().err
+    assert "device cpu" in (tmp_path / "run.log").read_text()
+
+
+def test_quiet_prints_the_result_alone(tiny: Path, tmp_path: Path) -> None:
+    answer = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "-q").done()
+    assert answer.err == "" and "Result" in answer.out
 
 
 # --- dry run -------------------------------------------------------------------------------------------------

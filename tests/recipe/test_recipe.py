@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.files.resources import shipped_folder
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.processors import PROCESSORS
+from msmodelslim_omni.recipe.editor_schema import SCHEMA_FILE, recipe_schema
 from msmodelslim_omni.recipe.schema import (
     MAX_RECIPE_BYTES,
     AwqConfig,
@@ -27,7 +29,6 @@ from msmodelslim_omni.recipe.schema import (
     find_recipe,
     load_recipe,
     parse_recipe,
-    recipe_schema,
     resolve_recipe,
     shipped_recipes,
 )
@@ -586,10 +587,44 @@ def test_schema_for_editors() -> None:
     assert schema["type"] == "object"
     assert set(schema["required"]) == {"apiversion", "spec"}
     assert set(schema["properties"]) == {"apiversion", "metadata", "spec"}
-    assert schema["additionalProperties"] is True  # keys that hold anchors
+    assert schema["$id"].startswith("urn:msmodelslim_omni:") and schema["$schema"].endswith("2020-12/schema")
     blocks = schema["$defs"]
     assert all(block["additionalProperties"] is False for block in blocks.values())
     assert set(blocks["WeightConfig"]["properties"]["method"]["enum"]) == {"minmax", "mse", "gptq"}
+
+
+def test_schema_is_shipped_as_a_file() -> None:
+    """`msmodelslim recipes schema > msmodelslim_omni/recipe/recipe.schema.json` writes it again."""
+    shipped = files("msmodelslim_omni.recipe").joinpath(SCHEMA_FILE).read_text(encoding="utf-8")
+    assert json.loads(shipped) == json.loads(json.dumps(recipe_schema()))
+
+
+def test_every_key_of_the_schema_has_a_description() -> None:
+    schema = recipe_schema()
+    blocks = {"Recipe": schema, **schema["$defs"]}
+    assert all(block["description"] for block in blocks.values())
+    without = [f"{b}.{k}" for b, block in blocks.items() for k, v in block["properties"].items() if not has_text(v)]
+    assert without == []
+
+
+def has_text(field: dict[str, Any]) -> bool:
+    return bool(field.get("description"))
+
+
+def test_choices_of_the_schema_are_conditions() -> None:
+    """An editor reports the faults of the processor that `type` names, not those of the first one."""
+    schema = recipe_schema()
+    assert "oneOf" not in json.dumps(schema) and "discriminator" not in json.dumps(schema)
+    item = schema["$defs"]["Spec"]["properties"]["process"]["items"]
+    assert item["properties"]["type"]["enum"] == ["awq", "group", "iter_smooth", "linear_quant", "smooth_quant"]
+    assert {"$ref": "#/$defs/AwqConfig"} in [branch["then"] for branch in item["allOf"]]
+
+
+def test_top_level_of_the_schema_is_closed_but_for_anchored_blocks() -> None:
+    """A misspelt `metadata` is none of the blocks that may carry an anchor."""
+    allowed = recipe_schema()["additionalProperties"]["anyOf"]
+    assert {"$ref": "#/$defs/LinearQConfig"} in allowed and {"type": "array"} in allowed
+    assert {"$ref": "#/$defs/Metadata"} not in allowed and {"$ref": "#/$defs/Spec"} not in allowed
 
 
 def test_every_reference_of_the_schema_resolves() -> None:

@@ -14,7 +14,7 @@ from command import MINMAX, fast_recipe, quant
 from reports import HOSTILE, LINEARS, MODALITIES, data_free, made_evaluation, made_report
 
 from msmodelslim_omni.report.eval_report import layer_rows
-from msmodelslim_omni.report.fidelity import AnswerPair, Preview, ShownAnswer
+from msmodelslim_omni.report.fidelity import AnswerPair, Preview, ShownAnswer, ShownSpeech, SpokenPair
 from msmodelslim_omni.report.html import charts
 from msmodelslim_omni.report.html.page import as_html
 from msmodelslim_omni.report.report import Report
@@ -124,6 +124,16 @@ def test_page_shows_the_evaluation_report(page: str) -> None:
     assert parsed.text.index("Evaluation:") < parsed.text.index("Quantization:")
     evaluation_only = Page(as_html(None, made_evaluation()))
     assert "Quantization:" not in evaluation_only.text and "Evaluation:" in evaluation_only.text
+
+
+def test_page_has_two_players_per_spoken_answer() -> None:
+    pair = SpokenPair("a:1", "What <is> it?", (), "A cat", "A cut", 100, 0.9, 1.0, 2.0, 3.0, 1.0, 1.5, "f", "q")
+    before, after = (Preview("audio", f"data:audio/wav;base64,{name}", f"speech of {name}") for name in "FQ")
+    shown = ShownSpeech(pair, (), before, after)
+    page = as_html(None, replace(made_evaluation(), speech=(pair,)), "", (), [shown])
+    assert page.count("<audio controls") == 2 and 'aria-label="speech of Q"' in page
+    assert page.index("Speech, side by side") < page.index("What &lt;is&gt; it?") < page.index("A cut")
+    assert "same at 90.0% of 100 steps" in page and "two float takes, dB" in page
 
 
 def test_page_shows_answers_side_by_side() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..eval_report import judgement
-from ..fidelity import EvalReport, Fidelity, Interval, ShownAnswer
+from ..eval_report import judge_speech, judgement, speech_rows
+from ..fidelity import EvalReport, Fidelity, Interval, ShownAnswer, ShownSpeech
 from ..report import human_bytes
 from . import charts
 from .quantization import resource_charts
@@ -14,6 +14,7 @@ from .sections import (
     Answer,
     Article,
     Chart,
+    Heard,
     Row,
     Section,
     Table,
@@ -25,12 +26,16 @@ from .sections import (
 )
 
 
-def evaluation_article(report: EvalReport, answers: Sequence[ShownAnswer] = ()) -> Article:
-    """Return the contents of eval_report.json as an article. answers: those to show, the farthest first."""
+def evaluation_article(
+    report: EvalReport, answers: Sequence[ShownAnswer] = (), speech: Sequence[ShownSpeech] = ()
+) -> Article:
+    """Return the contents of eval_report.json as an article. answers, speech: those to show."""
     groups = {"all samples": report.overall, **report.by_modality}
     sections = [_agreement(groups)]
     if answers:
         sections.insert(0, _shown_answers(answers))
+    if report.speech:
+        sections.insert(0, _speech(report, speech))
     if any(group.answered for group in groups.values()):
         sections.append(_answers(groups))
     sections.append(_drift(report, groups))
@@ -64,6 +69,29 @@ def _shown_answers(answers: Sequence[ShownAnswer]) -> Section:
         for answer in answers
     )
     return Section("Answers, side by side", text, answers=shown)
+
+
+def _speech(report: EvalReport, speech: Sequence[ShownSpeech]) -> Section:
+    text = (
+        f"{judge_speech(report.speech)} Both models answer aloud through the same talker, which is not quantized. A"
+        " code is a piece of sound of a fraction of a second. Codes are compared on the text and the codes of the float"
+        " model; distances are mean differences of log-mel spectrograms."
+    )
+    heard = tuple(
+        Heard(
+            question=shown.pair.question,
+            previews=shown.previews,
+            before=shown.pair.float_text,
+            before_sound=shown.before,
+            after=shown.pair.quant_text,
+            after_sound=shown.after,
+            note=f"Answer {number}, {shown.pair.where}",
+        )
+        for number, shown in enumerate(speech, 1)
+    )
+    columns, rows = speech_rows(report.speech)
+    table = Table("Spoken answers in figures", tuple(columns), tuple(tuple(row) for row in rows), wide=True)
+    return Section("Speech, side by side", text, tables=(table,), heard=heard)
 
 
 def _tiles(report: EvalReport) -> tuple[Tile, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..fidelity import EvalReport, ShownAnswer
+from ..fidelity import EvalReport, ShownAnswer, ShownSpeech
 from ..report import Report
 from .sections import Article
 
@@ -28,14 +28,18 @@ def as_html(
     evaluation: EvalReport | None,
     recipe_text: str = "",
     answers: Sequence[ShownAnswer] = (),
+    speech: Sequence[ShownSpeech] = (),
 ) -> str:
-    """Render the page of a quantization, an evaluation, or both; the evaluation comes first. answers: to show in it."""
+    """Render the page of a quantization, an evaluation, or both; the evaluation comes first.
+
+    answers, speech: those to show in it.
+    """
     from .evaluation import evaluation_article
     from .quantization import quantization_article
 
     articles: list[Article] = []
     if evaluation is not None:
-        articles.append(evaluation_article(evaluation, answers))
+        articles.append(evaluation_article(evaluation, answers, speech))
     if report is not None:
         articles.append(quantization_article(report, recipe_text))
     return render_page(articles)

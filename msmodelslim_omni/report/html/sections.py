@@ -63,6 +63,19 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """The spoken answers of the float model (before) and the quantized model (after) to one question."""
+
+    question: str
+    previews: tuple[Preview, ...]
+    before: str
+    before_sound: Preview | None
+    after: str
+    after_sound: Preview | None
+    note: str
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and its contents, in display order."""
 
@@ -73,6 +86,7 @@ class Section:
     notes: tuple[str, ...] = ()
     code: str = ""
     answers: tuple[Answer, ...] = ()
+    heard: tuple[Heard, ...] = ()
 
 
 @dataclass(frozen=True)
