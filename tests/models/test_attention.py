@@ -8,8 +8,7 @@ import pytest
 import torch
 from tiny_layer import SPEC, build, layer_weights, sample
 
-from msmodelslim_omni.models import attention
-from msmodelslim_omni.models import LayerInput
+from msmodelslim_omni.models import LayerInput, attention
 from msmodelslim_omni.models.attention import AttentionRecord, received_attention
 from msmodelslim_omni.statistics.capture import run_layer
 
