@@ -8,6 +8,7 @@ Not here: quantization. A ModelSpec names the Linears; the recipe decides how to
 
 from __future__ import annotations
 
+from .attention import AttentionRecord
 from .inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
 from .log_mel import log_mel
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
@@ -17,6 +18,7 @@ from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock
 __all__ = [
     "MODALITIES",
     "MODEL_TYPES",
+    "AttentionRecord",
     "LayerInput",
     "LayerSpec",
     "LinearGroup",

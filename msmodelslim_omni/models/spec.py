@@ -94,6 +94,12 @@ class LayerSpec:
         return LayerSpec(groups, {f"{linear}.weight": self.shapes[f"{linear}.weight"]})
 
     @property
+    def value_group(self) -> LinearGroup | None:
+        """The group with v_proj, whose outputs reach other tokens by attention; None if the layer has none."""
+        values = next((group.previous for group in self.groups if group.subgraph == "ov"), "")
+        return next((group for group in self.groups if values in group.linears), None)
+
+    @property
     def hidden_size(self) -> int:
         """Width of the hidden states, which the layer reads and returns."""
         return self.shapes["input_layernorm.weight"][0]

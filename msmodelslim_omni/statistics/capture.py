@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import QuantError
-from ..models import MODALITIES, LayerInput, LayerSpec, LinearGroup, RoutedBlock
+from ..models import MODALITIES, AttentionRecord, LayerInput, LayerSpec, LinearGroup, RoutedBlock
 from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split, Team
 from .gram import (
     Gram,
@@ -46,7 +46,8 @@ class InputStats:
     count:  int64 [modalities], the number of tokens.
     rows:   float32 [n, in], the inputs of a fixed choice of tokens; row_modality: int8 [n].
     grams:  H of each modality that has tokens, by index; empty if no processor needs H.
-        In H of an input whose Linear adds to the residual stream, tokens are weighted by relative_weights.
+        Tokens in H are weighted: by relative_weights where the Linear adds to the residual stream, by the attention
+        that they receive where one of the Linears is v_proj; see value_weights.
     weighted: H of all modalities, each token weighted by its importance. Replaces `grams` after `weighted_by`, and from
         the start if one H per modality does not fit the budget.
     """
@@ -166,6 +167,14 @@ def relative_weights(out: torch.Tensor) -> torch.Tensor:
     return 1.0 / lengths.clamp_min(max(1e-3 * float(lengths.max()), 1e-20))
 
 
+def value_weights(received: torch.Tensor) -> torch.Tensor:
+    """The weight of each token in H of the input of q, k and v, [tokens]. received: see models.received_attention.
+
+    One, for its own query and key, and what its value does to all tokens that attend to it.
+    """
+    return 1.0 + received
+
+
 class _RunningStats:
     """The statistics of one input over the samples so far, without H.
 
@@ -248,11 +257,14 @@ class InputRecorder:
             )
             for group in spec.groups
         }
+        values = spec.value_group if tokens is not None else None
+        self._value_group = "" if values is None else values.name
+        self._attention = None if values is None else AttentionRecord(layer)
         self._begun = 0  # samples
         self._modality = torch.zeros(0, dtype=torch.int8)
         self._chosen = torch.zeros(0, dtype=torch.int64)
         self._in_gram = True
-        # Inputs whose weights in H depend on the layer's output, and the positions of an expert's tokens.
+        # Inputs whose weights in H depend on what follows in the layer, and the positions of an expert's tokens.
         self._waiting: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._gram_offsets: Sequence[int] | None = None
         self._hooks = [
@@ -280,11 +292,16 @@ class InputRecorder:
     def end(self, out: torch.Tensor) -> None:
         """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden]."""
         if self._waiting:
-            scales = relative_weights(out[0]).sqrt()[:, None]
+            by_length = relative_weights(out[0])
             for group, (x, tokens) in self._waiting.items():
-                of_tokens = scales if tokens is None else scales[tokens]
+                of_tokens = self._of_values() if group == self._value_group else by_length
+                of_tokens = (of_tokens if tokens is None else of_tokens[tokens]).sqrt()[:, None]
                 self._add_to_grams(group, x * of_tokens, self._modality if tokens is None else self._modality[tokens])
             self._waiting = {}
+
+    def _of_values(self) -> torch.Tensor:
+        assert self._attention is not None and self._attention.received is not None  # the layer has run
+        return value_weights(self._attention.received)
 
     def _recorder(self, group: LinearGroup) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -299,7 +316,7 @@ class InputRecorder:
             own = self._begun - 1
             self._stats[group.name].add(self._positions[own] if self._positions else own, new)
             if self._in_gram and self._grams[group.name]:
-                if group.adds_to_residual:
+                if group.adds_to_residual or group.name == self._value_group:
                     tokens = None if group.expert is None else self._routed_tokens(group.expert)
                     self._waiting[group.name] = (x, tokens)
                 else:
@@ -353,6 +370,8 @@ class InputRecorder:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+        if self._attention is not None:
+            self._attention.remove()
 
 
 def _gram_builders(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny_layer import SPEC, Sample, build, layer_weights, record, sample, token_counts
 
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.models.attention import AttentionRecord
 from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.runtime.budget import DEFAULT_BUDGET
 from msmodelslim_omni.runtime.team import UNSPLIT
@@ -197,7 +198,8 @@ def test_run_layer_returns_the_hidden_states(layer: torch.nn.Module) -> None:
 def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
     """H of each modality is exact, and the sum over modalities is H of all tokens.
 
-    Behind o and down, each token is weighted by 1 / |h| with the layer's output h.
+    Behind o and down, each token is weighted by 1 / |h| with the layer's output h; in front of q, k and v by the
+    attention that it receives.
     """
     samples = [sample(tokens=90, seed=1), sample(tokens=31, seed=2), sample(tokens=2, seed=3)]
     stats = record(layer_weights(), samples, grams=True)
@@ -208,6 +210,8 @@ def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
         x = group_stats.rows.double()  # every token
         if group.name in ("o", "down"):
             x *= root_weights(layer, samples).double()
+        if group.name == "qkv":
+            x *= root_value_weights(layer, samples).double()
         assert set(group_stats.grams) == {0, 1, 2, 3}
         for index, gram in group_stats.grams.items():
             part = x[modality == index]
@@ -221,6 +225,17 @@ def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
 def root_weights(layer: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:
     """1 / sqrt(|h|) of all tokens, [tokens, 1], with the layer's output h."""
     return torch.cat([run_layer(layer, each.inputs)[0].norm(dim=1) for each in samples]).rsqrt()[:, None]
+
+
+def root_value_weights(layer: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:
+    """The square roots of 1 + the attention that each token receives, [tokens, 1]."""
+    record, received = AttentionRecord(layer), []
+    for each in samples:
+        run_layer(layer, each.inputs)
+        assert record.received is not None
+        received.append(record.received)
+    record.remove()
+    return (1.0 + torch.cat(received)).sqrt()[:, None]
 
 
 def test_relative_weights_by_hand() -> None:

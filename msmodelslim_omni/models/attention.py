@@ -1,0 +1,70 @@
+"""How much attention each token of a sample receives, recorded while a decoder layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_NAME = "msmodelslim_recorded"  # of the attention function, in the library's table
+_BLOCK_BYTES = 64 << 20  # of attention probabilities that are in memory at once
+
+
+class AttentionRecord:
+    """Records the attention of one decoder layer, until `remove`.
+
+    received: float32 [tokens] of the last sample; see received_attention.
+    """
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        from transformers import AttentionInterface
+
+        self.received: torch.Tensor | None = None
+        self._module: Any = layer.get_submodule("self_attn")
+        self._before: str = self._module.config._attn_implementation
+        library: Callable[..., Any] = AttentionInterface()[self._before]
+
+        def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+            if module is self._module:
+                self.received = received_attention(query[0], key[0], attention_mask, options.get("scaling"))
+            return library(module, query, key, value, attention_mask, **options)
+
+        AttentionInterface.register(_NAME, attend)
+        self._module.config._attn_implementation = _NAME
+
+    def remove(self) -> None:
+        """Give the layer the library's function back."""
+        self._module.config._attn_implementation = self._before
+
+
+def received_attention(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, scaling: float | None = None
+) -> torch.Tensor:
+    """Σ over the queries of the squared attention probabilities of each key, mean over the heads: float32 [tokens].
+
+    An error in the value of token t reaches the output of query q multiplied by the probability a_qt, so it adds
+    |error|² Σ_q a_qt² to the squared error of all outputs. A token that only itself attends to has at most 1; an
+    attention sink, to which all later tokens attend, has hundreds.
+
+    query: [heads, tokens, d] after the rotary embedding; key: [kv heads, tokens, d]. mask: [1, 1, tokens, tokens],
+    booleans or numbers to add; None for causal attention.
+    """
+    import torch
+
+    heads, tokens, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    total = torch.zeros(tokens, device=query.device)
+    positions = torch.arange(tokens, device=query.device)
+    for rows in positions.split(max(1, _BLOCK_BYTES // (4 * heads * tokens))):
+        grouped = query[:, rows].unflatten(0, (len(key), -1)).flatten(1, 2)  # [kv heads, heads of each * rows, d]
+        scores = (grouped.float() @ key.float().transpose(1, 2) * scale).unflatten(1, (-1, len(rows)))
+        if mask is None:
+            scores.masked_fill_(positions > rows[:, None], float("-inf"))
+        elif mask.dtype == torch.bool:
+            scores.masked_fill_(~mask[0, 0, rows], float("-inf"))
+        else:
+            scores += mask[0, 0, rows].float()
+        total += scores.softmax(dim=-1).square_().sum(dim=(0, 1, 2))
+    return total / heads
