@@ -166,7 +166,9 @@ def evaluate(
     if save_path is not None:
         shown, heard = shown_answers(pairs), shown_speech(spoken, Path(save_path))
         write_eval_report(report, Path(save_path))
-        write_evaluation(report, shown, heard, Path(save_path), progress, update_card=update_card, overwrite=overwrite)
+        write_evaluation(
+            report, shown, Path(save_path), progress, speech=heard, update_card=update_card, overwrite=overwrite
+        )
     return report
 
 

@@ -19,24 +19,26 @@ class AttentionRecord:
     """
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        from transformers import AttentionInterface
+        import transformers
 
+        table: Any = transformers.AttentionInterface
         self.received: torch.Tensor | None = None
-        self._module: Any = layer.get_submodule("self_attn")
-        self._before: str = self._module.config._attn_implementation
-        library: Callable[..., Any] = AttentionInterface()[self._before]
+        self._module = layer.get_submodule("self_attn")
+        self._config: Any = self._module.config
+        self._before: str = self._config._attn_implementation
+        library: Callable[..., Any] = table()[self._before]
 
         def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
             if module is self._module:
                 self.received = received_attention(query[0], key[0], attention_mask, options.get("scaling"))
             return library(module, query, key, value, attention_mask, **options)
 
-        AttentionInterface.register(_NAME, attend)
-        self._module.config._attn_implementation = _NAME
+        table.register(_NAME, attend)
+        self._config._attn_implementation = _NAME
 
     def remove(self) -> None:
         """Give the layer the library's function back."""
-        self._module.config._attn_implementation = self._before
+        self._config._attn_implementation = self._before
 
 
 def received_attention(
@@ -57,9 +59,9 @@ def received_attention(
     scale = width**-0.5 if scaling is None else scaling
     total = torch.zeros(tokens, device=query.device)
     positions = torch.arange(tokens, device=query.device)
-    for rows in positions.split(max(1, _BLOCK_BYTES // (4 * heads * tokens))):
-        grouped = query[:, rows].unflatten(0, (len(key), -1)).flatten(1, 2)  # [kv heads, heads of each * rows, d]
-        scores = (grouped.float() @ key.float().transpose(1, 2) * scale).unflatten(1, (-1, len(rows)))
+    for rows in torch.split(positions, max(1, _BLOCK_BYTES // (4 * heads * tokens))):
+        grouped = query[:, rows].reshape(len(key), -1, width)  # [kv heads, heads of each * rows, d]
+        scores = (grouped.float() @ key.float().transpose(1, 2) * scale).view(len(key), -1, len(rows), tokens)
         if mask is None:
             scores.masked_fill_(positions > rows[:, None], float("-inf"))
         elif mask.dtype == torch.bool:
