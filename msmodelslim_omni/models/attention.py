@@ -23,7 +23,7 @@ class AttentionRecord:
 
         table: Any = transformers.AttentionInterface
         self.received: torch.Tensor | None = None
-        self._module = layer.get_submodule("self_attn")
+        self._module: Any = layer.get_submodule("self_attn")
         self._config: Any = self._module.config
         self._before: str = self._config._attn_implementation
         library: Callable[..., Any] = table()[self._before]
