@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,8 @@ class AttentionRecord:
 
         table: Any = transformers.AttentionInterface
         self.received: torch.Tensor | None = None
-        self._module: Any = layer.get_submodule("self_attn")
-        self._config: Any = self._module.config
+        self._module: Any = cast(Any, layer.get_submodule("self_attn"))
+        self._config = cast(Any, self._module.config)
         self._before: str = self._config._attn_implementation
         library: Callable[..., Any] = table()[self._before]
 
@@ -39,6 +39,7 @@ class AttentionRecord:
     def remove(self) -> None:
         """Give the layer the library's function back."""
         self._config._attn_implementation = self._before
+        self._module = None  # the table holds this record on; not the layer
 
 
 def received_attention(
