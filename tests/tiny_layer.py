@@ -54,6 +54,24 @@ def layer_weights(dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> dict[st
     return weights
 
 
+def received_attention(weights: dict[str, torch.Tensor], samples: list[Sample]) -> torch.Tensor:
+    """Σ a² over the queries of each token, mean over the heads, from the library's eager attention: [tokens]."""
+    layer, received = build(weights), []
+
+    def keep(_module: object, _args: object, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        received.append(out[1][0].square().sum(dim=1).mean(dim=0))  # [heads, queries, tokens] -> [tokens]
+
+    layer.self_attn.config._attn_implementation = "eager"
+    layer.self_attn.register_forward_hook(
+        lambda _module, _args, out: received.append(out[1][0].square().sum(1).mean(0))
+    )
+    for each in samples:
+        tokens = each.inputs.hidden.shape[1]
+        mask = torch.full((1, 1, tokens, tokens), -torch.inf).triu(1)  # without one, eager attention is not causal
+        run_layer(layer, LayerInput(each.inputs.hidden, {**each.inputs.arguments, "attention_mask": mask}))
+    return torch.cat(received)
+
+
 def tensors(work: LayerWork) -> dict[str, torch.Tensor]:
     """The current tensors of the layer with their folds."""
     return {name: work.tensor(name) for name in work.weights}

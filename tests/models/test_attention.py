@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from tiny_layer import SPEC, build, layer_weights, sample
+from tiny_layer import received_attention as received_attention_of_library
 
-from msmodelslim_omni.models import LayerInput, attention
+from msmodelslim_omni.models import attention
 from msmodelslim_omni.models.attention import AttentionRecord, received_attention
 from msmodelslim_omni.statistics.capture import run_layer
 
@@ -34,26 +33,14 @@ def test_by_hand() -> None:
 
 def test_record_agrees_with_the_library(layer: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four query heads read two key-value heads; blocks of a few queries give the same sums."""
-    probabilities: list[torch.Tensor] = []
-
-    def keep(_module: Any, _args: Any, out: Any) -> None:
-        probabilities.append(out[1])
-
-    inputs = sample(tokens=23).inputs
-    before = run_layer(layer, inputs)
-    layer.self_attn.config._attn_implementation = "eager"
-    hook = layer.self_attn.register_forward_hook(keep)
-    # Without a mask, eager attention would not be causal.
-    mask = torch.full((1, 1, 23, 23), -torch.inf).triu(1)
-    run_layer(layer, LayerInput(inputs.hidden, {**inputs.arguments, "attention_mask": mask}))
-    hook.remove()
-    layer.self_attn.config._attn_implementation = "sdpa"
+    each = sample(tokens=23)
+    inputs, before = each.inputs, run_layer(layer, each.inputs)
+    expected = received_attention_of_library(layer_weights(), [each])
     for block_bytes in (64 << 20, 2048):
         monkeypatch.setattr(attention, "_BLOCK_BYTES", block_bytes)
         record = AttentionRecord(layer)
         assert torch.equal(run_layer(layer, inputs), before)  # recording changes nothing
         record.remove()
-        expected = probabilities[0][0].square().sum(dim=1).mean(dim=0)
         assert record.received is not None
         torch.testing.assert_close(record.received, expected)
     assert layer.self_attn.config._attn_implementation == "sdpa"

@@ -8,7 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_layer import HEAD_DIM, SPEC, Sample, build, layer_weights, output, record, sample, tensors, work_of
+from tiny_layer import (
+    HEAD_DIM,
+    SPEC,
+    Sample,
+    build,
+    layer_weights,
+    output,
+    received_attention,
+    record,
+    sample,
+    tensors,
+    work_of,
+)
 
 from msmodelslim_omni.calibration.layer_probe import LayerProbe
 from msmodelslim_omni.models.inputs import MODALITIES
@@ -90,7 +102,12 @@ def balanced(modality: torch.Tensor) -> torch.Tensor:
 
 
 def error_weights(weights: dict[str, torch.Tensor], group: LinearGroup, modality: torch.Tensor) -> torch.Tensor:
-    """The weight of each token's error: `balanced`, and 1 / |h| with the layer's output h if it is added to h."""
+    """The weight of each token's error: `balanced`, and 1 / |h| with the layer's output h if it is added to h.
+
+    In front of v_proj, with the attention that the token receives.
+    """
+    if group == SPEC.value_group:
+        return balanced(modality) * (1 + received_attention(weights, SAMPLES)).double()
     if not group.adds_to_residual:
         return balanced(modality)
     lengths = torch.cat([output(weights, each)[0] for each in SAMPLES]).double().norm(dim=1)

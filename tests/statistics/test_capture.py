@@ -11,10 +11,9 @@ import torch
 from growth import elements_computed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_layer import SPEC, Sample, build, layer_weights, record, sample, token_counts
+from tiny_layer import SPEC, Sample, build, layer_weights, received_attention, record, sample, token_counts
 
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.models.attention import AttentionRecord
 from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.runtime.budget import DEFAULT_BUDGET
 from msmodelslim_omni.runtime.team import UNSPLIT
@@ -211,7 +210,7 @@ def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
         if group.name in ("o", "down"):
             x *= root_weights(layer, samples).double()
         if group.name == "qkv":
-            x *= root_value_weights(layer, samples).double()
+            x *= (1 + received_attention(layer_weights(), samples)).sqrt()[:, None].double()
         assert set(group_stats.grams) == {0, 1, 2, 3}
         for index, gram in group_stats.grams.items():
             part = x[modality == index]
@@ -225,17 +224,6 @@ def test_recorder_keeps_h_of_each_modality(layer: torch.nn.Module) -> None:
 def root_weights(layer: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:
     """1 / sqrt(|h|) of all tokens, [tokens, 1], with the layer's output h."""
     return torch.cat([run_layer(layer, each.inputs)[0].norm(dim=1) for each in samples]).rsqrt()[:, None]
-
-
-def root_value_weights(layer: torch.nn.Module, samples: list[Sample]) -> torch.Tensor:
-    """The square roots of 1 + the attention that each token receives, [tokens, 1]."""
-    record, received = AttentionRecord(layer), []
-    for each in samples:
-        run_layer(layer, each.inputs)
-        assert record.received is not None
-        received.append(record.received)
-    record.remove()
-    return (1.0 + torch.cat(received)).sqrt()[:, None]
 
 
 def test_relative_weights_by_hand() -> None:
