@@ -1,15 +1,16 @@
 """Calibration samples: from index.jsonl and media files to the inputs of each decoder layer.
 
-samples.py parses the index, media.py decodes, stems.py runs towers and embedding, stream.py walks the samples through
-the layers, and layer_probe.py measures how much a changed layer differs from the float layer.
+samples.py parses the index, media.py and clips.py decode, stems.py runs towers and embedding, stream.py walks the
+samples through the layers, and layer_probe.py measures how much a changed layer differs from the float layer.
 May import: plan, statistics, models, recipe, numerics, runtime, storage, files, errors.
 Left out on purpose: quantization. The stream is handed a layer and does not know what was done to it.
 """
 
 from __future__ import annotations
 
+from .clips import sample_frames
 from .layer_probe import Errors, LayerProbe, zero_errors
-from .media import load_audio, load_image, sample_frames
+from .media import load_audio, load_image
 from .sample_store import HiddenStates, StemStore
 from .samples import (
     CalibSample,
@@ -20,6 +21,7 @@ from .samples import (
     missing_modality_warnings,
     parse_sample,
     prepare_sample,
+    run_stem,
 )
 from .stems import Stems, prepare_stems
 from .stream import CalibrationStream, Captured, OutputError
@@ -44,6 +46,7 @@ __all__ = [
     "parse_sample",
     "prepare_sample",
     "prepare_stems",
+    "run_stem",
     "sample_frames",
     "zero_errors",
 ]

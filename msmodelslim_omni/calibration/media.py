@@ -1,35 +1,27 @@
-"""Check and decode local image, audio and video files with Pillow and PyAV.
+"""Check local image, audio and video files, and decode pictures and sounds, with Pillow and PyAV.
 
-No ffmpeg program is needed, because PyAV bundles the codecs. Datasets are untrusted input, so the limits below are
-checked before and during decoding. URLs are never opened.
+No ffmpeg program is needed, because PyAV bundles the codecs. A file is what its content says; its suffix does not
+matter. Datasets are untrusted input, so the limits here and in containers.py are checked before and during decoding.
+URLs are never opened. Clips are decoded in clips.py.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import QuantError
+from . import containers
+from .containers import UnreadableMedia, check_pixels, open_container, video_streams
 
-SUFFIXES = {
-    "image": (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
-    "audio": (".wav", ".mp3", ".flac", ".m4a"),
-    "video": (".mp4", ".mkv", ".mov", ".webm"),
-}
 MAX_FILE_BYTES = 1 << 30
-MAX_PIXELS = 64_000_000
-MAX_SECONDS = 600.0
 MAX_SAMPLING_RATE = 384_000
-MAX_FRAMES = 100_000  # 600 s at 166 frames/s; frames may have no timestamp
-MAX_VIDEO_PIXELS = 400_000_000  # in all sampled frames of a video
 SAMPLING_RATE = 16_000
 
 # By the name of the package, what it is imported as.
@@ -41,10 +33,24 @@ _LIBRARIES = {
     "pillow": "PIL",
 }
 
-# Only the formats of the suffixes above, whatever the file contains: other readers of Pillow and FFmpeg run programs
-# (EPS), or read further files and open connections that the file names (playlists, SDP).
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
-_CONTAINERS = {"format_whitelist": "wav,mp3,flac,mov,matroska", "protocol_whitelist": "file"}
+# Other readers of Pillow run programs (EPS), read further files, or take any content for a picture.
+_IMAGE_FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "PPM", "ICO", "JPEG2000", "AVIF",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MediaFacts:
+    """What a check of a file finds. pixels: of a picture or frame. seconds: of a sound or clip; 0 if not known.
+
+    samples: of a sound at the file's own rate, by its length; has_sound: whether a clip has a usable sound track.
+    """
+
+    kind: str
+    pixels: int = 0
+    seconds: float = 0.0
+    samples: int = 0
+    has_sound: bool = False
 
 
 @functools.cache
@@ -58,72 +64,116 @@ def require_libraries() -> None:
         )
 
 
-def probe(kind: str, path: Path) -> bool:
+def probe(kind: str, path: Path, least_samples: int = 1) -> MediaFacts:
     """Check that a file is a readable image, audio or video file, decoding as little as possible.
 
-    Returns whether a video has an audio track; False for images and audio files. Raises QuantError with the reason.
+    least_samples: of a sound, at 16 kHz; a clip with a shorter sound track counts as one without. Raises QuantError
+    with the reason.
     """
-    if path.suffix.lower() not in SUFFIXES[kind]:
-        raise QuantError(f"{kind} {str(path)!r}: unsupported suffix; allowed: {' '.join(SUFFIXES[kind])}")
     if not path.is_file():
-        raise QuantError(f"{kind} {str(path)!r} does not exist")
+        raise QuantError(f"{kind} {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}")
     if not path.stat().st_size:  # files under /proc have size 0, and some never end
         raise QuantError(f"{kind} {str(path)!r} is empty")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise QuantError(f"{kind} {str(path)!r} is larger than {MAX_FILE_BYTES} bytes")
-    if kind == "image":
-        _probe_image(path)
-        return False
-    with _open_container(kind, path) as container:
-        streams = container.streams.video if kind == "video" else container.streams.audio
+    try:
+        return _probe_image(path) if kind == "image" else _probe_streams(kind, path, least_samples)
+    except UnreadableMedia as error:
+        if other := _actual_kind(kind, path):
+            raise QuantError(f"{kind} {str(path)!r} is no {kind}; its content can be given as {other}") from error
+        raise
+
+
+def _actual_kind(kind: str, path: Path) -> str:
+    """A kind that can be read from a file that cannot be read as `kind`; empty if there is none."""
+    for other in {"image": ("video", "audio"), "audio": ("image", "video"), "video": ("image", "audio")}[kind]:
+        try:
+            _probe_image(path) if other == "image" else _probe_streams(other, path, 1)
+        except QuantError:
+            continue
+        return other
+    return ""
+
+
+def _probe_streams(kind: str, path: Path, least_samples: int) -> MediaFacts:
+    """See probe, for a sound or a clip."""
+    with open_container(kind, path) as container:
+        streams = video_streams(container) if kind == "video" else container.streams.audio
         if not streams:
-            raise QuantError(f"{kind} {str(path)!r} has no {kind} stream")
-        if container.duration and container.duration / 1e6 > MAX_SECONDS:
-            raise QuantError(f"{kind} {str(path)!r} is longer than {MAX_SECONDS:.0f} s")
-        if kind == "video":
-            # Checked before a frame of that size is allocated. Streams of unknown codecs have no size.
-            _check_pixels(path, getattr(streams[0], "width", 0), getattr(streams[0], "height", 0))
+            raise UnreadableMedia(f"{kind} {str(path)!r} has no {kind} stream")
+        seconds = (container.duration or 0) / 1e6
+        if seconds > containers.MAX_SECONDS:
+            raise QuantError(f"{kind} {str(path)!r} is longer than {containers.MAX_SECONDS:.0f} s")
+        if kind == "audio":
+            samples = max(int(seconds * (streams[0].rate or 0)), 0)
+            if (length := _leading_samples(streams[0], least_samples)) < least_samples:
+                raise QuantError(
+                    f"audio {str(path)!r} has {1000 * length / SAMPLING_RATE:.1f} ms; the model needs at least"
+                    f" {1000 * least_samples / SAMPLING_RATE:.1f} ms"
+                    if length
+                    else f"audio {str(path)!r} has no frames"
+                )
+            return MediaFacts(kind, seconds=seconds, samples=samples)
+        # Checked before a frame of that size is allocated. Streams of unknown codecs have no size.
+        check_pixels(path, getattr(streams[0], "width", 0), getattr(streams[0], "height", 0))
         frame = next(container.decode(streams[0]), None)
         if frame is None:
             raise QuantError(f"{kind} {str(path)!r} has no frames")
-        if kind == "video":
-            _check_pixels(path, frame.width, frame.height)
-        return kind == "video" and bool(container.streams.audio)
+        check_pixels(path, frame.width, frame.height)
+    return MediaFacts(kind, frame.width * frame.height, seconds, has_sound=_has_sound(path, least_samples))
 
 
-def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise QuantError(f"video {str(path)!r} has {width} x {height} pixels; the limit is {MAX_PIXELS}")
+def _leading_samples(stream: Any, enough: int) -> int:
+    """The number of samples of a sound at 16 kHz; at least `enough` if there are as many, without decoding the rest."""
+    length, at_16_khz = 0, 0
+    for frame in stream.container.decode(stream):
+        rate = frame.sample_rate
+        if not 0 < rate <= MAX_SAMPLING_RATE:
+            name = stream.container.name
+            raise QuantError(f"{name!r} is sampled at {rate} Hz; the limit is {MAX_SAMPLING_RATE} Hz")
+        length += frame.samples
+        at_16_khz = math.ceil(length * SAMPLING_RATE / rate)
+        if at_16_khz >= enough:
+            break
+    return at_16_khz
 
 
-def _probe_image(path: Path) -> None:
-    from PIL import Image
+def _has_sound(path: Path, least_samples: int) -> bool:
+    with open_container("video", path) as container:
+        return bool(container.streams.audio) and (
+            _leading_samples(container.streams.audio[0], least_samples) >= least_samples
+        )
 
+
+def _probe_image(path: Path) -> MediaFacts:
     try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
+        with _open_image(path) as image:
+            if image.width * image.height > containers.MAX_PIXELS:
                 size = f"{image.width} x {image.height}"
-                raise QuantError(f"image {str(path)!r} has {size} pixels; the limit is {MAX_PIXELS}")
+                raise QuantError(f"image {str(path)!r} has {size} pixels; the limit is {containers.MAX_PIXELS}")
             if max(image.size) > 200 * min(image.size):
                 raise QuantError(f"image {str(path)!r} has an aspect ratio above 200")
             image.convert("RGB")
+            return MediaFacts("image", image.width * image.height)
     except QuantError:
         raise
     except Exception as error:  # the exceptions of Pillow's readers share no base class
-        raise QuantError(f"image {str(path)!r} cannot be decoded: {error}") from error
+        raise _undecodable_image(path, error) from error
 
 
-@contextmanager
-def _open_container(kind: str, path: Path) -> Iterator[Any]:
-    """Open a PyAV container. FFmpeg errors in the body of the `with` become QuantErrors that name the file."""
-    import av
+def _open_image(path: Path) -> Any:
+    from PIL import Image
 
-    try:
-        with av.open(str(path), metadata_errors="ignore", options=_CONTAINERS) as container:
-            yield container
-    except (av.error.FFmpegError, ValueError, OSError, EOFError, ArithmeticError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise QuantError(f"{kind} {str(path)!r} cannot be decoded: {reason}") from error
+    Image.init()
+    return Image.open(path, formats=[name for name in _IMAGE_FORMATS if name in Image.OPEN])
+
+
+def _undecodable_image(path: Path, error: Exception) -> UnreadableMedia:
+    from PIL import UnidentifiedImageError
+
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    reason = "its content is no picture that Pillow reads; convert it to PNG or JPEG" if is_unknown else error
+    return UnreadableMedia(f"image {str(path)!r} cannot be decoded: {reason}")
 
 
 def load_audio(path: Path) -> np.ndarray:
@@ -135,7 +185,7 @@ def load_audio(path: Path) -> np.ndarray:
 
     chunks: list[np.ndarray] = []
     rate, length = 0, 0
-    with _open_container("audio", path) as container:
+    with open_container("audio", path) as container:
         if not container.streams.audio:
             raise QuantError(f"{str(path)!r} has no audio track")
         resampler = None
@@ -146,8 +196,8 @@ def load_audio(path: Path) -> np.ndarray:
                     raise QuantError(f"{str(path)!r} is sampled at {rate} Hz; the limit is {MAX_SAMPLING_RATE} Hz")
             chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(frame)]
             length += frame.samples
-            if length > MAX_SECONDS * rate:  # the header's duration may be wrong
-                raise QuantError(f"{str(path)!r} is longer than {MAX_SECONDS:.0f} s")
+            if length > containers.MAX_SECONDS * rate:  # the header's duration may be wrong
+                raise QuantError(f"{str(path)!r} is longer than {containers.MAX_SECONDS:.0f} s")
         if resampler is not None:
             chunks += [out.to_ndarray().mean(axis=0) for out in resampler.resample(None)]
     samples = np.concatenate(chunks).astype(np.float32) if chunks else np.zeros(0, np.float32)
@@ -172,82 +222,9 @@ def load_image(path: Path) -> Any:
 
     Transparency is kept, because the model's processor replaces it by white.
     """
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=_IMAGE_FORMATS) as image:
+        with _open_image(path) as image:
             image.load()
             return image.convert("RGBA") if image.mode in ("P", "LA") else image.copy()
     except Exception as error:  # see _probe_image
-        raise QuantError(f"image {str(path)!r} cannot be decoded: {error}") from error
-
-
-def ensure_video_reader() -> None:
-    """Make sure that qwen_omni_utils has a working video reader.
-
-    Its fallback reader calls torchvision.io.read_video, which newer torchvision no longer has. Its other two readers
-    need decord or torchcodec, which have no wheels for many machines. Only the fallback reader is replaced.
-    """
-    import torchvision
-    from qwen_omni_utils.v2_5 import vision_process
-
-    with redirect_stderr(io.StringIO()):  # the first call of this cached function prints which reader it chose
-        vision_process.get_video_reader_backend()
-    if not hasattr(torchvision.io, "read_video"):
-        vision_process.VIDEO_READER_BACKENDS["torchvision"] = _read_video
-
-
-def _read_video(element: dict[str, Any]) -> tuple[Any, dict[str, Any], float]:
-    """Read the frames of a video at about the element's `fps`, with the interface of qwen_omni_utils' readers.
-
-    Returns uint8 [frames, 3, height, width], the metadata dict, and the frame rate after sampling.
-    """
-    import torch
-    from qwen_omni_utils.v2_5.vision_process import smart_nframes
-
-    path = Path(element["video"])
-    total, pixels, fps = 0, 0, 0.0
-    with _open_container("video", path) as container:
-        stream = container.streams.video[0]
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        for frame in container.decode(stream):  # headers of webm and mkv have no frame count
-            total += 1
-            pixels = max(pixels, frame.width * frame.height)  # the header's size may be wrong
-            _check_pixels(path, frame.width, frame.height)
-            if total > MAX_FRAMES or (frame.time is not None and frame.time > MAX_SECONDS):
-                raise QuantError(f"video {str(path)!r} is longer than {MAX_SECONDS:.0f} s or {MAX_FRAMES} frames")
-    if not fps or not total:
-        raise QuantError(f"video {str(path)!r} has no frame rate or no frames")
-    count = smart_nframes(element, total_frames=total, video_fps=fps)
-    if count * pixels > MAX_VIDEO_PIXELS:
-        size = f"{count} frames of {pixels} pixels"
-        raise QuantError(f"video {str(path)!r} has {size}; the limit is {MAX_VIDEO_PIXELS} pixels in total")
-    indices = torch.linspace(0, total - 1, count).round().long().tolist()
-    video = _decode_frames(path, indices)
-    metadata = {"fps": fps, "frames_indices": indices, "total_num_frames": total, "video_backend": "pyav"}
-    return video, metadata, count / total * fps
-
-
-def sample_frames(path: Path, count: int) -> Any:
-    """`count` frames (an even number) of a video, from its first to its last: uint8 [frames, 3, height, width]."""
-    return _read_video({"video": str(path), "nframes": count})[0]
-
-
-def _decode_frames(path: Path, indices: list[int]) -> Any:
-    """The frames at the given indices (ascending) as one uint8 tensor [frames, 3, height, width]."""
-    import torch
-
-    video, filled = None, 0
-    with _open_container("video", path) as container:
-        for index, frame in enumerate(container.decode(container.streams.video[0])):
-            while filled < len(indices) and indices[filled] == index:
-                pixels = frame.to_ndarray(format="rgb24")
-                if video is None:
-                    video = np.empty((len(indices), *pixels.shape), dtype=np.uint8)
-                if pixels.shape != video.shape[1:]:
-                    raise QuantError(f"video {str(path)!r} changes its frame size")
-                video[filled] = pixels
-                filled += 1
-    if video is None or filled < len(indices):
-        raise QuantError(f"video {str(path)!r} could not be decoded to the end")
-    return torch.from_numpy(video).permute(0, 3, 1, 2)
+        raise _undecodable_image(path, error) from error

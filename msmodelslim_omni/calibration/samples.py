@@ -10,17 +10,21 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import QuantError, nearest
 from ..files import file_digest, find_index, parse_json, read_regular
-from ..models import MediaProcessor, ModelInputs, ModelSpec
+from ..models import LayerInput, MediaProcessor, ModelInputs, ModelSpec, Stem
+from ..runtime import is_device_fault
 from . import media
+from .clips import VideoClip
+from .media import MediaFacts
+from .shapes import MEDIA_KINDS, to_own_shape
 
-MEDIA_KINDS = ("image", "audio", "video")
 KEYS = ("text", *MEDIA_KINDS, "use_audio_in_video", "system", "answer", "messages")
 MAX_TEXT_CHARACTERS = 200_000
 MAX_INDEX_BYTES = 64 << 20
@@ -38,12 +42,13 @@ class CalibSample:
     """One conversation.
 
     where: file and line, for error messages. messages: in the format of chat templates; each media part holds a checked
-    Path. use_audio_in_video: whether the audio tracks of the videos are used.
+    Path. use_audio_in_video: whether the audio tracks of the videos are used. media: of each file, in order.
     """
 
     where: str
     messages: tuple[dict[str, Any], ...]
     use_audio_in_video: bool
+    media: tuple[MediaFacts, ...] = ()
 
     @property
     def has_answer(self) -> bool:
@@ -89,8 +94,21 @@ class CalibSet:
         for sample in self.samples:
             digest.update(repr((sample.messages, sample.use_audio_in_video)).encode())
             for file in sample.files():
-                digest.update(file_digest(file).encode())
+                digest.update(self._file_digests[file].encode())
         return digest.hexdigest()
+
+    @cached_property
+    def _file_digests(self) -> dict[Path, str]:
+        """The digest of each file, which many samples may share."""
+        return {file: file_digest(file) for file in {file for sample in self.samples for file in sample.files()}}
+
+    def distinct_media(self) -> dict[str, int]:
+        """The number of files with different content, by kind."""
+        contents: dict[str, set[str]] = {kind: set() for kind in MEDIA_KINDS}
+        for sample in self.samples:
+            for found, file in zip(sample.media, sample.files(), strict=True):
+                contents[found.kind].add(self._file_digests[file])
+        return {kind: len(digests) for kind, digests in contents.items() if digests}
 
 
 def load_calib_set(
@@ -116,9 +134,10 @@ def load_calib_set(
     samples: list[CalibSample] = []
     errors: list[tuple[str, str]] = []
     left_out: Counter[str] = Counter()
+    known: KnownMedia = {}
     for where, entry in _read_entries(index):
         try:
-            samples.append(parse_sample(where, entry, index.parent, default_text, model))
+            samples.append(parse_sample(where, entry, index.parent, default_text, model, known))
         except UnsupportedModality as error:
             left_out[error.kind] += 1
         except QuantError as error:
@@ -229,8 +248,15 @@ def _parse_json(text: str, limit: int = MAX_SAMPLE_CHARACTERS) -> Any:
 # --- one sample ----------------------------------------------------------------------------------------------
 
 
-def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model: ModelSpec) -> CalibSample:
+KnownMedia = dict[tuple[str, Path], MediaFacts | QuantError]
+
+
+def parse_sample(
+    where: str, entry: Any, folder: Path, default_text: str, model: ModelSpec, known: KnownMedia | None = None
+) -> CalibSample:
     """Check one entry of an index. Raises one QuantError whose message has one line per error.
+
+    known: what earlier entries found in files, which are not opened again; receives what this one finds.
 
     Raises UnsupportedModality, before any media file is opened, if the model does not take a kind of its media.
     """
@@ -240,6 +266,7 @@ def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model:
     if not isinstance(entry, dict):
         raise QuantError(f"a sample must be a JSON object, not {type(entry).__name__}")
     errors: list[str] = []
+    entry = to_own_shape(entry, errors)
     for key in entry:
         guess = nearest(key, KEYS, cutoff=0.7)
         if key not in KEYS and guess:  # users may add keys of their own (id, source, licence)
@@ -253,12 +280,14 @@ def parse_sample(where: str, entry: Any, folder: Path, default_text: str, model:
     kinds = {part["type"] for message in messages for part in message["content"]}
     if unsupported := sorted(kinds - set(model.modalities)):
         raise UnsupportedModality(unsupported[0], model)
-    tracks = [_check_part(part, folder, errors) for message in messages for part in message["content"]]
-    has_audio = [track for track in tracks if track is not None]
-    use_audio = _use_audio_in_video(entry, has_audio, errors) and "audio" in model.modalities
+    known = {} if known is None else known
+    checked = [_check_part(part, folder, model, known, errors) for message in messages for part in message["content"]]
+    facts = tuple(found for found in checked if found is not None)
+    has_sound = [found.has_sound for found in facts if found.kind == "video"]
+    use_audio = _use_audio_in_video(entry, has_sound, errors) and "audio" in model.modalities
     if errors:
         raise QuantError("\n".join(errors))
-    return CalibSample(where, tuple(messages), use_audio)
+    return CalibSample(where, tuple(messages), use_audio, facts)
 
 
 def _messages_of_fields(entry: dict[str, Any], default_text: str, errors: list[str]) -> list[dict[str, Any]]:
@@ -336,8 +365,10 @@ def _is_content_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") in ("text", *MEDIA_KINDS) and part["type"] in part
 
 
-def _check_part(part: dict[str, Any], folder: Path, errors: list[str]) -> bool | None:
-    """Check a part and replace its file name by a Path. For a video: whether it has an audio track; else None."""
+def _check_part(
+    part: dict[str, Any], folder: Path, model: ModelSpec, known: KnownMedia, errors: list[str]
+) -> MediaFacts | None:
+    """Check a part and replace its file name by a Path. Returns what is known of a file; None for text and faults."""
     kind = part["type"]
     value = part[kind]
     if not isinstance(value, str) or not value:
@@ -351,15 +382,23 @@ def _check_part(part: dict[str, Any], folder: Path, errors: list[str]) -> bool |
         errors.append(f"{kind} {value[:80]!r} is not a file name")
     else:
         part[kind] = folder / value
-        try:
-            has_audio = media.probe(kind, part[kind])
-        except QuantError as error:
-            errors.append(error.message)
-        except OSError as error:
-            errors.append(f"{kind} {value[:80]!r} cannot be read: {error.strerror}")
-        else:
-            return has_audio if kind == "video" else None
+        if (kind, part[kind]) not in known:
+            known[kind, part[kind]] = _probed(kind, part[kind], value, model)
+        found = known[kind, part[kind]]
+        if isinstance(found, MediaFacts):
+            return found
+        errors.append(found.message)
     return None
+
+
+def _probed(kind: str, path: Path, name: str, model: ModelSpec) -> MediaFacts | QuantError:
+    """The facts of a file, or what is wrong with it (returned, not raised)."""
+    try:
+        return media.probe(kind, path, model.least_sound_samples)
+    except QuantError as error:
+        return error
+    except OSError as error:
+        return QuantError(f"{kind} {name[:80]!r} cannot be read: {error.strerror}")
 
 
 def _use_audio_in_video(entry: dict[str, Any], has_audio: list[bool], errors: list[str]) -> bool:
@@ -390,25 +429,30 @@ def prepare_sample(sample: CalibSample, processor: MediaProcessor) -> ModelInput
     except QuantError as error:
         raise QuantError(f"{sample.where}: {error.message}", error.hint) from error
     except Exception as error:  # samples are untrusted input, and the libraries' exceptions share no base class
+        if is_device_fault(error):
+            raise
         raise QuantError(f"{sample.where}: the model's processor rejected the sample: {error}") from error
 
 
-def _video_path(path: Path) -> str:
-    """The path as a string: qwen_omni_utils decodes videos itself."""
-    media.ensure_video_reader()
-    return str(path)
+def run_stem(sample: CalibSample, inputs: ModelInputs, stem: Stem) -> LayerInput:
+    """Run towers and embedding. Whatever a sample makes them raise becomes a QuantError with the sample's line."""
+    try:
+        return stem.layer_input(inputs)
+    except RuntimeError as error:
+        if is_device_fault(error):
+            raise
+        reason = next(iter(str(error).splitlines()), "no details")
+        raise QuantError(f"{sample.where}: the towers cannot process the sample: {reason}") from error
 
 
 def _decode_part(part: dict[str, Any], sample: CalibSample) -> dict[str, Any]:
-    decoders: dict[str, Callable[[Path], Any]] = {
-        "image": media.load_image,
-        "audio": media.load_audio,
-        "video": _video_path,
-    }
+    """The part as models.MediaProcessor takes it."""
     kind = part["type"]
-    if kind == "text":
-        return part
-    decoded = {"type": kind, kind: decoders[kind](part[kind])}
-    if kind == "video" and sample.use_audio_in_video:
-        decoded["sound"] = media.load_audio(part[kind])
-    return decoded
+    if kind == "image":  # decoded and made smaller one after the other
+        return {"type": kind, kind: partial(media.load_image, part[kind])}
+    if kind == "audio":
+        return {"type": kind, kind: media.load_audio(part[kind])}
+    if kind == "video":
+        sound = {"sound": media.load_audio(part[kind])} if sample.use_audio_in_video else {}
+        return {"type": kind, kind: VideoClip(part[kind]), **sound}
+    return part

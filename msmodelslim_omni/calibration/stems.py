@@ -17,7 +17,7 @@ from ..models import MediaLimits
 from ..plan import QuantPlan
 from ..runtime import SINGLE_PROCESS, Extent, Progress, Team, free_modules
 from .sample_store import StemStore, refuse_nonfinite_states
-from .samples import CalibSample, CalibSet, describe_fault, prepare_sample
+from .samples import CalibSample, CalibSet, describe_fault, prepare_sample, run_stem
 from .token_roles import count_tokens
 
 _LISTED_WARNINGS = 10
@@ -108,7 +108,7 @@ def _run_stem(
         sample = samples[number]
         try:
             inputs = prepare_sample(sample, processor)
-            reached = stem.layer_input(inputs)
+            reached = run_stem(sample, inputs, stem)
         except QuantError as error:
             message = describe_fault(sample, error)
             if plan.calibration.on_bad_sample == "fail":

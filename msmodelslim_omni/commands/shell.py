@@ -81,8 +81,8 @@ def argument(metavar: str, help_text: str) -> Any:
 
 # The limits of calibration/, repeated because --help does not import it. A test compares them.
 MEDIA_LIMITS = (
-    "Media: jpg png webp bmp tif gif (its first frame), wav mp3 flac m4a, mp4 mkv mov webm, local files only; each at"
-    " most 1 GiB, 64 megapixels, 600 s; a video at most 400 megapixels in all frames that are read."
+    "Media: local files in the formats that Pillow and PyAV decode, known by their content; each at most 1 GiB,"
+    " 64 megapixels, 600 s."
 )
 INDEX_LIMITS = "At most 64 MiB and 100000 samples."
 

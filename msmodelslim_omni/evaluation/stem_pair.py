@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..calibration import CalibSample, StemStore, describe_fault, prepare_sample
+from ..calibration import CalibSample, StemStore, describe_fault, prepare_sample, run_stem
 from ..errors import QuantError
 from ..models import LayerInput, MediaProcessor, ModelInputs
 from ..quantized import Source
@@ -83,7 +83,7 @@ class StemPair:
                 try:
                     inputs = prepare_sample(sample, processor)
                     self._check_inputs(sample, inputs, needs_answer)
-                    layer_input = stem.layer_input(inputs)
+                    layer_input = run_stem(sample, inputs, stem)
                 except QuantError as error:
                     self._skip_or_raise(sample, error, skip_bad)
                     del usable[number]

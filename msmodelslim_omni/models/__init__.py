@@ -9,7 +9,7 @@ Not here: quantization. A ModelSpec names the Linears; the recipe decides how to
 from __future__ import annotations
 
 from .attention import AttentionRecord
-from .inputs import MODALITIES, LayerInput, MediaLimits, MediaProcessor, ModelInputs
+from .inputs import MODALITIES, ClipSize, FrameChoice, LayerInput, MediaLimits, MediaProcessor, ModelInputs, Stem
 from .log_mel import log_mel
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
 from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport, Spoken
@@ -19,6 +19,8 @@ __all__ = [
     "MODALITIES",
     "MODEL_TYPES",
     "AttentionRecord",
+    "ClipSize",
+    "FrameChoice",
     "LayerInput",
     "LayerSpec",
     "LinearGroup",
@@ -34,6 +36,7 @@ __all__ = [
     "SpeakingModel",
     "SpeechSupport",
     "Spoken",
+    "Stem",
     "apply_renaming",
     "derive_model_type",
     "find_model_type",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -64,10 +65,46 @@ class Stem(Protocol):
     def layer_input(self, inputs: ModelInputs) -> LayerInput: ...
 
 
+@dataclass(frozen=True)
+class ClipSize:
+    """Size of a clip: its number of frames, frames per second, and the pixels of a frame."""
+
+    frames: int
+    rate: float
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FrameChoice:
+    """Frames of a clip by ascending index, which may repeat, and what each is changed to.
+
+    change: makes a frame smaller; uint8 [1, 3, height, width] both.
+    """
+
+    indices: list[int]
+    change: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Clip(Protocol):
+    """A clip that is decoded when its frames are asked for."""
+
+    def frames(self, choose: Callable[[ClipSize], FrameChoice]) -> tuple[ClipSize, torch.Tensor]:
+        """The clip's size, and its chosen and changed frames, uint8 [frames, 3, height, width].
+
+        choose: called before any frame but the first is decoded, and again if the file has not as many frames as its
+        packets promise. An error that it raises ends the call.
+        """
+        ...
+
+
 class MediaProcessor(Protocol):
     """Converts the messages of a sample to model inputs."""
 
-    def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs: ...
+    def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs:
+        """Parts of pictures hold a function that decodes the picture; parts of clips hold a Clip, and under `sound`
+        their sound track if it is used; parts of sounds hold a float32 array at 16 kHz."""
+        ...
 
     def decode(self, tokens: list[int]) -> str:
         """The text of tokens, without special tokens."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import QuantError
 from ..files import call_with_timeout
+from .frames import FrameRules, SampledClip, load_clip, load_picture
 from .inputs import MODALITIES, MediaLimits, ModelInputs
 from .qwen2_5 import load_transformers
 
@@ -50,15 +51,8 @@ class VisionProcessor:
 
     # --- specific to the model ---
 
-    def load_vision(self, messages: Messages) -> tuple[Any, Any, list[Any]]:
-        """Pictures, frames of the clips, and what `options` needs to know about each clip: its sampling rate."""
-        from qwen_omni_utils import process_vision_info
-
-        images, videos, video_options = process_vision_info(messages, return_video_kwargs=True)
-        return images, videos, video_options.get("fps") or []
-
-    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
-        """Keyword arguments of the processor, except text, pictures and frames. clips: see load_vision.
+    def options(self, messages: Messages, clips: list[SampledClip], use_audio_in_video: bool) -> dict[str, Any]:
+        """Keyword arguments of the processor, except text, pictures and frames.
 
         Must return a new dict on each call, because the processor removes its entries.
         """
@@ -74,16 +68,16 @@ class VisionProcessor:
         return str(self._processor.tokenizer.decode(tokens, skip_special_tokens=True))
 
     def prepare(self, messages: Messages, use_audio_in_video: bool) -> ModelInputs:
-        """Convert one sample. Video parts hold a path, audio parts a float32 array at 16 kHz."""
+        """Convert one sample; see inputs.MediaProcessor."""
         import torch
 
+        self._refuse_special_tokens(messages)
         prompt, answer, closing = self._render(messages)
-        visual_messages = [self._with_visual_limits(message) for message in messages]
-        images, videos, clips = self.load_vision(visual_messages)
+        clips = [self._load_clip(part) for part in _parts(messages, "video")]
         encoded = self._processor(
             text=prompt,
-            images=images,
-            videos=videos,
+            images=[self._load_picture(part) for part in _parts(messages, "image")] or None,
+            videos=[clip.frames for clip in clips] or None,
             return_tensors="pt",
             padding=True,
             **self.options(messages, clips, use_audio_in_video),
@@ -149,17 +143,25 @@ class VisionProcessor:
             tensors["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(added, dtype=types.dtype)], dim=1)
         return first, first + len(answer_ids) + 1
 
-    def _with_visual_limits(self, message: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(message["content"], str):
-            return message
-        parts = []
-        for part in message["content"]:
-            if part["type"] == "image":
-                parts.append({**part, **self.pixel_limits("max_pixels")})
-            elif part["type"] == "video":
-                limits = self.pixel_limits("min_pixels", "max_pixels")
-                parts.append({**part, **limits, "fps": self._limits.video_fps})
-        return {**message, "content": parts}
+    def _refuse_special_tokens(self, messages: Messages) -> None:
+        """Raise QuantError for text that the tokenizer would take for placeholders of media or for ends of turns."""
+        special = {*self._processor.tokenizer.all_special_tokens, *self.placeholders().values()}
+        texts = [message["content"] for message in messages if isinstance(message["content"], str)]
+        for text in [*texts, *(part["text"] for part in _parts(messages, "text"))]:
+            if found := sorted(token for token in special if token in text):
+                raise QuantError(
+                    f"a text holds {', '.join(found[:3])}, which the tokenizer does not take as text",
+                    "remove it; name media files under image, audio or video, and write turns as messages",
+                )
+
+    def _load_picture(self, part: dict[str, Any]) -> Any:
+        return load_picture({**part, **self.pixel_limits("max_pixels")}, self.patch_size)
+
+    def _load_clip(self, part: dict[str, Any]) -> SampledClip:
+        limits = self.pixel_limits("min_pixels", "max_pixels")
+        bounds = (limits["min_pixels"], limits["max_pixels"]) if limits else None
+        rules = FrameRules(self._limits.video_fps, 2 * self.patch_size, bounds, self._limits.max_tokens)
+        return load_clip(part["video"], rules)
 
     def pixel_limits(self, *names: str) -> dict[str, int]:
         """Pixel limits under the given names, (smallest,) largest; {} if there is no limit."""
@@ -178,6 +180,12 @@ class VisionProcessor:
         for name, token in self.placeholders().items():
             modality[ids == self._processor.tokenizer.convert_tokens_to_ids(token)] = MODALITIES.index(name)
         return modality
+
+
+def _parts(messages: Messages, kind: str) -> list[dict[str, Any]]:
+    """The parts of a kind of media, in order."""
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [part for content in contents for part in content if part["type"] == kind]
 
 
 def _text_only(content: Any) -> str:

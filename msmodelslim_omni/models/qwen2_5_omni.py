@@ -58,6 +58,7 @@ def model_spec(model_type: str) -> ModelSpec:
         publisher="Qwen",
         system=SYSTEM,
         modalities=("text", "image", "audio", "video"),
+        least_sound_samples=321,  # two frames behind the convolution of stride 2, 160 samples each
         layer_prefix=LAYER_PREFIX,
         parts=PARTS,
         processors=qwen2_5.PROCESSORS,

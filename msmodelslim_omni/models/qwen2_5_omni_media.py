@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .frames import SampledClip
 from .inputs import MediaLimits
 from .qwen2_5_media import Messages, VisionProcessor, open_processor
 
@@ -26,7 +27,7 @@ class OmniMediaProcessor(VisionProcessor):
     the flag to all three.
     """
 
-    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
+    def options(self, messages: Messages, clips: list[SampledClip], use_audio_in_video: bool) -> dict[str, Any]:
         """Audio and video arguments. The processor takes one fps per call.
 
         Without an explicit size, the processor's default would enlarge the downscaled frames.
@@ -34,7 +35,7 @@ class OmniMediaProcessor(VisionProcessor):
         sounds = list(_sounds(messages, use_audio_in_video))
         videos: dict[str, Any] = {"do_sample_frames": False}
         if clips:
-            videos["fps"] = clips[0]
+            videos["fps"] = clips[0].rate
         if size := self.pixel_limits("shortest_edge", "longest_edge"):
             videos["size"] = size
         options: dict[str, Any] = {"audio": [sound for sound, _ in sounds] or None, "videos_kwargs": videos}

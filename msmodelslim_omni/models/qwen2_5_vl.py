@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import QuantError
 from . import qwen2_5
+from .frames import SampledClip
 from .inputs import MediaLimits, ModelInputs
 from .qwen2_5 import (
     DecoderStem,
@@ -183,16 +184,18 @@ def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: boo
 
 
 class VlMediaProcessor(VisionProcessor):
-    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
+    def options(self, messages: Messages, clips: list[SampledClip], use_audio_in_video: bool) -> dict[str, Any]:
         if any(part["type"] == "audio" for m in messages if isinstance(m["content"], list) for part in m["content"]):
             raise QuantError("the sample has audio, which Qwen2.5-VL does not support", "remove the audio")
         videos: dict[str, Any] = {"do_sample_frames": False}
         if size := self.pixel_limits("shortest_edge", "longest_edge"):
             videos["size"] = size  # the processor's default would enlarge the downscaled frames
         if clips and hasattr(self._processor, "replace_video_token"):  # transformers 5 needs the clips' metadata
-            videos["video_metadata"] = [{"fps": rate, "total_num_frames": 1, "frames_indices": [0]} for rate in clips]
+            videos["video_metadata"] = [
+                {"fps": clip.rate, "total_num_frames": 1, "frames_indices": [0]} for clip in clips
+            ]
         elif clips:
-            videos["fps"] = clips
+            videos["fps"] = [clip.rate for clip in clips]
         return {"videos_kwargs": videos}
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from . import qwen2_5, qwen3, qwen3_omni_generate
 from .inputs import MediaLimits, ModelInputs
 from .qwen2_5 import DecoderStem, build_with_weights, load_transformers, with_changes
-from .qwen2_5_media import Messages, open_processor
+from .qwen2_5_media import open_processor
 from .qwen2_5_omni_media import OmniMediaProcessor
 from .qwen3_experts import NO_EXPERTS, experts_of, sparse_mlp, thinker_text
 from .qwen3_omni_names import EMBEDDING, IGNORE_PATTERNS, LAYER_PREFIX, LOADERS, PARTS, SPEECH, TOWERS, disk_name
@@ -38,6 +38,7 @@ def model_spec(model_type: str) -> ModelSpec:
         publisher="Qwen",
         system="",  # the chat template adds none
         modalities=("text", "image", "audio", "video"),
+        least_sound_samples=201,  # more than half a window, by which the spectrum is mirrored
         layer_prefix=LAYER_PREFIX,
         parts=PARTS,
         processors=qwen2_5.PROCESSORS,
@@ -222,11 +223,3 @@ class Qwen3OmniMediaProcessor(OmniMediaProcessor):
     def __init__(self, processor: Any, limits: MediaLimits) -> None:
         super().__init__(processor, limits)
         qwen3.check_max_pixels(limits)
-
-    def load_vision(self, messages: Messages) -> tuple[Any, Any, list[Any]]:
-        from qwen_omni_utils import process_vision_info
-
-        images, videos, options = process_vision_info(
-            messages, return_video_kwargs=True, image_patch_size=self.patch_size
-        )
-        return images, videos, options.get("fps") or []

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import QuantError
 from . import qwen2_5, qwen3
+from .frames import SampledClip
 from .inputs import MediaLimits, ModelInputs
 from .qwen2_5 import (
     DecoderStem,
@@ -193,21 +194,13 @@ def open_media_processor(path: Path, limits: MediaLimits, trust_remote_code: boo
 class VlMediaProcessor(qwen3.Qwen3VisionProcessor):
     """Media processor whose prompt names the time of each pair of frames, computed from the clip's metadata."""
 
-    def load_vision(self, messages: Messages) -> tuple[Any, Any, list[Any]]:
-        """Pictures, frames of the clips, and the metadata of each clip."""
-        from qwen_omni_utils import process_vision_info
-
-        images, clips = process_vision_info(messages, return_video_metadata=True, image_patch_size=self.patch_size)
-        videos, metadata = zip(*clips, strict=True) if clips else (None, ())
-        return images, None if videos is None else list(videos), list(metadata)
-
-    def options(self, messages: Messages, clips: list[Any], use_audio_in_video: bool) -> dict[str, Any]:
+    def options(self, messages: Messages, clips: list[SampledClip], use_audio_in_video: bool) -> dict[str, Any]:
         if any(part["type"] == "audio" for m in messages if isinstance(m["content"], list) for part in m["content"]):
             raise QuantError("the sample has audio, which Qwen3-VL does not support", "remove the audio")
-        # load_vision has resized everything.
+        # Pictures and frames have their final size already.
         videos: dict[str, Any] = {"do_sample_frames": False, "do_resize": False}
         if clips:
-            videos["video_metadata"] = clips
+            videos["video_metadata"] = [clip.metadata for clip in clips]
         return {"images_kwargs": {"do_resize": False}, "videos_kwargs": videos}
 
 

@@ -206,6 +206,7 @@ class ModelSpec:
     runner: ModelRunner
     speech_support: SpeechSupport | None
     visual_token_side: int = 28  # pixels; a visual token is a square of a picture or frame
+    least_sound_samples: int = 1  # at 16 kHz; the audio tower cannot take less
     voices_file: str = "spk_dict.pt"  # of a model with speech; empty if config.json names the voices
     shape_of: str = ""  # the model type that config.json is taken for, if it is another one with the same shape
 

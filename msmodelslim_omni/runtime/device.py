@@ -54,6 +54,12 @@ def out_of_memory_as_error(device: Device, remedy: str) -> Iterator[None]:
         raise QuantError(f"out of memory on {device.name}: {reason}", remedy) from error
 
 
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an error is about memory, the device or an operation that it lacks, not about the data it worked on."""
+    faults = (*_OUT_OF_MEMORY, NotImplementedError, getattr(torch, "AcceleratorError", MemoryError))
+    return isinstance(error, faults) or "DefaultCPUAllocator" in str(error)
+
+
 def resolve_device(requested: str, default_index: int = 0) -> Device:
     """Resolve `auto` (npu, else cuda, else cpu), `cpu`, `cuda[:i]` or `npu[:i]` to a Device.
 

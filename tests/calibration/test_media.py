@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from growth import python_calls
+from library_videos import use_in_library
 from librosa_uncompiled import librosa
 from media_files import probe_error, tone, write_video, write_wav
 from PIL import Image
 
-from msmodelslim_omni.calibration import media
+from msmodelslim_omni.calibration import clips, containers, media
+from msmodelslim_omni.calibration.clips import VideoClip, sample_frames
+from msmodelslim_omni.calibration.media import MediaFacts
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.files.resources import shipped_folder
+from msmodelslim_omni.models.frames import FrameRules, frame_size, load_clip
+from msmodelslim_omni.models.inputs import ClipSize, FrameChoice
 from msmodelslim_omni.models.torchvision_shim import ensure_torchvision_imports
 
 SHIPPED = shipped_folder("lab_calib") / "calibVideos"
@@ -98,7 +105,7 @@ def test_audio_without_samples(tmp_path: Path) -> None:
 
 
 def test_long_audio_is_refused_while_decoding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(containers, "MAX_SECONDS", 0.5)
     path = write_wav(tmp_path / "a.wav", tone(16_000), 16_000)
     with pytest.raises(QuantError, match=r"a\.wav' is longer than 0 s"):
         media.load_audio(path)
@@ -115,18 +122,23 @@ def test_shipped_files_are_accepted(kind: str) -> None:
 
 
 def test_probe_returns_whether_a_video_has_audio(tmp_path: Path) -> None:
-    assert media.probe("video", write_video(tmp_path / "a.mp4", 2)) is False
-    assert media.probe("video", write_video(tmp_path / "b.MKV", 2, sound=True)) is True
-    assert media.probe("audio", write_wav(tmp_path / "c.wav", tone(100), 16_000)) is False
+    assert media.probe("video", write_video(tmp_path / "a.mp4", 2)) == MediaFacts("video", 64 * 48, 0.4)
+    assert media.probe("video", write_video(tmp_path / "b.MKV", 2, sound=True)).has_sound
+    assert media.probe("audio", write_wav(tmp_path / "c.wav", tone(8000), 16_000)) == MediaFacts("audio", 0, 0.5, 8000)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [("image", "a.svg"), ("audio", "a.ogg"), ("video", "a.avi"), ("image", "a"), ("video", "a.mp4.txt")],
-)
-def test_unsupported_suffix(tmp_path: Path, kind: str, name: str) -> None:
-    (tmp_path / name).write_bytes(b"x")
-    assert f"unsupported suffix; allowed: {' '.join(media.SUFFIXES[kind])}" in probe_error(kind, tmp_path / name)
+@pytest.mark.parametrize(("samples", "rate"), [(320, 16_000), (960, 48_000), (1, 16_000)])
+def test_sound_that_is_too_short(tmp_path: Path, samples: int, rate: int) -> None:
+    path = write_wav(tmp_path / "a.wav", tone(samples), rate)
+    with pytest.raises(QuantError, match=r"ms; the model needs at least 20\.1 ms$"):
+        media.probe("audio", path, 321)
+    assert media.probe("audio", write_wav(path, tone(321 * rate // 16_000), rate), 321).samples
+
+
+def test_clip_with_a_sound_track_that_is_too_short(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 2, sound=True)  # a second
+    assert media.probe("video", path, 16_000).has_sound
+    assert not media.probe("video", path, 60_000).has_sound
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -145,7 +157,14 @@ GARBAGE = {"zeros": bytes(2000), "text": b"this is not a media file " * 50, "emp
 @pytest.mark.parametrize("garbage", GARBAGE)
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, f"a{suffix}") for kind, suffixes in media.SUFFIXES.items() for suffix in suffixes],
+    [
+        ("image", "a.png"),
+        ("image", "a"),
+        ("audio", "a.wav"),
+        ("audio", "a.mp3"),
+        ("video", "a.mp4"),
+        ("video", "a.txt"),
+    ],
 )
 def test_garbage(tmp_path: Path, kind: str, name: str, garbage: str) -> None:
     (tmp_path / name).write_bytes(GARBAGE[garbage])
@@ -167,7 +186,7 @@ def test_truncated_audio_and_video(tmp_path: Path, path: Path, share: float) -> 
     content = path.read_bytes()
     truncated = tmp_path / path.name
     truncated.write_bytes(content[: int(len(content) * share)])
-    kind = "video" if path.suffix in media.SUFFIXES["video"] else "audio"
+    kind = "video" if path.parent.name == "videos" else "audio"
     if path.suffix in (".mp4", ".mov", ".m4a") and share < 0.1:
         probe_error(kind, truncated)
         return
@@ -183,7 +202,7 @@ def test_damaged_bytes(tmp_path: Path, path: Path) -> None:
     """Random bytes are changed. The result is an image or a QuantError."""
     rng = random.Random(0)
     damaged = tmp_path / path.name
-    kind = "image" if path.suffix in media.SUFFIXES["image"] else "video"
+    kind = "image" if path.parent.name == "images" else "video"
     for _ in range(8):
         content = bytearray(path.read_bytes())
         for _ in range(5):
@@ -199,16 +218,16 @@ def test_damaged_bytes(tmp_path: Path, path: Path) -> None:
 
 def test_video_file_with_audio_only(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(write_wav(tmp_path / "a.wav", tone(100), 16_000).read_bytes())
-    assert "has no video stream" in probe_error("video", tmp_path / "a.mp4")
+    assert "is no video; its content can be given as audio" in probe_error("video", tmp_path / "a.mp4")
 
 
 def test_audio_file_with_video_only(tmp_path: Path) -> None:
     path = write_video(tmp_path / "a.mp4", 2)
-    assert "has no audio stream" in probe_error("audio", path.rename(tmp_path / "a.m4a"))
+    assert "is no audio; its content can be given as video" in probe_error("audio", path.rename(tmp_path / "a.m4a"))
 
 
 def test_image_with_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "MAX_PIXELS", 32 * 24 - 1)
+    monkeypatch.setattr(containers, "MAX_PIXELS", 32 * 24 - 1)
     Image.new("RGB", (32, 24)).save(tmp_path / "a.png")
     assert "has 32 x 24 pixels; the limit is 767" in probe_error("image", tmp_path / "a.png")
 
@@ -226,7 +245,7 @@ def test_decompression_bomb(tmp_path: Path) -> None:
 
 def test_video_with_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_video(tmp_path / "a.mp4", 2)
-    monkeypatch.setattr(media, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(containers, "MAX_PIXELS", 64 * 48 - 1)
     assert "has 64 x 48 pixels; the limit is 3071" in probe_error("video", path)
 
 
@@ -255,17 +274,8 @@ def test_first_picture_of_other_formats(tmp_path: Path, suffix: str) -> None:
     red, blue = Image.new("RGB", (30, 20), (200, 30, 90)), Image.new("RGB", (30, 20), (0, 0, 255))
     path = tmp_path / f"a.{suffix}"
     red.save(path, **({} if suffix == "bmp" else {"save_all": True, "append_images": [blue]}))
-    assert media.probe("image", path) is False
+    assert media.probe("image", path) == MediaFacts("image", 30 * 20)
     assert np.array_equal(np.asarray(media.load_image(path).convert("RGB")), np.asarray(red))
-
-
-def test_choice_of_the_video_reader_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    from qwen_omni_utils.v2_5 import vision_process
-
-    vision_process.get_video_reader_backend.cache_clear()
-    media.ensure_video_reader()
-    vision_process.get_video_reader_backend()
-    assert capsys.readouterr() == ("", "")
 
 
 def test_broken_image(tmp_path: Path) -> None:
@@ -287,68 +297,136 @@ def _torchvision() -> None:
     ensure_torchvision_imports()
 
 
-@pytest.mark.parametrize("path", shipped_files("videos"), ids=file_name)
-def test_sampled_frames_equal_qwen_omni_utils(path: Path) -> None:
-    from qwen_omni_utils.v2_5.vision_process import smart_nframes
+def rules(fps: float = 2.0, side: int = 28, bounds: tuple[int, int] | None = None, tokens: int = 10**6) -> FrameRules:
+    return FrameRules(fps, side, bounds, tokens)
 
-    frames = all_frames(path)
-    with av.open(str(path)) as container:
-        rate = float(container.streams.video[0].average_rate or 0)
-    element: dict[str, Any] = {"video": str(path), "fps": 2.0}
-    video, metadata, sampled = media._read_video(element)
-    count = smart_nframes(element, total_frames=len(frames), video_fps=rate)
-    indices = torch.linspace(0, len(frames) - 1, count).round().long().tolist()
-    assert metadata["frames_indices"] == indices
-    assert metadata["total_num_frames"] == len(frames)
-    assert metadata["fps"] == rate
-    assert sampled == pytest.approx(count / len(frames) * rate)
-    assert video.dtype == torch.uint8 and video.shape == (count, 3, *frames[0].shape[:2])
-    for frame, index in zip(video, indices, strict=True):
-        assert np.array_equal(frame.permute(1, 2, 0).numpy(), frames[index])
+
+@pytest.mark.parametrize("side", [28, 32])
+@pytest.mark.parametrize("bounds", [None, (50_176, 200_704), (12_544, 25_088), (3_136, 6_272)])
+@pytest.mark.parametrize("path", shipped_files("videos"), ids=file_name)
+def test_frames_equal_those_of_qwen_omni_utils(path: Path, bounds: tuple[int, int] | None, side: int) -> None:
+    """The library decodes and resizes all frames at once; bit for bit the same comes out."""
+    from qwen_omni_utils.v2_5.vision_process import fetch_video
+
+    use_in_library()
+    limits = dict(zip(("min_pixels", "max_pixels"), bounds, strict=True)) if bounds else {}
+    (expected, metadata), rate = fetch_video(
+        {"video": str(path), "fps": 2.0, **limits},
+        image_patch_size=side // 2,
+        return_video_sample_fps=True,
+        return_video_metadata=True,
+    )
+    sampled = load_clip(VideoClip(path), rules(side=side, bounds=bounds))
+    assert torch.equal(sampled.frames, expected) and sampled.frames.dtype == expected.dtype
+    assert (sampled.rate, sampled.metadata) == (rate, metadata)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (720, 1280), (1080, 1920), (31, 500), (2160, 3840), (29, 29), (200, 2)])
+@pytest.mark.parametrize("bounds", [None, (50_176, 200_704), (12_544, 25_088)])
+@pytest.mark.parametrize("count", [2, 60, 500, 768])
+def test_size_of_frames_equals_that_of_qwen_omni_utils(
+    size: tuple[int, int], bounds: tuple[int, int] | None, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device the library decides without computing."""
+    from qwen_omni_utils.v2_5 import vision_process
+
+    def reader(_: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any], float]:
+        return torch.empty((count, 3, *size), dtype=torch.uint8, device="meta"), {}, 2.0
+
+    monkeypatch.setitem(vision_process.VIDEO_READER_BACKENDS, "torchvision", reader)
+    limits = dict(zip(("min_pixels", "max_pixels"), bounds, strict=True)) if bounds else {}
+    expected = vision_process.fetch_video({"video": "a.mp4", **limits}).shape[2:]
+    assert frame_size(count, ClipSize(count, 2.0, *size), rules(bounds=bounds)) == tuple(expected)
 
 
 def test_frames_are_in_order(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "a.mp4", 20, rate=10)
-    video, metadata, _ = media._read_video({"video": str(path), "fps": 2.0})
-    levels = video.float().mean(dim=(1, 2, 3)).tolist()
+    sampled = load_clip(VideoClip(write_video(tmp_path / "a.mp4", 20, rate=10)), rules())
+    levels = sampled.frames.mean(dim=(1, 2, 3)).tolist()
     assert levels == sorted(levels) and levels[0] < levels[-1] - 50
-    assert metadata["frames_indices"][0] == 0 and metadata["frames_indices"][-1] == 19
+    assert sampled.metadata["frames_indices"][0] == 0 and sampled.metadata["frames_indices"][-1] == 19
 
 
 def test_frames_agree_with_decord() -> None:
     """decord is the reader that qwen_omni_utils prefers if it is installed."""
     decord = pytest.importorskip("decord")
     path = SHIPPED / "videos" / "crossing_shapes.mov"
-    video, metadata, _ = media._read_video({"video": str(path), "fps": 2.0})
-    expected = decord.VideoReader(str(path)).get_batch(metadata["frames_indices"]).asnumpy()
-    difference = np.abs(expected.astype(int) - video.permute(0, 2, 3, 1).numpy().astype(int))
+    frames = sample_frames(path, 8)
+    expected = decord.VideoReader(str(path))
+    indices = torch.linspace(0, len(expected) - 1, 8).round().long().tolist()
+    difference = np.abs(expected.get_batch(indices).asnumpy().astype(int) - frames.permute(0, 2, 3, 1).numpy())
     assert difference.mean() < 2
 
 
 def test_error_names_a_broken_video(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"not a video")
     with pytest.raises(QuantError, match=r"video .*a\.mp4' cannot be decoded"):
-        media._read_video({"video": str(tmp_path / "a.mp4"), "fps": 2.0})
+        load_clip(VideoClip(tmp_path / "a.mp4"), rules())
 
 
-def test_video_with_a_single_frame_is_refused(tmp_path: Path) -> None:
-    """qwen_omni_utils needs at least two frames."""
-    path = write_video(tmp_path / "a.mp4", 1)
-    with pytest.raises((QuantError, ValueError)):
-        media._read_video({"video": str(path), "fps": 2.0})
+def test_only_frame_of_a_clip_is_repeated(tmp_path: Path) -> None:
+    sampled = load_clip(VideoClip(write_video(tmp_path / "a.mp4", 1)), rules())
+    assert len(sampled.frames) == 2 and torch.equal(*sampled.frames)
+    assert sampled.rate == 5.0 and sampled.metadata["frames_indices"] == [0, 0]
+    assert len(sample_frames(tmp_path / "a.mp4", 4)) == 1
 
 
-def test_ensure_video_reader() -> None:
-    from qwen_omni_utils.v2_5 import vision_process
+@pytest.mark.parametrize("frames", [2, 3, 4, 5, 7])
+def test_clips_of_few_frames(tmp_path: Path, frames: int) -> None:
+    sampled = load_clip(VideoClip(write_video(tmp_path / "a.mp4", frames)), rules())
+    assert len(sampled.frames) == min(frames // 2 * 2, 4)
 
-    media.ensure_video_reader()
-    assert "torchvision" in vision_process.VIDEO_READER_BACKENDS
+
+@pytest.mark.parametrize("promised", [1, 12, 25])
+def test_clip_whose_packets_promise_other_frames(
+    promised: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frames are chosen again from those that there are."""
+    clip = VideoClip(write_video(tmp_path / "a.mp4", 20, rate=10))
+    expected = load_clip(clip, rules())
+    true_size = clips._promised_size(clip.path)
+    monkeypatch.setattr(clips, "_promised_size", lambda _: replace(true_size, frames=promised))
+    sampled = load_clip(clip, rules())
+    assert torch.equal(sampled.frames, expected.frames)
+    assert (sampled.rate, sampled.metadata) == (expected.rate, expected.metadata)
 
 
-def test_video_with_too_many_pixels_in_total_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = write_video(tmp_path / "clip.mp4", 10)
-    element = {"video": str(clip), "fps": 5.0}
-    video, _, _ = media._read_video(element)
-    monkeypatch.setattr(media, "MAX_VIDEO_PIXELS", video[:, 0].numel() - 1)
-    with pytest.raises(QuantError, match="frames of"):
-        media._read_video(element)
+def test_limit_below_one_token_of_a_frame(tmp_path: Path) -> None:
+    with pytest.raises(QuantError, match=r"max_pixels 1000 is too small for frames of 64 x 48 pixels"):
+        load_clip(VideoClip(write_video(tmp_path / "a.mp4", 2)), rules(bounds=(500, 1000)))
+
+
+def test_clip_with_too_many_tokens_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    clip = VideoClip(write_video(tmp_path / "a.mp4", 40))
+    with pytest.raises(QuantError, match=r"16 frames of 392 x 280 pixels of clip .*a\.mp4' make 1120") as caught:
+        load_clip(clip, rules(tokens=1119))
+    assert "lower max_pixels or video_fps" in caught.value.hint
+    decoded = python_calls(lambda: load_clip(clip, rules(tokens=1120)))
+
+    def refuse() -> None:
+        with pytest.raises(QuantError):
+            load_clip(clip, rules(tokens=1119))
+
+    assert python_calls(refuse) < decoded
+
+
+def test_long_clip_takes_the_memory_of_its_small_frames(tmp_path: Path) -> None:
+    """500 frames of 320 x 240 are 115 MB as decoded."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=2, width=320, height=240, pix_fmt="yuv420p")
+        for index in range(500):
+            frame = av.VideoFrame(320, 240, "yuv420p")
+            for plane in frame.planes:
+                plane.update(bytes([index % 200]) * plane.buffer_size)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    largest = 0
+
+    def change(frame: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, frame.numel())
+        return frame[:, :, ::10, ::10]
+
+    size, frames = VideoClip(path).frames(lambda size: FrameChoice(list(range(size.frames)), change))
+    assert size == ClipSize(500, 2.0, 240, 320) and frames.shape == (500, 3, 24, 32)
+    assert largest == 3 * 240 * 320  # never more than one frame at once

@@ -302,7 +302,7 @@ SAMPLE_ERRORS: list[tuple[Any, str]] = [
     (["text"], "a sample must be a JSON object, not list"),
     (None, "a sample must be a JSON object, not NoneType"),
     ({"txet": "a"}, "unknown key 'txet'. Did you mean 'text'?"),
-    ({"images": "red.png"}, "unknown key 'images'. Did you mean 'image'?"),
+    ({"imagge": "red.png"}, "unknown key 'imagge'. Did you mean 'image'?"),
     ({"text": "   "}, "text must be a non-empty string, not '   '"),
     ({"text": 5}, "text must be a non-empty string, not '5'"),
     ({"text": "a", "answer": ["b"]}, "answer must be a non-empty string"),
@@ -313,14 +313,14 @@ SAMPLE_ERRORS: list[tuple[Any, str]] = [
     ({"image": 5}, "image must be a non-empty string, not '5'"),
     ({"image": ["red.png", None]}, "image must be a non-empty string, not 'None'"),
     ({"image": {"path": "red.png"}}, "image must be a non-empty string, not "),
-    ({"image": "tone.wav"}, "unsupported suffix; allowed: .jpg .jpeg .png .webp"),
-    ({"audio": "red.png"}, "unsupported suffix; allowed: .wav .mp3 .flac .m4a"),
-    ({"video": "red.png"}, "unsupported suffix; allowed: .mp4 .mkv .mov .webm"),
+    ({"image": "tone.wav"}, "is no image; its content can be given as audio"),
+    ({"audio": "red.png"}, "is no audio; its content can be given as image"),
+    ({"video": "red.png"}, "is no video; its content can be given as image"),
     ({"image": "https://example.com/a"}, "image 'https://example.com/a' is a URL; only local files are supported"),
     ({"video": "file:///etc/passwd"}, "is a URL"),
     ({"image": "data:image/png;base64,AAAA"}, "is a URL"),
     ({"image": "a\0.png"}, "is not a file name"),
-    ({"image": "."}, "unsupported suffix"),
+    ({"image": "."}, "is a folder"),
     ({"image": "x" * 5000 + ".png"}, "cannot be read"),
     ({"video": "loud.mp4", "use_audio_in_video": "yes"}, "use_audio_in_video is 'yes', not true or false"),
     ({"video": "silent.mp4", "use_audio_in_video": True}, "is true, but a video of this sample has no audio track"),
@@ -332,7 +332,10 @@ SAMPLE_ERRORS: list[tuple[Any, str]] = [
     ({"messages": [5]}, "messages[0] needs a role"),
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content is neither a string nor a list"),
     ({"messages": [{"role": "user", "content": [{"type": "smell"}]}]}, "messages[0].content is neither"),
-    ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content is neither"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "messages have 1 placeholder of image, and image lists 0 files",
+    ),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
         "text must be a non-empty string, not '5'",
@@ -351,7 +354,7 @@ def test_error_of_a_sample(folder: Path, entry: Any, expected: str) -> None:
 def test_folder_in_place_of_a_file(folder: Path) -> None:
     (folder / "dir.png").mkdir()
     (error,) = load_errors(folder, {"image": "dir.png"})
-    assert "does not exist" in error
+    assert "is a folder" in error
 
 
 def test_all_errors_of_all_lines_are_listed(folder: Path) -> None:

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from library_videos import use_in_library
 from librosa_uncompiled import librosa
 from omni_layers import difference, float_weights, open_stream
 
@@ -160,6 +161,8 @@ def audio_track(path: str) -> np.ndarray:
 def load_media(messages: list[dict[str, Any]], use_audio: bool) -> tuple[Any, Any, Any, dict[str, Any]]:
     """Call process_mm_info. If no ffmpeg program is installed, decode the audio tracks of videos here."""
     from qwen_omni_utils import process_mm_info
+
+    use_in_library()
 
     if not use_audio or shutil.which("ffmpeg"):
         return process_mm_info(messages, use_audio_in_video=use_audio, return_video_kwargs=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command import DATA, command, quant, write_index
+from library_videos import use_in_library
 from make_checkpoint import QWEN3_VL_SHAPES
 from make_tiny_qwen3_vl import make_tiny_qwen3_vl, qwen3_vl_config
 from outputs import all_tensors, quantize_all
@@ -99,6 +100,8 @@ def test_transformers_loads_and_saves_the_tiny_model(
 def library_inputs(entry: dict[str, Any], path: Path) -> dict[str, torch.Tensor]:
     """The processing that the model's authors describe: chat template, process_vision_info, processor."""
     from qwen_omni_utils import process_vision_info
+
+    use_in_library()
     from transformers import Qwen3VLProcessor
 
     parts: list[dict[str, Any]] = []

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from command import DATA, command, quant, write_index
+from library_videos import use_in_library
 from make_checkpoint import VL_SHAPES
 from make_tiny_vl import vl_config
 from outputs import all_tensors, edit_config, quantize_all
@@ -149,6 +150,8 @@ def library_inputs(entry: dict[str, Any], path: Path) -> dict[str, torch.Tensor]
     """The standard processing: chat template, process_vision_info, processor."""
     vl.load_transformers()
     from qwen_omni_utils import process_vision_info
+
+    use_in_library()
     from transformers import Qwen2_5_VLProcessor, __version__
 
     processor = Qwen2_5_VLProcessor.from_pretrained(path)
