@@ -203,6 +203,8 @@ def load_audio(path: Path) -> np.ndarray:
     samples = np.concatenate(chunks).astype(np.float32) if chunks else np.zeros(0, np.float32)
     if len(samples) == 0:
         raise QuantError(f"{str(path)!r} has no audio samples")
+    if not np.isfinite(samples).all():
+        raise QuantError(f"{str(path)!r} has NaN or infinite samples")
     if rate == SAMPLING_RATE:
         return samples
     resampled = soxr.resample(samples, rate, SAMPLING_RATE, quality="HQ").astype(np.float32)

@@ -61,6 +61,9 @@ def to_own_shape(entry: dict[str, Any], errors: list[str]) -> dict[str, Any]:
             own[name] = value
         else:
             errors.append(f"{alias} and {name} both give the {name}; keep one")
+    for kind, files in _files(own).items():
+        if files:
+            own[kind] = files
     _add_history(own, present.get("history"), errors)
     if isinstance(own.get("messages"), list) and own["messages"]:
         own["messages"] = [_own_turn(turn, errors) for turn in own["messages"]]
@@ -135,7 +138,8 @@ def _own_part(part: Any, errors: list[str]) -> Any:
     if isinstance(value, dict):  # {"url": ...}, {"path": ...}
         if "data" in value:
             errors.append(f"{declared} holds encoded data; write it to a file, and give its name")
-        value = value.get("url", value.get("path", value.get("data")))
+            return {"type": "text", "text": f"<{kind}>"}
+        value = value.get("url", value.get("path"))
     if declared.endswith("_url") or "url" in part:
         value = _local_name(value)
     return {"type": kind, kind: value}
@@ -153,7 +157,7 @@ def _local_name(url: Any) -> Any:
 
 
 def _files(own: dict[str, Any]) -> dict[str, list[Any]]:
-    """The files beside the turns or the text, by kind."""
+    """The files beside the turns or the text, by kind. Tables of Hugging Face have {"path": ..., "bytes": null}."""
     found = {}
     for kind in MEDIA_KINDS:
         value = own.get(kind)
