@@ -10,18 +10,20 @@ from __future__ import annotations
 
 from .clips import sample_frames
 from .layer_probe import Errors, LayerProbe, zero_errors
-from .media import load_audio, load_image
+from .media import MediaFacts, load_audio, load_image
 from .sample_store import HiddenStates, StemStore
 from .samples import (
     CalibSample,
     CalibSet,
     choose_by_modality,
     describe_fault,
+    describe_media,
     load_calib_set,
     missing_modality_warnings,
     parse_sample,
     prepare_sample,
     run_stem,
+    same_media_warnings,
 )
 from .stems import Stems, prepare_stems
 from .stream import CalibrationStream, Captured, OutputError
@@ -34,11 +36,13 @@ __all__ = [
     "Errors",
     "HiddenStates",
     "LayerProbe",
+    "MediaFacts",
     "OutputError",
     "StemStore",
     "Stems",
     "choose_by_modality",
     "describe_fault",
+    "describe_media",
     "load_audio",
     "load_calib_set",
     "load_image",
@@ -47,6 +51,7 @@ __all__ = [
     "prepare_sample",
     "prepare_stems",
     "run_stem",
+    "same_media_warnings",
     "sample_frames",
     "zero_errors",
 ]

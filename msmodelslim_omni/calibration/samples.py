@@ -103,12 +103,34 @@ class CalibSet:
         return {file: file_digest(file) for file in {file for sample in self.samples for file in sample.files()}}
 
     def distinct_media(self) -> dict[str, int]:
-        """The number of files with different content, by kind."""
-        contents: dict[str, set[str]] = {kind: set() for kind in MEDIA_KINDS}
+        """The number of files with different content, by kind. Files of different sizes are not read."""
+        by_kind: dict[str, set[Path]] = {kind: set() for kind in MEDIA_KINDS}
         for sample in self.samples:
             for found, file in zip(sample.media, sample.files(), strict=True):
-                contents[found.kind].add(self._file_digests[file])
-        return {kind: len(digests) for kind, digests in contents.items() if digests}
+                by_kind[found.kind].add(file)
+        return {kind: _count_distinct(files) for kind, files in by_kind.items() if files}
+
+
+def _count_distinct(files: set[Path]) -> int:
+    by_size: dict[int, list[Path]] = {}
+    for file in files:
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    return sum(len({file_digest(file) for file in alike}) if len(alike) > 1 else 1 for alike in by_size.values())
+
+
+def describe_media(calib: CalibSet) -> str:
+    """How many files the samples hold, as text: `11 images, 12 videos`; empty for text alone."""
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in calib.distinct_media().items())
+
+
+def same_media_warnings(calib: CalibSet) -> list[str]:
+    """A warning for each kind of which all samples, four or more, hold the same file."""
+    warnings = []
+    for kind, count in calib.distinct_media().items():
+        holders = sum(any(found.kind == kind for found in sample.media) for sample in calib.samples)
+        if count == 1 and holders >= 4:
+            warnings.append(f"all {holders} samples with {kind} hold the same file: calibration sees no other {kind}")
+    return warnings
 
 
 def load_calib_set(

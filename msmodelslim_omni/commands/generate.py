@@ -26,13 +26,11 @@ if TYPE_CHECKING:
 def generate(
     path: Annotated[str, typer.Argument(help="Folder of a float or quantized checkpoint.", metavar="PATH")],
     text: Annotated[str, typer.Option(help="Text of the prompt.")] = "",
-    image: Annotated[
-        list[str] | None, typer.Option(help="Image file: jpg png webp bmp tif gif. Repeat for several.")
-    ] = None,
+    image: Annotated[list[str] | None, typer.Option(help="Image file. Repeat for several.")] = None,
     audio: Annotated[list[str] | None, typer.Option(help="Audio file: wav mp3 flac m4a. Repeat for several.")] = None,
     video: Annotated[
         list[str] | None,
-        typer.Option(help="Video file: mp4 mkv mov webm; its audio track is used too. Repeat for several."),
+        typer.Option(help="Video file; its audio track is used too. Repeat for several."),
     ] = None,
     speech: Annotated[Path | None, typer.Option(help="Also write spoken output to this WAV file (24 kHz).")] = None,
     speaker: Annotated[str, typer.Option(help="Voice: a name in spk_dict.pt.")] = "Chelsie",

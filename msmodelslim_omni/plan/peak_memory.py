@@ -91,11 +91,15 @@ class _LayerSizes:
 
 
 def _towers_memory(plan: QuantPlan, extent: Extent) -> int:
-    """Linears up to the budget, one more Linear converted to float32, and the activations of the longest sample."""
+    """Linears up to the budget, one more Linear converted to float32, and the activations of the longest sample.
+
+    Or its media, which are decoded before it runs.
+    """
     towers = sum(size for part, size in plan.kept_parts() if part.name.endswith("tower"))
     deepstack = 4 * plan.layer_spec.hidden_size * plan.model.family.deepstack_depth(plan.checkpoint.config)
     per_token = _TOWER_BYTES_PER_TOKEN + 2 * deepstack
-    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + per_token * extent.longest
+    sample = max(per_token * extent.longest, extent.media)
+    return _PROCESS_WITH_MEDIA + min(towers, plan.budget.towers) + _BLOCKS + sample
 
 
 def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: Extent) -> dict[str, int]:

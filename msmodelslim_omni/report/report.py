@@ -107,6 +107,7 @@ class Report:
     dataset_digest: str = ""
     max_samples: int | None = None
     commands: tuple[tuple[str, ...], ...] = ()
+    distinct_media: dict[str, int] = field(default_factory=dict)  # files with different content, by kind
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -229,7 +230,9 @@ def _calibration_text(report: Report) -> str:
     total = sum(report.tokens_by_modality.values())
     shares = ", ".join(f"{m} {n} ({n / total:.1%})" for m, n in report.tokens_by_modality.items())
     data = f" of {report.dataset}, index SHA-256 {report.dataset_digest[:16]}" if report.dataset else ""
-    return f"{report.samples} samples{data}, {total} tokens: {shares}."
+    files = ", ".join(f"{count} {kind}" for kind, count in report.distinct_media.items())
+    media = f" Distinct files: {files}." if files else ""
+    return f"{report.samples} samples{data}, {total} tokens: {shares}.{media}"
 
 
 def _error_note(report: Report) -> str:

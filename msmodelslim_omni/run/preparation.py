@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from ..calibration import CalibSet, load_calib_set, missing_modality_warnings
+from ..calibration import (
+    CalibSet,
+    describe_media,
+    load_calib_set,
+    missing_modality_warnings,
+    same_media_warnings,
+)
 from ..errors import QuantError
 from ..files import file_digest, find_model_folder, value_digest
 from ..models import ModelSpec, derive_model_type, find_model_type
@@ -74,8 +80,11 @@ def prepare(
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     calib = _load_calibration(plan)
-    for warning in calib.warnings if calib is not None else ():
-        progress.say(f"warning: {warning}")
+    if calib is not None:
+        found = describe_media(calib)
+        progress.say(f"{len(calib.samples)} samples with {f'{found} (distinct files)' if found else 'text alone'}")
+        for warning in calib.warnings:
+            progress.say(f"warning: {warning}")
     extent = assumed_extent(plan, calib)
     if request.max_memory is not None:
         plan = fit_budget(plan, extent, request.max_memory)
@@ -124,7 +133,7 @@ def _load_calibration(plan: QuantPlan) -> CalibSet | None:
     )
     _check_modality_weights(plan, calib)
     missing = missing_modality_warnings(calib.samples, plan.model.modalities, "calibration does not see such inputs")
-    return replace(calib, warnings=(*calib.warnings, *missing))
+    return replace(calib, warnings=(*calib.warnings, *missing, *same_media_warnings(calib)))
 
 
 def _check_modality_weights(plan: QuantPlan, calib: CalibSet) -> None:

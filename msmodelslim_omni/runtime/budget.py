@@ -33,12 +33,14 @@ DEFAULT_BUDGET = Budget()
 class Extent:
     """Size of the sample set: tokens of all samples, tokens of the longest sample, number of modalities.
 
-    All fields are zero for a data-free run.
+    media: bytes that the media of one sample take while they are decoded and made tokens, at most. All fields are zero
+    for a data-free run.
     """
 
     tokens: int = 0
     longest: int = 0
     modalities: int = 0
+    media: int = 0
 
 
 NO_SAMPLES = Extent()

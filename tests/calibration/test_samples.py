@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from growth import python_calls
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,10 +21,12 @@ from msmodelslim_omni.calibration.samples import (
     CalibSample,
     CalibSet,
     choose_by_modality,
+    describe_media,
     find_index,
     load_calib_set,
     missing_modality_warnings,
     prepare_sample,
+    same_media_warnings,
 )
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.files.resources import shipped_folder
@@ -470,6 +473,36 @@ def test_identity_changes_with_text_and_bytes(folder: Path) -> None:
     (folder / "red.png").unlink()
     Image.new("RGB", (32, 24), "green").save(folder / "red.png")
     assert load(folder, base).identity() != before
+
+
+def test_distinct_media_are_counted_by_content(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "red.png").read_bytes())
+    Image.new("RGB", (32, 24), "blue").save(folder / "blue.png")
+    calib = load(
+        folder, {"image": "red.png"}, {"image": ["copy.png", "blue.png"]}, {"audio": "tone.wav"}, {"text": "a"}
+    )
+    assert calib.distinct_media() == {"image": 2, "audio": 1}
+    assert describe_media(calib) == "2 images, 1 audio"
+    assert same_media_warnings(calib) == []
+    assert load(folder, {"text": "a"}).distinct_media() == {}
+
+
+def test_the_same_file_in_every_sample_is_a_warning(folder: Path) -> None:
+    (folder / "copy.png").write_bytes((folder / "red.png").read_bytes())
+    entries = [{"image": ("red.png", "copy.png")[n % 2], "text": str(n)} for n in range(4)]
+    assert same_media_warnings(load(folder, *entries[:3])) == []
+    (warning,) = same_media_warnings(load(folder, *entries, {"text": "a"}))
+    assert warning == "all 4 samples with image hold the same file: calibration sees no other image"
+
+
+def test_a_file_is_checked_once(folder: Path) -> None:
+    def calls(count: int) -> int:
+        entries = [{"image": "red.png", "video": "loud.mp4", "text": str(n)} for n in range(count)]
+        return python_calls(lambda: load(folder, *entries))
+
+    calls(1)  # imports
+    first = calls(1)
+    assert calls(11) - first < 5 * first
 
 
 def test_identity_changes_with_use_audio_in_video(folder: Path) -> None:

@@ -369,7 +369,7 @@ def test_broken_samples_are_skipped_if_the_recipe_allows_it(tiny: Path, tmp_path
         (['{"text": "fine"}', "", "[1]"], "index.jsonl:3: "),
         (['{"txet": "a"}'], "Did you mean 'text'"),
         (['{"image": "https://example.org/a.png"}'], "is a URL"),
-        (['{"image": "a.svg"}'], "unsupported suffix"),
+        (['{"image": "a.svg"}'], "does not exist"),
         (['{"text": 5}'], "text must be a non-empty string, not '5'"),
         (['{"text": "a", "use_audio_in_video": "yes"}'], "not true or false"),
         (['{"messages": [], "text": "a"}'], "messages cannot be combined with text"),

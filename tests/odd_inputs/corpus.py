@@ -303,7 +303,7 @@ LINES = [
     refused("preference", {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}, "key 'chosen' may hold content"),
     refused("two texts", {"text": "Hi", "prompt": "Hello"}, "prompt and text both give the text"),
     refused("tools", {"messages": _turns("Hi"), "tools": [{"name": "f"}]}, "key 'tools' may hold content"),
-    refused("turn of a tool", {"messages": [*_turns("Hi"), {"role": "tool", "content": "5"}]}, "messages[1] needs a role"),
+    refused("turn of a tool", {"messages": [*_turns("Hi"), {"role": "tool", "content": "5"}]}, "messages[1] needs"),
     refused("turn without words", {"messages": [*_turns("Hi"), {"role": "assistant", "content": None}]},
             "messages[1] needs a role (system, user, assistant) and content"),
     refused("token of a picture", {"text": "<|IMAGE|> What?"}, "a text holds <|IMAGE|>"),

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni import QuantError
+from msmodelslim_omni.calibration import CalibSample, CalibSet, MediaFacts
 from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.plan.peak_memory import fit_budget, gram_disk_bytes, peak_memory, phase_memory, refit_budget
 from msmodelslim_omni.plan.plan import QuantPlan
@@ -195,3 +196,22 @@ def test_estimated_peak_is_within_15_percent_of_measured(recipe: str, two_layers
         for more in (["--dry_run"], [])
     )
     assert estimated["peak_memory_bytes"] == pytest.approx(measured["peak_rss_bytes"], rel=0.15)
+
+
+def test_plan_knows_the_media(plan: QuantPlan) -> None:
+    """A clip of 60 frames of 1080p: 30 pairs of frames, and their memory. One of 4K takes 125 MB more."""
+    limited = replace(plan, calibration=plan.calibration.model_copy(update={"max_pixels": 200_704, "max_tokens": 8192}))
+
+    def extent(*media: MediaFacts) -> Extent:
+        parts = [{"type": found.kind, found.kind: Path("a")} for found in media]
+        sample = CalibSample("a:1", ({"role": "user", "content": parts},), False, media)
+        return assumed_extent(limited, CalibSet(Path("a"), (sample,), ()))
+
+    clip = extent(MediaFacts("video", 1920 * 1080, 30.0))
+    assert clip.longest == 30 * 257 + 1
+    assert clip.media == 20 * 1920 * 1080 + 128 * 1024 * 30 * 257
+    assert extent(MediaFacts("video", 3840 * 2160, 30.0)).media - clip.media == 20 * 3 * 1920 * 1080
+    assert extent(MediaFacts("image", 64_000_000)).media > 1 << 30
+    assert extent(MediaFacts("audio", seconds=600.0, samples=600 * 48_000)).longest == 8192
+    small, large = (phase_memory(limited, found)["towers"] for found in (extent(MediaFacts("image", 784)), clip))
+    assert large - small > 900 * MIB

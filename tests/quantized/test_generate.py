@@ -244,7 +244,7 @@ def test_available_memory_is_plausible() -> None:
     ("options", "message"),
     [
         ({"images": ["nothing.png"]}, "image '.*nothing.png' does not exist"),
-        ({"audios": [IMAGE]}, "unsupported suffix"),
+        ({"audios": [IMAGE]}, "is no audio; its content can be given as image"),
         ({"videos": ["https://example.org/x.mp4"]}, "is a URL; only local files are supported"),
         ({"text": ""}, "the prompt is empty"),
         ({"text": "  "}, "the prompt is empty"),
