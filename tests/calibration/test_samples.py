@@ -10,7 +10,6 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from growth import python_calls
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,11 +19,13 @@ from msmodelslim_omni.calibration.samples import (
     MAX_TEXT_CHARACTERS,
     CalibSample,
     CalibSet,
+    KnownMedia,
     choose_by_modality,
     describe_media,
     find_index,
     load_calib_set,
     missing_modality_warnings,
+    parse_sample,
     prepare_sample,
     same_media_warnings,
 )
@@ -315,7 +316,7 @@ SAMPLE_ERRORS: list[tuple[Any, str]] = [
     ({"image": ""}, "image must be a non-empty string, not ''"),
     ({"image": 5}, "image must be a non-empty string, not '5'"),
     ({"image": ["red.png", None]}, "image must be a non-empty string, not 'None'"),
-    ({"image": {"path": "red.png"}}, "image must be a non-empty string, not "),
+    ({"image": {"name": "red.png"}}, "image must be a non-empty string, not "),
     ({"image": "tone.wav"}, "is no image; its content can be given as audio"),
     ({"audio": "red.png"}, "is no audio; its content can be given as image"),
     ({"video": "red.png"}, "is no video; its content can be given as image"),
@@ -496,13 +497,13 @@ def test_the_same_file_in_every_sample_is_a_warning(folder: Path) -> None:
 
 
 def test_a_file_is_checked_once(folder: Path) -> None:
-    def calls(count: int) -> int:
-        entries = [{"image": "red.png", "video": "loud.mp4", "text": str(n)} for n in range(count)]
-        return python_calls(lambda: load(folder, *entries))
-
-    calls(1)  # imports
-    first = calls(1)
-    assert calls(11) - first < 5 * first
+    entry = {"image": "red.png", "video": "loud.mp4"}
+    known: KnownMedia = {}
+    first = parse_sample("a:1", entry, folder, "D", OMNI, known)
+    (folder / "red.png").unlink()
+    assert parse_sample("a:1", entry, folder, "D", OMNI, known) == first
+    with pytest.raises(QuantError, match="does not exist"):
+        parse_sample("a:1", entry, folder, "D", OMNI)
 
 
 def test_identity_changes_with_use_audio_in_video(folder: Path) -> None:

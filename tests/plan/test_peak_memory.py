@@ -83,7 +83,7 @@ def test_data_free_run_has_one_small_phase(tiny: Path) -> None:
 
 
 def test_assumed_extent_of_samples(tiny: Path, tmp_path: Path) -> None:
-    """Text counts one token per three bytes. Media count a typical number of tokens, in addition to their text."""
+    """Text counts one token per three bytes. Media count by what their files say, in addition to their text."""
     short, long = (
         prepare(
             QuantRequest(
@@ -99,7 +99,10 @@ def test_assumed_extent_of_samples(tiny: Path, tmp_path: Path) -> None:
     assumed = assumed_extent(mixed.plan, mixed.calib)
     single = [assumed_extent(mixed.plan, replace(mixed.calib, samples=(s,))) for s in mixed.calib.samples]
     assert assumed.tokens == sum(extent.tokens for extent in single)
-    assert [extent.tokens > 512 for extent in single] == [False, True, True, True]
+    assert [bool(extent.media) for extent in single] == [False, True, True, True]
+    unknown = [replace(sample, media=()) for sample in mixed.calib.samples]
+    guessed = [assumed_extent(mixed.plan, replace(mixed.calib, samples=(s,))) for s in unknown]
+    assert [extent.tokens > 512 for extent in guessed] == [False, True, True, True]
     assert assumed.longest == max(extent.tokens for extent in single) + 512
     assert assumed.modalities == 4
 
@@ -211,7 +214,7 @@ def test_plan_knows_the_media(plan: QuantPlan) -> None:
     assert clip.longest == 30 * 257 + 1
     assert clip.media == 20 * 1920 * 1080 + 128 * 1024 * 30 * 257
     assert extent(MediaFacts("video", 3840 * 2160, 30.0)).media - clip.media == 20 * 3 * 1920 * 1080
-    assert extent(MediaFacts("image", 64_000_000)).media > 1 << 30
+    assert extent(MediaFacts("image", 64_000_000)).media > 1_000_000_000
     assert extent(MediaFacts("audio", seconds=600.0, samples=600 * 48_000)).longest == 8192
     small, large = (phase_memory(limited, found)["towers"] for found in (extent(MediaFacts("image", 784)), clip))
     assert large - small > 900 * MIB
