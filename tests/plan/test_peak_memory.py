@@ -103,7 +103,8 @@ def test_assumed_extent_of_samples(tiny: Path, tmp_path: Path) -> None:
     unknown = [replace(sample, media=()) for sample in mixed.calib.samples]
     guessed = [assumed_extent(mixed.plan, replace(mixed.calib, samples=(s,))) for s in unknown]
     assert [extent.tokens > 512 for extent in guessed] == [False, True, True, True]
-    assert assumed.longest == max(extent.tokens for extent in single) + 512
+    assert assumed.longest == max(extent.longest for extent in single) == max(extent.tokens for extent in single)
+    assert max(extent.longest for extent in guessed) == max(extent.tokens for extent in guessed) + 512
     assert assumed.modalities == 4
 
 
