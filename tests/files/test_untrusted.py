@@ -185,7 +185,7 @@ def test_picture_that_is_a_postscript_program(tmp_path: Path) -> None:
     program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) show\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(program)
     assert "is no picture that Pillow reads" in probe_error("image", tmp_path / "a.png")
-    with pytest.raises(QuantError, match="cannot identify"):
+    with pytest.raises(QuantError, match="is no picture that Pillow reads"):
         media.load_image(tmp_path / "a.png")
 
 
