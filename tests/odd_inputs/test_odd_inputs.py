@@ -10,7 +10,7 @@ import torch
 from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 from odd_inputs.corpus import CASES, Odd, write_corpus
 
-from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample, run_stem
+from msmodelslim_omni.calibration.samples import CalibSample, load_calib_set, prepare_sample, run_stem
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import MODALITIES, MODEL_TYPES, MediaLimits
 from msmodelslim_omni.storage import open_checkpoint
@@ -80,6 +80,15 @@ def fault_of(line: int, model: Model) -> str:
         model.run(line)
     assert caught.value.message.startswith(f"odd.jsonl:{line}: ")
     return caught.value.message
+
+
+def test_error_inside_the_towers_is_the_sample_s(index: Path, omni: Model) -> None:
+    """A sound that became too short after the check of the index."""
+    parts = [{"type": "audio", "audio": index.parent / "five_ms.wav"}, {"type": "text", "text": "What?"}]
+    sample = CalibSample("odd.jsonl:7", ({"role": "user", "content": parts},), False)
+    inputs = prepare_sample(sample, omni.processor)
+    with pytest.raises(QuantError, match=r"^odd\.jsonl:7: the towers cannot process the sample: "):
+        run_stem(sample, inputs, omni.stem)
 
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL-7B-Instruct", "Qwen3-VL-4B-Instruct", "Qwen3-Omni-30B-A3B-Instruct"])
