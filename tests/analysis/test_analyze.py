@@ -53,6 +53,7 @@ from msmodelslim_omni.recipe.schema import (
 from msmodelslim_omni.report.fidelity import Interval
 from msmodelslim_omni.run.emulation import EmulatedLinear
 from msmodelslim_omni.runtime.progress import Progress
+from msmodelslim_omni.statistics import run_layer
 from msmodelslim_omni.storage.checkpoint import open_checkpoint
 
 # --- one layer, compared with direct computation -------------------------------------------------------------
@@ -155,24 +156,18 @@ def test_damage_of_mlp_is_the_noise_in_its_layer(
     assert (unit.layer, unit.group, unit.name) == (0, name, f"layer 0 {name}")
 
 
-def test_damage_of_attention_is_its_own_error_relative_to_the_layer_output(
+def test_damage_of_attention_is_the_noise_behind_the_mlp_of_its_layer(
     weights: dict[str, torch.Tensor], captured: Captured
 ) -> None:
     """Also with int8 activations, computed with modules inserted into a second layer."""
     for name in ("qkv", "o"):
         unit = measured(weights, captured, GROUPS[name])
-        pairs, layer = [], build(weights)
-        for watched in SAMPLES:
-            states = layer.input_layernorm(watched.inputs.hidden)
-            exact = layer.self_attn(hidden_states=states, **watched.inputs.arguments)[0]
-            changed = build(weights)
-            for linear in GROUPS[name].linears:
-                rounded = quantize_weight(weights[f"{linear}.weight"], INT8)
-                child = EmulatedLinear(rounded, weights.get(f"{linear}.bias"))
-                setattr(changed.self_attn, linear.removeprefix("self_attn."), child)
-            error = changed.self_attn(hidden_states=states, **watched.inputs.arguments)[0] - exact
-            true = output(weights, watched)
-            pairs.append((true + error, true))
+        changed = build(weights)
+        for linear in GROUPS[name].linears:
+            rounded = quantize_weight(weights[f"{linear}.weight"], INT8)
+            child = EmulatedLinear(rounded, weights.get(f"{linear}.bias"))
+            setattr(changed.self_attn, linear.removeprefix("self_attn."), child)
+        pairs = [(run_layer(changed, watched.inputs), output(weights, watched)) for watched in SAMPLES]
         assert unit.damage[INT8.name].by_modality == pytest.approx(noise_by_hand(pairs, SAMPLES), rel=1e-2)
 
 
@@ -181,7 +176,7 @@ def test_probe_does_not_change_the_layer(weights: dict[str, torch.Tensor], captu
     damage = measured(weights, captured, GROUPS["qkv"]).damage
     assert dict(captured.probe._layer.named_modules()) == before
     assert measured(weights, captured, GROUPS["qkv"]).damage == damage
-    assert set(captured.probe.noise("mlp", {}).values()) == {0.0}
+    assert set(captured.probe.noise("mlp", {}, is_last=True).values()) == {0.0}
 
 
 @pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
