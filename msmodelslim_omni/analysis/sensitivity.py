@@ -8,9 +8,10 @@ were applied to this unit only:
 
     damage(u, k) = mean over tokens of |e|² / |h|²
 
-with e [hidden] the true error of the output of the block (attention or MLP) for one token if only u has the scheme k,
-and h [hidden] the output of the layer. The mean is over text tokens, where the model predicts the next token and KL is
-measured; the means of the other modalities are also recorded.
+with e [hidden] the true error of the output of the layer for one token if only u has the scheme k, and h [hidden] that
+output. The error of attention goes through the MLP of its layer, which can amplify it: in some models the MLP of the
+first layer writes most of the residual stream. The mean is over text tokens, where the model predicts the next token
+and KL is measured; the means of the other modalities are also recorded.
 
 The damage of several units is the sum of their damages. Logits depend on the last h relative to its length,
 KL(float || quant) grows with the square of a small noise, and in the square of a sum of noises,
@@ -189,7 +190,8 @@ def measure_unit(
         work = LayerWork(
             plan.index, spec, plan.schemes, dict(weights), captured.stats, captured.importance, probe=captured.probe
         )
-        noise = captured.probe.noise(group.block, quantized_modules(work, plan, group))
+        is_last = group.block == spec.groups[-1].block
+        noise = captured.probe.noise(group.block, quantized_modules(work, plan, group), is_last=is_last)
         damage[scheme] = Error(noise.get("text", sum(noise.values()) / len(noise)), noise)
     kurtosis, outlier_share = tail_statistics(stats.rows)
     linears = tuple(

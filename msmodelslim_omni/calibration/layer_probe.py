@@ -85,20 +85,21 @@ class LayerProbe:
                 errors.append(float((per_token * (out - exact)[0].square().sum(dim=1)).sum()))
         return float(sum(self._split.gather(errors)))
 
-    def noise(self, block: str, linears: Mapping[str, torch.nn.Module]) -> dict[str, float]:
+    def noise(self, block: str, linears: Mapping[str, torch.nn.Module], *, is_last: bool) -> dict[str, float]:
         """Noise-to-signal ratio of the layer's output, by modality, with other modules for some Linears of a block.
 
-        The mean over a modality's tokens of |e|² / |h|², where e [hidden] is the error of the block's output for one
-        token and h [hidden] the float layer's output, to which the block's output is added. Per token, because the
-        next norm scales every token to the same length. linears: by name relative to the layer. Covers only the
-        samples of this process.
+        The mean over a modality's tokens of |e|² / |h|², where e [hidden] is the error of the layer's output for one
+        token and h [hidden] the float layer's output. Per token, because the next norm scales every token to the same
+        length. linears: by name relative to the layer. is_last: whether the block's output goes into the layer's
+        output alone, so that only the block needs to run; that of attention also goes through the layer's own MLP.
+        Covers only the samples of this process.
         """
         ratios, modalities = [], torch.cat([*self._modalities])
         with torch.inference_mode(), _linears_replaced(self._layer, linears):
             module = self._layer.get_submodule(block)
-            for (args, kwargs, exact), (_, out) in zip(self._calls[block], self._samples, strict=True):
-                error, signal = row_squares(_hidden(module(*args, **kwargs))[0] - exact[0]), row_squares(out[0])
-                ratios.append(error / signal.clamp_min(1e-30))
+            for (args, kwargs, exact), (inputs, out) in zip(self._calls[block], self._samples, strict=True):
+                change = _hidden(module(*args, **kwargs)) - exact if is_last else run_layer(self._layer, inputs) - out
+                ratios.append(row_squares(change[0]) / row_squares(out[0]).clamp_min(1e-30))
         ratio = torch.cat(ratios)  # [tokens]
         present = torch.unique(modalities).tolist()
         return {MODALITIES[index]: float(ratio[modalities == index].mean()) for index in present}

@@ -84,6 +84,11 @@ class CalibrationStream:
         """The memory budget for the true number of tokens."""
         return self._plan.budget
 
+    @property
+    def judges_are_held_out(self) -> bool:
+        """Whether the samples on which roundings are compared are kept out of H."""
+        return bool(self._roles.held_out)
+
     # --- the stored hidden states ---
 
     def _boundary(self, layer: int, name: str = "hidden") -> HiddenStates:

@@ -14,6 +14,9 @@ from ..models import MODALITIES
 from ..recipe import Modality
 from ..statistics import choose_rows
 
+# Of the probe samples that stand for sequences of ordinary length. The probe keeps its tokens in memory.
+_LONGEST_TYPICAL = 512
+
 
 @dataclass(frozen=True)
 class TokenRoles:
@@ -39,6 +42,8 @@ def assign_roles(modalities: Sequence[torch.Tensor], weights: str | Mapping[Moda
     """Roles for samples of these modalities, int8 [tokens] each. weights: calibration.modality_weights."""
     probe_samples = choose_probe_samples(modalities)
     held_out = choose_held_out(probe_samples, modalities)
+    if not held_out and (shorter := choose_held_out(choose_probe_samples(modalities, typical=False), modalities)):
+        probe_samples = held_out = shorter
     in_gram = torch.stack(
         [
             modality.bincount(minlength=len(MODALITIES)) * (position not in held_out)
@@ -77,21 +82,46 @@ def token_importance(weights: str | Mapping[Modality, float], counts: Sequence[i
     return {m: total[m] / (sum(total.values()) * counts[m]) for m in present}
 
 
-def choose_probe_samples(modalities: Sequence[torch.Tensor], enough: int = 128) -> frozenset[int]:
-    """Positions of few and short samples that hold `enough` tokens of every modality.
+def choose_probe_samples(
+    modalities: Sequence[torch.Tensor], enough: int = 128, *, typical: bool = True
+) -> frozenset[int]:
+    """Positions of few samples that hold `enough` tokens of every modality.
 
-    Of a modality with less than 8 * enough tokens, an eighth of them. modalities: int8 [tokens] per sample.
+    Of a modality with less than 8 * enough tokens, an eighth of them. typical: each modality has a sample of typical
+    length among them, so that not only the beginnings of sequences are judged. The others are short. The modality with
+    the fewest samples comes first, because its samples bring text tokens too. modalities: int8 [tokens] per sample.
     """
     counts = torch.stack([modality.bincount(minlength=len(MODALITIES)) for modality in modalities])
-    by_length = sorted(range(len(modalities)), key=lambda i: (len(modalities[i]), i))
+    lengths = counts.sum(dim=1).tolist()
+    by_length = sorted(range(len(modalities)), key=lambda i: (lengths[i], i))
+    total: list[int] = counts.sum(dim=0).tolist()
+    samples: list[int] = (counts > 0).sum(dim=0).tolist()
     chosen: list[int] = []
-    for index, total in enumerate(counts.sum(dim=0).tolist()):
-        for position in by_length:
-            if int(counts[chosen, index].sum()) >= min(enough, total / 8):
+    for index in sorted((m for m in range(len(MODALITIES)) if samples[m]), key=lambda m: (samples[m], m)):
+        having = [position for position in by_length if counts[position, index]]
+        if typical and (position := _typical(having, lengths, counts[:, index].tolist())) not in chosen:
+            chosen.append(position)
+        for position in having:
+            if int(counts[chosen, index].sum()) >= min(enough, total[index] / 8):
                 break
-            if counts[position, index] and position not in chosen:
+            if position not in chosen:
                 chosen.append(position)
     return frozenset(chosen)
+
+
+def _typical(by_length: Sequence[int], lengths: Sequence[int], counts: Sequence[int]) -> int:
+    """The longest of the samples that together hold the shorter half of a modality's tokens.
+
+    At most _LONGEST_TYPICAL tokens long, unless all are longer.
+
+    by_length: positions of the samples that have the modality, the shortest first. counts: its tokens by position.
+    """
+    half, before, typical = sum(counts) / 2, 0, by_length[0]
+    for position in by_length:
+        if before > half or lengths[position] > _LONGEST_TYPICAL:
+            break
+        typical, before = position, before + counts[position]
+    return typical
 
 
 def choose_held_out(probe_samples: frozenset[int], modalities: Sequence[torch.Tensor]) -> frozenset[int]:

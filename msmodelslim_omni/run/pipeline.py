@@ -326,15 +326,21 @@ def _finish(
 
 
 def _few_tokens(prepared: Prepared, stream: CalibrationStream | None) -> tuple[str, ...]:
-    """A warning where a Gram matrix has more inputs than tokens: rounding is then fitted to few directions."""
+    """Warnings where a Gram matrix has more inputs than tokens, and where roundings are judged on tokens in it."""
     plan = prepared.plan
     if stream is None or plan.statistics != "gram":
         return ()
     tokens = sum(stream.stems.tokens_by_modality().values())
     widest = max(linear.shape[1] for linear in plan.linears if linear.scheme is not None)
-    if tokens >= widest:
-        return ()
-    return (f"{tokens} tokens are few for Linears of {widest} inputs; calibrate on more samples",)
+    warnings = []
+    if tokens < widest:
+        warnings.append(f"{tokens} tokens are few for Linears of {widest} inputs; calibrate on more samples")
+    if not stream.judges_are_held_out:
+        warnings.append(
+            "too few samples to keep some out of H: roundings are compared on samples that they were fitted to;"
+            " calibrate on at least three samples of each modality"
+        )
+    return tuple(warnings)
 
 
 def _commit(workspace: Workspace, savers: list[str]) -> Report:

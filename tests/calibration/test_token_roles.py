@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmodelslim_omni.calibration.token_roles import choose_held_out, choose_probe_samples, token_importance
+from msmodelslim_omni.calibration.token_roles import (
+    assign_roles,
+    choose_held_out,
+    choose_probe_samples,
+    token_importance,
+)
 
 # --- importance ----------------------------------------------------------------------------------------------
 
@@ -42,15 +47,34 @@ def test_probe_samples_are_few_short_and_cover_every_modality() -> None:
     assert {0, 2, 3} <= set(chosen.tolist())
     assert len(probe) < 6 and len(chosen) < 0.5 * sum(len(sample) for sample in samples)
     assert 14 in probe and 0 not in probe  # the shorter of two videos
-    assert 15 in probe and 13 not in probe  # the shorter of two audio samples
     assert choose_probe_samples(samples) == probe
+    shorter = choose_probe_samples(samples, typical=False)
+    assert 15 in shorter and 13 not in shorter  # the shorter of two audio samples
+
+
+def test_probe_judges_every_place_of_a_sequence() -> None:
+    """Half of the text tokens are in samples of 20 tokens, the others in samples of 300; and one sample is endless."""
+    samples = modalities_of(
+        *({0: 20} for _ in range(30)), {0: 300}, {0: 300}, {0: 5000}, {0: 10, 1: 100}, {0: 10, 1: 90}
+    )
+    assert choose_probe_samples(samples) == {31, 33}  # the image brings text, too
+    assert choose_probe_samples(samples[:30]) == {0, 1, 2, 15}  # 75 tokens, an eighth
+    assert choose_probe_samples(samples, typical=False) == {0, 1, 2, 3, 4, 5, 34}
+
+
+def test_shorter_samples_are_held_out_if_typical_ones_are_too_many() -> None:
+    samples = modalities_of(*({0: 20} for _ in range(12)), {0: 300})
+    assert choose_held_out(choose_probe_samples(samples), samples) == frozenset()
+    roles = assign_roles(samples, "balanced")
+    assert roles.held_out == roles.probe_samples == choose_probe_samples(samples, typical=False)
+    assert sum(roles.gram_counts) == 540 - sum(len(samples[i]) for i in roles.held_out)
 
 
 def test_probe_samples_stop_at_enough_tokens() -> None:
     samples = modalities_of(*({0: 100} for _ in range(50)))
-    assert choose_probe_samples(samples, enough=250) == {0, 1, 2}
-    assert choose_probe_samples(samples, enough=200) == {0, 1}
-    assert choose_probe_samples(samples[:3]) == {0}  # with few tokens, a share of them is enough
+    assert choose_probe_samples(samples, enough=250) == {0, 1, 25}
+    assert choose_probe_samples(samples, enough=200) == {0, 25}
+    assert choose_probe_samples(samples[:3]) == {1}  # with few tokens, a share of them is enough
 
 
 def test_single_sample_is_the_probe_sample() -> None:
