@@ -49,7 +49,7 @@ def doctor(
             raise typer.Exit(1)
 
     quiet_libraries()
-    run_verb(work, debug)
+    run_verb(work, debug, as_json=as_json)
 
 
 _LEVEL_STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}

@@ -264,8 +264,10 @@ def _headline(report: Report, saver: str) -> list[str]:
     rows = [["size of all tensors", human_bytes(report.source_bytes), human_bytes(report.output_bytes[saver])]]
     if report.run_memory is not None:
         memory = report.run_memory
+        # The parts are those of the run's first format; another one differs only in the Linears, which answer in text.
+        text_now = memory.text_now + report.output_bytes[saver] - sum(part.bytes_after for part in report.parts)
         rows.append(
-            ["memory of the weights that answer in text", human_bytes(memory.text_float), human_bytes(memory.text_now)]
+            ["memory of the weights that answer in text", human_bytes(memory.text_float), human_bytes(text_now)]
         )
     return [_table(["", "float", "quantized"], rows)]
 

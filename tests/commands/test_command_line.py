@@ -157,6 +157,9 @@ def test_an_error_is_json_too(tmp_path: Path) -> None:
     answer = quant(tmp_path / "nowhere", tmp_path / "out", "--json")
     assert answer.code == 1
     assert "does not exist" in answer.json["error"] and answer.json["hint"]
+    for verb in ("doctor", "inspect"):  # apart from a sick checkpoint, which is a result
+        answer = command(verb, tmp_path / "nowhere", "--json")
+        assert answer.code == 1 and "does not exist" in answer.json["error"]
 
 
 def test_hub_name_is_found_in_the_local_cache(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

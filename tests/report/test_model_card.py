@@ -27,7 +27,7 @@ from msmodelslim_omni.quantized.export import export
 from msmodelslim_omni.recipe import LinearQuantConfig, Recipe, shipped_recipes
 from msmodelslim_omni.report.documents import stored_report, write_evaluation
 from msmodelslim_omni.report.model_card import make_card, update_evaluation, write_card
-from msmodelslim_omni.report.report import LEFT_OUT, PartSize, Report, read_report
+from msmodelslim_omni.report.report import LEFT_OUT, PartSize, Report, human_bytes, read_report
 from msmodelslim_omni.runtime.progress import Progress
 
 OMNI, VL = MODEL_TYPES["Qwen2.5-Omni-7B"], MODEL_TYPES["Qwen2.5-VL-7B-Instruct"]
@@ -372,5 +372,9 @@ def test_evaluation_page_includes_the_quantization(quantized: Path, tmp_path: Pa
     page = (tmp_path / "eval_report.html").read_text(encoding="utf-8")
     assert "Evaluation: out, awq" in page and "Quantization: Qwen2.5-Omni-7B" in page and "apiversion" in page
     assert "| top-1 agreement |" in (output / "README.md").read_text(encoding="utf-8")
-    assert messages == [f"added the figures to the model card {output / 'README.md'}"]
+    size = human_bytes(len(page.encode()))
+    assert messages == [
+        f"page: {tmp_path / 'eval_report.html'}, {size}, one file without links",
+        f"added the figures to the model card {output / 'README.md'}",
+    ]
     assert not (tmp_path / "quant_report.html").exists()
