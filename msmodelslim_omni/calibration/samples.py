@@ -102,8 +102,12 @@ class CalibSet:
         """The digest of each file, which many samples may share."""
         return {file: file_digest(file) for file in {file for sample in self.samples for file in sample.files()}}
 
+    @cached_property
     def distinct_media(self) -> dict[str, int]:
-        """The number of files with different content, by kind. Files of different sizes are not read."""
+        """The number of files with different content, by kind. Files of different sizes are not read.
+
+        Counted once, when a run starts: it needs the files only until the towers have encoded them.
+        """
         by_kind: dict[str, set[Path]] = {kind: set() for kind in MEDIA_KINDS}
         for sample in self.samples:
             for found, file in zip(sample.media, sample.files(), strict=True):
@@ -120,13 +124,13 @@ def _count_distinct(files: set[Path]) -> int:
 
 def describe_media(calib: CalibSet) -> str:
     """How many files the samples hold, as text: `11 images, 12 videos`; empty for text alone."""
-    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in calib.distinct_media().items())
+    return ", ".join(f"{count} {kind}{'s' * (count > 1)}" for kind, count in calib.distinct_media.items())
 
 
 def same_media_warnings(calib: CalibSet) -> list[str]:
     """A warning for each kind of which all samples, four or more, hold the same file."""
     warnings = []
-    for kind, count in calib.distinct_media().items():
+    for kind, count in calib.distinct_media.items():
         holders = sum(any(found.kind == kind for found in sample.media) for sample in calib.samples)
         if count == 1 and holders >= 4:
             warnings.append(f"all {holders} samples with {kind} hold the same file: calibration sees no other {kind}")

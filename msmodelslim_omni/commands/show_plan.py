@@ -103,7 +103,7 @@ def _print_as_json(prepared: Prepared) -> None:
             "device": prepared.device.name,
             "dataset": plan.dataset,
             "samples": len(prepared.calib.samples) if prepared.calib else 0,
-            "distinct_media": prepared.calib.distinct_media() if prepared.calib else {},
+            "distinct_media": prepared.calib.distinct_media if prepared.calib else {},
             "linears": linears,
             "kept_float": [
                 {"part": part.name, "why": part.why_float, "bytes": size} for part, size in plan.kept_parts()

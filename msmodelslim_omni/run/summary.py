@@ -65,7 +65,7 @@ def make_report(
         dataset_digest=file_sha256(calib.index) if calib is not None else "",
         max_samples=plan.calibration.max_samples if calib is not None else None,
         commands=(command_words(request, plan, calib),),
-        distinct_media=calib.distinct_media() if calib is not None else {},
+        distinct_media=calib.distinct_media if calib is not None else {},
     )
 
 

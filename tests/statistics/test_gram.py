@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -197,8 +196,10 @@ def test_file_on_disk_has_no_name_and_only_its_strips_are_in_memory(tmp_path: Pa
 
 
 def resident_bytes() -> int:
+    """Memory of the process that no file holds."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("RssAnon:"))
 
 
 def test_full_disk_is_an_error_before_anything_is_written() -> None:
