@@ -460,11 +460,6 @@ def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tenso
     return y if bias is None else y.add_(bias)
 
 
-def squared_norm(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of x [tokens, features], float64 on the CPU, for precise sums over many tokens."""
-    return row_squares(x).sum()
-
-
 def row_squares(x: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares of each row, float64 on the CPU. Rows are summed in float32, on any device."""
     return x.square().sum(dim=-1).cpu().to(torch.float64)

@@ -78,7 +78,7 @@ class CholeskyFactor:
 
     @cached_property
     def minus_inverses(self) -> list[list[float]]:
-        """-1 / L_ii of each diagonal block, as numbers for the host. One copy from a card for all blocks and Linears."""
+        """-1 / L_ii of each diagonal block, for the host: one copy from a card for all blocks and Linears."""
         return [block.tolist() for block in to_cpu([-1.0 / block.diagonal() for block in self.inner])]
 
     def pivots(self) -> torch.Tensor:

@@ -8,11 +8,11 @@ import torch
 
 
 def to_cpu(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of one dtype and device on the CPU. Those of a card are copied all at once, those of the CPU not at all."""
+    """Tensors of one dtype and device, on the CPU. Those of a card are copied at once, those of the CPU not at all."""
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 

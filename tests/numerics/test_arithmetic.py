@@ -23,8 +23,8 @@ from msmodelslim_omni.numerics.arithmetic import (
     quantize_weight,
     quantized_matmul,
     relative_error,
+    relative_norms,
     row_blocks,
-    squared_norm,
     storable_scales,
     weight_error,
 )
@@ -604,7 +604,8 @@ def test_relative_error_by_hand() -> None:
     assert relative_error(1.0, 0.0) == math.inf
 
 
-def test_squared_norm_adds_in_float64() -> None:
-    x = torch.full((1 << 20, 1), 1e-3)
-    assert squared_norm(x).dtype == torch.float64
-    assert squared_norm(x).item() == pytest.approx((1 << 20) * float(x[0] ** 2), rel=1e-12)
+def test_relative_norms_add_in_float64() -> None:
+    squares = torch.tensor([[1e-6], [4e-6]]).expand(2, 1 << 20)
+    blocks = [squares[:, :1000], squares[:, 1000:]]
+    expected = math.sqrt(float(squares[0, 0]) / float(squares[1, 0]))
+    assert relative_norms([blocks, blocks[:1]]) == pytest.approx([expected, expected], rel=1e-12)
