@@ -44,7 +44,7 @@ from ..numerics import (
 )
 from ..plan import LayerPlan, QuantPlan
 from ..processors import PROCESSORS, LayerWork
-from ..run import EmulatedLinear, output_error
+from ..run import EmulatedLinear, output_error, output_squares
 from ..runtime import Progress, free_memory
 from ..statistics import InputStats
 
@@ -241,7 +241,7 @@ def _output_error(stats: InputStats, weight: torch.Tensor, quantized: QuantizedL
     Otherwise measured on the kept rows.
     """
     if quantized.scheme.act_bits is not None or not stats.grams:
-        return Error(*output_error(stats, weight, quantized))
+        return Error(*output_error(stats, output_squares(stats, weight, quantized).cpu()))
     change = dequantize(quantized) - weight
     errors = {m: float(gram.output_error(change).sum()) for m, gram in stats.grams.items()}
     signals = {m: float(gram.output_error(weight).sum()) for m, gram in stats.grams.items()}

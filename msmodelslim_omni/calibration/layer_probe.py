@@ -11,7 +11,7 @@ import torch
 
 from ..models import MODALITIES, LayerInput
 from ..numerics import row_squares
-from ..runtime import UNSPLIT, Split
+from ..runtime import UNSPLIT, Split, to_cpu, to_floats
 from ..statistics import is_ordinary, relative_weights, run_layer
 
 
@@ -82,8 +82,8 @@ class LayerProbe:
         with torch.inference_mode():
             for (args, kwargs, exact), per_token in zip(self._calls[block], self._token_weights, strict=True):
                 out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
-                errors.append(float((per_token * (out - exact)[0].square().sum(dim=1)).sum()))
-        return float(sum(self._split.gather(errors)))
+                errors.append((per_token * (out - exact)[0].square().sum(dim=1)).sum())
+        return float(sum(self._split.gather(to_floats(errors))))
 
     def noise(self, block: str, linears: Mapping[str, torch.nn.Module], *, is_last: bool) -> dict[str, float]:
         """Noise-to-signal ratio of the layer's output, by modality, with other modules for some Linears of a block.
@@ -107,10 +107,10 @@ class LayerProbe:
     def errors(self, layer: torch.nn.Module) -> Errors:
         """Sums by modality of a changed layer's output error; the signal is what the float layer adds to its input."""
         errors = [
-            squared_errors(inputs.hidden, exact, run_layer(layer, inputs), modality)
+            (squared_errors(inputs.hidden, exact, run_layer(layer, inputs)), modality)
             for (inputs, exact), modality in zip(self._samples, self._modalities, strict=True)
         ]
-        return add_sums(self._split.gather(errors))
+        return add_sums(self._split.gather(sums_by_modality(errors)))
 
     def weighted_error(self, errors: Errors) -> float:
         """The squared output error of a layer, by relative_weights and each token's importance."""
@@ -140,21 +140,30 @@ def zero_errors() -> Errors:
     return Errors(*torch.zeros((len(Errors._fields), len(MODALITIES)), dtype=torch.float64))
 
 
-def squared_errors(
-    entering: torch.Tensor, exact: torch.Tensor, out: torch.Tensor, modality: torch.Tensor
-) -> torch.Tensor:
-    """The sums of one sample, float64 [sums, modalities]; see Errors. Error: out - exact; signal: exact - entering.
+def squared_errors(entering: torch.Tensor, exact: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Of each token of one sample: |out - exact|², |exact - entering|², the token's weight: float32 [3, tokens].
 
-    entering, exact, out: [1, tokens, hidden]; modality: int8 [tokens].
+    entering, exact, out: [1, tokens, hidden]. The weight is that of relative_weights.
     """
-    error, signal = row_squares((out - exact)[0]), row_squares((exact - entering)[0])
-    noise = error * relative_weights(exact[0]).cpu().to(torch.float64)
-    ordinary = is_ordinary(signal, modality).to(torch.float64)
-    by_token = torch.stack([error, signal, noise, error * ordinary, signal * ordinary, 1 - ordinary])
-    sums = torch.zeros((len(by_token), len(MODALITIES)), dtype=torch.float64)
-    for index in torch.unique(modality).tolist():
-        sums[:, index] = by_token[:, modality == index].sum(dim=1)
-    return sums
+    error, signal = (out - exact)[0], (exact - entering)[0]
+    return torch.stack([error.square().sum(dim=1), signal.square().sum(dim=1), relative_weights(exact[0])])
+
+
+def sums_by_modality(errors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """The sums of each sample, float64 [sums, modalities]; see Errors. One copy from a card for all samples.
+
+    errors: the squared_errors of each sample, and its modality, int8 [tokens].
+    """
+    all_sums = []
+    for squares, (_, modality) in zip(to_cpu([squares for squares, _ in errors]), errors, strict=True):
+        error, signal, weight = squares.to(torch.float64)
+        ordinary = is_ordinary(signal, modality).to(torch.float64)
+        by_token = torch.stack([error, signal, error * weight, error * ordinary, signal * ordinary, 1 - ordinary])
+        sums = torch.zeros((len(by_token), len(MODALITIES)), dtype=torch.float64)
+        for index in torch.unique(modality).tolist():
+            sums[:, index] = by_token[:, modality == index].sum(dim=1)
+        all_sums.append(sums)
+    return all_sums
 
 
 def add_sums(sums: Sequence[torch.Tensor]) -> Errors:

@@ -14,7 +14,7 @@ from ..numerics import relative_error
 from ..plan import QuantPlan, refit_budget
 from ..runtime import SINGLE_PROCESS, Budget, Progress, Team
 from ..statistics import InputRecorder, InputStats, run_layer
-from .layer_probe import Errors, LayerProbe, add_sums, squared_errors
+from .layer_probe import Errors, LayerProbe, add_sums, squared_errors, sums_by_modality
 from .sample_store import HiddenStates, refuse_nonfinite_states
 from .stems import Stems
 from .token_roles import assign_roles
@@ -171,11 +171,12 @@ class CalibrationStream:
                     out = probe.watch(inputs, modalities[position])
                 else:
                     out = run_layer(module, inputs)
+                recorder.end(out)
             except QuantError as error:
                 raise QuantError(f"layer {layer}, {error.message} with sample {sample.where}", error.hint) from error
-            refuse_nonfinite_states(out, f"layer {layer}", sample.where)
-            recorder.end(out)
-            yield out
+            on_cpu = out.cpu()
+            refuse_nonfinite_states(on_cpu, f"layer {layer}", sample.where)
+            yield on_cpu
 
     def advance(self, layer: int, module: Callable[[], torch.nn.Module], probe_errors: Errors) -> OutputError:
         """Move to the next layer's inputs. Returns the error of the quantized layer's outputs against the float layer.
@@ -185,12 +186,12 @@ class CalibrationStream:
         module: builds the quantized layer; called only with propagate_error.
         """
         if self._plan.calibration.propagate_error:
-            errors: list[torch.Tensor] = []
+            errors: list[tuple[torch.Tensor, torch.Tensor]] = []
             following = self._boundary(layer + 1)
             following.write(self._quantized_outputs(layer, module(), errors))
             self._exact.path.unlink()
             self._hidden = following
-            sums = add_sums(self._split.gather(errors))
+            sums = add_sums(self._split.gather(sums_by_modality(errors)))
         else:
             self.advance_float()
             sums = probe_errors
@@ -208,12 +209,12 @@ class CalibrationStream:
         self._hidden = self._exact
 
     def _quantized_outputs(
-        self, layer: int, module: torch.nn.Module, errors: list[torch.Tensor]
+        self, layer: int, module: torch.nn.Module, errors: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> Iterator[torch.Tensor]:
-        """errors: receives the squared sums of each of this process' samples."""
+        """errors: receives the squares of each of this process' samples by token, and the tokens' modality."""
         shares = (1.0 - self._forward_share(), 1.0)
         for own, (position, inputs) in enumerate(self._inputs(layer, "quantized forward", shares)):
             out = run_layer(module, inputs)
             exact = self._exact.read(own).to(self._device)
-            errors.append(squared_errors(inputs.hidden, exact, out, self.stems.modalities[position]))
+            errors.append((squared_errors(inputs.hidden, exact, out), self.stems.modalities[position]))
             yield out

@@ -1,8 +1,8 @@
 """Quantize and dequantize: pure functions on tensors.
 
-scheme.py defines schemes, arithmetic.py computes with them, float8.py rounds to FP8, float4.py to NVFP4, nf4.py wraps
-the NF4 codebook of bitsandbytes.
-May import: errors.
+scheme.py defines schemes, arithmetic.py computes with them, checks.py holds limits, float8.py rounds to FP8, float4.py
+to NVFP4, nf4.py wraps the NF4 codebook of bitsandbytes.
+May import: runtime, errors.
 Not here: files, model names, logging, and the search for smoothing scales; see processors.
 """
 
@@ -18,11 +18,14 @@ from .arithmetic import (
     quantize_weight,
     quantized_matmul,
     relative_error,
+    relative_norms,
     round_act,
     row_blocks,
     row_squares,
     weight_error,
+    weight_squares,
 )
+from .checks import WeightChecks
 from .float4 import GLOBAL_SCALE, NVFP4_GROUP
 from .nf4 import NESTED_BLOCK_SIZE, NF4_LEVELS, NestedScales, pack_nf4, require_bitsandbytes, unpack_nf4
 from .scheme import QuantScheme
@@ -35,6 +38,7 @@ __all__ = [
     "NestedScales",
     "QuantScheme",
     "QuantizedLinear",
+    "WeightChecks",
     "code_values",
     "dequantize",
     "grouped_rounding_error",
@@ -44,10 +48,12 @@ __all__ = [
     "quantize_weight",
     "quantized_matmul",
     "relative_error",
+    "relative_norms",
     "require_bitsandbytes",
     "round_act",
     "row_blocks",
     "row_squares",
     "unpack_nf4",
     "weight_error",
+    "weight_squares",
 ]

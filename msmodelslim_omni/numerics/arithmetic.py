@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import QuantError
+from ..runtime import to_cpu
+from .checks import WeightChecks
 from .float4 import nvfp4_scales, round_e2m1, search_nvfp4_scales
 from .float8 import decode_e4m3, e4m3_scales, quantize_act_e4m3, round_e4m3, search_e4m3_scales
 from .nf4 import NestedScales, decode_nf4, encode_nf4, nest_absmax
@@ -25,8 +27,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 # Rows are processed in blocks of about this many weights, so that the float32 copies fit the cache and memory stays
-# bounded.
+# bounded. A card needs larger blocks to be busy.
 _BLOCK_ELEMENTS = 3 << 18
+_CARD_BLOCKS = 16  # times as large
 _PRODUCT_ELEMENTS = 1 << 22  # the same for a weight that is converted from integers for a product
 
 # Candidates of the `mse` clip search, as shares of the scale that covers the full range.
@@ -45,7 +48,8 @@ class QuantizedLinear:
     for blocks, the channels of a block have equal scales.
     zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
     nested: the stored form of the scales if the scheme quantizes them too; `scales` are its dequantized values.
-    error: |W - Ŵ| / |W| if rounding has computed it, else None; see weight_error.
+    squares: if rounding has computed them, the squares of W - Ŵ and of W summed by row: float32 [2, rows] for each
+    block of rows, see weight_error.
     """
 
     qweight: torch.Tensor
@@ -53,11 +57,19 @@ class QuantizedLinear:
     scheme: QuantScheme
     zeros: torch.Tensor | None = None
     nested: NestedScales | None = None
-    error: float | None = None
+    squares: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def error(self) -> float | None:
+        """|W - Ŵ| / |W| if rounding has computed it, else None."""
+        return None if self.squares is None else relative_norms([self.squares])[0]
 
 
 def quantize_weight(
-    weight: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None = None
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    importance: torch.Tensor | None = None,
+    checks: WeightChecks | None = None,
 ) -> QuantizedLinear:
     """Round a weight to integers: q = clamp(round(W / s) + z), with s and z per output channel or per group of inputs.
 
@@ -71,14 +83,19 @@ def quantize_weight(
     Grouped scales are rounded to values that float16 and bfloat16 both represent. A channel or group of zeros gets
     s = 1 and q = z. For a codebook, see nf4.py; for e4m3, float8.py; for e2m1, float4.py.
 
-    weight: [out, in], any float dtype. Raises QuantError if it holds NaN or Inf.
+    weight: [out, in], any float dtype. Raises QuantError if it holds NaN or Inf; with `checks`, the caller does.
     """
+    if checks is None:
+        checks = WeightChecks()
+        quantized = quantize_weight(weight, scheme, importance, checks)
+        checks.raise_fault()
+        return quantized
     if scheme.codebook is not None:
-        return _quantize_by_codebook(weight, scheme)
+        return _quantize_by_codebook(weight, scheme, checks)
     if scheme.group_size is None:
-        return _quantize_per_channel(weight, scheme)
+        return _quantize_per_channel(weight, scheme, checks)
     if scheme.block_rows is not None:
-        return _quantize_in_blocks(weight, scheme)
+        return _quantize_in_blocks(weight, scheme, checks)
     out_features, in_features = weight.shape
     groups = in_features // scheme.group_size
     qweight = torch.empty((out_features, in_features), dtype=torch.int8, device=weight.device)
@@ -87,9 +104,9 @@ def quantize_weight(
 
     def round_rows(rows: slice) -> None:
         block = weight[rows].to(torch.float32)  # [rows, in]
-        _refuse_nonfinite(block.abs().amax())
+        _refuse_nonfinite(block.abs().amax(), checks)
         grouped = block.view(-1, groups, in_features // groups)  # [rows, groups, g]
-        s, z = group_grid(grouped, scheme, importance)
+        s, z = group_grid(grouped, scheme, importance, checks)
         scales[rows] = s.squeeze(2)
         qweight[rows] = round_to_grid(grouped, s, z, scheme).flatten(1)
         if zeros is not None and z is not None:
@@ -99,7 +116,7 @@ def quantize_weight(
     return QuantizedLinear(qweight, scales, scheme, zeros)
 
 
-def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme, checks: WeightChecks) -> QuantizedLinear:
     """Also computes the error, while the weight and its integers are in the cache as float32."""
     is_e4m3 = scheme.number == "e4m3"
     code_dtype = torch.float8_e4m3fn if is_e4m3 else torch.int8
@@ -107,24 +124,24 @@ def _quantize_per_channel(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
     scales = torch.empty((len(weight), 1), dtype=torch.float32, device=weight.device)
     buffers = _Buffers(weight.device)
 
-    def round_rows(rows: slice) -> tuple[float, float]:
+    def round_rows(rows: slice) -> torch.Tensor:
         block, q = buffers.pair(weight[rows].shape)  # [rows, in]
         block.copy_(weight[rows])
         absmax = torch.abs(block, out=q).amax(dim=1, keepdim=True)
-        _refuse_nonfinite(absmax)
-        signal = _sum_of_squares(q)
-        s = _channel_scales(block, absmax, scheme)
+        _refuse_nonfinite(absmax.amax(), checks)
+        signal = _row_squares(q)
+        s = _channel_scales(block, absmax, scheme, checks)
         torch.div(block, s, out=q)
         codes = round_e4m3(q) if is_e4m3 else q.round_().clamp_(*scheme.weight_range)
         scales[rows], qweight[rows] = s, codes
         q = decode_e4m3(codes, out=q) if is_e4m3 else q
-        return _sum_of_squares(q.mul_(s).sub_(block)), signal
+        return torch.stack([_row_squares(q.mul_(s).sub_(block)), signal])
 
-    errors, signals = zip(*map_row_blocks(round_rows, weight), strict=True)
-    return QuantizedLinear(qweight, scales, scheme, error=relative_error(sum(errors), sum(signals)))
+    squares = tuple(map_row_blocks(round_rows, weight))
+    return QuantizedLinear(qweight, scales, scheme, squares=squares)
 
 
-def _quantize_in_blocks(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+def _quantize_in_blocks(weight: torch.Tensor, scheme: QuantScheme, checks: WeightChecks) -> QuantizedLinear:
     """Round a weight to e4m3 with one scale per block of channels by inputs. The last channels may be a short block."""
     assert scheme.block_rows is not None and scheme.group_size is not None
     out_features, in_features = weight.shape
@@ -132,21 +149,21 @@ def _quantize_in_blocks(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedL
     qweight = torch.empty(weight.shape, dtype=torch.float8_e4m3fn, device=weight.device)
     scales = torch.empty((out_features, groups), dtype=torch.float32, device=weight.device)
 
-    def round_rows(rows: slice) -> tuple[float, float]:
+    def round_rows(rows: slice) -> torch.Tensor:
         strip = weight[rows].to(torch.float32)  # [rows, in]
         blocks = strip.view(len(strip), groups, -1).transpose(0, 1).flatten(1)  # [groups, rows * g]
         absmax = blocks.abs().amax(dim=1, keepdim=True)
-        _refuse_nonfinite(absmax)
-        s = search_e4m3_scales(blocks, absmax) if scheme.weight_method == "mse" else e4m3_scales(absmax)  # [groups, 1]
+        _refuse_nonfinite(absmax.amax(), checks)
+        s = _e4m3_scales(blocks, absmax, scheme, checks)  # [groups, 1]
         codes = round_e4m3(blocks / s)
         scales[rows] = s.squeeze(1)
         qweight[rows] = codes.view(groups, len(strip), -1).transpose(0, 1).flatten(1)
-        return _sum_of_squares(decode_e4m3(codes).mul_(s).sub_(blocks)), _sum_of_squares(blocks)
+        return torch.stack([_row_squares(decode_e4m3(codes).mul_(s).sub_(blocks)), _row_squares(blocks)])
 
     size = scheme.block_rows
     strips = [slice(first, min(first + size, out_features)) for first in range(0, out_features, size)]
-    errors, signals = zip(*map_blocks(round_rows, strips, weight.device), strict=True)
-    return QuantizedLinear(qweight, scales, scheme, error=relative_error(sum(errors), sum(signals)))
+    squares = tuple(map_blocks(round_rows, strips, weight.device))
+    return QuantizedLinear(qweight, scales, scheme, squares=squares)
 
 
 class _Buffers(threading.local):
@@ -162,24 +179,26 @@ class _Buffers(threading.local):
         return block.view(shape), other.view(shape)
 
 
-def _sum_of_squares(x: torch.Tensor) -> float:
-    """Return squared_norm(x). Overwrites x."""
-    return float(x.square_().sum(dim=-1).cpu().to(torch.float64).sum())
+def _row_squares(x: torch.Tensor) -> torch.Tensor:
+    """Return the sum of squares of each row, float32 on the device of x. Overwrites x."""
+    return x.square_().sum(dim=-1)
 
 
-def _refuse_nonfinite(absmax: torch.Tensor) -> None:
-    if not torch.isfinite(absmax).all():
-        raise QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
+def _refuse_nonfinite(absmax: torch.Tensor, checks: WeightChecks) -> None:
+    def fault(_: float) -> QuantError:
+        return QuantError("the weight holds NaN or Inf", "fetch the checkpoint again")
+
+    checks.at_most(absmax.to(torch.float32), torch.finfo(torch.float32).max, fault)
 
 
-def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:
+def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme, checks: WeightChecks) -> QuantizedLinear:
     block_size = scheme.group_size
     assert block_size is not None
     codes = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty((weight.shape[0], weight.shape[1] // block_size), dtype=torch.float32)
 
     def round_rows(rows: slice) -> None:
-        _refuse_nonfinite(weight[rows].abs().amax())
+        _refuse_nonfinite(weight[rows].abs().amax(), checks)
         codes[rows], scales[rows] = encode_nf4(weight[rows], block_size)
 
     map_row_blocks(round_rows, weight)
@@ -188,10 +207,12 @@ def _quantize_by_codebook(weight: torch.Tensor, scheme: QuantScheme) -> Quantize
     return QuantizedLinear(codes.to(weight.device), scales.to(weight.device), scheme, nested=nested)
 
 
-def _channel_scales(block: torch.Tensor, absmax: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+def _channel_scales(
+    block: torch.Tensor, absmax: torch.Tensor, scheme: QuantScheme, checks: WeightChecks
+) -> torch.Tensor:
     """Return the scales [rows, 1] of a block [rows, in] from the absmax of its rows [rows, 1]."""
     if scheme.number == "e4m3":
-        return search_e4m3_scales(block, absmax) if scheme.weight_method == "mse" else e4m3_scales(absmax)
+        return _e4m3_scales(block, absmax, scheme, checks)
     qmax = scheme.weight_range[1]
     s = channel_scales(torch.where(absmax > 0, absmax / qmax, torch.ones_like(absmax)))
     return _search_mse_scale(block, s, qmax) if scheme.weight_method == "mse" else s
@@ -207,8 +228,12 @@ def channel_scales(scales: torch.Tensor) -> torch.Tensor:
     return scales.to(torch.bfloat16).clamp_min(tiny).to(torch.float32)
 
 
+def _e4m3_scales(rows: torch.Tensor, absmax: torch.Tensor, scheme: QuantScheme, checks: WeightChecks) -> torch.Tensor:
+    return search_e4m3_scales(rows, absmax, checks) if scheme.weight_method == "mse" else e4m3_scales(absmax, checks)
+
+
 def group_grid(
-    grouped: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None = None
+    grouped: torch.Tensor, scheme: QuantScheme, importance: torch.Tensor | None, checks: WeightChecks
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the scales and zero points (as floats), [rows, groups, 1] each, of groups [rows, groups, g].
 
@@ -217,13 +242,14 @@ def group_grid(
     low, high = grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True)
     if scheme.number == "e2m1":
         absmax = torch.maximum(high, -low)
-        return (search_nvfp4_scales(grouped, absmax) if scheme.weight_method == "mse" else nvfp4_scales(absmax)), None
-    best_s, best_z = _range_grid(low, high, scheme)
+        searched = scheme.weight_method == "mse"
+        return search_nvfp4_scales(grouped, absmax, checks) if searched else nvfp4_scales(absmax, checks), None
+    best_s, best_z = _range_grid(low, high, scheme, checks)
     if scheme.weight_method == "minmax":
         return best_s, best_z
     best_error = _group_error(grouped, best_s, best_z, scheme, importance)
     for shrink in _GROUP_SHRINKS[1:]:
-        s, z = _range_grid(low * shrink, high * shrink, scheme)
+        s, z = _range_grid(low * shrink, high * shrink, scheme, None)  # checked above, where they are larger
         error = _group_error(grouped, s, z, scheme, importance)
         better = error < best_error
         best_error, best_s = torch.where(better, error, best_error), torch.where(better, s, best_s)
@@ -231,41 +257,47 @@ def group_grid(
     return best_s, best_z
 
 
-def grouped_rounding_error(weight: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+def grouped_rounding_error(weight: torch.Tensor, scheme: QuantScheme, checks: WeightChecks) -> torch.Tensor:
     """Return Ŵ - W of plain rounding in groups, without storing integers. weight and result: float32 [out, in]."""
     assert scheme.group_size is not None
     if scheme.codebook is not None:
-        return dequantize(_quantize_by_codebook(weight, scheme)).sub_(weight)
+        return dequantize(_quantize_by_codebook(weight, scheme, checks)).sub_(weight)
     grouped = weight.view(len(weight), -1, scheme.group_size)  # [out, groups, g]
-    s, z = _range_grid(grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True), scheme)
+    s, z = _range_grid(grouped.amin(dim=2, keepdim=True), grouped.amax(dim=2, keepdim=True), scheme, checks)
     q = round_to_grid(grouped, s, z, scheme)
     return (q if z is None else q.sub_(z)).mul_(s).sub_(grouped).flatten(1)
 
 
-def _range_grid(low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return the scales and zero points that cover the range of each group; see quantize_weight."""
+def _range_grid(
+    low: torch.Tensor, high: torch.Tensor, scheme: QuantScheme, checks: WeightChecks | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the scales and zero points that cover the range of each group; see quantize_weight, storable_scales."""
     qmin, qmax = scheme.weight_range
     if scheme.symmetric:
         s = torch.maximum(high / qmax, low / qmin)
-        return storable_scales(torch.where(s > 0, s, torch.ones_like(s))), None
+        return storable_scales(torch.where(s > 0, s, torch.ones_like(s)), checks), None
     low, high = low.clamp_max(0.0), high.clamp_min(0.0)
     width = high - low
-    s = storable_scales(torch.where(width > 0, width / (qmax - qmin), torch.ones_like(width)))
+    s = storable_scales(torch.where(width > 0, width / (qmax - qmin), torch.ones_like(width)), checks)
     return s, (qmin - low / s).round_().clamp_(qmin, qmax)
 
 
-def storable_scales(scales: torch.Tensor) -> torch.Tensor:
+def storable_scales(scales: torch.Tensor, checks: WeightChecks | None) -> torch.Tensor:
     """Round positive scales to values that float16 and bfloat16 represent exactly, so that all formats store the same.
 
-    These have eight significant bits, and are multiples of 2^-24 in float16's subnormal range. Raises QuantError if a
-    scale exceeds the maximum of float16.
+    These have eight significant bits, and are multiples of 2^-24 in float16's subnormal range. checks: refuse a scale
+    above the maximum of float16; None if none is.
     """
-    if float(scales.max()) > _LARGEST_SCALE:
-        raise QuantError(
-            f"the weight requires a scale of {float(scales.max()):g}, but 4-bit scales are stored as float16, whose"
-            f" maximum is {_LARGEST_SCALE:g}",
+
+    def fault(largest: float) -> QuantError:
+        return QuantError(
+            f"the weight requires a scale of {largest:g}, but 4-bit scales are stored as float16, whose maximum is"
+            f" {_LARGEST_SCALE:g}",
             "exclude this Linear",
         )
+
+    if checks is not None:
+        checks.at_most(scales.max(), _LARGEST_SCALE, fault)
     rounded = scales.to(torch.bfloat16).clamp(_SMALLEST_SCALE, 65280.0)
     return rounded.to(torch.float16).to(torch.float32)
 
@@ -300,7 +332,8 @@ def _group_error(
 
 
 def row_blocks(weight: torch.Tensor, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
-    """Return slices over the first axis of a weight [out, in], with about `elements` weights each."""
+    """Return slices over the first axis of a weight [out, in], with about `elements` weights each, on a card more."""
+    elements = elements if weight.device.type == "cpu" else _CARD_BLOCKS * elements
     step = max(1, elements // max(1, weight.shape[1]))
     return [slice(first, first + step) for first in range(0, weight.shape[0], step)]
 
@@ -371,7 +404,7 @@ def linear_rows(linear: QuantizedLinear, rows: slice) -> QuantizedLinear:
     """Return some output channels of a quantized Linear, for computation only: `nested` is dropped."""
     zeros = None if linear.zeros is None else linear.zeros[rows]
     return replace(
-        linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros, nested=None, error=None
+        linear, qweight=linear.qweight[rows], scales=linear.scales[rows], zeros=zeros, nested=None, squares=None
     )
 
 
@@ -427,11 +460,6 @@ def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tenso
     return y if bias is None else y.add_(bias)
 
 
-def squared_norm(x: torch.Tensor) -> torch.Tensor:
-    """Return the sum of squares of x [tokens, features], float64 on the CPU, for precise sums over many tokens."""
-    return row_squares(x).sum()
-
-
 def row_squares(x: torch.Tensor) -> torch.Tensor:
     """Return the sum of squares of each row, float64 on the CPU. Rows are summed in float32, on any device."""
     return x.square().sum(dim=-1).cpu().to(torch.float64)
@@ -446,13 +474,29 @@ def relative_error(error: float, signal: float) -> float:
 
 def weight_error(weight: torch.Tensor, linear: QuantizedLinear) -> float:
     """Return the relative Frobenius error of the weight, |W - Ŵ| / |W|."""
-    if linear.error is not None:
-        return linear.error
+    return relative_norms([weight_squares(weight, linear)])[0]
 
-    def error_and_signal(rows: slice) -> tuple[float, float]:
+
+def weight_squares(weight: torch.Tensor, linear: QuantizedLinear) -> tuple[torch.Tensor, ...]:
+    """Return `linear.squares`, computed if rounding has not."""
+    if linear.squares is not None:
+        return linear.squares
+
+    def of_rows(rows: slice) -> torch.Tensor:
         block = weight[rows].to(torch.float32)
-        signal = float(squared_norm(block))
-        return float(squared_norm(dequantize(linear_rows(linear, rows)).sub_(block))), signal
+        error = dequantize(linear_rows(linear, rows)).sub_(block)
+        return torch.stack([_row_squares(error), block.square().sum(dim=-1)])
 
-    errors, signals = zip(*map_row_blocks(error_and_signal, weight), strict=True)
-    return relative_error(sum(errors), sum(signals))
+    return tuple(map_row_blocks(of_rows, weight))
+
+
+def relative_norms(squares: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """Return |error| / |signal| for each item of `squares`, see QuantizedLinear. One copy from a card for all items.
+
+    Rows are summed in float32 on any device, and their sums in float64.
+    """
+    blocks = iter(to_cpu([block for blocks in squares for block in blocks]))
+    sums = [
+        [[float(row.sum()) for row in next(blocks).to(torch.float64)] for _ in of_item] for of_item in squares
+    ]  # [item][block][error, signal]
+    return [relative_error(sum(b[0] for b in of_item), sum(b[1] for b in of_item)) for of_item in sums]

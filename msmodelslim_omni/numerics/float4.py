@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import QuantError
+from .checks import WeightChecks
 from .float8 import E4M3_MAX, decode_e4m3, round_e4m3
 
 GLOBAL_SCALE = 256.0
@@ -38,26 +39,29 @@ def round_e2m1(x: torch.Tensor) -> torch.Tensor:
     return (x / step).round_().mul_(step).clamp_(-2 * _LARGEST, 2 * _LARGEST)
 
 
-def nvfp4_scales(absmax: torch.Tensor, top: float = _LARGEST) -> torch.Tensor:
+def nvfp4_scales(absmax: torch.Tensor, checks: WeightChecks, top: float = _LARGEST) -> torch.Tensor:
     """Return scales, as QuantizedLinear stores them, that map absmax of each block to the value `top`."""
     wanted = absmax * (GLOBAL_SCALE / top)
-    if float(wanted.max()) > 1.0625 * E4M3_MAX:  # above this, e4m3 would clip the scale
-        raise QuantError(
-            f"a weight of {float(absmax.max()):g} is too large for NVFP4, whose largest value here is"
+
+    def fault(largest: float) -> QuantError:
+        return QuantError(
+            f"a weight of {largest * top / GLOBAL_SCALE:g} is too large for NVFP4, whose largest value here is"
             f" {E4M3_MAX * _LARGEST / GLOBAL_SCALE:g}",
             "exclude this Linear",
         )
+
+    checks.at_most(wanted.max(), 1.0625 * E4M3_MAX, fault)  # above this, e4m3 would clip the scale
     block_scales = decode_e4m3(round_e4m3(wanted)).clamp_min_(_SMALLEST_BLOCK_SCALE)
     return block_scales.div_(2 * GLOBAL_SCALE)
 
 
-def search_nvfp4_scales(grouped: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def search_nvfp4_scales(grouped: torch.Tensor, absmax: torch.Tensor, checks: WeightChecks) -> torch.Tensor:
     """Return the scale with the least squared error of each block. grouped: [rows, groups, 16]; absmax: [..., 1]."""
-    best = nvfp4_scales(absmax)
+    best = nvfp4_scales(absmax, checks)
     best_error = _squared_error(grouped, best)
     largest = E4M3_MAX / GLOBAL_SCALE  # of absmax / top
     for top in _MSE_TOPS[1:]:
-        s = nvfp4_scales(absmax.clamp_max(largest * top), top)
+        s = nvfp4_scales(absmax.clamp_max(largest * top), checks, top)
         error = _squared_error(grouped, s)
         best, best_error = torch.where(error < best_error, s, best), torch.minimum(error, best_error)
     return best

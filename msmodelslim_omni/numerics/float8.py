@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import QuantError
+from .checks import WeightChecks
 
 E4M3_MAX = 448.0
 
@@ -42,25 +43,26 @@ def decode_e4m3(codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.T
     return (halves.to(torch.float32) if out is None else out.copy_(halves)).mul_(256.0)
 
 
-def e4m3_scales(absmax: torch.Tensor) -> torch.Tensor:
+def e4m3_scales(absmax: torch.Tensor, checks: WeightChecks) -> torch.Tensor:
     """Return scales that map absmax to 448, as bfloat16 and float16 both represent them; 1 for an absmax of 0."""
-    if float(absmax.max()) > E4M3_MAX * _LARGEST_SCALE:
-        raise QuantError(
-            f"a weight of {float(absmax.max()):g} requires a scale above {_LARGEST_SCALE:g}", "exclude this Linear"
-        )
+
+    def fault(largest: float) -> QuantError:
+        return QuantError(f"a weight of {largest:g} requires a scale above {_LARGEST_SCALE:g}", "exclude this Linear")
+
+    checks.at_most(absmax.max(), E4M3_MAX * _LARGEST_SCALE, fault)
     s = (absmax / E4M3_MAX).to(torch.bfloat16).to(torch.float32).clamp_(_SMALLEST_SCALE, _LARGEST_SCALE)
     return torch.where(absmax > 0, s, torch.ones_like(s))
 
 
-def search_e4m3_scales(weight: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
+def search_e4m3_scales(weight: torch.Tensor, absmax: torch.Tensor, checks: WeightChecks) -> torch.Tensor:
     """Return the scale with the least squared error of each row.
 
     weight: float32 [rows, n]; a row holds all weights that share a scale. absmax: [rows, 1].
     """
-    best = e4m3_scales(absmax)
+    best = e4m3_scales(absmax, checks)
     best_error = _squared_error(weight, best)
     for factor in _MSE_FACTORS:
-        s = e4m3_scales(absmax * factor)
+        s = e4m3_scales(absmax * factor, checks)
         error = _squared_error(weight, s)
         best, best_error = torch.where(error < best_error, s, best), torch.minimum(error, best_error)
     return best

@@ -27,13 +27,14 @@ from ..models import LinearGroup
 from ..numerics import (
     QuantizedLinear,
     QuantScheme,
+    WeightChecks,
     dequantize,
     grouped_rounding_error,
     relative_error,
     row_blocks,
 )
 from ..recipe import AwqConfig
-from ..runtime import SINGLE_PROCESS, Team
+from ..runtime import SINGLE_PROCESS, Team, to_cpu, to_floats
 from ..statistics import Gram, evenly_spaced
 from .expected_error import ExpectedErrors, refine
 from .fold import (
@@ -98,11 +99,13 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
     scheme = work.schemes[group.linears[0]]
     candidates = list(_grid(work, group, scheme, config.n_grid))
     sampled = _sample_rows(work, group)
-    losses = search_losses(candidates, group, sampled, scheme, gram, cholesky, work.team)
+    signals = squared_outputs(gram, sampled)
+    losses = search_losses(candidates, group, sampled, signals, scheme, gram, cholesky, work.team)
     if scheme.codebook is None:
         start = candidates[min(losses, key=lambda i: (losses[i], i))]
-        candidates.append(_refined(work, group, start, sampled, scheme, gram, cholesky))
-        (losses[len(losses)],) = search_losses(candidates[-1:], group, sampled, scheme, gram, cholesky).values()
+        candidates.append(_refined(work, group, start, sampled, signals, scheme, gram, cholesky))
+        last = search_losses(candidates[-1:], group, sampled, signals, scheme, gram, cholesky)
+        (losses[len(losses)],) = last.values()
     ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
     best, compared_by, best_rounded = ranked[0], "the Linears", {}
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
@@ -128,13 +131,13 @@ def _refined(
     group: LinearGroup,
     start: Candidate,
     weights: list[torch.Tensor],
+    signals: list[float],
     scheme: QuantScheme,
     gram: Gram,
     cholesky: CholeskyFactor | None,
 ) -> Candidate:
     """The candidate with factors refined from `start`. One process computes them for all."""
     importance = gram.diagonal() if cholesky is None else cholesky.pivots()
-    signals = [float(gram.output_error(weight).sum()) for weight in weights]
     expected = ExpectedErrors.of_importance(importance, weights, signals, scheme)
 
     def search(candidate: Candidate) -> torch.Tensor:
@@ -175,10 +178,16 @@ def _relative_magnitude(work: LayerWork, group: LinearGroup, scheme: QuantScheme
     return torch.stack(sums).sum(dim=0) / count
 
 
+def squared_outputs(gram: Gram, weights: list[torch.Tensor]) -> list[float]:
+    """The squared output of each Linear. weights: [rows, in] float32 of each."""
+    return to_floats([gram.output_error(weight).sum() for weight in weights])
+
+
 def search_losses(
     candidates: list[Candidate],
     group: LinearGroup,
     weights: list[torch.Tensor],
+    signals: list[float],
     scheme: QuantScheme,
     gram: Gram,
     cholesky: CholeskyFactor | None,
@@ -187,21 +196,29 @@ def search_losses(
     """The squared output error of each candidate by its index: relative to the signal of a Linear, summed over Linears.
 
     The error is that of plain rounding; with `cholesky`, only the part that GPTQ cannot correct. weights: [rows, in]
-    float32 of each Linear. The team splits the candidates; every process computes their common inputs itself, such as
-    `cholesky`.
+    float32 of each Linear; signals: their squared_outputs. The team splits the candidates; every process computes their
+    common inputs itself, such as `cholesky`.
     """
-    signals = [float(gram.output_error(weight).sum()) for weight in weights]
+    checks = WeightChecks()
     pivots = cholesky.pivots() if cholesky is not None else None
 
-    def loss(candidate: Candidate) -> float:
-        factors, total = repeat_for_query_heads(candidate.factors, group), 0.0
-        for weight, signal in zip(weights, signals, strict=True):
-            change = grouped_rounding_error(weight * factors, scheme).div_(factors)
+    def errors(candidate: Candidate) -> torch.Tensor:
+        factors, of_linears = repeat_for_query_heads(candidate.factors, group), []
+        for weight in weights:
+            change = grouped_rounding_error(weight * factors, scheme, checks).div_(factors)
             error = gram.output_error(change) if pivots is None else change.square() @ pivots
-            total += float(error.sum()) / signal if signal > 0 else 0.0
-        return total if math.isfinite(total) else math.inf  # H beyond float32: the identity is taken
+            of_linears.append(error.sum())
+        return torch.stack(of_linears)
 
-    return dict(enumerate(team.map(loss, candidates)))
+    all_errors = to_cpu(team.map(errors, candidates))
+    checks.raise_fault()
+    return {i: _sum_of_ratios(of_linears.tolist(), signals) for i, of_linears in enumerate(all_errors)}
+
+
+def _sum_of_ratios(errors: list[float], signals: list[float]) -> float:
+    """Infinite if H is beyond float32: then the identity is taken."""
+    total = sum(error / signal if signal > 0 else 0.0 for error, signal in zip(errors, signals, strict=True))
+    return total if math.isfinite(total) else math.inf
 
 
 def _sample_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
@@ -209,7 +226,8 @@ def _sample_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
     sampled = []
     for linear in group.linears:
         out_features, in_features = work.weights[f"{linear}.weight"].shape
-        rows = evenly_spaced(out_features, max(_MIN_ROWS, _SEARCH_WEIGHTS // in_features))
+        stored = work.weights[f"{linear}.weight"]
+        rows = evenly_spaced(out_features, max(_MIN_ROWS, _SEARCH_WEIGHTS // in_features)).to(stored.device)
         sampled.append(work.weight(linear, rows).to(torch.float32))
     return sampled
 

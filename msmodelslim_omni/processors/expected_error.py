@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics import QuantScheme, row_blocks
+from ..runtime import to_floats
 from ..statistics import InputStats, evenly_spaced, relative_weights
 
 _WEIGHT_ROWS = 128  # output rows of each Linear for their maxima
@@ -58,7 +59,7 @@ class ExpectedErrors:
         token_weights: Sequence[torch.Tensor],
         scheme: QuantScheme,
     ) -> None:
-        """magnitude: |x| of some tokens, [tokens, in]. members: the tokens of each modality, as masks or indices.
+        """magnitude: |x| of some tokens, [tokens, in]. members: indices of the tokens of each modality.
 
         weights: [out, in] of each Linear, any float dtype. token_weights: of each Linear, [tokens].
         """
@@ -73,15 +74,19 @@ class ExpectedErrors:
     def of_tokens(cls, stats: InputStats, weights: Sequence[torch.Tensor], scheme: QuantScheme) -> ExpectedErrors:
         """The errors on the kept rows."""
         chosen = evenly_spaced(len(stats.rows), max(1, _NUMBERS // stats.rows.shape[1]))
-        x = stats.rows[chosen].clone()  # an inference tensor has no gradient
+        x = stats.rows[chosen.to(stats.rows.device)].clone()  # an inference tensor has no gradient
         modality = stats.row_modality[chosen]
-        members = [(modality == m).to(x.device) for m in stats.present() if bool((modality == m).any())]
-        token_weights = []  # 1 / |y|, divided by the mean |y| of the tokens
+        members = [(modality == m).nonzero().flatten().to(x.device) for m in stats.sampled_of(modality)]
+        inverses, signals = [], []
         for weight in weights:
-            y = x @ weight[evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32).T  # some outputs
+            y = x @ _some_rows(weight).T  # some outputs
             inverse = relative_weights(y)
-            signal = float((y.square().sum(dim=1) * inverse).mean()) * len(weight) / max(1, y.shape[1])
-            token_weights.append(inverse / max(signal, 1e-30))
+            inverses.append(inverse)
+            signals.append((y.square().sum(dim=1) * inverse).mean())
+        token_weights = [  # 1 / |y|, divided by the mean |y| of the tokens
+            inverse / max(signal * len(weight) / max(1, min(len(weight), _WEIGHT_ROWS)), 1e-30)
+            for inverse, signal, weight in zip(inverses, to_floats(signals), weights, strict=True)
+        ]
         return cls(x.abs(), members, weights, token_weights, scheme)
 
     @classmethod
@@ -91,15 +96,15 @@ class ExpectedErrors:
         """The errors Σ_o Σ_c h_c Δw_oc², relative to the signal of each Linear. importance: h, [in]."""
         h = importance.clone().clamp_min(0.0).sqrt()[None]  # as one token, because x² is all that counts
         token_weights = [h.new_full((1,), 1 / signal if signal > 0 else 0.0) for signal in signals]
-        return cls(h, [torch.ones(1, dtype=torch.bool, device=h.device)], weights, token_weights, scheme)
+        return cls(h, [torch.zeros(1, dtype=torch.int64, device=h.device)], weights, token_weights, scheme)
 
     def ratios(self, factors: torch.Tensor) -> torch.Tensor:
         """ε(factors) / ε of plain rounding, [modalities present]; has a gradient. factors: [in]."""
         return self._by_modality(factors) / self._plain
 
-    def worst_ratio(self, factors: torch.Tensor) -> float:
+    def worst_ratio(self, factors: torch.Tensor) -> torch.Tensor:
         """The maximum of `ratios`, as a ratio of errors that are not squared. Infinite for factors out of range."""
-        return float(self.ratios(factors).max().sqrt().nan_to_num(nan=torch.inf))
+        return self.ratios(factors).max().sqrt().nan_to_num(nan=torch.inf)
 
     def _by_modality(self, factors: torch.Tensor) -> torch.Tensor:
         scaled = self._magnitude / factors
@@ -123,12 +128,13 @@ def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.
     with torch.enable_grad(), torch.inference_mode(False):
         logs = start.clone().log().requires_grad_()
         optimizer = torch.optim.Adam([logs], lr=_RATE)
-        best, least = start, float("inf")
+        best, least = start, torch.full_like(start[0], torch.inf)  # compared on the device, see runtime/transfer.py
         for step in range(_STEPS):
             optimizer.param_groups[0]["lr"] = _RATE * (1 - step / _STEPS)
             loss = errors.ratios(spread(logs.exp())).square().sum()
-            if (value := float(loss.detach())) < least:
-                best, least = logs.detach().exp(), value
+            value = loss.detach()
+            best = torch.where(value < least, logs.detach().exp(), best)
+            least = torch.fmin(value, least)
             (logs.grad,) = torch.autograd.grad(loss, [logs])
             optimizer.step()
     return best.clamp(2.0**-_LIMIT, 2.0**_LIMIT)
@@ -136,6 +142,11 @@ def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.
 
 def _weight(weight: torch.Tensor, scheme: QuantScheme) -> _Weight:
     columns = torch.stack([weight[r].to(torch.float32).square().sum(dim=0) for r in row_blocks(weight)]).sum(dim=0)
-    rows = weight[evenly_spaced(len(weight), _WEIGHT_ROWS)].to(torch.float32)
+    rows = _some_rows(weight)
     size = scheme.group_size or rows.shape[1]
     return _Weight(columns, rows.view(len(rows), -1, size), len(rows) / len(weight), scheme.symmetric)
+
+
+def _some_rows(weight: torch.Tensor) -> torch.Tensor:
+    """At most _WEIGHT_ROWS evenly spaced rows of a weight, float32."""
+    return weight[evenly_spaced(len(weight), _WEIGHT_ROWS).to(weight.device)].to(torch.float32)

@@ -20,10 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from ..numerics import QuantizedLinear
+from ..runtime import to_cpu
 from ..statistics import Gram, SpilledMatrix
 
 ENOUGH_TOKENS = 20  # per input: with fewer, part of H is chance, and the rounding is judged (judge.py)
@@ -73,6 +75,11 @@ class CholeskyFactor:
     inner: list[torch.Tensor]
     below: Sequence[torch.Tensor]
     factor: torch.Tensor | None
+
+    @cached_property
+    def minus_inverses(self) -> list[list[float]]:
+        """-1 / L_ii of each diagonal block, for the host: one copy from a card for all blocks and Linears."""
+        return [block.tolist() for block in to_cpu([-1.0 / block.diagonal() for block in self.inner])]
 
     def pivots(self) -> torch.Tensor:
         """L_ii² by input, [in]: the output error per squared rounding error that later roundings cannot correct."""
@@ -229,17 +236,19 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, cholesky: Choles
         levels = weight.T[inputs] / steps  # before rounding and compensation
         if zeros is not None:
             levels += zeros[groups]
-        rounded = _round_block(levels, steps, inner, pull, errors, grid.scheme.weight_range)
+        minus_inverse = cholesky.minus_inverses[number]
+        rounded = _round_block(levels, steps, inner, minus_inverse, pull, errors, grid.scheme.weight_range)
         q.T[inputs] = rounded.to(torch.int8)
         if carried is not None and factor is not None:
             carried.addmm_(factor[:, block], errors)
-    return replace(grid, qweight=q, error=None)
+    return replace(grid, qweight=q, squares=None)
 
 
 def _round_block(
     levels: torch.Tensor,
     steps: torch.Tensor,
     inner: torch.Tensor,
+    minus_inverse: list[float],
     pull: torch.Tensor,
     errors: torch.Tensor,
     weight_range: tuple[int, int],
@@ -249,7 +258,6 @@ def _round_block(
     One input has few weights, so calls cost more than arithmetic. Each input takes six calls and allocates nothing.
     """
     rounded = torch.empty_like(levels)
-    minus_inverse = (-1.0 / inner.diagonal()).tolist()
     rows_of = [tensor.unbind() for tensor in (levels, steps, pull, rounded, errors)]
     for end in range(inner.shape[0], 0, -_STRIP):
         start = max(0, end - _STRIP)

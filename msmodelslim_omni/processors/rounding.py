@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import torch
 
 from ..errors import QuantError
-from ..numerics import QuantizedLinear, QuantScheme, quantize_weight
+from ..numerics import QuantizedLinear, QuantScheme, WeightChecks, quantize_weight
 from ..runtime import SINGLE_PROCESS, Split, Team
 from ..statistics import Gram
 from .gptq import (
@@ -62,18 +62,21 @@ def round_group(
     results: dict[str, QuantizedLinear | int] = {}  # an int is the number of parts that the processes share
     owners: list[int] = []
     own_parts: list[list[torch.Tensor | None]] = []
+    checks = WeightChecks()
     for name, weight in weights:
+        checks.name = name
         with _name_in_errors(name):
             if schemes[name].weight_method == "minmax":
-                results[name] = quantize_weight(weight, schemes[name])
+                results[name] = quantize_weight(weight, schemes[name], checks=checks)
                 continue
             parts = [weight[rows] for rows in split_into_parts(weight)]
             part_owners = [(len(owners) + number) % team.size for number in range(len(parts))]
             own = [part for part, owner in zip(parts, part_owners, strict=True) if owner == team.rank]
-            rounded = round_parts(own, schemes[name], _clip_importance(schemes[name], gram, cholesky), cholesky)
+            rounded = round_parts(own, schemes[name], _clip_importance(schemes[name], gram, cholesky), cholesky, checks)
             own_parts += [[part.qweight, part.scales, part.zeros] for part in rounded]
             results[name] = len(parts)
             owners += part_owners
+    checks.raise_fault()
     all_parts = iter(Split(team, tuple(owners)).gather(own_parts))
     return {
         name: _join_parts([next(all_parts) for _ in range(result)], schemes[name])
@@ -101,9 +104,10 @@ def round_parts(
     scheme: QuantScheme,
     importance: torch.Tensor | None,
     cholesky: CholeskyFactor | None,
+    checks: WeightChecks | None = None,
 ) -> list[QuantizedLinear]:
     """Round each part of a weight (see split_into_parts) independently: its bits do not depend on the other parts."""
-    grids = [quantize_weight(part, scheme, importance) for part in parts]
+    grids = [quantize_weight(part, scheme, importance, checks) for part in parts]
     if cholesky is None or scheme.weight_method != "gptq":
         return grids
     return [round_in_order(part, grid, cholesky) for part, grid in zip(parts, grids, strict=True)]

@@ -22,12 +22,13 @@ import torch
 from ..models import LinearGroup
 from ..numerics import (
     QuantScheme,
+    WeightChecks,
     quantize_weight,
     quantized_matmul,
     row_blocks,
-    row_squares,
 )
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
+from ..runtime import to_cpu, to_floats
 from ..statistics import InputStats, relative_weights
 from .expected_error import ExpectedErrors, refine
 from .fold import (
@@ -85,14 +86,16 @@ def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> 
         replace(c, factors=exact_factors(work, group, c.factors)[0])
         for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
     ]
-    ratios = work.team.map(lambda c: expected.worst_ratio(repeat_for_query_heads(c.factors, group)), candidates)
+    ratios = to_floats(
+        work.team.map(lambda c: expected.worst_ratio(repeat_for_query_heads(c.factors, group)), candidates)
+    )
     best = candidates[min(range(len(candidates)), key=lambda i: (ratios[i], i))]
-    full_ratio = _worst_ratio_of_all_rows(work, group, repeat_for_query_heads(best.factors, group))
+    finalists = [best]
     if config.alpha == "auto":
-        refined = _refined(work, group, expected, best, scale_min)
-        refined_ratio = _worst_ratio_of_all_rows(work, group, repeat_for_query_heads(refined.factors, group))
-        if refined_ratio < full_ratio:
-            best, full_ratio = refined, refined_ratio
+        finalists.append(_refined(work, group, expected, best, scale_min))
+    full_ratio, best = min(
+        zip(_worst_ratios_of_all_rows(work, group, finalists), finalists, strict=True), key=lambda pair: pair[0]
+    )
     if not full_ratio < 1.0:
         reason = f"the best candidate (alpha {best.alpha}) has {full_ratio:.3f}x the error of plain rounding; unchanged"
         return work.with_record(SmoothingRecord(group.name, None, 1.0, reason))
@@ -133,9 +136,10 @@ def _candidates(
     for source, absmax in sources.items():
         a = max_over_query_heads(absmax, group)
         alive = (a > 0) & (w > 0)
+        living = alive.cpu().nonzero().flatten().to(alive.device)
         for alpha in alphas:
             s = (a.clamp_min(1e-30).pow(alpha) / w.clamp_min(1e-30).pow(1 - alpha)).clamp_min(scale_min)
-            log_mean = s[alive].log().mean() if alive.any() else s.new_zeros(())
+            log_mean = s[living].log().mean() if len(living) else s.new_zeros(())
             s = (s / log_mean.exp()).clamp(2.0**-14, 2.0**14)  # a common factor has no effect; keep norms in range
             yield _Candidate(alpha, source, torch.where(alive, s, torch.ones_like(s)))
 
@@ -149,75 +153,72 @@ def _column_peaks(work: LayerWork, group: LinearGroup) -> torch.Tensor:
     return torch.stack(peaks).amax(dim=0)
 
 
-def _worst_ratio_of_all_rows(work: LayerWork, group: LinearGroup, factors: torch.Tensor) -> float:
-    """_OutputErrors.worst_ratio on all rows. The team shares pieces whose bounds do not depend on its size."""
+def _worst_ratios_of_all_rows(work: LayerWork, group: LinearGroup, finalists: list[_Candidate]) -> list[float]:
+    """The _worst_ratio of each candidate on all rows of the weights.
+
+    The team shares pieces whose bounds do not depend on its size.
+    """
     assert work.stats is not None
     stats, scheme = work.stats[group.name], work.schemes[group.linears[0]]
+    all_factors = [repeat_for_query_heads(candidate.factors, group) for candidate in finalists]
     counts = [len(work.weights[f"{linear}.weight"]) for linear in group.linears]
     pieces = [
         (number, slice(first, min(first + _PIECE_ROWS, count)))
         for number, count in enumerate(counts)
         for first in range(0, count, _PIECE_ROWS)
     ]
+    checks = WeightChecks()
 
-    def sums(piece: tuple[int, slice]) -> torch.Tensor:
+    def errors(piece: tuple[int, slice]) -> torch.Tensor:
         number, rows = piece
         weight = work.weight(group.linears[number], rows).to(torch.float32)
-        return _OutputErrors(stats, [weight], scheme).sums(factors)[0]
+        return output_errors(stats.rows, weight, scheme, all_factors, checks)
 
-    totals = [torch.zeros(3, len(stats.sampled()), dtype=torch.float64) for _ in group.linears]
-    piece_sums = work.team.map(sums, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
-    for (number, _), piece_sum in zip(pieces, piece_sums, strict=True):
-        totals[number] += piece_sum
-    return _worst_ratio(totals)
+    piece_errors = work.team.map(errors, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
+    checks.raise_fault()
+    members = [stats.row_modality == m for m in stats.sampled()]
+    totals = [torch.zeros(2 + len(finalists), len(members), dtype=torch.float64) for _ in group.linears]
+    for (number, _), of_rows in zip(pieces, to_cpu(piece_errors), strict=True):
+        totals[number] += sums_by_modality(of_rows, members)
+    return [worst_ratio([total[[2 + i, 1, 0]] for total in totals]) for i in range(len(finalists))]
 
 
-def _worst_ratio(sums: list[torch.Tensor]) -> float:
+def worst_ratio(sums: list[torch.Tensor]) -> float:
     """The maximum over the modalities of error / error of plain rounding. Below 1, no modality is worse.
 
     sums: for each Linear, float64 [3, modalities]: sums of the error, of the error of plain rounding and of the output,
-    see _OutputErrors.
+    see output_errors.
     """
     errors, plain = torch.stack([s[:2] / s[2].clamp_min(1e-300) for s in sums]).sum(dim=0)
     ratio = torch.where(plain > 0, errors / plain, torch.where(errors > 0, torch.inf, 1.0))
     return float(ratio.max().nan_to_num(nan=torch.inf).sqrt())
 
 
-class _OutputErrors:
-    """Output errors of a quantized group per modality, compared with those of plain rounding.
+def output_errors(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scheme: QuantScheme,
+    all_factors: list[torch.Tensor],
+    checks: WeightChecks,
+) -> torch.Tensor:
+    """By token x [rows, in]: its weight, the squared length of its output, and the squared errors of plain rounding and
+    of rounding with each of `all_factors`, float32 [3 + factors, rows].
 
-    The squared error of each token is divided by the length of the token's exact output; see relative_weights.
+    weight: [out, in] of a Linear, or some of its rows; float32. The weight of a token is that of relative_weights.
     """
+    exact = x @ weight.T  # [rows, out]
+    results = [relative_weights(exact), exact.square().sum(dim=1)]
+    for factors in (None, *all_factors):
+        linear = quantize_weight(Fold(factors).apply_to(weight), scheme, checks=checks)
+        output = quantized_matmul(x if factors is None else x / factors, linear)
+        results.append(output.sub_(exact).square_().sum(dim=1))
+    return torch.stack(results)
 
-    def __init__(self, stats: InputStats, weights: list[torch.Tensor], scheme: QuantScheme) -> None:
-        """weights: [out, in] of each Linear, or some of its rows; float32."""
-        self._x = stats.rows
-        self._members = [stats.row_modality == m for m in stats.sampled()]
-        self._weights = weights
-        self._scheme = scheme
-        self._exact = [self._x @ weight.T for weight in weights]  # [rows, out] each
-        squares = [row_squares(exact) for exact in self._exact]  # [rows] each
-        self._weights_of_rows = [relative_weights(exact).cpu().to(torch.float64) for exact in self._exact]
-        self._signals = [self._by_modality(s * w) for s, w in zip(squares, self._weights_of_rows, strict=True)]
-        self._plain = self._errors(None)
 
-    def worst_ratio(self, factors: torch.Tensor) -> float:
-        """The maximum over the modalities of error(factors) / error(plain). Below 1, no modality is worse."""
-        return _worst_ratio(self.sums(factors))
+def sums_by_modality(errors: torch.Tensor, members: list[torch.Tensor]) -> torch.Tensor:
+    """The weighted sums of output_errors over the tokens of each modality, float64 [2 + factors, modalities].
 
-    def sums(self, factors: torch.Tensor) -> list[torch.Tensor]:
-        """float64 [3, modalities] for each Linear, see _worst_ratio."""
-        return [torch.stack(s) for s in zip(self._errors(factors), self._plain, self._signals, strict=True)]
-
-    def _errors(self, factors: torch.Tensor | None) -> list[torch.Tensor]:
-        """The squared output error of each Linear, float64 [modalities]."""
-        x = self._x if factors is None else self._x / factors
-        errors = []
-        for weight, exact, row_weights in zip(self._weights, self._exact, self._weights_of_rows, strict=True):
-            linear = quantize_weight(Fold(factors).apply_to(weight), self._scheme)
-            errors.append(self._by_modality(row_squares(quantized_matmul(x, linear) - exact) * row_weights))
-        return errors
-
-    def _by_modality(self, row_values: torch.Tensor) -> torch.Tensor:
-        """Sum [rows] -> [modalities present]."""
-        return torch.stack([row_values[members].sum() for members in self._members])
+    members: masks of the tokens of each modality.
+    """
+    token_weights, *squares = errors.to(torch.float64)
+    return torch.stack([torch.stack([(s * token_weights)[of].sum() for of in members]) for s in squares])

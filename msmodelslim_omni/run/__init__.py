@@ -12,7 +12,7 @@ from __future__ import annotations
 from ..files import WORK_FOLDER
 from .assembly import float_item, in_pieces, make_job
 from .emulation import EmulatedLinear, quantized_layer
-from .measure import output_error
+from .measure import output_error, output_squares
 from .outputs import Outputs
 from .pipeline import quantize, run_prepared, run_request
 from .preparation import Prepared, check_recipe, prepare
@@ -37,6 +37,7 @@ __all__ = [
     "make_job",
     "memory_of",
     "output_error",
+    "output_squares",
     "prepare",
     "quantize",
     "quantized_layer",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..calibration import CalibrationStream, Errors, LayerProbe, zero_errors
-from ..numerics import QuantizedLinear, quantize_weight, relative_error
+from ..numerics import QuantizedLinear, WeightChecks, quantize_weight, relative_error
 from ..plan import LayerPlan, QuantPlan
 from ..processors import PROCESSORS, LayerWork
 from ..runtime import Clock, free_memory, prefetch
@@ -138,13 +138,17 @@ def _no_worse_than_rounding(
     """
     if not loaded.schemes:
         return work, probe.errors(_module(plan, work, keep_widened=False))
+    checks = WeightChecks()
     plain = replace(
         loaded,
         quantized={
-            linear: quantize_weight(loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"))
+            linear: quantize_weight(
+                loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"), checks=checks
+            )
             for linear, scheme in loaded.schemes.items()
         },
     )
+    checks.raise_fault()
     searched = probe.errors(_module(plan, work, keep_widened=False))
     rounded = probe.errors(_module(plan, plain, keep_widened=False))
     error, of_plain = probe.weighted_error(searched), probe.weighted_error(rounded)

@@ -1,6 +1,7 @@
 """Execution environment of a run: device, processes, threads, memory budget, progress events.
 
 device.py is the only file that names accelerators. team.py shares work between processes started by torchrun.
+transfer.py copies from a card.
 May import: errors.
 Not here: models and files.
 """
@@ -22,6 +23,7 @@ from .device import (
 )
 from .progress import Clock, Progress
 from .team import SINGLE_PROCESS, UNSPLIT, Split, Team, open_team
+from .transfer import to_cpu, to_floats
 
 __all__ = [
     "DEFAULT_BUDGET",
@@ -47,4 +49,6 @@ __all__ = [
     "peak_rss",
     "prefetch",
     "resolve_device",
+    "to_cpu",
+    "to_floats",
 ]

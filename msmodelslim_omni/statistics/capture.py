@@ -16,7 +16,7 @@ import torch
 
 from ..errors import QuantError
 from ..models import MODALITIES, AttentionRecord, LayerInput, LayerSpec, LinearGroup, RoutedBlock
-from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split, Team
+from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split, Team, float64_device, to_cpu
 from .gram import (
     Gram,
     GramBuilder,
@@ -76,7 +76,11 @@ class InputStats:
 
     def sampled(self) -> list[int]:
         """Indices of the modalities of which tokens are kept as rows: of an expert's input, not always all present."""
-        return [m for m in self.present() if bool((self.row_modality == m).any())]
+        return self.sampled_of(self.row_modality)
+
+    def sampled_of(self, modality: torch.Tensor) -> list[int]:
+        """The same for some of the rows, given by their modality."""
+        return [m for m in self.present() if bool((modality == m).any())]
 
     @property
     def has_gram(self) -> bool:
@@ -121,12 +125,17 @@ def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -
     abssum = torch.zeros_like(absmax)
     count = torch.zeros(len(MODALITIES), dtype=torch.int64)
     for index in range(len(MODALITIES)):
-        selected = modality == index
-        count[index] = int(selected.sum())
-        if count[index]:
-            magnitude = (x if selected.all() else x[selected.to(x.device)]).abs()
+        selected = (modality == index).nonzero().flatten()  # not a mask: a card would wait for its size
+        count[index] = len(selected)
+        if len(selected):
+            magnitude = _rows_of(x, selected).abs()
             absmax[index], abssum[index] = magnitude.amax(dim=0), magnitude.sum(dim=0)
     return InputStats(absmax, abssum, count, x[chosen.to(x.device)].clone(), modality[chosen])
+
+
+def _rows_of(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """The rows of x at these positions, ascending indices on the CPU. x itself if they are all."""
+    return x if len(positions) == len(x) else x[positions.to(x.device)]
 
 
 def evenly_spaced(count: int, most: int) -> torch.Tensor:
@@ -164,7 +173,9 @@ def relative_weights(out: torch.Tensor) -> torch.Tensor:
     A token of length zero counts as one of 1e-3 of the longest of its sample.
     """
     lengths = out.square().sum(dim=1).sqrt()
-    return 1.0 / lengths.clamp_min(max(1e-3 * float(lengths.max()), 1e-20))
+    exact = float64_device(out.device) == out.device
+    longest = lengths.amax().to(torch.float64 if exact else torch.float32)
+    return 1.0 / lengths.clamp_min((1e-3 * longest).clamp_min(1e-20).to(torch.float32))
 
 
 def value_weights(received: torch.Tensor) -> torch.Tensor:
@@ -267,6 +278,7 @@ class InputRecorder:
         # Inputs whose weights in H depend on what follows in the layer, and the positions of an expert's tokens.
         self._waiting: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
         self._gram_offsets: Sequence[int] | None = None
+        self._faults: dict[str, torch.Tensor] = {}  # whether the input of a Linear held NaN or Inf, of one sample
         self._hooks = [
             layer.get_submodule(group.linears[0]).register_forward_pre_hook(self._recorder(group))
             for group in spec.groups
@@ -290,12 +302,22 @@ class InputRecorder:
         self._begun += 1
 
     def end(self, out: torch.Tensor) -> None:
-        """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden]."""
+        """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden].
+
+        Raises QuantError if an input of a Linear held NaN or Inf.
+        """
+        for name, fault in zip(self._faults, to_cpu([*self._faults.values()]), strict=True):
+            if fault:
+                raise QuantError(
+                    f"{name}: NaN or Inf in the input activations",
+                    "check the checkpoint with the float model, or remove the sample",
+                )
+        self._faults = {}
         if self._waiting:
             by_length = relative_weights(out[0])
             for group, (x, tokens) in self._waiting.items():
                 of_tokens = self._of_values() if group == self._value_group else by_length
-                of_tokens = (of_tokens if tokens is None else of_tokens[tokens]).sqrt()[:, None]
+                of_tokens = (of_tokens if tokens is None else of_tokens[tokens.to(of_tokens.device)]).sqrt()[:, None]
                 self._add_to_grams(group, x * of_tokens, self._modality if tokens is None else self._modality[tokens])
             self._waiting = {}
 
@@ -308,11 +330,7 @@ class InputRecorder:
             x = arguments[0][0]
             modality, chosen = self._tokens_of(group.expert)
             new = input_stats(x, modality, chosen)
-            if not torch.isfinite(new.abssum).all():
-                raise QuantError(
-                    f"{group.linears[0]}: NaN or Inf in the input activations",
-                    "check the checkpoint with the float model, or remove the sample",
-                )
+            self._faults[group.linears[0]] = ~torch.isfinite(new.abssum).all()  # `end` asks: a card is waited for once
             own = self._begun - 1
             self._stats[group.name].add(self._positions[own] if self._positions else own, new)
             if self._in_gram and self._grams[group.name]:
@@ -340,20 +358,18 @@ class InputRecorder:
             if m == _COMBINED:
                 builder.add(self._weigh(x, modality))
                 continue
-            selected = modality == m
+            selected = (modality == m).nonzero().flatten()
             offset = self._gram_offsets[m] if self._gram_offsets is not None else None
-            if selected.all():
-                builder.add(x, offset)
-            elif selected.any():
-                builder.add(x[selected.to(x.device)], offset)
+            if len(selected):
+                builder.add(_rows_of(x, selected), offset)
 
     def _weigh(self, x: torch.Tensor, modality: torch.Tensor) -> torch.Tensor:
         """The tokens x [tokens, in] scaled so that XᵀX is H weighted by importance; tokens of weight 0 are dropped."""
         assert self._importance is not None
         weights = torch.tensor([self._importance.get(m, 0.0) for m in modality.tolist()])
-        kept = weights > 0
+        kept = (weights > 0).nonzero().flatten()
         scales = weights[kept].sqrt().to(x.device)[:, None]
-        return (x if kept.all() else x[kept.to(x.device)]) * scales
+        return _rows_of(x, kept) * scales
 
     def finish(self) -> dict[str, InputStats]:
         """Remove the hooks. Returns the statistics from all processes by group, for the groups that got input."""

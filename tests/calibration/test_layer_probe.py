@@ -8,7 +8,7 @@ import pytest
 import tiny_layer
 import torch
 
-from msmodelslim_omni.calibration.layer_probe import Errors, LayerProbe, add_sums, squared_errors
+from msmodelslim_omni.calibration.layer_probe import Errors, LayerProbe, add_sums, squared_errors, sums_by_modality
 from msmodelslim_omni.statistics.capture import run_layer
 
 IMPORTANCE = {0: 0.5, 1: 0.1, 2: 0.0, 3: 2.0}  # weight of a token by modality
@@ -86,7 +86,7 @@ def test_sums_of_a_sample_by_hand() -> None:
     exact = torch.tensor([[[1.0, 0.0], [2.0, 0.0], [400.0, 0.0], [5.0, 0.0], [3.0, 0.0]]])
     out = exact + torch.tensor([[[0.0, 1.0], [0.0, 1.0], [0.0, 20.0], [0.0, 2.0], [0.0, 1.0]]])
     modality = torch.tensor([0, 0, 0, 2, 0], dtype=torch.int8)
-    sums = add_sums([squared_errors(entering, exact, out, modality)] * 2)
+    sums = add_sums(sums_by_modality([(squared_errors(entering, exact, out), modality)] * 2))
     assert isinstance(sums, Errors)
     assert sums.error.tolist() == [2 * 403, 0, 2 * 4, 0]
     assert sums.signal.tolist() == [2 * (14 + 160000), 0, 2 * 25, 0]

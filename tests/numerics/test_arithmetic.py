@@ -23,11 +23,12 @@ from msmodelslim_omni.numerics.arithmetic import (
     quantize_weight,
     quantized_matmul,
     relative_error,
+    relative_norms,
     row_blocks,
-    squared_norm,
     storable_scales,
     weight_error,
 )
+from msmodelslim_omni.numerics.checks import WeightChecks
 from msmodelslim_omni.numerics.scheme import QuantScheme
 
 MINMAX = QuantScheme(8, 8, "minmax")
@@ -157,7 +158,7 @@ def test_result_does_not_depend_on_row_blocks() -> None:
 
 
 def test_blocks_cover_every_row_once() -> None:
-    weight = torch.empty((2500, 1000), device="meta")
+    weight = torch.empty((2500, 1000))
     rows = [row for block in row_blocks(weight) for row in range(2500)[block]]
     assert rows == list(range(2500))
     assert len(row_blocks(weight)) == 4
@@ -372,7 +373,7 @@ def test_int4_minmax_is_within_half_a_step(rows: list[list[float]], scheme: Quan
 @settings(max_examples=200, deadline=None)
 def test_stored_scales_are_equal_in_every_format(scales: list[float]) -> None:
     exact = torch.tensor(scales)
-    stored = storable_scales(exact)
+    stored = storable_scales(exact, WeightChecks())
     assert torch.equal(stored.to(torch.float16).float(), stored)
     assert torch.equal(stored.to(torch.bfloat16).float(), stored)
     assert (stored > 0).all() and stored.dtype == torch.float32
@@ -385,7 +386,7 @@ def test_stored_scales_by_hand() -> None:
     # 1 + 2^-8 is halfway between two bfloat16 values and rounds to the even one; 3 * 2^-25 is 1.5 subnormal steps.
     scales = torch.tensor([1.0, 1 + 2**-7, 1 + 2**-8, 3 * 2**-25, 5 * 2**-25, 2**-30, 65504.0])
     expected = [1.0, 1 + 2**-7, 1.0, 2 * 2**-24, 2 * 2**-24, 2**-24, 65280.0]
-    assert storable_scales(scales).tolist() == expected
+    assert storable_scales(scales, WeightChecks()).tolist() == expected
 
 
 @pytest.mark.parametrize("scheme", INT4)
@@ -416,10 +417,10 @@ def best_clip_loss(row: torch.Tensor, symmetric: bool, h: Callable[[torch.Tensor
     for share in arithmetic._GROUP_SHRINKS:
         low, high = row.amin() * share, row.amax() * share
         if symmetric:
-            scale, zero = storable_scales(torch.maximum(high / 7, low / -8)), torch.tensor(0.0)
+            scale, zero = storable_scales(torch.maximum(high / 7, low / -8), None), torch.tensor(0.0)
         else:
             low, high = low.clamp_max(0.0), high.clamp_min(0.0)
-            scale = storable_scales((high - low) / 15)
+            scale = storable_scales((high - low) / 15, None)
             zero = (-8 - low / scale).round().clamp(-8, 7)
         codes = ((row / scale).round() + zero).clamp(-8, 7)
         losses.append(h((codes - zero) * scale - row))
@@ -575,7 +576,7 @@ def test_weight_error_over_several_blocks() -> None:
     weight = normal(3, 600_000)
     linear = quantize_weight(weight, MINMAX)
     difference = (weight.double() - dequantize(linear).double()).norm() / weight.double().norm()
-    assert weight_error(weight, replace(linear, error=None)) == pytest.approx(difference.item(), rel=1e-5)
+    assert weight_error(weight, replace(linear, squares=None)) == pytest.approx(difference.item(), rel=1e-5)
 
 
 def test_float32_for_any_default_dtype() -> None:
@@ -593,7 +594,7 @@ def test_float32_for_any_default_dtype() -> None:
 def test_rounding_also_computes_the_weight_error(dtype: torch.dtype, scheme: QuantScheme) -> None:
     weight = normal(40, 50_000).to(dtype)  # several blocks
     linear = quantize_weight(weight, scheme)
-    assert linear.error == pytest.approx(weight_error(weight, replace(linear, error=None)), rel=1e-6)
+    assert linear.error == pytest.approx(weight_error(weight, replace(linear, squares=None)), rel=1e-6)
     assert linear_rows(linear, slice(0, 3)).error is None
 
 
@@ -603,7 +604,8 @@ def test_relative_error_by_hand() -> None:
     assert relative_error(1.0, 0.0) == math.inf
 
 
-def test_squared_norm_adds_in_float64() -> None:
-    x = torch.full((1 << 20, 1), 1e-3)
-    assert squared_norm(x).dtype == torch.float64
-    assert squared_norm(x).item() == pytest.approx((1 << 20) * float(x[0] ** 2), rel=1e-12)
+def test_relative_norms_add_in_float64() -> None:
+    squares = torch.tensor([[1e-6], [4e-6]]).expand(2, 1 << 20)
+    blocks = [squares[:, :1000], squares[:, 1000:]]
+    expected = math.sqrt(float(squares[0, 0]) / float(squares[1, 0]))
+    assert relative_norms([blocks, blocks[:1]]) == pytest.approx([expected, expected], rel=1e-12)

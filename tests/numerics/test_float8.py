@@ -8,6 +8,7 @@ from dequantizers import E4M3
 
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.numerics.arithmetic import dequantize, quantize_weight, quantized_matmul, round_act
+from msmodelslim_omni.numerics.checks import WeightChecks
 from msmodelslim_omni.numerics.float8 import decode_e4m3, e4m3_scales, quantize_act_e4m3, round_e4m3
 from msmodelslim_omni.numerics.scheme import QuantScheme
 
@@ -57,13 +58,13 @@ def test_no_value_becomes_nan() -> None:
 
 def test_scales_are_exact_in_both_half_types() -> None:
     absmax = torch.tensor([448.0, 0.3, 1e-9, 0.0, 5.0e5])
-    scales = e4m3_scales(absmax)
+    scales = e4m3_scales(absmax, WeightChecks())
     assert scales[0] == 1.0 and scales[2] == 2.0**-14 and scales[3] == 1.0
     assert scales[1] == torch.tensor(0.3 / 448).bfloat16()
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(scales.to(dtype).float(), scales)
     with pytest.raises(QuantError, match="requires a scale above 65280"):
-        e4m3_scales(torch.tensor([3e7]))
+        e4m3_scales(torch.tensor([3e7]), WeightChecks())
 
 
 def test_channels_by_hand() -> None:

@@ -28,7 +28,7 @@ from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
 from msmodelslim_omni.numerics.arithmetic import dequantize
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import awq, gptq, linear_quant
-from msmodelslim_omni.processors.awq import search_losses
+from msmodelslim_omni.processors.awq import search_losses, squared_outputs
 from msmodelslim_omni.processors.gptq import factorize, relative_damping
 from msmodelslim_omni.processors.rounding import cholesky_for_gptq, round_group
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
@@ -181,7 +181,8 @@ def test_search_finds_the_minimum_of_a_direct_loop_over_the_grid(name: str, sche
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
     candidates = list(awq._grid(work, group, scheme, 10))
-    losses = search_losses(candidates, group, weights, scheme, work.stats[name].gram(work.importance), None)
+    gram = work.stats[name].gram(work.importance)
+    losses = search_losses(candidates, group, weights, squared_outputs(gram, weights), scheme, gram, None)
 
     x, modality = tokens_of(work.weights, group)
     doubles, share = [weight.double() for weight in weights], balanced(modality)
@@ -216,7 +217,7 @@ def test_search_with_gptq_weights_errors_by_the_pivots() -> None:
     candidates = list(awq._grid(work, group, GPTQ, 5))
     gram = work.stats["gate_up"].gram(work.importance)
     cholesky = factorize(gram)
-    losses = search_losses(candidates, group, weights, GPTQ, gram, cholesky)
+    losses = search_losses(candidates, group, weights, squared_outputs(gram, weights), GPTQ, gram, cholesky)
 
     x, modality = tokens_of(work.weights, group)
     h = (x * balanced(modality)[:, None]).T @ x
@@ -252,7 +253,7 @@ def test_search_over_sampled_rows_estimates_the_loss_of_all_rows() -> None:
     weights = [normal(8192, 64, seed=2)]
     group = LinearGroup("g", ("a",), "norm", "norm-linear")
     candidates = [awq.Candidate(r, False, x.abs().mean(0).pow(r)) for r in (0.0, 0.25, 0.5, 0.75)]
-    losses = search_losses(candidates, group, weights, MINMAX, gram, None)
+    losses = search_losses(candidates, group, weights, squared_outputs(gram, weights), MINMAX, gram, None)
     doubles = weights[0].double()
     for number, candidate in enumerate(candidates):
         scales = candidate.factors.double()

@@ -13,6 +13,7 @@ from tiny_layer import CONFIG, HEAD_DIM, SPEC, W8A8, build, layer_work, output, 
 from msmodelslim_omni.models.inputs import MODALITIES
 from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
 from msmodelslim_omni.numerics.arithmetic import quantize_weight, quantized_matmul
+from msmodelslim_omni.numerics.checks import WeightChecks
 from msmodelslim_omni.processors import fold, smooth
 from msmodelslim_omni.processors.fold import repeat_for_query_heads
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
@@ -304,15 +305,17 @@ def test_rejection_is_due_to_audio() -> None:
     group, weight = both.spec.groups[0], both.weights["linear.weight"]
     assert both.stats is not None
     stats = both.stats["g"]
-    output_errors = smooth._OutputErrors(stats, [weight], W8A8)
+    members = [stats.row_modality == m for m in stats.sampled()]
     candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
     assert len(candidates) == 2  # A as the maximum, and balanced over the modalities
     for candidate in candidates:
         factors = repeat_for_query_heads(candidate.factors, group)
-        errors, plain, _ = output_errors.sums(factors)[0]
+        of_rows = smooth.output_errors(stats.rows, weight, W8A8, [factors], WeightChecks())
+        signals, plain, errors = sums = smooth.sums_by_modality(of_rows, members)
+        assert (signals > 0).all()
         by_modality = dict(zip(stats.present(), (errors / plain).tolist(), strict=True))
         assert by_modality[VIDEO] < 1 < by_modality[AUDIO]
-        assert output_errors.worst_ratio(factors) == pytest.approx(by_modality[AUDIO] ** 0.5)
+        assert smooth.worst_ratio([sums[[2, 1, 0]]]) == pytest.approx(by_modality[AUDIO] ** 0.5)
 
 
 def test_auto_is_never_worse_than_a_fixed_alpha() -> None:

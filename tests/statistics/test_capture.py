@@ -335,5 +335,5 @@ def test_error_names_the_first_linear_with_nan_or_inf(poisoned: str, first: str,
     recorder = InputRecorder(layer, SPEC)
     recorder.begin(calib.modality, torch.arange(len(calib.modality)))
     with pytest.raises(QuantError, match=rf"^{re.escape(first)}: NaN or Inf in the input activations") as caught:
-        run_layer(layer, replace(calib.inputs, hidden=calib.inputs.hidden * 1e3))
+        recorder.end(run_layer(layer, replace(calib.inputs, hidden=calib.inputs.hidden * 1e3)))
     assert "float model" in caught.value.hint

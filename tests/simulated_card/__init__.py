@@ -1,0 +1,1 @@
+"""A simulated card, and the tests that run the commands on it."""
