@@ -328,7 +328,7 @@ def _backend(kind: Kind) -> dict[str, Any]:
 
 
 def _inference_mode(mode: bool = True) -> Any:
-    """torch.inference_mode, whose tensors cannot be wrapped."""
+    """What torch.inference_mode enters, also where it decorates a function; its tensors cannot be wrapped."""
     return torch.no_grad() if mode else nullcontext()
 
 
@@ -347,7 +347,10 @@ def simulated_card(kind: Kind) -> Iterator[Counts]:
     """A machine with one card. Commands with `--device npu` or `--device cuda` run on it. Yields its counts."""
     npu = _npu_module() if kind == "npu" else None
     CardTensor.card = card = _Card(kind)
-    with patch.multiple(torch, inference_mode=_inference_mode, tensor=_tensor_on_card(torch.tensor)):
+    with (
+        patch.object(torch._C, "_InferenceMode", _inference_mode),
+        patch.object(torch, "tensor", _tensor_on_card(torch.tensor)),
+    ):
         backend = _backend(kind)
         if kind == "cuda":
             with (
