@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -49,14 +50,20 @@ def recipes_list(as_json: Json = False, debug: Debug = False) -> None:
             print_json(entries)
             return
         rows = [
-            [recipe.metadata.config_id, "yes" if needs_samples(recipe) else "no", summary(recipe)] for recipe in recipes
+            [recipe.metadata.config_id, "yes" if needs_samples(recipe) else "no", _purpose(summary(recipe))]
+            for recipe in recipes
         ]
         rows.sort(key=lambda row: row[0])
-        results.print(table("Shipped recipes", ["name", "samples", "what it does"], rows, numeric=9))
+        results.print(table("Shipped recipes", ["name", "samples", "what it does"], rows, numeric=9, cut=2))
         messages.print("the whole recipe: msmodelslim recipes show NAME")
         messages.print("a recipe of your own: msmodelslim recipes copy NAME FILE.yaml")
 
     run_verb(work, debug, as_json=as_json)
+
+
+def _purpose(text: str) -> str:
+    """A recipe's summary without the model, which the name beside it says: a line has little room."""
+    return re.sub(r" for (the thinker of )?Qwen[\w.-]*\w", "", text, count=1)
 
 
 def recipes_show(

@@ -12,15 +12,24 @@ from rich.text import Text
 _NARROW = 90  # below this width, tables have no frame between columns
 
 
-def table(title: str, columns: list[str], rows: list[list[str]], numeric: int, width: int | None = None) -> Group:
+def table(
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    numeric: int,
+    width: int | None = None,
+    cut: int | None = None,
+) -> Group:
     """Build a table whose columns from index `numeric` on are aligned right.
 
     width: of the terminal; default: that of `results`. Names (first column) and numbers are not wrapped, unless the
-    table would be wider than the terminal.
+    table would be wider than the terminal. cut: the column whose texts are cut with an ellipsis, not wrapped.
     """
     from .shell import results
 
     available = width or results.width
+    if cut is not None:
+        rows = _cut(columns, rows, cut, available)
     frame = box.SIMPLE_HEAD if available < _NARROW else box.HEAVY_HEAD
     is_narrow = available < _NARROW
     built = Table(header_style="bold", box=frame, pad_edge=not is_narrow, show_edge=not is_narrow)
@@ -33,6 +42,14 @@ def table(title: str, columns: list[str], rows: list[list[str]], numeric: int, w
         built.add_row(*(Text(cell) for cell in row))
     # Not the table's own title, which is folded to the width of the table.
     return Group(Text(title, style="bold"), built, *([Text()] if is_narrow else []))
+
+
+def _cut(columns: list[str], rows: list[list[str]], cut: int, available: int) -> list[list[str]]:
+    """The rows with the texts of column `cut` shortened to what the others leave; rich would narrow every column."""
+    others = [max(len(row[n]) for row in [columns, *rows]) for n in range(len(columns)) if n != cut]
+    room = max(len(columns[cut]), available - sum(others) - 3 * len(columns) - 1)
+    short = [text if len(text := row[cut]) <= room else f"{text[: room - 1].rstrip()}…" for row in rows]
+    return [[*row[:cut], text, *row[cut + 1 :]] for row, text in zip(rows, short, strict=True)]
 
 
 def _width_of_names(columns: list[str], rows: list[list[str]], numeric: int) -> int:

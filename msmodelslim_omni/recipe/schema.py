@@ -595,8 +595,11 @@ def _of_type(recipes: list[Recipe], quant_type: str) -> Recipe | None:
 
 
 def _nearest_type(quant_type: str, available: list[str]) -> str:
-    """` Did you mean 'w4a16'?`, also for an alias that is almost right."""
-    guess = nearest(quant_type.lower(), [*available, *QUANT_TYPE_ALIASES])
+    """` Did you mean 'w4a16'?`, also for an alias that is almost right.
+
+    One letter in four is too much: `int5` is no slip for `int8`, nor `w4a8` for `w8a8`.
+    """
+    guess = nearest(quant_type.lower(), [*available, *QUANT_TYPE_ALIASES], cutoff=0.76)
     for alias, canonical in QUANT_TYPE_ALIASES.items():
         guess = guess.replace(f"'{alias}'", f"'{canonical}'")
     return guess

@@ -102,6 +102,19 @@ def test_quant_types_of_other_tools(quant_type: str, recipe: str) -> None:
     assert find_recipe("Qwen2.5-Omni-7B", quant_type).metadata.config_id == recipe
 
 
+@pytest.mark.parametrize("quant_type", ["int5", "w4a8", "w5a5", "q4"])
+def test_no_quant_type_is_suggested_where_none_is_near(quant_type: str) -> None:
+    with pytest.raises(QuantError, match=f"'{quant_type}'.*Quant types with a recipe: fp8, .*w8a8") as fault:
+        find_recipe("Qwen2.5-Omni-7B", quant_type)
+    assert "Did you mean" not in str(fault.value)
+
+
+@pytest.mark.parametrize(("quant_type", "meant"), [("w8a", "w8a8"), ("int44", "w4a16"), ("nvfp4", "nvfp4a16")])
+def test_a_near_quant_type_is_suggested(quant_type: str, meant: str) -> None:
+    with pytest.raises(QuantError, match=f"Did you mean '{meant}'"):
+        find_recipe("Qwen2.5-Omni-7B", quant_type)
+
+
 def test_every_alias_has_a_recipe() -> None:
     assert all(find_recipe("Qwen2.5-VL-3B-Instruct", alias) for alias in QUANT_TYPE_ALIASES)
 
@@ -262,6 +275,16 @@ def test_dry_run_is_short_and_all_lists_every_linear(tiny: Path, tmp_path: Path)
 
 def test_shipped_recipes_by_name() -> None:
     assert load_recipe(MINMAX).metadata.config_id == MINMAX
+
+
+def test_a_recipe_is_a_line_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = command("recipes", "list").done().out.splitlines()
+    rows = [line.rstrip() for line in lines if line.startswith("qwen")]
+    assert [row.split()[0] for row in rows] == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+    assert all(row.split()[1] in ("yes", "no") and len(row) <= 80 for row in rows)
+    assert len(lines) < len(rows) + 8 and any(row.endswith("…") for row in rows)
+    assert any("Data-free W8A8: plain rounding" in row for row in rows)
 
 
 def test_copied_recipe_is_the_shipped_one(tmp_path: Path) -> None:
