@@ -482,7 +482,7 @@ def test_distinct_media_are_counted_by_content(folder: Path) -> None:
     calib = load(
         folder, {"image": "red.png"}, {"image": ["copy.png", "blue.png"]}, {"audio": "tone.wav"}, {"text": "a"}
     )
-    assert calib.distinct_media() == {"image": 2, "audio": 1}
+    assert calib.distinct_media == {"image": 2, "audio": 1}
     assert describe_media(calib) == "2 images, 1 audio"
     assert same_media_warnings(calib) == []
     assert load(folder, {"text": "a"}).distinct_media() == {}
