@@ -485,7 +485,7 @@ def test_distinct_media_are_counted_by_content(folder: Path) -> None:
     assert calib.distinct_media == {"image": 2, "audio": 1}
     assert describe_media(calib) == "2 images, 1 audio"
     assert same_media_warnings(calib) == []
-    assert load(folder, {"text": "a"}).distinct_media() == {}
+    assert load(folder, {"text": "a"}).distinct_media == {}
 
 
 def test_the_same_file_in_every_sample_is_a_warning(folder: Path) -> None:
