@@ -304,7 +304,7 @@ def test_missing_recipe(tiny: Path, tmp_path: Path) -> None:
 def test_unknown_model_type_and_quant_type(tiny: Path, tmp_path: Path) -> None:
     message = refusal(tiny, tmp_path / "out", "--model_type", "Qwen2.5-Omni-8B")
     assert "Qwen2.5-Omni-3B" in message and "Did you mean 'Qwen2.5-Omni-7B'" in message
-    message = refusal(tiny, tmp_path / "out", "--quant_type", "w8a9")
+    message = refusal(tiny, tmp_path / "out", "--quant_type", "w8a88")
     assert (
         "Quant types with a recipe: fp8, fp8_block, nf4, nvfp4a16, w4a16, w8a16, w8a8." in message
         and "Did you mean 'w8a8'" in message
