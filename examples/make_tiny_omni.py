@@ -17,7 +17,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -609,6 +609,14 @@ def parameter_specs(model: nn.Module, named: Callable[[str], str], dtype: torch.
             yield TensorSpec(named(f"{prefix}.{leaf}"), shape, dtype, *value_range(module, leaf, shape))
 
 
+def tied(specs: Iterable[TensorSpec], embedding: str) -> list[TensorSpec]:
+    """The tensors of a model whose embedding is also the lm_head: its values are scaled like those of an lm_head."""
+    by_name = {spec.name: spec for spec in specs}
+    head = by_name.pop("lm_head.weight")
+    by_name[embedding] = replace(by_name[embedding], std=head.shape[1] ** -0.5)
+    return list(by_name.values())
+
+
 def _storage_order(spec: TensorSpec) -> tuple[Any, ...]:
     """Sort key: thinker, talker, token2wav; within each by name, with numbers by value."""
     return ("thinker", "talker", "token2wav").index(spec.name.split(".")[0]), name_order(spec.name)
@@ -772,9 +780,11 @@ def write_weights(out: Path, specs: Sequence[TensorSpec], shards: int, blocks: B
     write_json(out / "model.safetensors.index.json", index)
 
 
-def write_checkpoint(
+def write_model(
     out: Path,
-    shape: OmniShape,
+    config: Json,
+    endoftext_id: int,
+    specs_of: Callable[[Path, torch.dtype], list[TensorSpec]],
     *,
     dtype: str,
     seed: int,
@@ -783,21 +793,32 @@ def write_checkpoint(
     shard_bytes: float = math.inf,
     outliers: bool = True,
 ) -> list[TensorSpec]:
-    """Write a complete checkpoint of the given shape into ``out`` and return the specs of its tensors.
+    """Write the configuration of a model and its tensors into ``out``, and return the specs of the tensors.
 
-    ``dtype`` is the dtype of thinker and talker; token2wav is always float32. ``normal`` gives the values; without it
-    the files have headers only. The tensors go into ``shards`` files, by default into files of about ``shard_bytes``.
+    ``specs_of``: the tensors of the model that ``out``/config.json describes, in a dtype. ``normal`` gives the values;
+    without it the files have headers only. The tensors go into ``shards`` files, by default into files of about
+    ``shard_bytes``.
     """
     make_folder(out)
-    write_json(out / "config.json", omni_config(shape, dtype))
-    write_json(out / "generation_config.json", generation_config(shape.endoftext_id))
-    write_processor(out, shape)
-    write_speakers(out, shape, seed)
-    specs = tensor_specs(out, getattr(torch, dtype))
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", generation_config(endoftext_id))
+    specs = specs_of(out, getattr(torch, dtype))
     outlier_seed = seed if outliers else None
     count = shard_count(specs, shard_bytes) if shards is None else shards
     blocks = None if normal is None else lambda spec: tensor_blocks(spec, normal, outlier_seed)
     write_weights(out, specs, count, blocks)
+    return specs
+
+
+def write_checkpoint(out: Path, shape: OmniShape, *, dtype: str, seed: int, **options: Any) -> list[TensorSpec]:
+    """Write a complete checkpoint of the given shape into ``out`` and return the specs of its tensors.
+
+    ``dtype`` is the dtype of thinker and talker; token2wav is always float32. ``options``: see write_model.
+    """
+    config = omni_config(shape, dtype)
+    specs = write_model(out, config, shape.endoftext_id, tensor_specs, dtype=dtype, seed=seed, **options)
+    write_processor(out, shape)
+    write_speakers(out, shape, seed)
     return specs
 
 

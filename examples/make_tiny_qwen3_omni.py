@@ -11,11 +11,11 @@ Thinking and Captioner, they are not.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from make_tiny_omni import (
@@ -23,23 +23,18 @@ from make_tiny_omni import (
     N_TRUE_SPECIAL,
     USER_TOKEN_ID,
     Json,
-    NormalSource,
     SeededNormal,
     TensorSpec,
     added_tokens,
-    generation_config,
-    make_folder,
     name_order,
     parameter_specs,
     preprocessor_config,
-    shard_count,
     shim_torchvision,
     special_ids,
-    tensor_blocks,
     train_bpe,
     write_json,
+    write_model,
     write_vocabulary,
-    write_weights,
 )
 from make_tiny_qwen3_vl import text_block, vision_block
 from make_tiny_vl import SPECIAL_TOKENS as VL_TOKENS
@@ -309,24 +304,10 @@ def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: (parts.index(spec.name.split(".")[0]), name_order(spec.name)))
 
 
-def write_checkpoint(
-    out: Path,
-    shape: Qwen3OmniShape,
-    *,
-    dtype: str,
-    seed: int,
-    normal: NormalSource | None,
-    shards: int | None = None,
-    shard_bytes: float = math.inf,
-) -> list[TensorSpec]:
-    """Write a complete checkpoint of the given shape into ``out``; see make_tiny_omni.write_checkpoint."""
-    make_folder(out)
-    write_json(out / "config.json", qwen3_omni_config(shape, dtype))
-    write_json(out / "generation_config.json", generation_config(shape.endoftext_id))
+def write_checkpoint(out: Path, shape: Qwen3OmniShape, *, dtype: str, **options: Any) -> list[TensorSpec]:
+    """Write a complete checkpoint of the given shape into ``out``. ``options``: see make_tiny_omni.write_model."""
+    specs = write_model(out, qwen3_omni_config(shape, dtype), shape.endoftext_id, tensor_specs, dtype=dtype, **options)
     write_processor(out, shape)
-    specs = tensor_specs(out, getattr(torch, dtype))
-    count = shard_count(specs, shard_bytes) if shards is None else shards
-    write_weights(out, specs, count, None if normal is None else lambda spec: tensor_blocks(spec, normal, seed))
     return specs
 
 

@@ -10,9 +10,9 @@ official repositories. With ``--tied``, as in the 3B, lm_head is the embedding a
 from __future__ import annotations
 
 import argparse
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from make_tiny_omni import (
@@ -21,22 +21,18 @@ from make_tiny_omni import (
     N_TRUE_SPECIAL,
     TINY,
     Json,
-    NormalSource,
     SeededNormal,
     TensorSpec,
     added_tokens,
-    generation_config,
-    make_folder,
     name_order,
     parameter_specs,
     plain_token,
-    shard_count,
     shim_torchvision,
     special_ids,
-    tensor_blocks,
+    tied,
     write_json,
+    write_model,
     write_vocabulary,
-    write_weights,
 )
 
 # In the official order, as in make_tiny_omni.py.
@@ -169,32 +165,16 @@ def tensor_specs(config_dir: Path, dtype: torch.dtype) -> list[TensorSpec]:
     config = Qwen2_5_VLConfig.from_pretrained(config_dir)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    specs = {spec.name: spec for spec in parameter_specs(model, disk_name, dtype)}
-    if config.tie_word_embeddings:  # the embedding is also the lm_head, so its values are scaled like an lm_head's
-        head = specs.pop("lm_head.weight")
-        embedding = "model.embed_tokens.weight"
-        specs[embedding] = replace(specs[embedding], std=head.shape[1] ** -0.5)
-    return sorted(specs.values(), key=lambda spec: name_order(spec.name))
+    specs = list(parameter_specs(model, disk_name, dtype))
+    if config.tie_word_embeddings:
+        specs = tied(specs, "model.embed_tokens.weight")
+    return sorted(specs, key=lambda spec: name_order(spec.name))
 
 
-def write_checkpoint(
-    out: Path,
-    shape: VlShape,
-    *,
-    dtype: str,
-    seed: int,
-    normal: NormalSource | None,
-    shards: int | None = None,
-    shard_bytes: float = math.inf,
-) -> list[TensorSpec]:
-    """Write a complete checkpoint of the given shape into ``out``; see make_tiny_omni.write_checkpoint."""
-    make_folder(out)
-    write_json(out / "config.json", vl_config(shape, dtype))
-    write_json(out / "generation_config.json", generation_config(shape.endoftext_id))
+def write_checkpoint(out: Path, shape: VlShape, *, dtype: str, **options: Any) -> list[TensorSpec]:
+    """Write a complete checkpoint of the given shape into ``out``. ``options``: see make_tiny_omni.write_model."""
+    specs = write_model(out, vl_config(shape, dtype), shape.endoftext_id, tensor_specs, dtype=dtype, **options)
     write_processor(out, shape)
-    specs = tensor_specs(out, getattr(torch, dtype))
-    count = shard_count(specs, shard_bytes) if shards is None else shards
-    write_weights(out, specs, count, None if normal is None else lambda spec: tensor_blocks(spec, normal, seed))
     return specs
 
 
