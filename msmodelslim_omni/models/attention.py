@@ -13,16 +13,13 @@ _BLOCK_BYTES = 64 << 20  # of attention probabilities that are in memory at once
 
 
 class AttentionRecord:
-    """Records the attention of one decoder layer, until `remove`.
-
-    received: float32 [tokens] of the last sample; see received_attention.
-    """
+    """Records the attention of one decoder layer, until `remove`."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         import transformers
 
         table: Any = transformers.AttentionInterface
-        self.received: torch.Tensor | None = None
+        self._last: tuple[Any, ...] = ()  # query, key, mask and scaling of the last sample
         self._module: Any = cast(Any, layer.get_submodule("self_attn"))
         self._config = cast(Any, self._module.config)
         self._before: str = self._config._attn_implementation
@@ -30,16 +27,20 @@ class AttentionRecord:
 
         def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
             if module is self._module:
-                self.received = received_attention(query[0], key[0], attention_mask, options.get("scaling"))
+                self._last = (query[0], key[0], attention_mask, options.get("scaling"))
             return library(module, query, key, value, attention_mask, **options)
 
         table.register(_NAME, attend)
         self._config._attn_implementation = _NAME
 
+    def received(self) -> torch.Tensor:
+        """What the tokens of the last sample received, float32 [tokens]; see received_attention."""
+        return received_attention(*self._last)
+
     def remove(self) -> None:
         """Give the layer the library's function back."""
         self._config._attn_implementation = self._before
-        self._module = None  # the table holds this record on; not the layer
+        self._module, self._last = None, ()  # the table holds this record on; not the layer
 
 
 def received_attention(

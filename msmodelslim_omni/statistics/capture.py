@@ -322,8 +322,8 @@ class InputRecorder:
             self._waiting = {}
 
     def _of_values(self) -> torch.Tensor:
-        assert self._attention is not None and self._attention.received is not None  # the layer has run
-        return value_weights(self._attention.received)
+        assert self._attention is not None  # a layer with a value group has one
+        return value_weights(self._attention.received())
 
     def _recorder(self, group: LinearGroup) -> Any:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
