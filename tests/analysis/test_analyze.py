@@ -109,9 +109,8 @@ def weights_in_h(weights: dict[str, torch.Tensor], group: LinearGroup) -> torch.
     parts = []
     for watched in SAMPLES:
         lengths = run_layer(layer, watched.inputs)[0].norm(dim=1)
-        assert attention.received is not None
         by_group = {True: 1 / lengths, False: torch.ones_like(lengths)}[group.adds_to_residual]
-        parts.append(1 + attention.received if group == SPEC.value_group else by_group)
+        parts.append(1 + attention.received() if group == SPEC.value_group else by_group)
     attention.remove()
     return torch.cat(parts)
 
