@@ -34,6 +34,7 @@ ROOMS = (
     "doctor",
     "quantized",
     "run",
+    "tuning",
     "calibration",
     "report",
     "plan",

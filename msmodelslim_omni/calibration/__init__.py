@@ -9,6 +9,7 @@ Left out on purpose: quantization. The stream is handed a layer and does not kno
 from __future__ import annotations
 
 from .clips import sample_frames
+from .ends import SampleEnds
 from .layer_probe import Errors, LayerProbe, zero_errors
 from .media import MediaFacts, load_audio, load_image
 from .sample_store import HiddenStates, StemStore
@@ -38,6 +39,7 @@ __all__ = [
     "LayerProbe",
     "MediaFacts",
     "OutputError",
+    "SampleEnds",
     "StemStore",
     "Stems",
     "choose_by_modality",

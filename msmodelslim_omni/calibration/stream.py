@@ -14,6 +14,7 @@ from ..numerics import relative_error
 from ..plan import QuantPlan, refit_budget
 from ..runtime import SINGLE_PROCESS, Budget, Progress, Team
 from ..statistics import InputRecorder, InputStats, run_layer
+from .ends import SampleEnds
 from .layer_probe import Errors, LayerProbe, add_sums, squared_errors, sums_by_modality
 from .sample_store import HiddenStates, refuse_nonfinite_states
 from .stems import Stems
@@ -110,6 +111,10 @@ class CalibrationStream:
         if layer == 0 and not self._hidden.is_whole():
             numbers = [self.stems.numbers[position] for position in self._split.local_items]
             self._hidden.write(self._store.hidden(number) for number in numbers)
+
+    def ends(self, layers: int) -> SampleEnds:
+        """The samples before the first and behind the last of so many layers, whose outputs must be stored."""
+        return SampleEnds(self._roles.held_out, self.stems, self._store, self._boundary(layers), layers)
 
     def forget(self, layer: int) -> None:
         """Delete the hidden states before a layer, those of every process. Call it once the layer is safe on disk."""

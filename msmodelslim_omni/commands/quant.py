@@ -16,6 +16,7 @@ from .shell import (
     RECIPE,
     Debug,
     Device,
+    Effort,
     Json,
     LogFile,
     LogLevel,
@@ -34,7 +35,7 @@ from .shell import (
 )
 
 if TYPE_CHECKING:
-    from ..report import Report
+    from ..report import Report, TuningRecord
     from .live_progress import TerminalProgress
 
 
@@ -100,6 +101,15 @@ def quant(
         flag("on_bad_sample", "Fail on a sample that cannot be used, or skip it. Overrides the recipe.", DATA),
     ] = None,
     seed: Annotated[int, flag("seed", "Seed for selecting samples.", DATA)] = 0,
+    effort: Annotated[
+        Effort | None,
+        flag(
+            "effort",
+            "best: after rounding, tune scales and norms of the whole model on the samples; w4a16 only, takes several"
+            " times as long. Overrides the recipe. Default: fast.",
+            RECIPE,
+        ),
+    ] = None,
     device: Device = "auto",
     max_memory: Annotated[
         str | None,
@@ -160,6 +170,7 @@ def quant(
                 dataset=dataset,
                 max_samples=max_samples,
                 on_bad_sample=None if on_bad_sample is None else on_bad_sample.value,
+                effort=None if effort is None else effort.value,
                 save_format=tuple(save_format or ()),
                 seed=seed,
                 trust_remote_code=trust_remote_code is TrueFalse.true,
@@ -225,6 +236,7 @@ def _show_report(report: Report, as_json: bool) -> None:
     page = Path(next(iter(report.savers.values()))) / "quant_report.html"  # written only with the extra `report`
     rows = [
         ["bits per quantized weight, scales included", f"{report.bits_per_weight:.3f}"],
+        *([["KL before and after tuning", _tuned(report.tuning)]] if report.tuning is not None else []),
         ["time of the run, without start and checks", f"{report.seconds:.1f} s"],
         ["peak memory", human_bytes(report.peak_rss_bytes)],
         *([["peak device memory", human_bytes(report.peak_device_bytes)]] if report.peak_device_bytes else []),
@@ -236,3 +248,7 @@ def _show_report(report: Report, as_json: bool) -> None:
     for saver in report.savers:
         for line in next_steps(report, saver):
             results.print(line, soft_wrap=True, markup=False)
+
+
+def _tuned(tuning: TuningRecord) -> str:
+    return f"{tuning.kl[0]:.4g} → {tuning.kl[tuning.epoch]:.4g}"

@@ -54,6 +54,11 @@ class OnBadSample(str, Enum):
     skip = "skip"
 
 
+class Effort(str, Enum):
+    fast = "fast"
+    best = "best"
+
+
 # Flags use underscores like msModelSlim's; hyphens are accepted too.
 VERB_SETTINGS = {
     "token_normalize_func": lambda token: token.replace("-", "_"),

@@ -22,6 +22,7 @@ from .arithmetic import (
     round_act,
     row_blocks,
     row_squares,
+    storable_scales,
     weight_error,
     weight_squares,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "round_act",
     "row_blocks",
     "row_squares",
+    "storable_scales",
     "unpack_nf4",
     "weight_error",
     "weight_squares",

@@ -24,6 +24,9 @@ _BLOCKS = 64 * MIB  # blocks of weights that are being processed, written or cop
 _TOWER_BYTES_PER_TOKEN = 96 * 1024  # activations in the towers
 _HEADROOM = 0.05  # freed memory that the C library does not return
 
+# Of `tuning`: the least tokens of a batch, and the positions whose logits are in memory at once.
+TUNED_TOKENS, TUNED_POSITIONS = 1024, 256
+
 # Share of the user's limit to plan for. Estimates have been up to a tenth below the measured peak.
 _USABLE_SHARE = 0.9
 
@@ -123,9 +126,20 @@ def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: E
         phases["check"] = common + 3 * layer.integers + activations
     else:
         phases["search"] = common + layer.integers + 12 * layer.widest
+    if plan.calibration.effort == "best":
+        phases["tuning"] = _tuning_memory(plan, layer, stores, longest)
     propagating = 4 * layer.integers if plan.calibration.propagate_error else 0
     phases["propagate"] = common + layer.integers + propagating + activations
     return phases
+
+
+def _tuning_memory(plan: QuantPlan, layer: _LayerSizes, stores: int, longest: int) -> int:
+    """A layer in float32 with its integers, the batch at every boundary, one sample's activations, and the logits."""
+    lm_head = plan.checkpoint.tensors[plan.model.lm_head_tensor(plan.checkpoint.config)]
+    boundaries = 4 * layer.hidden * (len(plan.layers) + 1) * (TUNED_TOKENS + longest)
+    activations = 4 * longest * (8 * layer.inner + 24 * layer.hidden)
+    logits = 4 * 4 * TUNED_POSITIONS * lm_head.shape[0]
+    return _PROCESS_WITH_MEDIA + 6 * layer.integers + boundaries + stores + max(activations, logits) + _BLOCKS
 
 
 def _trial_bytes(layer: _LayerSizes, group: LinearGroup) -> int:

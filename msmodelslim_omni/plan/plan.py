@@ -105,6 +105,7 @@ def make_plan(
     dataset: str | None = None,
     max_samples: int | None = None,
     on_bad_sample: Literal["fail", "skip"] | None = None,
+    effort: Literal["fast", "best"] | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     check_later: bool = False,
@@ -141,7 +142,7 @@ def make_plan(
     if data_free and dataset is not None:
         warnings.append(f"the recipe is data-free; dataset {dataset!r} is not read")
     calibration = recipe.spec.calibration
-    given = {"max_samples": max_samples, "on_bad_sample": on_bad_sample}
+    given = {"max_samples": max_samples, "on_bad_sample": on_bad_sample, "effort": effort}
     calibration = calibration.model_copy(update={key: value for key, value in given.items() if value is not None})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)

@@ -361,6 +361,8 @@ class CalibrationConfig(_Block):
     the same), or a weight by modality, 0 if not listed."""
     propagate_error: bool = True
     """The next layer receives the outputs of the quantized layer instead of the float layer."""
+    effort: Literal["fast", "best"] = "fast"
+    """best: after rounding, tune the scales and norms of the whole model on the samples; 4-bit integers only."""
 
 
 class Label(_Block):

@@ -39,12 +39,14 @@ from .report import (
     LinearRecord,
     PartSize,
     Report,
+    TuningRecord,
     human_bytes,
     layer_record,
     markdown_table,
     part_errors,
     read_report,
     run_memory_rows,
+    tuning_record,
 )
 from .run_memory import RunMemory, run_memory
 
@@ -72,6 +74,7 @@ __all__ = [
     "SpokenPair",
     "Table",
     "Tile",
+    "TuningRecord",
     "can_write_html",
     "check_fewer_samples",
     "figure_rows",
@@ -90,6 +93,7 @@ __all__ = [
     "speech_rows",
     "stored_recipe",
     "stored_report",
+    "tuning_record",
     "write_documents",
     "write_eval_report",
     "write_evaluation",

@@ -68,6 +68,20 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class TuningRecord:
+    """Tuning of the whole model after rounding, for `--effort best`.
+
+    kl: mean KL(float || quantized) per position of the samples kept out of it, in nats, before tuning and after each
+    epoch. epoch: the one that was taken; 0 for none. samples, held_out: samples that it was tuned and judged on.
+    """
+
+    kl: tuple[float, ...]
+    epoch: int
+    samples: int
+    held_out: int
+
+
+@dataclass(frozen=True)
 class Report:
     """The contents of quant_report.json.
 
@@ -108,6 +122,7 @@ class Report:
     max_samples: int | None = None
     commands: tuple[tuple[str, ...], ...] = ()
     distinct_media: dict[str, int] = field(default_factory=dict)  # files with different content, by kind
+    tuning: TuningRecord | None = None
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -122,6 +137,7 @@ def read_report(folder: Path) -> Report:
     layers = tuple(layer_record(layer) for layer in stored["layers"])
     parts = tuple(PartSize(**part) for part in stored["parts"])
     memory = RunMemory(**stored["run_memory"]) if stored.get("run_memory") else None
+    tuning = stored.get("tuning")
     return Report(
         **{
             **stored,
@@ -129,9 +145,15 @@ def read_report(folder: Path) -> Report:
             "parts": parts,
             "warnings": tuple(stored["warnings"]),
             "run_memory": memory,
+            "tuning": tuning_record(tuning) if tuning else None,
             "commands": tuple(tuple(command) for command in stored.get("commands", ())),
         }
     )
+
+
+def tuning_record(stored: dict[str, Any]) -> TuningRecord:
+    """Return the TuningRecord stored in JSON."""
+    return TuningRecord(**{**stored, "kl": tuple(stored["kl"])})
 
 
 def layer_record(stored: dict[str, Any]) -> LayerRecord:
@@ -213,6 +235,7 @@ def as_markdown(report: Report) -> str:
         table = markdown_table(RUN_MEMORY_COLUMNS, run_memory_rows(report.run_memory))
         lines += ["", "## Estimated memory at run time", "", *table, "", RUN_MEMORY_NOTE]
     lines += ["", "## Calibration data", "", _calibration_text(report)]
+    lines += ["", "## Tuning", "", tuning_text(report.tuning)] if report.tuning is not None else []
     lines += ["", "## Error by layer and Linear", "", _error_note(report), "", *_error_table(report)]
     lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []
     notes = [f"- layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
@@ -235,15 +258,26 @@ def _calibration_text(report: Report) -> str:
     return f"{report.samples} samples{data}, {total} tokens: {shares}.{media}"
 
 
+def tuning_text(tuning: TuningRecord) -> str:
+    """What tuning did, in two sentences."""
+    epochs = ", ".join(f"{kl:.4g}" for kl in tuning.kl[1:])
+    taken = f"epoch {tuning.epoch} was taken" if tuning.epoch else "none was better, so the model is as it was rounded"
+    return (
+        f"Scales and norms were tuned on {tuning.samples} samples. On {tuning.held_out} others, KL to the float model"
+        f" per position was {tuning.kl[0]:.4g} before and {epochs} after the epochs; {taken}."
+    )
+
+
 def _error_note(report: Report) -> str:
     if report.data_free:
         return "Relative weight error |W - Ŵ| / |W|. Output errors are unknown without calibration data."
+    when = " All of it before tuning." if report.tuning is not None else ""
     return (
         "Relative output error |Y - Ŷ| / |Y| of each Linear with its stored weights and run-time arithmetic, on"
         " calibration tokens. `layer`: error of what the layer adds to the residual stream, followed by the error per"
         " modality. `ordinary`, if a layer writes massive activations: its error without the tokens that get them,"
         " which alone decide the other figure. `vs. plain`: the layer's error divided by the error of plain rounding,"
-        " each token weighted by 1 / |hidden state|, on samples held out from the search if there are enough."
+        " each token weighted by 1 / |hidden state|, on samples held out from the search if there are enough." + when
     )
 
 

@@ -2,8 +2,8 @@
 
 pipeline.py is the file to read first. layers.py quantizes one layer after another; preparation.py does every check
 that needs no weights; workspace.py makes a run resumable; assembly.py turns layers into what a format writes.
-May import: calibration, report, plan, processors, statistics, formats, models, recipe, numerics, runtime, storage,
-files, errors, version.
+May import: tuning, calibration, report, plan, processors, statistics, formats, models, recipe, numerics, runtime,
+storage, files, errors, version.
 Left out on purpose: arithmetic (numerics, processors) and bytes of a format (formats).
 """
 

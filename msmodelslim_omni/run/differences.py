@@ -13,7 +13,7 @@ _FLAGS = {
     "model_type": ("model_type",),
     "recipe process": ("quant_type", "config_path"),
     "save_format": ("save_format", "quant_type", "config_path"),
-    "recipe calibration": ("max_samples", "on_bad_sample", "quant_type", "config_path", "dataset"),
+    "recipe calibration": ("max_samples", "on_bad_sample", "effort", "quant_type", "config_path", "dataset"),
     "memory for H": ("max_memory", "quant_type", "config_path"),
     "checkpoint": ("model_path",),
     "dataset": ("dataset", "max_samples", "seed", "quant_type", "config_path"),

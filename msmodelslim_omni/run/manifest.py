@@ -36,6 +36,10 @@ class Manifest:
             self.save()
         return self._state[key]
 
+    def recall(self, key: str) -> Any:
+        """What `remember` stored under `key`, or None."""
+        return self._state.get(key)
+
     # --- units ---
 
     def enter(self, unit: str, checksums: Mapping[str, int], record: dict[str, Any] | None = None) -> None:
@@ -43,6 +47,10 @@ class Manifest:
         with self._entering:
             self._state["units"][unit] = {"checksums": dict(checksums), "record": record}
             self.save()
+
+    def has(self, unit: str) -> bool:
+        """Whether a unit is finished."""
+        return unit in self._state["units"]
 
     def checksums(self, unit: str) -> dict[str, int] | None:
         """The checksums of a finished unit, otherwise None."""

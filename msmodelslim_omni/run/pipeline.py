@@ -31,6 +31,7 @@ from .preparation import Prepared, fingerprint, prepare
 from .request import QuantRequest
 from .save_path import check_disk_space, is_finished, output_folder
 from .summary import make_report
+from .tuned import tuned_layers
 from .workspace import Workspace
 
 
@@ -45,6 +46,7 @@ def quantize(
     dataset: str | None = None,
     max_samples: int | None = None,
     on_bad_sample: Literal["fail", "skip"] | None = None,
+    effort: Literal["fast", "best"] | None = None,
     save_format: Sequence[str] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -68,6 +70,7 @@ def quantize(
         dataset=dataset,
         max_samples=max_samples,
         on_bad_sample=on_bad_sample,
+        effort=effort,
         save_format=tuple(save_format),
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -174,22 +177,27 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
         with clock("resume"):
             finished_layers = prepared.team.broadcast(_count_finished_layers(outputs, output_units))
-            first = _first_layer(finished_layers, stream)
+            is_tuned = stream is not None and plan.calibration.effort == "best"
+            first = 0 if is_tuned else _first_layer(finished_layers, stream)
         if first:
             progress.say(f"resuming at layer {first}; the layers before it are finished")
         with Background() as writing, Background() as copying, _stop_on_error() as stop:
             copying.start(_copy_others, outputs, output_units, stop)
             with clock("check"), _discard_on_error(workspace):
                 prepared = _with_checkpoint_checked(prepared, progress)
-            progress.step("layers", first, len(plan.layers), _progress_detail(stream))
-            for layer, (quantized, changed), record in quantized_layers(prepared, stream, first, clock):
+            if stream is not None and is_tuned:
+                phase, layers = "writing", tuned_layers(prepared, stream, workspace, clock, progress)
+            else:
+                phase, layers = "layers", quantized_layers(prepared, stream, first, clock)
+                progress.step(phase, first, len(plan.layers), _progress_detail(stream))
+            for layer, (quantized, changed), record in layers:
                 items = finished_items(output_units.layers[layer], quantized, changed)
                 with clock("write"):
                     copying.raise_if_failed()
                     if writing.busy:
                         writing.result()
                     writing.start(_save, outputs, stream, layer, items, record)
-                progress.step("layers", layer + 1, len(plan.layers), _progress_detail(stream))
+                progress.step(phase, layer + 1, len(plan.layers), _progress_detail(stream))
                 del quantized, changed, items  # free them while the next layer is computed
             with clock("write"):
                 if writing.busy:
@@ -317,6 +325,7 @@ def _finish(
         ),
         calib=prepared.calib,
         request=prepared.request,
+        tuning=workspace.manifest.recall("tuning"),
     )
     folders = {name: workspace.output_folder(name) for name in names}
     for folder in folders.values():

@@ -20,6 +20,7 @@ from ..plan import QuantPlan, fit_budget, make_plan, refuse_quantized
 from ..recipe import Recipe, find_recipe, resolve_recipe
 from ..runtime import SINGLE_PROCESS, Device, Progress, Team, resolve_device
 from ..storage import open_checkpoint
+from ..tuning import refuse_untunable
 from .forecast import Forecast, assumed_extent, forecast
 from .request import QuantRequest
 from .summary import versions
@@ -73,12 +74,15 @@ def prepare(
         dataset=request.dataset,
         max_samples=request.max_samples,
         on_bad_sample=request.on_bad_sample,
+        effort=request.effort,
         seed=request.seed,
         trust_remote_code=request.trust_remote_code,
         check_later=check_later,
     )
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
+    if plan.calibration.effort == "best":
+        refuse_untunable(plan, team.size)
     calib = _load_calibration(plan)
     if calib is not None:
         found = describe_media(calib)

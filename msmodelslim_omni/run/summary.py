@@ -11,7 +11,7 @@ from ..files import file_sha256
 from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan
-from ..report import PartSize, Report, RunMemory, layer_record, run_memory
+from ..report import PartSize, Report, RunMemory, layer_record, run_memory, tuning_record
 from ..runtime import DEFAULT_BUDGET, Budget, Clock, Device, peak_device_memory, peak_rss
 from ..version import __version__
 from .request import QuantRequest
@@ -32,8 +32,9 @@ def make_report(
     warnings: tuple[str, ...],
     calib: CalibSet | None,
     request: QuantRequest,
+    tuning: dict[str, Any] | None,
 ) -> Report:
-    """tensors: those of the first format, whose sizes the report shows. layers: the records from the manifest."""
+    """tensors: those of the first format, whose sizes the report shows. layers, tuning: records from the manifest."""
     parts = part_sizes(plan, tensors)
     return Report(
         model_type=plan.model.model_type,
@@ -66,6 +67,7 @@ def make_report(
         max_samples=plan.calibration.max_samples if calib is not None else None,
         commands=(command_words(request, plan, calib),),
         distinct_media=calib.distinct_media if calib is not None else {},
+        tuning=tuning_record(tuning) if tuning is not None else None,
     )
 
 
@@ -82,6 +84,7 @@ def command_words(request: QuantRequest, plan: QuantPlan, calib: CalibSet | None
         words += ["--dataset", calib.name] if request.dataset is not None else []
         words += ["--max_samples", str(request.max_samples)] if request.max_samples is not None else []
         words += ["--on_bad_sample", request.on_bad_sample] if request.on_bad_sample is not None else []
+        words += ["--effort", request.effort] if request.effort is not None else []
         words += ["--seed", str(plan.seed)]
         is_sketched = plan.statistics == "gram" and _memory_for_gram(plan.budget) != _memory_for_gram(DEFAULT_BUDGET)
         words += ["--max_memory", str(request.max_memory)] if is_sketched and request.max_memory is not None else []

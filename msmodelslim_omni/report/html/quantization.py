@@ -15,6 +15,7 @@ from ..report import (
     Report,
     human_bytes,
     run_memory_rows,
+    tuning_text,
 )
 from . import charts
 from .sections import (
@@ -37,6 +38,7 @@ def quantization_article(report: Report, recipe_text: str) -> Article:
     sections = (
         _sizes(report),
         _calibration(report),
+        _tuning(report),
         _errors(report),
         _worst(report),
         _search(report),
@@ -373,6 +375,10 @@ def _notes(report: Report) -> Section | None:
     if not notes:
         return None
     return Section("Fallbacks and warnings", "Places where the run deviates from the recipe.", notes=tuple(notes))
+
+
+def _tuning(report: Report) -> Section | None:
+    return None if report.tuning is None else Section("Tuning", tuning_text(report.tuning))
 
 
 # --- how it was made -----------------------------------------------------------------------------------------

@@ -1,0 +1,14 @@
+"""Tuning of a quantized model behind the rounding, for `--effort best`: the model is walked forward and backward.
+
+factors.py holds one factor per output channel of each 4-bit Linear and per channel of each norm, head.py the loss at
+the logits and its gradient, walk.py the layers with factors in them, distill.py the loop over epochs.
+May import: calibration, plan, models, numerics, runtime, storage, errors.
+Left out on purpose: rounding. Integers and zero points are not changed here.
+"""
+
+from __future__ import annotations
+
+from .distill import refuse_untunable, tune
+from .factors import SolvedLayer
+
+__all__ = ["SolvedLayer", "refuse_untunable", "tune"]
