@@ -44,6 +44,7 @@ RECIPES = {
     f"{THIS_TOOL}-w8a8": ["--quant_type", "w8a8", "--save_format", "compressed_tensors"],
     "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_rounded.yaml")],
     f"{THIS_TOOL}-w4a16": ["--quant_type", "w4a16"],
+    f"{THIS_TOOL}-w4a16-best": ["--quant_type", "w4a16", "--effort", "best"],
     f"{THIS_TOOL}-w8a16": ["--quant_type", "w8a16", "--save_format", "compressed_tensors"],
     f"{THIS_TOOL}-fp8": ["--quant_type", "fp8"],
     f"{THIS_TOOL}-fp8-block": ["--quant_type", "fp8_block"],
@@ -54,6 +55,7 @@ RECIPES = {
 GROUPS_OF_64 = {
     "round to nearest": ["--config_path", str(HERE / "recipes" / "w4a16_g64_rounded.yaml")],
     f"{THIS_TOOL}-w4a16": ["--config_path", str(HERE / "recipes" / "w4a16_g64.yaml")],
+    f"{THIS_TOOL}-w4a16-best": ["--config_path", str(HERE / "recipes" / "w4a16_g64.yaml"), "--effort", "best"],
 }
 TOOLS = [*RECIPES, *PEERS]
 MEDIA = ("image", "audio", "video")

@@ -2,7 +2,7 @@
 
 auto-round gets a Qwen2 language model with the thinker's weights: the tensors and, for text, the outputs are the same.
 In a loaded Omni it finds no blocks unless it has a processor, and with a processor it makes the tokens itself. Mixed
-precision is off, because all tools are compared in float32. torch.compile is on, as by default.
+precision (bfloat16 products) and torch.compile are on, as by default.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ def main() -> None:
         nsamples=len(job.tokens),
         seqlen=job.tokens.shape[1],
         device_map="cpu",
-        amp=False,
     )
     _, seconds = timed(lambda: quantizer.quantize_and_save(str(job.out / "weights"), format="auto_awq"))
     record(job, "auto-round", seconds, "weights", "text model with the thinker's weights; seconds with saving")
