@@ -29,9 +29,10 @@ def as_html(analysis: Analysis) -> str:
     """Render the page."""
     half = units_with_half_of_damage(analysis.units)
     tokens = ", ".join(f"{name} {count}" for name, count in analysis.tokens_by_modality.items())
+    whole = "these units" if analysis.patterns else "everything"
     tiles = (
         Tile("most sensitive unit", analysis.units[0].name if analysis.units else "none", _share(analysis, 1)),
-        Tile("half of the damage", f"{len(half)} of {len(analysis.units)} units", "of quantizing everything to int4"),
+        Tile("half of the damage", f"{len(half)} of {len(analysis.units)} units", f"of quantizing {whole} to int4"),
         Tile("samples", str(analysis.samples), f"tokens: {tokens}"),
         *_choice_tiles(analysis),
     )
@@ -43,6 +44,7 @@ def as_html(analysis: Analysis) -> str:
     text = (
         "How much the decoder's Linears suffer if they are quantized. A unit is the Linears that read one input and"
         " share a scheme. Damage: the noise that the unit alone adds to the residual stream, relative to the stream."
+        f" {analysis.scope}"
     )
     return render_page([Article(f"Sensitivity: {analysis.model_type}", text, tiles, tuple(sections))])
 

@@ -63,6 +63,7 @@ class Analysis:
     """The content of analysis.json.
 
     units: by decreasing int4 damage. exclude: patterns of the fewest units with half of the total int4 damage.
+    patterns: a unit was measured if one of them matches one of its Linears; empty if every unit was measured.
     """
 
     model_type: str
@@ -80,6 +81,15 @@ class Analysis:
     seconds_by_phase: dict[str, float]
     peak_rss_bytes: int
     warnings: tuple[str, ...]
+    patterns: tuple[str, ...] = ()
+
+    @property
+    def scope(self) -> str:
+        """Which units were measured, as a sentence; empty if all were."""
+        if not self.patterns:
+            return ""
+        quoted = ", ".join(f"`{pattern}`" for pattern in self.patterns)
+        return f"Only units with a Linear that matches {quoted} were measured; shares are shares of their damage."
 
 
 def write_analysis(analysis: Analysis, folder: Path) -> None:
@@ -176,6 +186,7 @@ def as_markdown(analysis: Analysis) -> str:
         " tokens (analysis.json has all modalities). Errors: |Ŷ - Y| / |Y| of the worst Linear of the unit with plain"
         " rounding. Kurtosis (0: normal distribution) and outliers (values beyond"
         f" {OUTLIER_RMS:g} times the root mean square) describe the input.",
+        *([analysis.scope] if analysis.scope else []),
         "",
         *markdown_table(UNIT_COLUMNS, unit_rows(analysis.units)),
         "",

@@ -21,10 +21,11 @@ from ..errors import QuantError
 from ..files import check_save_path, find_model_folder, write_atomically
 from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import refuse_quantized
+from ..recipe import matches, near_patterns
 from ..report import INSTALL_HINT, can_write_html, human_bytes
 from ..run import Prepared, QuantRequest, prepare, remove, versions
 from ..runtime import Clock, Progress, out_of_memory_as_error, peak_rss
-from ..storage import open_checkpoint
+from ..storage import Checkpoint, open_checkpoint
 from .holdout import split_holdout, write_index
 from .mixed_recipe import (
     DEFAULT_TEXT,
@@ -65,6 +66,7 @@ def analyze(
     max_kl: float | None = None,
     save_path: str | Path | None = None,
     eval_dataset: str | None = None,
+    patterns: Sequence[str] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -72,12 +74,13 @@ def analyze(
 ) -> Analysis:
     """Measure every Linear. With target_size (bytes of all files) or max_kl (nats), also choose and test a recipe.
 
+    patterns: as in `include` of a recipe; if given, only units with a matching Linear are measured.
     save_path: folder for analysis.json and analysis.md; with a recipe also for recipe.yaml, the indexes of the
     calibration and held-out samples, and the quantized model in `model`. If no recipe reaches max_kl,
     `choice.satisfied` is False. Raises QuantError for every fault that the user can fix.
     """
     progress, clock = progress or Progress(), Clock()
-    choosing = _check_arguments(target_size, max_kl, save_path, eval_dataset)
+    choosing = _check_arguments(target_size, max_kl, save_path, eval_dataset, patterns)
     model_path = find_model_folder(model_path)
     refuse_quantized(model_path)
     checkpoint = open_checkpoint(model_path)
@@ -89,10 +92,11 @@ def analyze(
     arguments = {
         "model_path": f"{model_path} ({checkpoint.identity()[:16]})", "model_type": model.model_type,
         "dataset": dataset, "eval_dataset": eval_dataset, "max_samples": max_samples, "target_size": target_size,
-        "max_kl": max_kl, "seed": seed, **versions(),
+        "max_kl": max_kl, "pattern": ", ".join(patterns) or None, "seed": seed, **versions(),
     }  # fmt: skip
     given = {name: str(value) for name, value in arguments.items() if value is not None}
     folder = None if save_path is None else Path(save_path)
+    linears = _matching_linears(model, checkpoint, patterns)
     with _work_folder(folder, request.model_path, overwrite, given, progress) as (work, state):
         split = DataSplit(dataset, "")
         if choosing:
@@ -106,13 +110,13 @@ def analyze(
         if prepared.calib is not None:
             state.require_samples(prepared.calib.identity())
         with clock("sensitivity"):
-            units, stems = _measure_sensitivity(prepared, proposer, work / "float", progress, state)
+            units, stems = _measure_sensitivity(prepared, proposer, linears, work / "float", progress, state)
         choice = None
         if choosing:
             runner = TrialRunner(request, split.evaluation, work.parent, work, progress)
             with clock("rounds"):
                 choice = search_recipe(runner, proposer, units, target_size, max_kl, split.not_evaluated, state)
-    analysis = _make_analysis(prepared, dataset, proposer.grid, units, stems, choice, clock)
+    analysis = _make_analysis(prepared, dataset, tuple(patterns), proposer.grid, units, stems, choice, clock)
     if save_path is not None:
         write_analysis(analysis, Path(save_path))
         _write_page(analysis, Path(save_path), progress)
@@ -128,7 +132,11 @@ def _write_page(analysis: Analysis, folder: Path, progress: Progress) -> None:
 
 
 def _check_arguments(
-    target_size: int | None, max_kl: float | None, save_path: str | Path | None, eval_dataset: str | None
+    target_size: int | None,
+    max_kl: float | None,
+    save_path: str | Path | None,
+    eval_dataset: str | None,
+    patterns: Sequence[str],
 ) -> bool:
     """Whether to choose a recipe. Raises QuantError if the arguments contradict each other."""
     if target_size is not None and max_kl is not None:
@@ -142,7 +150,30 @@ def _check_arguments(
         raise QuantError(
             "eval_dataset needs a recipe to evaluate, and no recipe is requested", "give target_size or max_kl too"
         )
+    if choosing and patterns:
+        raise QuantError("pattern limits the ranking, and a recipe needs all units", "leave pattern out")
     return choosing
+
+
+def _matching_linears(model: ModelSpec, checkpoint: Checkpoint, patterns: Sequence[str]) -> frozenset[str]:
+    """The names of the decoder's Linears that match any of the patterns; all of them without patterns.
+
+    Raises QuantError for a pattern that matches nothing.
+    """
+    names = _linear_names(model, checkpoint)
+    for pattern in patterns:
+        if not any(matches(name, [pattern]) for name in names):
+            near = near_patterns(pattern, names) or [names[0]]
+            raise QuantError(
+                f"pattern {pattern!r} matches no Linear of the decoder",
+                f"patterns match whole names, e.g. {names[0]}; near: {', '.join(map(repr, near))}",
+            )
+    return frozenset(name for name in names if not patterns or matches(name, patterns))
+
+
+def _linear_names(model: ModelSpec, checkpoint: Checkpoint) -> list[str]:
+    spec, layers = model.family.layer_spec(checkpoint.config), model.family.num_layers(checkpoint.config)
+    return [model.layer_name(layer, linear) for layer in range(layers) for linear in spec.linears]
 
 
 def _describe_target(target_size: int | None, max_kl: float | None) -> str:
@@ -177,7 +208,12 @@ def _write_int4_recipe(proposer: Proposer, folder: Path) -> Path:
 
 
 def _measure_sensitivity(
-    prepared: Prepared, proposer: Proposer, folder: Path, progress: Progress, state: AnalysisState
+    prepared: Prepared,
+    proposer: Proposer,
+    linears: frozenset[str],
+    folder: Path,
+    progress: Progress,
+    state: AnalysisState,
 ) -> tuple[list[UnitSensitivity], Stems]:
     """The units with their sizes, by decreasing int4 damage; and the stems of the samples used."""
     assert prepared.calib is not None  # int4 by GPTQ needs data
@@ -185,7 +221,7 @@ def _measure_sensitivity(
     with out_of_memory_as_error(prepared.device, "give fewer or shorter samples, or use --device cpu"):
         if state.layers:
             progress.say(f"the first {len(state.layers)} layers are measured")
-        units, stems = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress, state)
+        units, stems = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress, state, linears)
     sized = [
         replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*SCHEMES, FLOAT)})
         for unit in units
@@ -196,6 +232,7 @@ def _measure_sensitivity(
 def _make_analysis(
     prepared: Prepared,
     dataset: str,
+    given_patterns: tuple[str, ...],
     grid: Grid,
     units: Sequence[UnitSensitivity],
     stems: Stems,
@@ -224,6 +261,7 @@ def _make_analysis(
         seconds_by_phase=clock.seconds,
         peak_rss_bytes=peak_rss(),
         warnings=(*plan.warnings, *stems.warnings, *not_evaluated),
+        patterns=given_patterns,
     )
 
 

@@ -24,7 +24,7 @@ Therefore every recipe is evaluated before it is returned.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -121,46 +121,71 @@ def measure_units(
     device: torch.device,
     progress: Progress,
     store: FinishedLayers,
+    linears: Collection[str],
 ) -> tuple[list[UnitSensitivity], Stems]:
-    """Measure all units in one pass of the samples through the float model. Returns them with the stems of the samples.
+    """Measure units in one pass of the samples through the float model. Returns them with the stems of the samples.
 
     plans: by the name of the scheme that all Linears have in the plan. The stream uses the first plan, which collects H
     and does not set propagate_error. folder: for hidden states, which are deleted after use. store: receives each
     layer. Its layers of an interrupted pass are not measured again if the hidden states behind them are in `folder`.
+    linears: full names. A unit with any of them is measured; layers without such a unit only pass the samples on, and
+    the pass ends behind the last layer with one.
     """
     plan = next(iter(plans.values()))
     stems = prepare_stems(plan, calib, folder, device, progress)
     stream = CalibrationStream(plan, stems, folder, device, progress=progress)
     finished = store.layers
-    if len(finished) == len(plan.layers):
+    selected = [_selected_groups(plan, layer.index, linears) for layer in plan.layers]
+    while selected and not selected[-1]:
+        selected.pop()
+    count = len(selected)
+    if len(finished) == count:
         return [unit for layer_units in finished for unit in layer_units], stems
     first = len(finished) if stream.can_start_at(len(finished)) else 0
     store.keep(first)
     units = [unit for layer_units in finished[:first] for unit in layer_units]
     stream.start_at(first)
-    progress.step("layers", first, len(plan.layers), f"{len(stems)} samples")
-    for layer in plan.layers[first:]:
-        measured = list(_measure_layer(plans, layer.index, stream, device))
+    progress.step("layers", first, count, f"{len(stems)} samples")
+    for layer, groups in zip(plan.layers[first:count], selected[first:], strict=True):
+        measured = list(_measure_layer(plans, layer.index, groups, stream, device))
         stream.advance_float()
         units += measured
         store.add_layer(measured)
         stream.forget(layer.index)
         free_memory(device)
-        progress.step("layers", layer.index + 1, len(plan.layers), f"{len(stems)} samples")
+        progress.step("layers", layer.index + 1, count, f"{len(stems)} samples")
     return units, stems
 
 
+def _selected_groups(plan: QuantPlan, index: int, linears: Collection[str]) -> list[LinearGroup]:
+    """The groups of a layer with any of these Linears."""
+    return [
+        group
+        for group in plan.layer_spec.groups
+        if any(plan.model.layer_name(index, linear) in linears for linear in group.linears)
+    ]
+
+
 def _measure_layer(
-    plans: Mapping[str, QuantPlan], index: int, stream: CalibrationStream, device: torch.device
+    plans: Mapping[str, QuantPlan],
+    index: int,
+    groups: Sequence[LinearGroup],
+    stream: CalibrationStream,
+    device: torch.device,
 ) -> Iterator[UnitSensitivity]:
+    """Measure these groups of a layer, and compute its outputs."""
     plan = next(iter(plans.values()))
     model, checkpoint, spec = plan.model, plan.checkpoint, plan.layer_spec
     weights = {
         relative: checkpoint.load_finite(model.layer_name(index, relative)).to(device, torch.float32)
         for relative in spec.shapes
     }
-    captured = stream.capture(index, model.family.build_layer(checkpoint.config, index, weights), spec)
-    for group in spec.groups:
+    module = model.family.build_layer(checkpoint.config, index, weights)
+    if not groups:
+        stream.forward_float(index, module)
+        return
+    captured = stream.capture(index, module, spec)
+    for group in groups:
         names = {linear: model.layer_name(index, linear) for linear in group.linears}
         try:
             yield measure_unit(group, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, captured)

@@ -159,6 +159,17 @@ class CalibrationStream:
             raise QuantError(f"layer {layer}: {unseen[0]} received no token", "exclude it, or give other samples")
         return Captured(stats, roles.importance, probe)
 
+    def forward_float(self, layer: int, module: torch.nn.Module) -> None:
+        """Run the float layer on all samples and store the outputs, without statistics; then `advance_float`."""
+        self._exact = self._boundary(layer + 1)
+        self._exact.write(self._plain_outputs(layer, module))
+
+    def _plain_outputs(self, layer: int, module: torch.nn.Module) -> Iterator[torch.Tensor]:
+        for position, inputs in self._inputs(layer, "float forward", (0.0, 1.0)):
+            out = run_layer(module, inputs).cpu()
+            refuse_nonfinite_states(out, f"layer {layer}", self.stems.samples[position].where)
+            yield out
+
     def _float_outputs(
         self, layer: int, module: torch.nn.Module, recorder: InputRecorder, probe: LayerProbe
     ) -> Iterator[torch.Tensor]:

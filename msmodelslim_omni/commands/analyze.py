@@ -98,6 +98,16 @@ def analyze(
     max_samples: Annotated[
         int | None, flag("max_samples", "Use at most N samples, selected with --seed.", DATA, min=1)
     ] = None,
+    pattern: Annotated[
+        list[str] | None,
+        flag(
+            "pattern",
+            "Measure only units with a Linear whose full name matches, e.g. '*.layers.{0,1}.*' or '*.down_proj', as"
+            " include of a recipe does. May be repeated. Not with --target_size or --max_kl.",
+            RECIPE,
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, flag("seed", "Seed for selecting samples.", DATA)] = 0,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
@@ -147,7 +157,8 @@ def analyze(
         analysis = run_analyze(
             model, dataset, model_type=model_type, device=device, max_samples=max_samples,
             target_size=None if target_size is None else parse_size(target_size), max_kl=max_kl, save_path=folder,
-            eval_dataset=eval_dataset, seed=seed, trust_remote_code=trust_remote_code is TrueFalse.true,
+            eval_dataset=eval_dataset, patterns=tuple(pattern or ()), seed=seed,
+            trust_remote_code=trust_remote_code is TrueFalse.true,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
         progress.close()
@@ -180,6 +191,8 @@ def _show(analysis: Analysis, save_path: Path | None, shown_units: int) -> None:
     rows = [row[:_SHOWN_UNIT_COLUMNS] for row in unit_rows(analysis.units, shown_units)]
     counts = f" ({len(rows)} of {len(analysis.units)})" if len(rows) < len(analysis.units) else ""
     results.print(table(f"Units by damage of int4{counts}", list(UNIT_COLUMNS[:_SHOWN_UNIT_COLUMNS]), rows, 1))
+    if analysis.scope:
+        results.print(analysis.scope, soft_wrap=True, markup=False)
     results.print("Smallest set of units that causes half of the damage:")
     results.print(exclude_text(analysis.exclude), soft_wrap=True, markup=False)
     if analysis.choice is not None:

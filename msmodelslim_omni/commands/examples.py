@@ -13,6 +13,7 @@ EXAMPLES = {
     ),
     "analyze": (
         "analyze ./Qwen2.5-Omni-7B",
+        "analyze ./Qwen2.5-Omni-7B --pattern '*.layers.0.*' --pattern '*.down_proj'",
         "analyze ./Qwen2.5-Omni-7B ./for_18GB --target_size 18GB",
     ),
     "inspect": ("inspect ./out",),

@@ -9,7 +9,7 @@ Not here: models. The plan package checks whether a recipe fits a model.
 from __future__ import annotations
 
 from .editor_schema import recipe_schema
-from .patterns import matches
+from .patterns import matches, near_patterns
 from .schema import (
     GROUP_SIZES,
     SAVER_CONFIGS,
@@ -56,6 +56,7 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "matches",
+    "near_patterns",
     "needs_samples",
     "parse_recipe",
     "quant_type_names",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import functools
 import re
@@ -11,6 +12,7 @@ from ..errors import QuantError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _MAX_ALTERNATIVES = 4096
+_WILDCARDS = re.compile(r"[*?\[\]{},]+")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -39,3 +41,22 @@ def expand_braces(pattern: str) -> tuple[str, ...]:
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Return whether `name` matches any of the patterns. Case matters; `*` also matches dots."""
     return any(fnmatch.fnmatchcase(name, choice) for pattern in patterns for choice in expand_braces(pattern))
+
+
+def near_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:
+    """Patterns that match some of the names and look like a pattern that matches none, the most similar first.
+
+    The longest text between the wildcards is compared with runs of as many components of the names:
+    `*mlp.dwn_proj` with `self_attn.q_proj`, `mlp.down_proj` and so on.
+    """
+    text = max((part.strip(".") for part in _WILDCARDS.split(pattern)), key=len)
+    length = text.count(".") + 1
+    runs: dict[str, str] = {}
+    for name in names:
+        words = name.split(".")
+        for start in range(len(words) - length + 1):
+            end = start + length
+            run = ".".join(words[start:end])
+            before, after = "*." if start else "", ".*" if end < len(words) else ""
+            runs.setdefault(run, f"{before}{run}{after}")
+    return [runs[run] for run in difflib.get_close_matches(text, list(runs), n=count)]

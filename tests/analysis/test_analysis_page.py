@@ -34,6 +34,12 @@ def test_page_names_the_worst_units_and_what_to_exclude() -> None:
     assert page.count("<svg") == 2 and "src=" not in page and "<script" not in page
 
 
+def test_page_of_some_units_says_which() -> None:
+    page = as_html(replace(ANALYSIS, patterns=("*.down_proj", "*<o>")))
+    assert "Only units with a Linear that matches `*.down_proj`, `*&lt;o&gt;` were measured" in page
+    assert "of quantizing these units to int4" in page and "of quantizing everything to int4" in as_html(ANALYSIS)
+
+
 def test_page_of_a_search_begins_with_the_rounds() -> None:
     kl = Interval(0.02, 0.01, 0.03)
     trial = Round("all int4", {W4.name: 3}, 0.04, 0.04, 1000, 1000, None, kl)

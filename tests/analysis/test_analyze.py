@@ -384,6 +384,34 @@ def test_analysis_without_a_choice(small: Path, index: Path, tmp_path: Path) -> 
     assert {linear.name for linear in plan.linears if linear.scheme is None} == set(expected)
 
 
+def test_pattern_measures_only_matching_units(small: Path, texts: Path, tmp_path: Path) -> None:
+    """A layer without a matching unit only passes the samples on: the figures are those of the whole analysis."""
+    whole = {unit.name: unit for unit in analyze(small, str(texts), device="cpu").units}
+    patterns = ("*.layers.1.*.down_proj", "*.layers.1.self_attn.k_proj")
+    words = [word for pattern in patterns for word in ("--pattern", pattern)]
+    answer = run(small, texts, *words, "--save_path", tmp_path / "out").done()
+    analysis = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert {f"layer {unit['layer']} {unit['group']}" for unit in analysis["units"]} == {"layer 1 down", "layer 1 qkv"}
+    for unit in analysis["units"]:
+        same = whole[f"layer {unit['layer']} {unit['group']}"]
+        assert unit["damage"][W4.name]["overall"] == same.damage[W4.name].overall
+        assert [linear["name"] for linear in unit["linears"]] == list(same.names)
+    assert analysis["patterns"] == list(patterns)
+    scope = "Only units with a Linear that matches `*.layers.1.*.down_proj`, `*.layers.1.self_attn.k_proj`"
+    assert scope in answer.out and scope in (tmp_path / "out" / "analysis.md").read_text()
+    (first,) = analyze(small, str(texts), device="cpu", patterns=["*.layers.0.*.o_proj"]).units  # ends behind layer 0
+    assert first.damage == whole["layer 0 o"].damage
+
+
+def test_pattern_that_matches_nothing_is_an_error_with_near_ones(small: Path, texts: Path, tmp_path: Path) -> None:
+    out = ("--save_path", tmp_path / "out")
+    message = run(small, texts, "--pattern", "*.o_proj", "--pattern", "*.dwn_proj", *out).fault()
+    assert "pattern '*.dwn_proj' matches no Linear of the decoder" in message and "'*.down_proj'" in message
+    message = run(small, texts, "--pattern", "*.o_proj", "--max_kl", 1, *out).fault()
+    assert "pattern limits the ranking, and a recipe needs all units" in message
+    assert not (tmp_path / "out").exists()
+
+
 def excluding(folder: Path, patterns: list[str]) -> Path:
     step = {"type": "linear_quant", "qconfig": {"act": {}, "weight": {}}, "exclude": patterns}
     spec = {"process": [step], "save": [{"type": "compressed_tensors"}]}

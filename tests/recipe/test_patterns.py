@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.recipe.patterns import expand_braces, matches
+from msmodelslim_omni.recipe.patterns import expand_braces, matches, near_patterns
 
 Q = "thinker.model.layers.10.self_attn.q_proj"
 
@@ -95,3 +95,32 @@ def test_fuzz_patterns(pattern: str) -> None:
 def test_plain_name_matches_only_itself(name: str) -> None:
     assert matches(name, [name])
     assert not matches(name + "x", [name])
+
+
+_LINEARS = [
+    f"model.layers.{layer}.{name}"
+    for layer in range(12)
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("down_proj", "*.down_proj"),  # the wildcard was forgotten
+        ("*.dwn_proj", "*.down_proj"),
+        ("*mlp.dwn_proj", "*.mlp.down_proj"),
+        ("*.layers.99.*", "*.layers.9.*"),
+        ("model.layer.3.{mlp,self_attn}.*", "model.layers.3.*"),
+    ],
+)
+def test_near_patterns_match_and_the_most_similar_is_first(pattern: str, near: str) -> None:
+    assert not any(matches(name, [pattern]) for name in _LINEARS)
+    found = near_patterns(pattern, _LINEARS)
+    assert found[0] == near and len(found) <= 3
+    assert all(any(matches(name, [suggestion]) for name in _LINEARS) for suggestion in found)
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "zzzzzzzz", "{", "[!"])
+def test_no_near_pattern_is_no_error(pattern: str) -> None:
+    assert near_patterns(pattern, _LINEARS) == []
