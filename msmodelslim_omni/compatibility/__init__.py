@@ -17,7 +17,7 @@ from .usage import (
     describe_readers,
     image_request,
     load_snippet,
-    serve_command,
+    serve_commands,
     speaking_class,
 )
 
@@ -33,6 +33,6 @@ __all__ = [
     "image_request",
     "load_snippet",
     "loads_in",
-    "serve_command",
+    "serve_commands",
     "speaking_class",
 ]

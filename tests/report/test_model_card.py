@@ -254,7 +254,9 @@ def test_card_of_every_shipped_recipe_and_format(model_type: str, saver: str, co
     for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
         compile(block, "card", "exec")
     served = any(loads[name].verdict == "yes" for name in ("vllm", "vllm_cpu", "vllm_ascend"))
-    assert ("vllm serve ORG/NAME" in card) == served
+    assert ("# vLLM" in card) == served
+    assert ("vllm serve ORG/NAME\n" in card) == (loads["vllm"].verdict == "yes")
+    assert ("api_server --model ORG/NAME" in card) == (loads["vllm_cpu"].verdict == "yes")
     assert ("--quantization ascend" in card) == (served and saver == "ascendv1_saver")
 
 

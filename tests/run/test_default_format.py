@@ -50,11 +50,14 @@ def test_dry_run_names_the_default_format(tiny: Path, tmp_path: Path) -> None:
 def test_last_lines_say_who_reads_the_output_and_what_comes_next(tiny: Path, tmp_path: Path) -> None:
     save = tmp_path / "out put"
     formats = ("--save_format", "ascendv1_saver", "--save_format", "compressed_tensors")
-    lines = quant(tiny, save, "--config_path", MINMAX, *formats).done().out.splitlines()[-12:]
-    ascend, compressed = lines[:6], lines[6:]
-    assert ascend[0].endswith("is read by vLLM-Ascend (emulated)") and ascend[1].startswith("not by vLLM")
-    assert ascend[2] == "next:" and ascend[3].endswith("--quantization ascend")
+    lines = quant(tiny, save, "--config_path", MINMAX, *formats).done().out.splitlines()[-16:]
+    ascend, compressed = lines[:7], lines[7:]
+    assert ascend[0].endswith("is read by vLLM-Ascend (emulated)") and ascend[1].startswith("others: vLLM")
+    assert ascend[2].startswith("serve in vLLM-Ascend (") and ascend[3].endswith("--quantization ascend")
     folder = f"'{save / 'compressed_tensors'}'"
-    assert compressed[-3] == f"  vllm serve {folder}"
+    # The runtime of this run's device, a CPU, comes first, with what it needs.
+    assert compressed[2].startswith("serve in vLLM 0.32.0, CPU build (right on a processor with VNNI only")
+    assert f"api_server --model {folder} --dtype bfloat16" in compressed[3]
+    assert compressed[4].startswith("serve in vLLM, NVIDIA cards (") and compressed[5] == f"  vllm serve {folder}"
     assert compressed[-2] == f"  msmodelslim eval {folder} --float {tiny} --dataset DATASET"
     assert compressed[-1] == f"  msmodelslim doctor {folder} --source {tiny}"
