@@ -121,9 +121,9 @@ def eval_(
 ) -> None:
     """Compare a quantized checkpoint with its float model on your samples, overall and by modality.
 
-    Reports KL of next-token distributions, top-1 and top-5 agreement, perplexity, exact match of answers, and drift of
-    the states that the talker reads, with bootstrap intervals. Both models run layer by layer, in the memory of one
-    layer.
+    Reports KL of next-token distributions, top-1 agreement, top-5 overlap, perplexity, exact match of answers, and
+    drift of the states that the talker reads, with bootstrap intervals. Both models run layer by layer, in the memory
+    of one layer.
     """
     quantized, float_path, index = required(
         context, quant=("PATH", path, quant), float=("--float", float_, None), dataset=("--dataset", dataset, None)

@@ -108,7 +108,7 @@ def figure_rows(
         row("KL mean, nats", "kl_mean", ".3g"),
         row("KL p99, nats", "kl_p99", ".3g"),
         row("top-1 agreement", "top1", ".1%"),
-        row("top-5 agreement", "top5", ".1%"),
+        row("top-5 overlap", "top5", ".1%"),
         row("perplexity, float", "perplexity_float", ".4g"),
         row("perplexity, quant", "perplexity_quant", ".4g"),
     ]
@@ -122,9 +122,12 @@ def figure_rows(
     rows += [
         row("hidden error", "hidden_error", ".3g"),
         row("hidden cosine", "hidden_cosine", ".5f"),
-        row("embedding error", "embedding_error", ".3g"),
-        row("embedding cosine", "embedding_cosine", ".5f"),
     ]
+    if any(part.embedding_differs for part in parts):  # else 0 and 1 in every column
+        rows += [
+            row("embedding error", "embedding_error", ".3g"),
+            row("embedding cosine", "embedding_cosine", ".5f"),
+        ]
     return columns, rows
 
 
@@ -140,8 +143,10 @@ def _format_cell(value: Interval | float | None, spec: str, separator: str | Non
 FIGURES_NOTE = (
     "KL(float || quant) of next-token distributions; brackets hold 95 % bootstrap intervals over samples. Column text:"
     " text-only samples. Other columns: samples that contain this modality; a sample with several counts in each."
-    " Exact: greedy answers that equal the expected answer. Hidden, embedding: thinker states that the talker reads;"
-    " a modality's column has the hidden states of its own tokens."
+    " Top-1: positions where both models find the same token most likely. Top-5: how many of their five most likely"
+    " tokens both share, in any order; the last of the five are nearly equally likely, so it may be below top-1."
+    " Exact: greedy answers that equal the expected answer. Hidden: thinker states that the talker reads; a modality's"
+    " column has those of its own tokens. Embeddings have rows only if they differ."
 )
 
 

@@ -23,7 +23,8 @@ class Fidelity:
 
     positions: number of next-token distributions compared. kl_mean, kl_p99: mean and 99th percentile of
     KL(float || quant) over the positions, in nats. top1: share of positions with the same most likely token; top5: mean
-    share of the five most likely tokens that both models have in common. perplexity_*: of the actual next tokens.
+    share of the five most likely tokens that both models have in common, in any order, so it may be below top1.
+    perplexity_*: of the actual next tokens.
     answered: number of samples with an answer; exact_*: share of them whose greedy answer equals the answer, its end
     token included; exact_change: quant - float, paired. hidden_*, embedding_*: states that the talker reads,
     |quant - float| / |float| over all tokens, and mean cosine similarity. hidden_* of one modality cover its own
@@ -46,6 +47,11 @@ class Fidelity:
     hidden_cosine: float
     embedding_error: float
     embedding_cosine: float
+
+    @property
+    def embedding_differs(self) -> bool:
+        """Whether the embeddings changed; no recipe of this package changes them."""
+        return self.embedding_error != 0
 
 
 @dataclass(frozen=True)

@@ -321,10 +321,10 @@ def _evaluation_text(report: EvalReport) -> str:
             *warnings,
             "<details><summary>All figures</summary>",
             _table(headings, rows),
-            "KL: divergence between the next-token distributions of the float and the quantized model. Top-1, top-5:"
-            " agreement of the most likely tokens. Exact: greedy answers that equal the expected answer. Hidden,"
-            " embedding: final hidden states and embeddings. `text`: text-only samples; a sample with several"
-            " modalities counts under each.",
+            "KL: divergence between the next-token distributions of the float and the quantized model. Top-1:"
+            " positions with the same most likely token. Top-5: shared tokens among the five most likely, in any order;"
+            " it may be below top-1. Exact: greedy answers that equal the expected answer. Hidden: final hidden states."
+            " `text`: text-only samples; a sample with several modalities counts under each.",
             "</details>",
         ]
     )

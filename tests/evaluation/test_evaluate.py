@@ -29,7 +29,7 @@ from msmodelslim_omni.evaluation.run import evaluate
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.inputs import MODALITIES, MediaLimits, ModelInputs
-from msmodelslim_omni.report.eval_report import as_markdown, read_eval_report, write_eval_report
+from msmodelslim_omni.report.eval_report import as_markdown, figure_rows, read_eval_report, write_eval_report
 from msmodelslim_omni.report.fidelity import EvalReport, Fidelity, Interval
 from msmodelslim_omni.runtime.progress import Progress
 
@@ -352,6 +352,8 @@ def test_a_different_stem_runs_separately(tiny: Path, texts: Path, tmp_path: Pat
     report = run(tiny, changed, texts)
     assert report.overall.embedding_error == pytest.approx(0.125, rel=1e-2)
     assert report.overall.embedding_cosine == pytest.approx(1.0, abs=1e-4)
+    rows = {row[0]: row[1] for row in figure_rows(report)[1]}
+    assert rows["embedding error"] == "0.125" and rows["embedding cosine"].startswith("1.0000")
     assert report.overall.kl_mean.value > 0 and report.layers[0].error > 0
 
 
@@ -521,8 +523,9 @@ def test_command_prints_and_writes_the_report(
 ) -> None:
     quant = Path(shutil.copytree(outputs["packed"], tmp_path / "quant"))
     shown = eval_(tiny, quant, index, "--max-pixels", MAX_PIXELS, "--seed", 1).done()
-    for word in ("KL mean", "top-5 agreement", "perplexity", "exact", "hidden cosine", "audio", "compressed_tensors"):
+    for word in ("KL mean", "top-5 overlap", "perplexity", "exact", "hidden cosine", "audio", "compressed_tensors"):
         assert word in shown.out
+    assert "embedding error" not in shown.out and "in any order" in shown.out  # the embeddings are those of the source
     assert {file.name for file in (quant / "eval").iterdir()} >= {"eval_report.json", "eval_report.md"}
     assert not [file for file in (quant / "eval").iterdir() if file.name.startswith(".")]
     report = read_eval_report(quant / "eval")
