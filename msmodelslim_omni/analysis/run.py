@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ..calibration import Stems, load_calib_set
 from ..errors import QuantError
-from ..files import check_save_path, find_model_folder, write_atomically
+from ..files import check_save_path, find_model_folder, scratch_folder, write_atomically
 from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import refuse_quantized
 from ..recipe import matches, near_patterns
@@ -279,8 +279,8 @@ def _work_folder(
     for the next run. Raises QuantError if save_path cannot be used.
     """
     if save_path is None:
-        with tempfile.TemporaryDirectory(prefix="msmodelslim-") as folder:
-            yield Path(folder), AnalysisState(None, arguments)
+        with scratch_folder(Path(tempfile.gettempdir()), "msmodelslim_analyze_") as folder:
+            yield folder, AnalysisState(None, arguments)
         return
     check_save_path(save_path, model_path)
     work = save_path / _WORK

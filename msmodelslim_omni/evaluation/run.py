@@ -17,7 +17,7 @@ from __future__ import annotations
 import errno
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ import torch
 
 from ..calibration import CalibSet, load_calib_set, missing_modality_warnings
 from ..errors import QuantError
-from ..files import file_sha256
+from ..files import file_sha256, scratch_folder
 from ..models import MODALITIES, MediaLimits, MediaProcessor
 from ..quantized import Source, identify, is_quantized, open_source
 from ..report import (
@@ -264,28 +264,29 @@ def _run_stems(
 
 @contextmanager
 def _work_folder(save_path: str | Path | None) -> Iterator[Path]:
-    """A temporary folder for hidden states, removed in any case.
+    """A temporary folder for hidden states, removed in any case; after a kill, by the next evaluation.
 
     It is inside save_path, so that an unwritable save_path is found before anything is computed, and gigabytes of
     hidden states do not fill a /tmp that is in memory.
     """
     if save_path is None:
-        with tempfile.TemporaryDirectory(prefix="msmodelslim_eval_") as name:
-            yield Path(name)
+        with scratch_folder(Path(tempfile.gettempdir()), "msmodelslim_eval_") as folder:
+            yield folder
         return
     target = Path(save_path)
     made = not target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(prefix=".eval_work_", dir=target)
+        stack = ExitStack()
+        folder = stack.enter_context(scratch_folder(target, ".eval_work_"))
     except OSError as error:
         raise QuantError(
             f"save_path {str(save_path)!r} cannot be written: {error.strerror or error}",
             "give another folder with --save_path",
         ) from error
     try:
-        with work as name:
-            yield Path(name)
+        with stack:
+            yield folder
     except BaseException:
         if made:
             with suppress(OSError):  # not empty: another process wrote into the folder

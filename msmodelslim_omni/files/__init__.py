@@ -13,6 +13,7 @@ from .model_folder import find_model_folder
 from .read_ahead import read_ahead
 from .resources import shipped_folder
 from .save_path import WORK_FOLDER, check_save_path
+from .scratch_folder import scratch_folder
 from .sizes import parse_size
 from .untrusted import call_with_timeout, open_regular, parse_json, read_regular
 
@@ -29,6 +30,7 @@ __all__ = [
     "parse_size",
     "read_ahead",
     "read_regular",
+    "scratch_folder",
     "shipped_folder",
     "value_digest",
     "write_atomically",
