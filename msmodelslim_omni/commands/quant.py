@@ -105,8 +105,8 @@ def quant(
         Effort | None,
         flag(
             "effort",
-            "best: after rounding, tune scales and norms of the whole model on the samples; w4a16 only, takes several"
-            " times as long. Overrides the recipe. Default: fast.",
+            "best: after rounding, tune scales, norms and biases of the whole model on the samples; w4a16 only, takes"
+            " several times as long. Overrides the recipe. Default: fast.",
             RECIPE,
         ),
     ] = None,

@@ -362,7 +362,7 @@ class CalibrationConfig(_Block):
     propagate_error: bool = True
     """The next layer receives the outputs of the quantized layer instead of the float layer."""
     effort: Literal["fast", "best"] = "fast"
-    """best: after rounding, tune the scales and norms of the whole model on the samples; 4-bit integers only."""
+    """best: after rounding, tune scales, norms and biases of the whole model on the samples; 4-bit integers only."""
 
 
 class Label(_Block):

@@ -1,7 +1,7 @@
 """Tuning of a quantized model behind the rounding, for `--effort best`: the model is walked forward and backward.
 
-factors.py holds one factor per output channel of each 4-bit Linear and per channel of each norm, head.py the loss at
-the logits and its gradient, walk.py the layers with factors in them, distill.py the loop over epochs.
+factors.py holds a factor per output channel of each 4-bit Linear and per channel of each norm, and what is added to
+biases; head.py the loss at the logits and its gradient; walk.py the layers with factors in them; distill.py the epochs.
 May import: calibration, plan, models, numerics, runtime, storage, errors.
 Left out on purpose: rounding. Integers and zero points are not changed here.
 """

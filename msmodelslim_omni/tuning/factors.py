@@ -1,4 +1,4 @@
-"""The tuned factors of a decoder layer, and their fold into scales and norms."""
+"""The tuned factors of a decoder layer, and their fold into scales, norms and biases."""
 
 from __future__ import annotations
 
@@ -27,23 +27,27 @@ class SolvedLayer:
 
 @dataclass(frozen=True)
 class Factors:
-    """The logarithms of a layer's factors, float32.
+    """What tuning changes in a layer, float32.
 
-    rows: [out] by Linear, of the scales of each output channel. norms: [hidden] by norm, of its weight.
+    rows: [out] by Linear, logarithms of factors of the scales of each output channel. norms: [hidden] by norm,
+    logarithms of factors of its weight. biases: [out] by Linear that has a bias, added to it.
     """
 
     rows: dict[str, torch.Tensor]
     norms: dict[str, torch.Tensor]
+    biases: dict[str, torch.Tensor]
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All factors in a fixed order, by names that are unique in the layer."""
         yield from ((f"rows.{name}", tensor) for name, tensor in sorted(self.rows.items()))
         yield from ((f"norms.{name}", tensor) for name, tensor in sorted(self.norms.items()))
+        yield from ((f"biases.{name}", tensor) for name, tensor in sorted(self.biases.items()))
 
     def copied(self) -> Factors:
         return Factors(
             {name: tensor.detach().clone() for name, tensor in self.rows.items()},
             {name: tensor.detach().clone() for name, tensor in self.norms.items()},
+            {name: tensor.detach().clone() for name, tensor in self.biases.items()},
         )
 
 
@@ -53,7 +57,7 @@ def is_tunable(linear: QuantizedLinear) -> bool:
 
 
 def neutral_factors(layer: SolvedLayer, spec: LayerSpec, device: torch.device) -> Factors:
-    """Factors of 1 for every tunable Linear, and for every norm in front of one."""
+    """Factors of 1 for every tunable Linear and for every norm in front of one, and nothing added to biases."""
     tunable = [name for name, linear in layer.linears.items() if is_tunable(linear)]
     norms = {
         group.previous
@@ -64,6 +68,11 @@ def neutral_factors(layer: SolvedLayer, spec: LayerSpec, device: torch.device) -
     return Factors(
         {name: torch.zeros(layer.linears[name].qweight.shape[0], device=device) for name in tunable},
         {norm: torch.zeros(size, device=device) for norm, size in sizes.items()},
+        {
+            name: torch.zeros_like(layer.floats[f"{name}.bias"], dtype=torch.float32, device=device)
+            for name in tunable
+            if f"{name}.bias" in layer.floats
+        },
     )
 
 
@@ -79,5 +88,10 @@ def fold_factors(layer: SolvedLayer, factors: Factors) -> SolvedLayer:
         key = f"{name}.weight"
         norm = floats[key]
         floats[key] = (norm.to(torch.float32) * logarithms.exp().to(norm.device)).to(norm.dtype)
+        changed.add(key)
+    for name, added in factors.biases.items():
+        key = f"{name}.bias"
+        bias = floats[key]
+        floats[key] = (bias.to(torch.float32) + added.to(bias.device)).to(bias.dtype)
         changed.add(key)
     return SolvedLayer(layer.index, linears, floats, frozenset(changed))

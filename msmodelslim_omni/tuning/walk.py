@@ -83,6 +83,8 @@ class Chain:
         if factors is not None:
             for name, logarithms in factors.rows.items():
                 module.get_submodule(name).register_forward_hook(partial(_scale_rows, logarithms))
+            for name, added in factors.biases.items():
+                module.get_submodule(name).register_forward_hook(partial(_add, added))
             for name, logarithms in factors.norms.items():
                 module.get_submodule(name).register_forward_hook(partial(_scale_norm, logarithms))
         return module
@@ -92,6 +94,10 @@ def _scale_rows(logarithms: torch.Tensor, linear: torch.nn.Module, _args: Any, o
     """The output of a Linear whose rows are multiplied by the factors; the bias is not."""
     bias = getattr(linear, "bias", None)
     return out * logarithms.exp() if bias is None else (out - bias) * logarithms.exp() + bias
+
+
+def _add(added: torch.Tensor, _linear: torch.nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
+    return out + added
 
 
 def _scale_norm(logarithms: torch.Tensor, _norm: torch.nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,7 @@ from msmodelslim_omni.tuning.walk import Chain
 CPU = torch.device("cpu")
 LAYERS = 2
 W4 = QuantScheme(4, None, group_size=32, symmetric=False)
-TUNED = {".scales", "layernorm.weight"}  # what tuning changes
+TUNED = {".scales", "layernorm.weight", "_proj.bias"}  # what tuning changes
 
 
 @pytest.fixture(scope="module")
@@ -64,18 +64,25 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the arithmetic ------------------------------------------------------------------------------------------
 
 
-def test_factors_are_folded_into_scales_and_norms() -> None:
-    """Row 0 times 2, row 1 unchanged; the norm's second channel times 1 / 4."""
+def test_factors_are_folded_into_scales_norms_and_biases() -> None:
+    """Row 0 times 2, row 1 unchanged; the norm's second channel times 1 / 4; 0.5 added to the second bias."""
     linear = quantize_weight(torch.randn(2, 64, generator=torch.Generator().manual_seed(0)), W4)
     norm = torch.tensor([1.0, 3.0], dtype=torch.bfloat16)
-    layer = SolvedLayer(0, {"mlp.up_proj": linear}, {"norm.weight": norm, "other": norm}, frozenset({"other"}))
-    factors = Factors({"mlp.up_proj": torch.tensor([2.0, 1.0]).log()}, {"norm": torch.tensor([1.0, 0.25]).log()})
+    floats = {"norm.weight": norm, "other": norm, "mlp.up_proj.bias": norm}
+    layer = SolvedLayer(0, {"mlp.up_proj": linear}, floats, frozenset({"other"}))
+    factors = Factors(
+        {"mlp.up_proj": torch.tensor([2.0, 1.0]).log()},
+        {"norm": torch.tensor([1.0, 0.25]).log()},
+        {"mlp.up_proj": torch.tensor([0.0, 0.5])},
+    )
     folded = fold_factors(layer, factors)
     expected = dequantize(linear) * torch.tensor([[2.0], [1.0]])
     assert torch.equal(dequantize(folded.linears["mlp.up_proj"]), expected)
     assert torch.equal(folded.linears["mlp.up_proj"].qweight, linear.qweight)
     assert folded.floats["norm.weight"].tolist() == [1.0, 0.75] and folded.floats["norm.weight"].dtype == torch.bfloat16
-    assert folded.changed == {"other", "norm.weight"} and torch.equal(folded.floats["other"], norm)
+    assert folded.floats["mlp.up_proj.bias"].tolist() == [1.0, 3.5]
+    assert folded.changed == {"other", "norm.weight", "mlp.up_proj.bias"}
+    assert torch.equal(folded.floats["other"], norm)
 
 
 @dataclass
@@ -126,7 +133,7 @@ def test_gradient_of_the_factors_is_the_slope_of_the_loss(quantized: Quantized) 
     chain, batch = Chain(plan, quantized.read, ends, CPU), [0, 1]
     factors = [neutral_factors(quantized.read(n), plan.layer_spec, CPU) for n in range(LAYERS)]
     leaves = [tensor.requires_grad_() for layer in factors for _, tensor in layer.named()]
-    assert len(leaves) == LAYERS * (7 + 2)
+    assert len(leaves) == LAYERS * (7 + 2 + 3)
 
     def losses(*, gradient: bool) -> tuple[float, list[torch.Tensor], list[list[torch.Tensor]]]:
         boundaries = chain.forward(batch, factors)
@@ -161,7 +168,7 @@ def tuned(model: Path, index: Path, recipe: Path, tmp_path_factory: pytest.TempP
     return save
 
 
-def test_tuning_lowers_kl_and_changes_scales_and_norms_alone(
+def test_tuning_lowers_kl_and_changes_scales_norms_and_biases_alone(
     model: Path, index: Path, recipe: Path, tuned: Path, tmp_path: Path
 ) -> None:
     report = read_report(tuned / "awq")
@@ -244,3 +251,4 @@ def test_only_4_bit_integers_are_tunable() -> None:
         factors = neutral_factors(SolvedLayer(0, {"self_attn.q_proj": linear}, floats, frozenset()), SPEC, CPU)
         assert (set(factors.rows) == {"self_attn.q_proj"}) == expected
         assert (set(factors.norms) == {"input_layernorm"}) == expected
+        assert not factors.biases
