@@ -22,6 +22,8 @@ _PROCESS_WITH_MEDIA = 620 * MIB
 _BITSANDBYTES = 80 * MIB  # includes its buffers on each thread
 _BLOCKS = 64 * MIB  # blocks of weights that are being processed, written or copied
 _TOWER_BYTES_PER_TOKEN = 96 * 1024  # activations in the towers
+_ARGUMENT_BYTES = 2048  # rotary tables of a token
+_PROBE_TOKENS = 128  # of a modality, from short samples beside one of typical length; see choose_probe_samples
 _HEADROOM = 0.05  # freed memory that the C library does not return
 
 # Of `tuning`: the least tokens of a batch, and the positions whose logits are in memory at once.
@@ -109,9 +111,10 @@ def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: E
     """Return the memory of each phase of a layer that is quantized with samples."""
     tokens, longest, searching = extent.tokens, extent.longest, plan.statistics == "gram"
     rows = 4 * layer.input_width * min(tokens, extent.modalities * rows_per_modality(extent.modalities))
-    stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, 2048 * tokens)
-    # Layer probe: inputs and outputs of the layer; for a search, also of its blocks.
-    probe = (16 if searching else 8) * layer.hidden * min(tokens, extent.modalities * longest)
+    stores = min(plan.budget.hidden, 12 * layer.hidden * tokens) + min(plan.budget.arguments, _ARGUMENT_BYTES * tokens)
+    # Layer probe: inputs, outputs and rotary tables of the layer; for a search, also of its two blocks.
+    probed = min(tokens, extent.modalities * (longest + _PROBE_TOKENS))
+    probe = ((24 if searching else 8) * layer.hidden + _ARGUMENT_BYTES) * probed
     # layer.integers: the previous layer, which is still being written.
     common = _PROCESS_WITH_MEDIA + layer.stored + next_read + layer.integers + rows + stores + probe + _BLOCKS
     activations = 4 * longest * (3 * layer.inner + 8 * layer.hidden)
