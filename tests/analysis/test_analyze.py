@@ -516,14 +516,15 @@ def test_interrupted_analysis_resumes_with_the_same_result(
 def test_overwrite_starts_an_interrupted_analysis_again(small: Path, texts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        analyze(small, str(texts), device="cpu", save_path=out, progress=StopAtEvent("layers 1"))
+        analyze(small, str(texts), device="cpu", save_path=out, patterns=["*.o_proj"], progress=StopAtEvent("layers 1"))
     messages: list[str] = []
 
     class Messages(Progress):
         def say(self, text: str) -> None:
             messages.append(text)
 
-    analyze(small, str(texts), device="cpu", max_samples=2, save_path=out, overwrite=True, progress=Messages())
+    options: dict[str, Any] = {"max_samples": 2, "save_path": out, "overwrite": True, "patterns": ["*.o_proj"]}
+    analyze(small, str(texts), device="cpu", progress=Messages(), **options)
     assert not [text for text in messages if "resuming" in text]
     assert json.loads((out / "analysis.json").read_text())["samples"] == 2
 
@@ -641,7 +642,7 @@ def test_failed_analysis_restores_its_folder(small: Path, texts: Path, tmp_path:
     with pytest.raises(QuantError, match="does not exist"):
         analyze(small, unusable, device="cpu", save_path=tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
-    analyze(small, str(texts), device="cpu", max_samples=1, save_path=tmp_path / "out")
+    analyze(small, str(texts), device="cpu", max_samples=1, patterns=["*.o_proj"], save_path=tmp_path / "out")
     earlier = files(tmp_path / "out")
     with pytest.raises(QuantError, match="the smallest"):
         analyze(small, str(texts), device="cpu", target_size=1, save_path=tmp_path / "out", overwrite=True)
