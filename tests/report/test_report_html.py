@@ -122,6 +122,7 @@ def test_page_shows_the_evaluation_report(page: str) -> None:
     ):  # fmt: skip
         assert words in parsed.text, words
     assert parsed.text.index("Evaluation:") < parsed.text.index("Quantization:")
+    assert "no-repeat local" in page  # the edge of a table that scrolls
     assert "embeddings, cosine" in page and "overlap of the 5 most likely tokens" in page
     overall = replace(made_evaluation().overall, embedding_error=0.0, embedding_cosine=1.0)
     same = replace(made_evaluation(), overall=overall, by_modality=dict.fromkeys(MODALITIES, overall))
