@@ -62,13 +62,17 @@ def generate(
             progress.close()
             typer.echo(piece, nl=False)
 
+        def end_line() -> None:
+            show("\n")
+
         answer = run_generate(
             path, text, images=image or (), audios=audio or (), videos=video or (), speech=speech, speaker=speaker,
             max_new_tokens=max_new_tokens, device=device, trust_remote_code=trust_remote_code is TrueFalse.true,
-            on_text=show, progress=progress,
+            on_text=show, on_text_end=end_line, progress=progress,
         )  # fmt: skip
         progress.close()
-        typer.echo()
+        if not answer.speech:
+            end_line()
         progress.say(f"{len(answer.tokens)} tokens in {answer.seconds:.1f} s, loading included")
         if answer.speech:
             progress.say(f"{answer.speech_seconds:.1f} s of speech in {answer.speech}")

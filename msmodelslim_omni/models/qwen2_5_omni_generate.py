@@ -108,13 +108,14 @@ class OmniModel:
         said: Sequence[int] | None = None,
         codes: Sequence[int] | None = None,
         seed: int = 0,
+        on_code: Callable[[int], None] = lambda count: None,
     ) -> Spoken:
         import torch
 
         tokenizer = open_tokenizer(path)
         _load_speakers(self.module, path)
         talker = self._config.talker_config
-        steps = watched_steps(codes, talker.tts_codec_end_token_id)
+        steps = watched_steps(codes, talker.tts_codec_end_token_id, on_code)
         torch.manual_seed(seed)
         sequences, wave = self.module.generate(
             **inputs.tensors,

@@ -111,11 +111,12 @@ class OmniModel:
         said: Sequence[int] | None = None,
         codes: Sequence[int] | None = None,
         seed: int = 0,
+        on_code: Callable[[int], None] = lambda count: None,
     ) -> Spoken:
         import torch
 
         tokenizer = open_tokenizer(path)
-        steps = watched_steps(codes, self._config.talker_config.codec_eos_token_id)
+        steps = watched_steps(codes, self._config.talker_config.codec_eos_token_id, on_code)
         torch.manual_seed(seed)
         options = {f"thinker_{name}": value for name, value in greedy_options(tokenizer, path).items()}
         result, wave = self.module.generate(

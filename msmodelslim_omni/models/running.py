@@ -58,11 +58,13 @@ class SpeakingModel(RunnableModel, Protocol):
         said: Sequence[int] | None = None,
         codes: Sequence[int] | None = None,
         seed: int = 0,
+        on_code: Callable[[int], None] = lambda count: None,
     ) -> Spoken:
         """Like `answer`, and also speak.
 
         said, codes: the text and the talker's tokens to force, as `tokens` and `codes` of another answer with the same
-        max_new_tokens. seed: of the talker, which samples.
+        max_new_tokens. seed: of the talker, which samples. on_code: receives the number of the
+        talker's steps, after each one.
         """
         ...
 

@@ -5,14 +5,17 @@ With forced tokens two models are compared step by step on the same past, with t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def watched_steps(forced: Sequence[int] | None = None, end: int | None = None) -> Any:
+def watched_steps(
+    forced: Sequence[int] | None = None, end: int | None = None, on_step: Callable[[int], None] = lambda count: None
+) -> Any:
     """A LogitsProcessor with the attributes `likeliest` (one token per step) and `chosen` (all tokens but the last).
 
-    forced: tokens to choose instead of the model's, one per step. end: the token that is forced after them.
+    forced: tokens to choose instead of the model's, one per step. end: the token that is forced after them. on_step:
+    receives the number of steps, after each one.
     """
     from transformers import LogitsProcessor
 
@@ -27,6 +30,7 @@ def watched_steps(forced: Sequence[int] | None = None, end: int | None = None) -
                 self._first = input_ids.shape[1]
             step = len(self.likeliest)
             self.likeliest.append(int(scores[0].argmax()))
+            on_step(step + 1)
             self.chosen = input_ids[0, self._first :].tolist()
             token = end if forced is None or step >= len(forced) else forced[step]
             if forced is None or token is None:

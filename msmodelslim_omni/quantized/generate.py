@@ -104,12 +104,14 @@ def generate(
     device: str = "auto",
     trust_remote_code: bool = False,
     on_text: Callable[[str], None] = lambda text: None,
+    on_text_end: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
 ) -> Answer:
     """Generate one greedy answer to one prompt. Pieces of the text are passed to `on_text` as they are decoded.
 
-    speech: a WAV file to write, 24 kHz mono. Raises QuantError for every fault that the user can fix, if possible
-    before the weights are loaded.
+    on_text_end: called between the last piece and the first step of speech. speech: a WAV file to write, 24 kHz mono.
+
+    Raises QuantError for every fault that the user can fix, if possible before the weights are loaded.
     """
     progress = progress or Progress()
     if max_new_tokens < (2 if speech else 1):
@@ -131,12 +133,19 @@ def generate(
             pieces.append(piece)
             on_text(piece)
 
+        def add_code(count: int) -> None:
+            if count == 1:
+                on_text_end()
+                progress.step("speech", 0, 1)
+            progress.doing(f"{count} codes of sound")
+
         with torch.inference_mode():
             if speech is None or speech_support is None:
                 tokens = model.answer(inputs, source.path, max_new_tokens, add_piece)
                 return Answer("".join(pieces), tokens, time.perf_counter() - started)
             speaking_model = cast(SpeakingModel, model)  # opened with speech=True
-            spoken = speaking_model.speak(inputs, source.path, speaker, max_new_tokens, add_piece)
+            spoken = speaking_model.speak(inputs, source.path, speaker, max_new_tokens, add_piece, on_code=add_code)
+            progress.step("speech", 1, 1)
     write_wav(Path(speech), spoken.samples, speech_support.SPEECH_RATE)
     seconds = len(spoken.samples) / speech_support.SPEECH_RATE
     return Answer("".join(pieces), spoken.tokens, time.perf_counter() - started, str(speech), seconds)

@@ -157,7 +157,23 @@ def test_media(outputs: dict[str, Path]) -> None:
 
 def test_speech(outputs: dict[str, Path], tmp_path: Path) -> None:
     file = tmp_path / "answer.wav"
-    found = answer(outputs["awq"], speech=file, speaker="Ethan", max_new_tokens=2)
+    events: list[str] = []
+
+    class Events(Progress):
+        def step(self, phase: str, done: int, total: int, detail: str = "") -> None:
+            if phase == "speech":
+                events.append(f"{phase} {done}/{total}")
+
+        def doing(self, activity: str, share: float | None = None) -> None:
+            events.append(activity)
+
+    found = answer(
+        outputs["awq"], speech=file, speaker="Ethan", max_new_tokens=2, progress=Events(),
+        on_text=lambda piece: events.append("text"), on_text_end=lambda: events.append("end of text"),
+    )  # fmt: skip
+    first = events.index("end of text")  # the text is complete before the first code of sound
+    assert set(events[:first]) == {"text"} and events[first + 1 : first + 3] == ["speech 0/1", "1 codes of sound"]
+    assert events[-1] == "speech 1/1" and events[-2].endswith(" codes of sound") and "text" not in events[first:]
     assert found.tokens == answer(outputs["awq"], max_new_tokens=2).tokens and found.text
     with wave.open(str(file), "rb") as sound:
         assert (sound.getframerate(), sound.getnchannels(), sound.getsampwidth()) == (24000, 1, 2)
