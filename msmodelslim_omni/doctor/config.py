@@ -12,11 +12,9 @@ from ..models import MODEL_TYPES, ModelSpec
 from ..storage import config_block
 from .findings import Finding, make_finding, shorten_list
 from .headers import read_json
-from .quantization import Declared, config_groups
-
-KEY = "quantization_config"
-
-_METHODS = ("awq", "bitsandbytes", "compressed-tensors")
+from .method import KEY
+from .methods import check_block
+from .quantization import Declared
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], tuple[Finding, ...]]:
@@ -93,7 +91,7 @@ def check_config(
         elif top != block:
             what = f"differs from the top level in: {_differing_keys(top, block)}"
             yield make_finding("quantization_config_differs", f"config.json: {place}", what)
-    yield from _check_block(top if top is not None else first_inner, declared)
+    yield from check_block(top if top is not None else first_inner, declared)
 
 
 def _inner_places(model: ModelSpec | None) -> list[str]:
@@ -129,111 +127,3 @@ def _is_part_config(names: Any, model_type: Any) -> bool:
     parts = {loaded.architecture for spec in specs for loaded in spec.loaders.classes if loaded.config_path}
     has_part_architecture = isinstance(names, list) and any(str(name) in parts for name in names)
     return has_part_architecture or any(str(model_type).startswith(f"{spec.hf_model_type}_") for spec in specs)
-
-
-def _check_block(block: Any, declared: Declared) -> Iterator[Finding]:
-    if not isinstance(block, dict):
-        yield make_finding("quantization_field", f"config.json: {KEY}", f"is {str(block)[:80]!r}, not an object")
-        return
-    method = block.get("quant_method")
-    if method is None:
-        yield make_finding("quantization_config_no_method", f"config.json: {KEY}", "has no quant_method")
-    elif method not in _METHODS:
-        yield make_finding(
-            "quantization_method_unknown", f"config.json: {KEY}.quant_method", f"is {str(method)[:80]!r}"
-        )
-    elif method == "awq":
-        yield from _check_awq(block, declared)
-    elif method == "bitsandbytes":
-        yield from _check_bitsandbytes(block)
-    else:
-        yield from _check_compressed(block)
-
-
-def _field_fault(place: str, value: Any, expected: object) -> Finding:
-    return make_finding("quantization_field", f"config.json: {KEY}.{place}", f"is {str(value)[:80]!r}, not {expected}")
-
-
-def _check_awq(block: dict[str, Any], declared: Declared) -> Iterator[Finding]:
-    if declared.bits is None:
-        yield _field_fault("bits", block.get("bits"), "4")
-    if declared.group_size is None:
-        yield _field_fault("group_size", block.get("group_size"), "a number")
-    if not isinstance(block.get("zero_point"), bool):
-        yield _field_fault("zero_point", block.get("zero_point"), "true")
-    if str(block.get("version", "gemm")).lower() != "gemm":
-        yield _field_fault("version", block.get("version"), "gemm")
-    entries = block.get("modules_to_not_convert")
-    if entries is not None and not _is_name_list(entries):
-        yield _field_fault("modules_to_not_convert", entries, "a list of names")
-
-
-def _check_bitsandbytes(block: dict[str, Any]) -> Iterator[Finding]:
-    expected = {"load_in_4bit": (True,), "bnb_4bit_quant_type": ("nf4",), "bnb_4bit_quant_storage": ("uint8", None)}
-    for key, values in expected.items():
-        if block.get(key) not in values:
-            yield _field_fault(key, block.get(key), str(values[0]))
-    entries = block.get("llm_int8_skip_modules")
-    if entries is not None and not _is_name_list(entries):
-        yield _field_fault("llm_int8_skip_modules", entries, "a list of names")
-
-
-# Strategy and `dynamic` of activations, by the strategy of FP8 weights.
-_FLOAT8_ACTIVATIONS: dict[Any, tuple[Any, ...]] = {"channel": (("token", True),), "block": (("group", True),)}
-
-
-def _check_compressed(block: dict[str, Any]) -> Iterator[Finding]:
-    groups = config_groups(block)
-    if not groups:
-        yield _field_fault("config_groups", block.get("config_groups"), "an object of groups")
-    if not _is_name_list(block.get("ignore", [])):
-        yield _field_fault("ignore", block.get("ignore"), "a list of names")
-    if block.get("quantization_status") not in ("compressed", None):
-        yield _field_fault("quantization_status", block.get("quantization_status"), "compressed")
-    for name, group in groups.items():
-        weights, act = group.get("weights"), group.get("input_activations")
-        if not _is_name_list(group.get("targets")):
-            yield _field_fault(f"config_groups.{name}.targets", group.get("targets"), "a list of names")
-        if not isinstance(weights, dict):
-            yield _field_fault(f"config_groups.{name}.weights", weights, "an object")
-            continue
-        is_int8 = weights.get("num_bits") == 8 and weights.get("type") != "float"
-        is_float8 = weights.get("type") == "float"
-        expected: dict[str, tuple[Any, ...]]
-        is_nvfp4 = is_float8 and weights.get("num_bits") == 4
-        if is_nvfp4:
-            expected = {"strategy": ("tensor_group",), "group_size": (16,)}
-        elif is_float8:
-            expected = {"num_bits": (8,), "strategy": ("channel", "block")}
-        else:
-            expected = {"type": ("int",), "strategy": ("channel",) if is_int8 and act else ("group", "channel")}
-        for key, values in expected.items():
-            if weights.get(key) not in values:
-                place = f"config_groups.{name}.weights.{key}"
-                yield _field_fault(place, weights.get(key), " or ".join(map(str, values)))
-        if weights.get("actorder") not in (None, "weight", "static", False):
-            yield _field_fault(f"config_groups.{name}.weights.actorder", weights["actorder"], "null; vLLM rejects it")
-        activation = (act.get("strategy"), act.get("dynamic")) if isinstance(act, dict) else None
-        allowed = (None,) if is_nvfp4 else _FLOAT8_ACTIVATIONS.get(weights.get("strategy")) if is_float8 else None
-        if activation not in (allowed or (None, ("token", True), ("tensor", False))):
-            kind = "per group of 128 and dynamic" if weights.get("strategy") == "block" else "per token and dynamic"
-            yield _field_fault(f"config_groups.{name}.input_activations", act, kind)
-        elif isinstance(act, dict) and act.get("type", "int") != weights.get("type", "int"):
-            yield _field_fault(f"config_groups.{name}.input_activations.type", act.get("type"), weights.get("type"))
-        form = (
-            "nvfp4-pack-quantized"
-            if is_nvfp4
-            else "float-quantized"
-            if is_float8
-            else "int-quantized"
-            if is_int8 and act
-            else "pack-quantized"
-        )
-        place = f"config_groups.{name}.format" if group.get("format") is not None else "format"
-        declared_form = group.get("format") or block.get("format")
-        if declared_form not in (form, None):
-            yield _field_fault(place, declared_form, form)
-
-
-def _is_name_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)

@@ -19,7 +19,6 @@ from ..models import ModelSpec, derive_model_type
 from ..storage import config_block
 from .companions import check_companions
 from .config import (
-    KEY,
     check_config,
     quantization_configs,
     read_config,
@@ -42,7 +41,8 @@ from .linears import (
     stored_linears,
 )
 from .loaders import check_description, check_groups, check_lists
-from .quantization import declared_quantization
+from .method import KEY
+from .methods import declared_quantization
 from .source import check_source
 from .tensors import check_tensors
 from .verdict import verdicts

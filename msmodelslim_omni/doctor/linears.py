@@ -13,6 +13,7 @@ from ..numerics import NVFP4_GROUP
 from ..storage import FLOAT_DTYPES, TensorInfo
 from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
+from .methods import METHODS
 from .quantization import Declared
 
 Shapes = dict[str, tuple[int, ...]]
@@ -35,10 +36,8 @@ FORMS: dict[str, tuple[str, ...]] = {
 
 # Format -> the forms of its quantized Linears. Float Linears have the form `float` in every format.
 FORMS_OF_FORMAT = {
-    "awq": ("gemm",),
-    "compressed-tensors": ("packed", "packed8", "int8", "float8", "float8_block", "nvfp4"),
+    **{name: method.forms for name, method in METHODS.items()},
     "ascend": ("ascend", "ascend_static"),
-    "bitsandbytes": ("nf4",),
 }
 
 _BITS_OF_FORM = {

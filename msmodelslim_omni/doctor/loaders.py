@@ -7,16 +7,16 @@ from typing import Any
 
 from ..models import ModelSpec
 from ..storage import config_block
-from .config import KEY
 from .findings import Finding, make_finding, shorten_list
 from .linears import StoredLinear, split_tensor_name
+from .method import KEY
+from .method_compressed_tensors import COMPRESSED_TENSORS
+from .methods import METHODS
 from .names import (
     MAX_NAME,
     Loader,
     LoaderView,
     ascend_modules,
-    awq_loaders,
-    bitsandbytes_loaders,
     compressed_tensors_loaders,
     fused_name,
     is_decoder_linear,
@@ -67,17 +67,9 @@ def check_lists(
 ) -> Iterator[Finding]:
     """Compare the Linears that each loader of awq, bitsandbytes or compressed-tensors converts with the stored ones."""
     stored = {name for name, linear in linears.items() if linear.quantized}
-    if declared.format == "awq":
-        loaders = awq_loaders(model, declared.entries, stored)
-        patterns = list(declared.entries or ())
-    elif declared.format == "bitsandbytes":
-        loaders = bitsandbytes_loaders(model, declared.entries or ())
-        patterns = list(declared.entries or ())
-    else:
-        targets = [target for group in declared.groups for target in group.targets]
-        loaders = compressed_tensors_loaders(model, declared.entries or (), targets or ["Linear"])
-        patterns = [e for e in (*(declared.entries or ()), *targets) if e.startswith("re:")]
-    for entry in refused_patterns(patterns):
+    method = METHODS.get(declared.format, COMPRESSED_TENSORS)
+    loaders = method.loaders(model, declared, stored)
+    for entry in refused_patterns(method.patterns(declared)):
         yield make_finding("pattern_refused", "config.json: quantization_config", repr(entry))
     names = [name for name in all_linears if len(name) <= MAX_NAME]
     for view in loader_views(_active_loaders(loaders, config), names):

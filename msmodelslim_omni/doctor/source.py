@@ -33,11 +33,12 @@ from ..storage import (
     open_checkpoint,
     read_bytes,
 )
-from .config import KEY, quantization_configs
+from .config import quantization_configs
 from .content import is_readable, load_integers, read_pieces
 from .findings import Finding, make_finding, shorten_list
 from .headers import Folder
 from .linears import StoredLinear
+from .method import KEY
 
 # Maximum relative error |W' - W| / |W| by bits. Plain rounding to 4 bits in groups of 128 gives 0.1, clipping and GPTQ
 # up to 0.3; 8 bits give 0.01, or 0.1 if outliers stretch the scale. An unrelated weight gives 1.4. A single row may
