@@ -23,8 +23,8 @@ _FLAGS = {
 }
 # Fields that are digests.
 _CONTENTS = {
-    "recipe process": "the processors in the recipe's file",
-    "recipe calibration": "the calibration settings in the recipe's file",
+    "recipe process": "the recipe's processors (another --quant_type or --config_path, or an edited file)",
+    "recipe calibration": "the recipe's calibration settings",
     "memory for H": "the memory for H that --max_memory leaves",
     "checkpoint": "the files of the checkpoint (its config, or size or time of a shard)",
     "dataset": "the samples or media files of the dataset",

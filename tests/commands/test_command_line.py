@@ -349,6 +349,8 @@ def test_finished_run_is_not_done_again(formats: tuple[str, ...], tiny: Path, tm
     assert "finished already" in answer.err and answer.json == first
     seeded = quant(tiny, tmp_path / "out", *words, "--seed", 3).fault()
     assert "holds an output of another run: seed was 0, is 3" in seeded
+    other = quant(tiny, tmp_path / "out", "--quant_type", "w8a16", *formats).fault()
+    assert "the recipe's processors (another --quant_type or --config_path, or an edited file) changed" in other
     assert "finished already" not in quant(tiny, tmp_path / "out", *words, "--overwrite").done().err
     (config, *_) = (tmp_path / "out").rglob("config.json")
     config.unlink()
