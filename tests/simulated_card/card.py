@@ -23,9 +23,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 from unittest.mock import patch
 
+import bitsandbytes  # noqa: F401  # with a card of CUDA it would look for the driver when it is imported
 import torch
 import torch._inductor.test_operators  # they register operations once, and cannot do so after a simulation
 import torch.distributed.tensor
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -81,11 +83,19 @@ class CardTensor(torch.Tensor):
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
             layout=inner.layout,
-            device=cls.card.device,
+            device=torch.device("npu:0"),  # of both kinds: for CUDA, torch would ask its driver, which is not there
             requires_grad=False,
         )
         made.inner = inner
         return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.card.device
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return self.card.kind == "cuda"
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,6 +185,10 @@ class _Card:
         self.thread = threading.get_ident()
         self.capturing: Graph | None = None
 
+    def has(self, device: torch.device) -> bool:
+        """Whether a device is the card, by its name or by that of CardTensor for torch."""
+        return device.type in (self.kind, "npu")
+
     def count_wait(self) -> None:
         if self.capturing is not None:
             raise RuntimeError(f"the host waits for the card while a graph is captured, at {_line()}")
@@ -192,14 +206,17 @@ class _Card:
         on_card = [a for a in flat if isinstance(a, CardTensor)]
         on_cpu = [a for a in flat if isinstance(a, torch.Tensor) and not isinstance(a, CardTensor)]
         targets = [a for a in flat if isinstance(a, torch.device)]
-        to_card = targets[0].type == self.kind if targets else bool(on_card)
+        to_card = self.has(targets[0]) if targets else bool(on_card)
         name = func._schema.name
+        if name == "aten::_to_copy" and on_card and to_card and kwargs.get("dtype") in (None, on_card[0].dtype):
+            if kwargs.get("memory_format") is None and self.kind == "cuda":  # torch knows it by another device
+                return on_card[0]
         if not on_card and not to_card:
             return func(*args, **kwargs)
         self._refuse(name, func, on_card, on_cpu)
         self._count(name, func, flat, on_card, on_cpu, to_card)
         inner = [a.inner if isinstance(a, CardTensor) else a for a in flat]
-        inner = [torch.device("cpu") if isinstance(a, torch.device) and a.type == self.kind else a for a in inner]
+        inner = [torch.device("cpu") if isinstance(a, torch.device) and self.has(a) else a for a in inner]
         known = {id(a.inner): a for a in on_card}
         call_args, call_kwargs = tree_unflatten(inner, spec)
         out = func(*call_args, **call_kwargs)
@@ -218,6 +235,18 @@ class _Card:
             return CardTensor(value)
 
         return tree_map(wrap, out)
+
+    def attention(
+        self, attend: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """F.scaled_dot_product_attention without gradients."""
+        flat = [*args, *kwargs.values()]
+        if any(isinstance(a, torch.Tensor) and not isinstance(a, CardTensor) for a in flat):
+            raise RuntimeError(f"tensors of two devices: attention at {_line()}")
+        self.counts.launches[_line()] += 1
+        with torch._C._DisableTorchDispatch():
+            inner = tree_map(lambda a: a.inner if isinstance(a, CardTensor) else a, (args, kwargs))
+            return CardTensor(attend(*inner[0], **inner[1]))
 
     def _refuse(self, name: str, func: Any, on_card: list[Any], on_cpu: list[torch.Tensor]) -> None:
         if on_card and any(tensor.dim() > 0 for tensor in on_cpu) and name not in _COPIES:
@@ -342,19 +371,37 @@ def _tensor_on_card(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return tensor
 
 
+def _attention_on_card(attend: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's attention as the one kernel that a card has for it, with the sums of the CPU's kernel.
+
+    torch chooses the kernel by the device: without this, it would call one that is not there (CUDA), or a sequence of
+    products that adds in another order (an unknown device).
+    """
+
+    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tensors = [a for a in (query, *args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+        if not any(isinstance(tensor, CardTensor) for tensor in tensors):
+            return attend(query, *args, **kwargs)
+        return CardTensor.card.attention(attend, (query, *args), kwargs)
+
+    return attention
+
+
 @contextmanager
 def simulated_card(kind: Kind) -> Iterator[Counts]:
     """A machine with one card. Commands with `--device npu` or `--device cuda` run on it. Yields its counts."""
-    npu = _npu_module() if kind == "npu" else None
+    npu = _npu_module()
     CardTensor.card = card = _Card(kind)
     with (
         patch.object(torch._C, "_InferenceMode", _inference_mode),
         patch.object(torch, "tensor", _tensor_on_card(torch.tensor)),
+        patch.object(F, "scaled_dot_product_attention", _attention_on_card(F.scaled_dot_product_attention)),
     ):
         backend = _backend(kind)
         if kind == "cuda":
             with (
                 patch.multiple(torch.cuda, **backend),
+                patch.object(npu, "device_count", lambda: 1),  # for the queue of gradients
                 patch.object(torch.version, "cuda", "simulated"),
                 Mode(),
             ):
@@ -365,14 +412,15 @@ def simulated_card(kind: Kind) -> Iterator[Counts]:
         torch_npu.__getattr__ = lambda name: None  # type: ignore[method-assign]
         torch_npu.__spec__ = importlib.machinery.ModuleSpec("torch_npu", None)
         devices._import_npu.cache_clear()
+        before = sys.modules.get("torch_npu")
+        sys.modules["torch_npu"] = torch_npu
         try:
-            with (
-                patch.multiple(npu, **backend),
-                patch.dict(sys.modules, {"torch_npu": torch_npu}),
-                Mode(),
-            ):
+            with patch.multiple(npu, **backend), Mode():
                 yield card.counts
         finally:
+            del sys.modules["torch_npu"]
+            if before is not None:
+                sys.modules["torch_npu"] = before
             devices._import_npu.cache_clear()
 
 
