@@ -7,7 +7,8 @@ It refuses what a card refuses, and counts what a card would wait for, by line o
 - copies: between CPU and card, in both directions. Those of background threads are copies, but no waits of the run.
 - launches: operations that compute something; not views, and not allocations. Replaying a graph is one launch.
 
-Not simulated: time, streams, the memory of a card, and rounding that differs from the CPU's.
+Not simulated: time, streams, the memory of a card, and rounding that differs from the CPU's. The kernels are the CPU's,
+so an output that differs from the CPU's shows a path that depends on the device.
 """
 
 from __future__ import annotations
@@ -129,6 +130,17 @@ class CardTensor(torch.Tensor):
     def __index__(self) -> int:
         return int(self.item())
 
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Without the device if it is the card: torch knows it by another name, and would copy."""
+
+        def is_here(value: Any) -> bool:
+            is_device = isinstance(value, torch.device) or (isinstance(value, str) and value != "cpu")
+            return is_device and self.card.has(torch.device(value))
+
+        args = tuple(a for a in args if not is_here(a))
+        kwargs = {name: value for name, value in kwargs.items() if not is_here(value)}
+        return super().to(*args, **kwargs) if args or kwargs else self
+
     def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> CardTensor:
         self.card.run(torch.ops.aten.copy_.default, (self, source), {})
         return self
@@ -208,9 +220,6 @@ class _Card:
         targets = [a for a in flat if isinstance(a, torch.device)]
         to_card = self.has(targets[0]) if targets else bool(on_card)
         name = func._schema.name
-        if name == "aten::_to_copy" and on_card and to_card and kwargs.get("dtype") in (None, on_card[0].dtype):
-            if kwargs.get("memory_format") is None and self.kind == "cuda":  # torch knows it by another device
-                return on_card[0]
         if not on_card and not to_card:
             return func(*args, **kwargs)
         self._refuse(name, func, on_card, on_cpu)
