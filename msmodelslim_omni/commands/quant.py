@@ -216,6 +216,7 @@ def _show_report(report: Report, as_json: bool) -> None:
         human_bytes,
         next_steps,
         part_errors,
+        peak_text,
         run_memory_rows,
     )
     from .tables import table
@@ -234,12 +235,13 @@ def _show_report(report: Report, as_json: bool) -> None:
     rows = [[name, f"{error:.4f}"] for name, error in part_errors(report).items()]
     results.print(table(f"Relative {kind} error, RMS over the layers", ["Linear", "error"], rows, numeric=1))
     page = Path(next(iter(report.savers.values()))) / "quant_report.html"  # written only with the extra `report`
+    on_device = peak_text(report.peak_device_bytes, report.expected_device_bytes)
     rows = [
         ["bits per quantized weight, scales included", f"{report.bits_per_weight:.3f}"],
         *([["KL before and after tuning", _tuned(report.tuning)]] if report.tuning is not None else []),
         ["time of the run, without start and checks", f"{report.seconds:.1f} s"],
-        ["peak memory", human_bytes(report.peak_rss_bytes)],
-        *([["peak device memory", human_bytes(report.peak_device_bytes)]] if report.peak_device_bytes else []),
+        ["peak memory", peak_text(report.peak_rss_bytes, report.expected_rss_bytes)],
+        *([["peak device memory", on_device]] if report.peak_device_bytes else []),
     ]
     results.print(table("Result", ["item", "value"], rows, numeric=1))
     for saver, folder in report.savers.items():

@@ -23,12 +23,13 @@ def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
         return
     from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
 
-    plan, expected = prepared.plan, prepared.forecast
+    plan, expected, device = prepared.plan, prepared.forecast, prepared.device.name
     rows = [
         ["source", human_bytes(plan.checkpoint.total_bytes)],
         *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
         ["disk space, work folder included", human_bytes(expected.disk_bytes)],
         ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
+        *([[f"peak memory on {device}", human_bytes(expected.card_bytes)]] if device != "cpu" else []),
         *(
             [f"H of the input of {group}: on disk, slower, no less accurate", human_bytes(size)]
             for group, size in expected.gram_disk_bytes.items()
@@ -111,6 +112,7 @@ def _print_as_json(prepared: Prepared) -> None:
             "output_bytes": expected.output_bytes,
             "disk_bytes": expected.disk_bytes,
             "peak_memory_bytes": expected.peak_memory_bytes,
+            **({"card_memory_bytes": expected.card_bytes} if prepared.device.name != "cpu" else {}),
             "gram_disk_bytes": expected.gram_disk_bytes,
             "run_memory": asdict(expected.run_memory),
             "warnings": list(plan.warnings),

@@ -9,7 +9,16 @@ Not here: samples and tensors. A plan is made from the recipe, config.json and s
 from __future__ import annotations
 
 from .admission import check_all_tensors, declared_scheme, quantization_of, refuse_quantized
-from .peak_memory import TUNED_POSITIONS, TUNED_TOKENS, fit_budget, gram_disk_bytes, peak_memory, refit_budget
+from .peak_memory import (
+    TUNED_POSITIONS,
+    TUNED_TOKENS,
+    card_memory,
+    fit_budget,
+    fit_card,
+    gram_disk_bytes,
+    peak_memory,
+    refit_budget,
+)
 from .plan import LayerPlan, QuantPlan, make_plan
 
 __all__ = [
@@ -17,9 +26,11 @@ __all__ = [
     "TUNED_TOKENS",
     "LayerPlan",
     "QuantPlan",
+    "card_memory",
     "check_all_tensors",
     "declared_scheme",
     "fit_budget",
+    "fit_card",
     "gram_disk_bytes",
     "make_plan",
     "peak_memory",

@@ -50,6 +50,25 @@ def peak_memory(plan: QuantPlan, extent: Extent) -> int:
 
 def phase_memory(plan: QuantPlan, extent: Extent) -> dict[str, int]:
     """Return the estimated memory of each phase in bytes."""
+    held = _held_bytes(plan, extent)
+    schemes = {scheme for planned in plan.layers for scheme in planned.schemes.values()}
+    library = _BITSANDBYTES if any(scheme.codebook for scheme in schemes) else 0
+    return {phase: int((size + library) * (1 + _HEADROOM)) for phase, size in held.items()}
+
+
+def card_memory(plan: QuantPlan, extent: Extent) -> int:
+    """Return the estimated peak memory on an accelerator in bytes: that of a run without the process and its stores.
+
+    Hidden states between layers, layers that are read ahead, and media stay on the host.
+    """
+    on_card = replace(plan.budget, hidden=0, arguments=0, read_ahead=False)
+    held = _held_bytes(replace(plan, budget=on_card), replace(extent, media=0))
+    process = _PROCESS if extent == NO_SAMPLES else _PROCESS_WITH_MEDIA
+    return int((max(held.values()) - process) * (1 + _HEADROOM))
+
+
+def _held_bytes(plan: QuantPlan, extent: Extent) -> dict[str, int]:
+    """Bytes of all tensors that each phase holds at once, and of the process."""
     layer = _LayerSizes(plan)
     if extent == NO_SAMPLES:
         # One Linear and the next; the integers of the layer being written and of the layer being quantized.
@@ -58,9 +77,7 @@ def phase_memory(plan: QuantPlan, extent: Extent) -> dict[str, int]:
     else:
         next_read = layer.stored if plan.budget.read_ahead else 0
         held = {"towers": _towers_memory(plan, extent), **_layer_phases(plan, layer, next_read, extent)}
-    schemes = {scheme for planned in plan.layers for scheme in planned.schemes.values()}
-    library = _BITSANDBYTES if any(scheme.codebook for scheme in schemes) else 0
-    return {phase: int((size + library) * (1 + _HEADROOM)) for phase, size in held.items()}
+    return held
 
 
 class _LayerSizes:
@@ -185,6 +202,23 @@ def _routed_gram_bytes(layer: _LayerSizes, tokens: int) -> tuple[int, int]:
 def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:
     """Return the plan with the largest budget that fits a memory limit. Raises QuantError if none fits."""
     return _fit_options(plan, extent, limit, _BUDGET_OPTIONS)
+
+
+def fit_card(plan: QuantPlan, extent: Extent, total: int) -> QuantPlan:
+    """Return the plan with the largest budget of H that fits a card with `total` bytes. Raises QuantError if none does.
+
+    The total and not what is free decides, so that a resumed run computes the same.
+    """
+    budget = plan.budget
+    smaller = [option[:2] for option in _BUDGET_OPTIONS if option[:2] <= (budget.matrix, budget.factor)]
+    for matrix, factor in smaller or [(budget.matrix, budget.factor)]:
+        fitted = replace(plan, budget=replace(budget, matrix=matrix, factor=factor))
+        if (needed := card_memory(fitted, extent)) <= _USABLE_SHARE * total:
+            return fitted
+    raise QuantError(
+        f"the card has {total / 2**30:.2f} GiB, but this run needs about {needed / 2**30:.2f} GiB on it",
+        "lower calibration.max_tokens or max_pixels, use a data-free recipe, or use --device cpu",
+    )
 
 
 def refit_budget(plan: QuantPlan, extent: Extent) -> QuantPlan:

@@ -123,6 +123,8 @@ class Report:
     commands: tuple[tuple[str, ...], ...] = ()
     distinct_media: dict[str, int] = field(default_factory=dict)  # files with different content, by kind
     tuning: TuningRecord | None = None
+    expected_rss_bytes: int = 0  # as estimated from the plan and the measured tokens
+    expected_device_bytes: int = 0
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -194,6 +196,11 @@ def human_bytes(count: float) -> str:
     raise AssertionError
 
 
+def peak_text(measured: int, expected: int) -> str:
+    """A measured peak with its estimate: `1.50 GiB (estimated: 1.60 GiB)`."""
+    return human_bytes(measured) + (f" (estimated: {human_bytes(expected)})" if expected else "")
+
+
 RUN_MEMORY_COLUMNS = ("memory for", "float", "now", "change")
 RUN_MEMORY_NOTE = "Activations and memory that the runtime reserves for itself are not included."
 
@@ -221,8 +228,12 @@ def as_markdown(report: Report) -> str:
         f"- recipe: `{report.recipe}`; device {report.device}; seed {report.seed}",
         *(f"- command: `{shlex.join(command)}`" for command in report.commands),
         f"- versions: {', '.join(f'{name} {version}' for name, version in report.versions.items())}",
-        f"- time {report.seconds:.1f} s; peak memory {human_bytes(report.peak_rss_bytes)}"
-        + (f", on the device {human_bytes(report.peak_device_bytes)}" if report.peak_device_bytes else ""),
+        f"- time {report.seconds:.1f} s; peak memory {peak_text(report.peak_rss_bytes, report.expected_rss_bytes)}"
+        + (
+            f", on the device {peak_text(report.peak_device_bytes, report.expected_device_bytes)}"
+            if report.peak_device_bytes
+            else ""
+        ),
     ]
     if report.resumed_at_layer:
         lines.append(f"- resumed at layer {report.resumed_at_layer}; times cover only the last run")

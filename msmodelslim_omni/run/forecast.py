@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..calibration import CalibSample, CalibSet, MediaFacts
 from ..formats import FORMATS, format_tensors
-from ..plan import QuantPlan, gram_disk_bytes, peak_memory
+from ..plan import QuantPlan, card_memory, gram_disk_bytes, peak_memory
 from ..report import RunMemory
 from ..runtime import NO_SAMPLES, Extent
 from .assembly import make_job
@@ -30,6 +30,7 @@ _BYTES_PER_SOUND_SAMPLE = 12
 class Forecast:
     """Bytes of each output, of the work folder at its largest, and of memory at its peak.
 
+    card_bytes: of an accelerator's memory at its peak, if the run uses one.
     run_memory: of a runtime that serves the first output. gram_disk_bytes: a part of work_bytes, by group; see
     plan.gram_disk_bytes.
     """
@@ -37,6 +38,7 @@ class Forecast:
     output_bytes: dict[str, int]
     work_bytes: int
     peak_memory_bytes: int
+    card_bytes: int
     run_memory: RunMemory
     gram_disk_bytes: dict[str, int]
 
@@ -117,4 +119,4 @@ def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
         work += sum(
             5 * out * width // 4 for out, width in (lin.shape for lin in plan.linears if lin.scheme is not None)
         )
-    return Forecast(outputs, work, peak_memory(plan, extent), served, grams)
+    return Forecast(outputs, work, peak_memory(plan, extent), card_memory(plan, extent), served, grams)

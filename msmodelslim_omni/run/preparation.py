@@ -16,9 +16,10 @@ from ..calibration import (
 from ..errors import QuantError
 from ..files import file_digest, find_model_folder, value_digest
 from ..models import ModelSpec, derive_model_type, find_model_type
-from ..plan import QuantPlan, fit_budget, make_plan, refuse_quantized
+from ..plan import QuantPlan, card_memory, fit_budget, fit_card, make_plan, refuse_quantized
 from ..recipe import Recipe, find_recipe, resolve_recipe
-from ..runtime import SINGLE_PROCESS, Device, Progress, Team, resolve_device
+from ..report import human_bytes
+from ..runtime import SINGLE_PROCESS, Device, Extent, Progress, Team, device_memory, resolve_device
 from ..storage import open_checkpoint
 from ..tuning import refuse_untunable
 from .forecast import Forecast, assumed_extent, forecast
@@ -92,9 +93,25 @@ def prepare(
     extent = assumed_extent(plan, calib)
     if request.max_memory is not None:
         plan = fit_budget(plan, extent, request.max_memory)
+    plan = _fit_card(plan, extent, device, progress)
     if extent.modalities == 1:
         plan = replace(plan, budget=replace(plan.budget, towers=0))  # text only: the towers are never read
     return Prepared(request, plan, device, calib, forecast(plan, extent), team)
+
+
+def _fit_card(plan: QuantPlan, extent: Extent, device: Device, progress: Progress) -> QuantPlan:
+    """The plan with a budget that fits the card's memory; a warning if less is free than the run needs."""
+    memory = device_memory(device.torch)
+    if memory is None:
+        return plan
+    free, total = memory
+    plan = fit_card(plan, extent, total)
+    if (needed := card_memory(plan, extent)) > free:
+        progress.say(
+            f"warning: about {human_bytes(needed)} are needed on {device.name}, and {human_bytes(free)} of"
+            f" {human_bytes(total)} are free"
+        )
+    return plan
 
 
 def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | None) -> Recipe:

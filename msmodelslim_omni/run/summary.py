@@ -10,9 +10,9 @@ from ..calibration import CalibSet, Stems
 from ..files import file_sha256
 from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
-from ..plan import QuantPlan
+from ..plan import QuantPlan, card_memory, peak_memory
 from ..report import PartSize, Report, RunMemory, layer_record, run_memory, tuning_record
-from ..runtime import DEFAULT_BUDGET, Budget, Clock, Device, peak_device_memory, peak_rss
+from ..runtime import DEFAULT_BUDGET, NO_SAMPLES, Budget, Clock, Device, peak_device_memory, peak_rss
 from ..version import __version__
 from .request import QuantRequest
 
@@ -36,6 +36,7 @@ def make_report(
 ) -> Report:
     """tensors: those of the first format, whose sizes the report shows. layers, tuning: records from the manifest."""
     parts = part_sizes(plan, tensors)
+    extent = stems.extent() if stems is not None else NO_SAMPLES
     return Report(
         model_type=plan.model.model_type,
         model_path=str(plan.checkpoint.path),
@@ -68,6 +69,8 @@ def make_report(
         commands=(command_words(request, plan, calib),),
         distinct_media=calib.distinct_media if calib is not None else {},
         tuning=tuning_record(tuning) if tuning is not None else None,
+        expected_rss_bytes=peak_memory(plan, extent),
+        expected_device_bytes=card_memory(plan, extent) if device.torch.type != "cpu" else 0,
     )
 
 

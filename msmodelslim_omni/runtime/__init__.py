@@ -12,6 +12,7 @@ from .background import Background, prefetch
 from .budget import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
 from .device import (
     Device,
+    device_memory,
     float64_device,
     free_memory,
     free_modules,
@@ -39,6 +40,7 @@ __all__ = [
     "Progress",
     "Split",
     "Team",
+    "device_memory",
     "float64_device",
     "free_memory",
     "free_modules",

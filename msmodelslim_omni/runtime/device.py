@@ -182,6 +182,14 @@ def peak_rss() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def device_memory(device: torch.device) -> tuple[int, int] | None:
+    """Free and total memory of an accelerator in bytes; None for a CPU."""
+    if device.type == "cpu":
+        return None
+    free, total = getattr(torch, device.type).mem_get_info(device)
+    return int(free), int(total)
+
+
 def peak_device_memory(device: torch.device) -> int:
     """Peak memory allocated on the accelerator in bytes; 0 on a CPU."""
     return 0 if device.type == "cpu" else int(getattr(torch, device.type).max_memory_allocated(device))

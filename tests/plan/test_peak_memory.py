@@ -18,7 +18,15 @@ from hypothesis import strategies as st
 from msmodelslim_omni import QuantError
 from msmodelslim_omni.calibration import CalibSample, CalibSet, MediaFacts
 from msmodelslim_omni.models.inputs import MODALITIES
-from msmodelslim_omni.plan.peak_memory import fit_budget, gram_disk_bytes, peak_memory, phase_memory, refit_budget
+from msmodelslim_omni.plan.peak_memory import (
+    card_memory,
+    fit_budget,
+    fit_card,
+    gram_disk_bytes,
+    peak_memory,
+    phase_memory,
+    refit_budget,
+)
 from msmodelslim_omni.plan.plan import QuantPlan
 from msmodelslim_omni.run.forecast import assumed_extent, forecast
 from msmodelslim_omni.run.preparation import prepare
@@ -66,6 +74,31 @@ def test_more_layers_or_samples_do_not_raise_the_peak(plan: QuantPlan) -> None:
     few, more, most = (Extent(tokens, 512, 4) for tokens in (10_000, 100_000, 1_000_000))
     assert phase_memory(deeper, few) == phase_memory(plan, few)
     assert peak_memory(plan, most) == peak_memory(plan, more)
+
+
+def test_budget_of_h_fits_the_memory_of_a_card(plan: QuantPlan) -> None:
+    """The process and what stays on the host are not on the card. The least budget of H that fits none is an error."""
+    extent = Extent(100_000, 1024, 4)
+    needed = card_memory(plan, extent)
+    assert 0 < needed < peak_memory(plan, extent) - 600 * MIB
+    assert card_memory(plan, replace(extent, media=8 << 30)) == needed
+    assert card_memory(replace(plan, budget=replace(plan.budget, hidden=1 << 40)), extent) == needed
+    assert fit_card(plan, extent, 2 * needed) == plan
+    with pytest.raises(QuantError, match=r"the card has 0\.01 GiB, but this run needs about") as caught:
+        fit_card(plan, extent, 10 * MIB)
+    assert "--device cpu" in caught.value.hint
+
+
+def test_small_card_gets_a_smaller_budget_of_h(tiny: Path, index: Path) -> None:
+    """With layers 16 times as wide as the tiny Omni's."""
+    plan = prepare(QuantRequest(tiny, device="cpu", quant_type="w4a16", dataset=str(index))).plan
+    shapes = {n: tuple(16 * size for size in shape) for n, shape in plan.layer_spec.shapes.items()}
+    wide = replace(plan, layer_spec=replace(plan.layer_spec, shapes=shapes))
+    extent = Extent(100_000, 512, 1)
+    total = int((card_memory(wide, extent) - 10 * MIB) / 0.9)
+    fitted = fit_card(wide, extent, total)
+    assert fitted.budget.matrix < wide.budget.matrix and card_memory(fitted, extent) <= 0.9 * total
+    assert replace(fitted, budget=wide.budget) == wide
 
 
 def test_towers_are_not_loaded_for_text_only_samples(tiny: Path, index: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from ..report import (
     LinearRecord,
     Report,
     human_bytes,
+    peak_text,
     run_memory_rows,
     tuning_text,
 )
@@ -388,13 +389,14 @@ def _resources(report: Report) -> Section:
     phase_charts = resource_charts(report.seconds_by_phase, report.peak_rise_by_phase)
     rows: list[Row] = [
         ("total time", format_seconds(report.seconds)),
-        ("peak memory", human_bytes(report.peak_rss_bytes)),
+        ("peak memory", peak_text(report.peak_rss_bytes, report.expected_rss_bytes)),
     ]
     if report.peak_rise_by_phase:
         before = report.peak_rss_bytes - sum(report.peak_rise_by_phase.values())
         rows.append(("memory before the first phase", human_bytes(max(0, before))))
     if report.peak_device_bytes:
-        rows.append(("peak memory on the device", human_bytes(report.peak_device_bytes)))
+        on_device = peak_text(report.peak_device_bytes, report.expected_device_bytes)
+        rows.append(("peak memory on the device", on_device))
     text = "The run loads, quantizes and writes one decoder layer at a time and never holds the whole model in memory."
     if report.resumed_at_layer:
         text += f" The run was resumed at layer {report.resumed_at_layer}; times cover only the last run."
