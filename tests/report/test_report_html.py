@@ -227,6 +227,18 @@ def test_zero_is_at_the_left_end_of_a_logarithmic_axis() -> None:
     assert "0.0001" in svg and "0.01" in svg
 
 
+@pytest.mark.parametrize(("span", "logarithmic"), [((99.9, 99.6, 100.0), False), ((5e-5, 2e-5, 9e-5), True)])
+def test_labels_of_an_axis_are_inside_the_chart(span: charts.Span, logarithmic: bool) -> None:
+    """A label is centred on its tick, at 6.3 units per character, and the last tick is at the right end."""
+    svg = charts.interval_chart("chart", ["text"], {"after": [span]}, "axis", logarithmic)
+    match = re.search(r'viewBox="0 0 (\d+)', svg)
+    assert match is not None
+    labels = re.findall(r'text-anchor: middle[^"]*" x="([\d.]+)"[^>]*>([^<]+)<', svg)
+    assert max(len(label) for _, label in labels) >= 5
+    for x, label in labels:
+        assert float(x) + 6.3 * len(label) / 2 <= float(match[1])
+
+
 # --- through the command -------------------------------------------------------------------------------------
 
 

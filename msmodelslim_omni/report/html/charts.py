@@ -144,7 +144,7 @@ def interval_chart(
     """
     top = 26 if len(series) > 1 else 4
     height = len(labels) * (22 + 8 * len(series))
-    figure, axes = _new_figure(height, _label_width(labels) + 8, right=14, top=top, bottom=36)
+    figure, axes = _new_figure(height, _label_width(labels) + 8, right=20, top=top, bottom=36)
     ends = [end for values in series.values() for span in values if span for end in span if math.isfinite(end)]
     left, right = _logarithmic_range(ends) if logarithmic else _percent_range(ends)
     for number, (key, values) in enumerate(series.items()):
