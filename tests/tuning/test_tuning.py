@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_layer import SPEC
 
 from msmodelslim_omni import QuantError
 from msmodelslim_omni.calibration import CalibrationStream, SampleEnds, prepare_stems
+from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.numerics import QuantizedLinear, QuantScheme, dequantize, quantize_weight
 from msmodelslim_omni.plan import QuantPlan
 from msmodelslim_omni.report.report import read_report
@@ -183,6 +185,23 @@ def test_tuning_lowers_kl_and_changes_scales_norms_and_biases_alone(
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(any(kind in name for kind in TUNED) for name in changed), changed
     assert {kind for kind in TUNED if any(kind in name for name in changed)} == TUNED
+
+
+def test_doctor_knows_that_biases_were_tuned(model: Path, tuned: Path, tmp_path: Path) -> None:
+    """Without the report, or with a bias of twice its length, a changed bias is a fault."""
+    output = tmp_path / "awq"
+    shutil.copytree(tuned / "awq", output)
+
+    def changed() -> list[str]:
+        return [f.where for f in examine(output, model).findings if f.code == "float_changed"]
+
+    name = "thinker.model.layers.1.self_attn.q_proj.bias"
+    assert changed() == []
+    tensors = load_file(output / "model.safetensors")
+    save_file(tensors | {name: tensors[name] * 2}, output / "model.safetensors", {"format": "pt"})
+    assert changed() == [name]
+    (output / "quant_report.json").unlink()
+    assert name in changed() and len(changed()) > 1
 
 
 def test_stopped_three_times_and_resumed_gives_the_same_bytes(
