@@ -12,6 +12,7 @@ import torch
 
 from ..errors import QuantError
 from ..models import LayerInput
+from ..runtime import to_cpu
 from ..storage import (
     SafetensorsWriter,
     TensorInfo,
@@ -73,8 +74,11 @@ class StemStore:
         if inputs.deepstack is not None:
             tensors |= {"deepstack.positions": inputs.deepstack.positions}
             tensors |= {f"deepstack.{i:03d}": features for i, features in enumerate(inputs.deepstack.features)}
-        on_cpu = {name: t.cpu().contiguous() for name, t in tensors.items()}
-        write_tensors(self._path(number), on_cpu, checksum=True)
+        on_cpu: dict[str, torch.Tensor] = {}
+        for dtype in {tensor.dtype: None for tensor in tensors.values()}:
+            alike = {name: tensor for name, tensor in tensors.items() if tensor.dtype == dtype}
+            on_cpu |= zip(alike, to_cpu([*alike.values()]), strict=True)
+        write_tensors(self._path(number), {name: on_cpu[name].contiguous() for name in tensors}, checksum=True)
 
     def modality(self, number: int) -> torch.Tensor:
         return load_tensor(read_header(self._path(number))["modality"])

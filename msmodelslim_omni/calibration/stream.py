@@ -187,10 +187,9 @@ class CalibrationStream:
                     out = probe.watch(inputs, modalities[position])
                 else:
                     out = run_layer(module, inputs)
-                recorder.end(out)
+                on_cpu = recorder.end(out)
             except QuantError as error:
                 raise QuantError(f"layer {layer}, {error.message} with sample {sample.where}", error.hint) from error
-            on_cpu = out.cpu()
             refuse_nonfinite_states(on_cpu, f"layer {layer}", sample.where)
             yield on_cpu
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..errors import QuantError
-from ..runtime import to_floats
+from ..runtime import to_cpu
 
 
 class WeightChecks:
@@ -31,9 +31,14 @@ class WeightChecks:
 
     def raise_fault(self) -> None:
         """Raise the first fault of the collected numbers."""
+        self.checked([])
+
+    def checked(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Float32 results on the CPU, copied together with the collected numbers. Raises the first fault of these."""
         collected, self._collected = self._collected, []
-        values = to_floats([number for number, *_ in collected]) if collected else []
-        for value, (_, limit, fault, name) in zip(values, collected, strict=True):
-            if not value <= limit:
+        on_cpu = to_cpu([*results, *(number for number, *_ in collected)])
+        for number, (_, limit, fault, name) in zip(on_cpu[len(results) :], collected, strict=True):
+            if not (value := float(number)) <= limit:
                 error = fault(value)
                 raise QuantError(f"{name}.weight: {error.message}", error.hint) if name else error
+        return on_cpu[: len(results)]

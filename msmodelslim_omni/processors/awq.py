@@ -34,7 +34,7 @@ from ..numerics import (
     row_blocks,
 )
 from ..recipe import AwqConfig
-from ..runtime import SINGLE_PROCESS, Team, to_cpu, to_floats
+from ..runtime import SINGLE_PROCESS, Team, to_floats
 from ..statistics import Gram, evenly_spaced
 from .expected_error import ExpectedErrors, refine
 from .fold import (
@@ -110,12 +110,13 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
     best, compared_by, best_rounded = ranked[0], "the Linears", {}
     if work.probe is not None and group.subgraph == "norm-linear" and best != 0:
         finalists = list(dict.fromkeys([0, *ranked[:_FINALISTS]]))
-        losses, best, compared_by = {}, -1, group.block
+        losses, best, compared_by, checks = {}, -1, group.block, WeightChecks()
         for i in finalists:  # only the integers of the best finalist so far stay in memory
-            rounded = _round_candidate(work, group, gram, cholesky, candidates[i])
+            rounded = _round_candidate(work, group, gram, cholesky, candidates[i], checks)
             losses[i] = _block_error(work, group, rounded, candidates[i])
             if best < 0 or (losses[i], i) < (losses[best], best):
                 best, best_rounded = i, rounded
+        checks.raise_fault()
     if best == 0:
         record = SmoothingRecord(group.name, None, 1.0, f"the identity is best; H: {gram.kind}")
     else:
@@ -210,8 +211,7 @@ def search_losses(
             of_linears.append(error.sum())
         return torch.stack(of_linears)
 
-    all_errors = to_cpu(team.map(errors, candidates))
-    checks.raise_fault()
+    all_errors = checks.checked(team.map(errors, candidates))
     return {i: _sum_of_ratios(of_linears.tolist(), signals) for i, of_linears in enumerate(all_errors)}
 
 
@@ -233,15 +233,20 @@ def _sample_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
 
 
 def _round_candidate(
-    work: LayerWork, group: LinearGroup, gram: Gram, cholesky: CholeskyFactor | None, candidate: Candidate
+    work: LayerWork,
+    group: LinearGroup,
+    gram: Gram,
+    cholesky: CholeskyFactor | None,
+    candidate: Candidate,
+    checks: WeightChecks,
 ) -> dict[str, QuantizedLinear]:
     """Scale the group by the candidate and round it as linear_quant does."""
     factors = repeat_for_query_heads(candidate.factors, group)
     scaled = ((linear, work.scaled_weight(linear, factors)) for linear in group.linears)
     schemes = {linear: work.schemes[linear] for linear in group.linears}
     if cholesky is None:
-        return round_group(scaled, schemes, gram.rescaled(factors), None, work.team)
-    return round_group(scaled, schemes, None, cholesky.rescaled(factors), work.team)
+        return round_group(scaled, schemes, gram.rescaled(factors), None, work.team, checks)
+    return round_group(scaled, schemes, None, cholesky.rescaled(factors), work.team, checks)
 
 
 def _block_error(

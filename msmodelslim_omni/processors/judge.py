@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from ..models import LinearGroup
-from ..numerics import QuantizedLinear, dequantize, relative_error
+from ..numerics import QuantizedLinear, WeightChecks, dequantize, relative_error
 from ..statistics import Gram
 from .gptq import has_few_tokens
 from .rounding import round_group
@@ -21,13 +21,13 @@ from .work import LayerWork
 
 
 def better_rounding(
-    work: LayerWork, group: LinearGroup, gram: Gram, by_gptq: Mapping[str, QuantizedLinear]
+    work: LayerWork, group: LinearGroup, gram: Gram, by_gptq: Mapping[str, QuantizedLinear], checks: WeightChecks
 ) -> tuple[LayerWork, dict[str, QuantizedLinear]]:
     """`by_gptq`, or the same Linears after a clip search alone, and the layer with a note of the comparison."""
     if work.probe is None or not by_gptq or not has_few_tokens(gram):
         return work, dict(by_gptq)
     weights = ((linear, work.weight(linear)) for linear in by_gptq)
-    clipped = round_group(weights, {linear: work.schemes[linear] for linear in by_gptq}, gram, None, work.team)
+    clipped = round_group(weights, {linear: work.schemes[linear] for linear in by_gptq}, gram, None, work.team, checks)
     error, of_clip = (_block_error(work, group, rounded) for rounded in (by_gptq, clipped))
     taken = by_gptq if error <= of_clip else clipped
     note = (

@@ -8,6 +8,7 @@ from typing import Literal
 
 from ..errors import QuantError
 from ..models import LinearGroup
+from ..numerics import WeightChecks
 from ..recipe import LinearQuantConfig
 from ..statistics import Gram
 from .judge import better_rounding
@@ -23,9 +24,14 @@ def needs(config: LinearQuantConfig) -> Literal["", "gram"]:
 
 def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -> LayerWork:
     """Quantize the Linears of the layer with these relative names by their planned schemes."""
-    for group in work.spec.groups:
-        if selected := [linear for linear in group.linears if linear in linears]:
-            work = _quantize_group(work, group, selected)
+    checks = WeightChecks()
+    try:
+        for group in work.spec.groups:
+            if selected := [linear for linear in group.linears if linear in linears]:
+                work = _quantize_group(work, group, selected, checks)
+        checks.raise_fault()
+    except QuantError as error:
+        raise QuantError(f"layer {work.index}, {error.message}", error.hint) from error
     if note := _experts_note(work, linears):
         work = replace(work, notes=(*work.notes, note))
     return work
@@ -46,7 +52,7 @@ def _experts_note(work: LayerWork, linears: frozenset[str]) -> str:
     )
 
 
-def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> LayerWork:
+def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str], checks: WeightChecks) -> LayerWork:
     quantized = {linear: work.rounded[linear] for linear in linears if linear in work.rounded}
     remaining = [linear for linear in linears if linear not in quantized]
     schemes = {linear: work.schemes[linear] for linear in linears}
@@ -58,13 +64,10 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str]) -> 
     if cholesky is None and remaining:
         cholesky = cholesky_for_gptq({linear: schemes[linear] for linear in remaining}, gram)
     weights = ((linear, work.weight(linear)) for linear in remaining)
-    try:
-        quantized |= round_group(weights, schemes, gram if cholesky is None else None, cholesky, work.team)
-    except QuantError as error:
-        raise QuantError(f"layer {work.index}, {error.message}", error.hint) from error
+    quantized |= round_group(weights, schemes, gram if cholesky is None else None, cholesky, work.team, checks)
     by_gptq = {linear: quantized[linear] for linear in linears if schemes[linear].weight_method == "gptq"}
     if group.expert is None and cholesky is not None and gram is not None:
-        work, judged = better_rounding(work, group, gram, by_gptq)
+        work, judged = better_rounding(work, group, gram, by_gptq, checks)
         quantized |= judged
     elif cholesky is None and gram is not None and by_gptq and (group.expert is None or has_enough_tokens(gram)):
         note = _not_factorized_note if has_enough_tokens(gram) else _too_few_tokens_note

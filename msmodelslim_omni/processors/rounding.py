@@ -51,10 +51,12 @@ def round_group(
     gram: Gram | None,
     cholesky: CholeskyFactor | None,
     team: Team = SINGLE_PROCESS,
+    checks: WeightChecks | None = None,
 ) -> dict[str, QuantizedLinear]:
     """Quantize named weights [out, in] that read one input, one after the other.
 
     gram, cholesky: H of the input and its Cholesky factor, if known and needed.
+    checks: collects the limits of weights on a card, and the caller raises their faults; by default they are raised.
 
     The clip search minimizes the output error: weighted by the pivots if GPTQ rounds, else by the diagonal blocks of H.
     Without data it minimizes the error of the weight.
@@ -62,7 +64,7 @@ def round_group(
     results: dict[str, QuantizedLinear | int] = {}  # an int is the number of parts that the processes share
     owners: list[int] = []
     own_parts: list[list[torch.Tensor | None]] = []
-    checks = WeightChecks()
+    is_last, checks = checks is None, checks or WeightChecks()
     for name, weight in weights:
         checks.name = name
         with _name_in_errors(name):
@@ -76,7 +78,8 @@ def round_group(
             own_parts += [[part.qweight, part.scales, part.zeros] for part in rounded]
             results[name] = len(parts)
             owners += part_owners
-    checks.raise_fault()
+    if is_last:
+        checks.raise_fault()
     all_parts = iter(Split(team, tuple(owners)).gather(own_parts))
     return {
         name: _join_parts([next(all_parts) for _ in range(result)], schemes[name])

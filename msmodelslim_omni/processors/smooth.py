@@ -133,10 +133,10 @@ def _candidates(
     if len(per_modality) > 1:
         mean = per_modality.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         sources["peak over modalities, each scaled to the same mean"] = (per_modality / mean).amax(dim=0)
-    for source, absmax in sources.items():
-        a = max_over_query_heads(absmax, group)
-        alive = (a > 0) & (w > 0)
-        living = alive.cpu().nonzero().flatten().to(alive.device)
+    peaks = [max_over_query_heads(absmax, group) for absmax in sources.values()]
+    all_alive = [(a > 0) & (w > 0) for a in peaks]
+    for source, a, alive, on_cpu in zip(sources, peaks, all_alive, to_cpu(all_alive), strict=True):
+        living = on_cpu.nonzero().flatten().to(alive.device)
         for alpha in alphas:
             s = (a.clamp_min(1e-30).pow(alpha) / w.clamp_min(1e-30).pow(1 - alpha)).clamp_min(scale_min)
             log_mean = s[living].log().mean() if len(living) else s.new_zeros(())
@@ -175,10 +175,9 @@ def _worst_ratios_of_all_rows(work: LayerWork, group: LinearGroup, finalists: li
         return output_errors(stats.rows, weight, scheme, all_factors, checks)
 
     piece_errors = work.team.map(errors, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
-    checks.raise_fault()
     members = [stats.row_modality == m for m in stats.sampled()]
     totals = [torch.zeros(2 + len(finalists), len(members), dtype=torch.float64) for _ in group.linears]
-    for (number, _), of_rows in zip(pieces, to_cpu(piece_errors), strict=True):
+    for (number, _), of_rows in zip(pieces, checks.checked(piece_errors), strict=True):
         totals[number] += sums_by_modality(of_rows, members)
     return [worst_ratio([total[[2 + i, 1, 0]] for total in totals]) for i in range(len(finalists))]
 

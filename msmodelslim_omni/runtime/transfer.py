@@ -8,12 +8,13 @@ import torch
 
 
 def to_cpu(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of one dtype and device, on the CPU. Those of a card are copied at once, those of the CPU not at all."""
-    if all(tensor.device.type == "cpu" for tensor in tensors):
+    """Tensors on the CPU. Those of a card have one dtype and are copied at once; those of the CPU are not copied."""
+    on_card = [tensor for tensor in tensors if tensor.device.type != "cpu"]
+    if not on_card:
         return list(tensors)
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()
-    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    flat = torch.cat([tensor.reshape(-1) for tensor in on_card]).cpu()
+    parts = iter(torch.split(flat, [tensor.numel() for tensor in on_card]))
+    return [t if t.device.type == "cpu" else next(parts).view(t.shape) for t in tensors]
 
 
 def to_floats(numbers: Sequence[torch.Tensor]) -> list[float]:

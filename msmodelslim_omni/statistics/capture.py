@@ -301,12 +301,13 @@ class InputRecorder:
         self._modality, self._chosen, self._in_gram, self._gram_offsets = modality, chosen, in_gram, gram_offsets
         self._begun += 1
 
-    def end(self, out: torch.Tensor) -> None:
+    def end(self, out: torch.Tensor) -> torch.Tensor:
         """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden].
 
-        Raises QuantError if an input of a Linear held NaN or Inf.
+        Returns `out` on the CPU. Raises QuantError if an input of a Linear held NaN or Inf.
         """
-        for name, fault in zip(self._faults, to_cpu([*self._faults.values()]), strict=True):
+        *faults, out_on_cpu = to_cpu([*(fault.to(out.dtype) for fault in self._faults.values()), out])
+        for name, fault in zip(self._faults, faults, strict=True):
             if fault:
                 raise QuantError(
                     f"{name}: NaN or Inf in the input activations",
@@ -320,6 +321,7 @@ class InputRecorder:
                 of_tokens = (of_tokens if tokens is None else of_tokens[tokens.to(of_tokens.device)]).sqrt()[:, None]
                 self._add_to_grams(group, x * of_tokens, self._modality if tokens is None else self._modality[tokens])
             self._waiting = {}
+        return out_on_cpu
 
     def _of_values(self) -> torch.Tensor:
         assert self._attention is not None  # a layer with a value group has one

@@ -11,6 +11,7 @@ import torch
 from command import mixed_index
 from make_tiny_omni import make_tiny_omni
 
+from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.numerics import QuantScheme, WeightChecks
 from msmodelslim_omni.processors.gptq import factorize
 from msmodelslim_omni.processors.rounding import round_group
@@ -59,8 +60,21 @@ def test_the_errors_of_smoothing_do_not_wait() -> None:
         assert counts.waits.total() == 1
 
 
+def test_results_come_with_the_limits_in_one_copy() -> None:
+    with simulated_card("npu") as counts:
+        checks, result = WeightChecks(), torch.tensor([[1.0, 2.0]]).to(DEVICE)
+        checks.name = "q_proj"
+        checks.at_most(torch.ones(()).to(DEVICE), 1.0, lambda value: QuantError(f"{value} is above 1"))
+        on_cpu = torch.tensor([3.0])
+        assert [tensor.tolist() for tensor in checks.checked([result, on_cpu])] == [[[1.0, 2.0]], [3.0]]
+        assert counts.waits.total() == 1
+        checks.at_most(torch.full((), 2.0).to(DEVICE), 1.0, lambda value: QuantError(f"{value} is above 1"))
+        with pytest.raises(QuantError, match=r"q_proj\.weight: 2\.0 is above 1"):
+            checks.checked([result])
+
+
 @pytest.mark.full
-@pytest.mark.parametrize(("recipe", "waits_of_a_layer"), [("qwen2_5_omni_w8a8", 56), ("qwen2_5_omni_w4a16", 88)])
+@pytest.mark.parametrize(("recipe", "waits_of_a_layer"), [("qwen2_5_omni_w8a8", 35), ("qwen2_5_omni_w4a16", 62)])
 def test_waits_of_a_layer(tmp_path: Path, recipe: str, waits_of_a_layer: int) -> None:
     """With four samples, each of which is waited for when it is written and checked."""
     model = make_tiny_omni(tmp_path / "model", layers=2)
