@@ -44,9 +44,9 @@ def recipe_names(incomplete: str) -> Pairs:
 
 
 def datasets(incomplete: str) -> Pairs:
-    from ..files import shipped_folder
+    from ..files import dataset_names, shipped_folder
 
-    folders = sorted(path.name for path in shipped_folder("lab_calib").glob("*") if path.is_dir())
+    folders = dataset_names(shipped_folder("lab_calib"))
     return _that_begin(incomplete, ((name, "shipped samples") for name in folders))
 
 

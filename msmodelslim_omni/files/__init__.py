@@ -7,7 +7,7 @@ Not here: tensors; see storage.
 from __future__ import annotations
 
 from .atomic_write import write_atomically
-from .datasets import find_index
+from .datasets import dataset_names, find_index
 from .digests import file_digest, file_sha256, value_digest
 from .model_folder import find_model_folder
 from .read_ahead import read_ahead
@@ -21,6 +21,7 @@ __all__ = [
     "WORK_FOLDER",
     "call_with_timeout",
     "check_save_path",
+    "dataset_names",
     "file_digest",
     "file_sha256",
     "find_index",

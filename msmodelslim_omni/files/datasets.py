@@ -30,7 +30,7 @@ def find_index(dataset: str) -> Path:
                 f"hf download --repo-type dataset {dataset} --local-dir {Path(dataset).name}, then write an index.jsonl"
                 " that names its files; docs/calibration.md shows one",
             )
-        shipped = sorted(p.name for p in shipped_folder("lab_calib").glob("*") if p.is_dir())
+        shipped = dataset_names(shipped_folder("lab_calib"))
         raise QuantError(
             f"dataset {dataset!r} does not exist. Shipped: {', '.join(shipped)}.{nearest(dataset, shipped)}", _HINT
         )
@@ -41,8 +41,17 @@ def find_index(dataset: str) -> Path:
                 f'{_HINT}; a line of an index is e.g. {{"image": "cat.png", "text": "What is it?"}}',
             )
         return path
-    indices = [path / name for name in ("index.jsonl", "index.json") if (path / name).is_file()]
+    indices = _indices(path)
     if len(indices) != 1:
         contents = "both index.json and index.jsonl" if indices else "neither index.jsonl nor index.json"
         raise QuantError(f"dataset folder {str(path)!r} contains {contents}", "give the path of the index file")
     return indices[0]
+
+
+def dataset_names(folder: Path) -> list[str]:
+    """The folders in a folder that contain an index; pip adds a __pycache__, for example."""
+    return sorted(path.name for path in folder.glob("*") if path.is_dir() and _indices(path))
+
+
+def _indices(folder: Path) -> list[Path]:
+    return [folder / name for name in ("index.jsonl", "index.json") if (folder / name).is_file()]

@@ -22,6 +22,7 @@ from msmodelslim_omni.calibration.samples import (
     KnownMedia,
     choose_by_modality,
     describe_media,
+    dataset_names,
     find_index,
     load_calib_set,
     missing_modality_warnings,
@@ -286,6 +287,13 @@ def test_short_names_stay_inside_lab_calib(name: str, folder: Path, monkeypatch:
     assert f"dataset {name!r} does not exist. Shipped: calibVideos, prompts." in caught.value.message
     if name == "calibVideo":
         assert "Did you mean 'calibVideos'?" in caught.value.message
+
+
+def test_only_folders_with_an_index_are_listed(tmp_path: Path) -> None:
+    for name in ("mine", "__pycache__"):
+        (tmp_path / name).mkdir()
+    write_lines(tmp_path / "mine", {"text": "a"})
+    assert dataset_names(tmp_path) == ["mine"]
 
 
 @pytest.mark.parametrize("name", ["", ".", ".."])
