@@ -22,7 +22,6 @@ from msmodelslim_omni.calibration.samples import (
     KnownMedia,
     choose_by_modality,
     describe_media,
-    dataset_names,
     find_index,
     load_calib_set,
     missing_modality_warnings,
@@ -31,6 +30,7 @@ from msmodelslim_omni.calibration.samples import (
     same_media_warnings,
 )
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.files.datasets import dataset_names
 from msmodelslim_omni.files.resources import shipped_folder
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models.inputs import MediaLimits
