@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from typing import Any, NamedTuple
@@ -74,16 +74,20 @@ class LayerProbe:
         self._token_weights.append(importance * relative_weights(out[0]))
         return out
 
-    def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
-        """See processors.work.Probe."""
+    def block_errors(self, block: str, candidates: Iterable[Mapping[str, torch.Tensor]]) -> list[float]:
+        """See processors.work.Probe. One copy from a card for all candidates."""
         module = self._layer.get_submodule(block)
-        replaced = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
-        errors = []
+        errors: list[list[torch.Tensor]] = []
         with torch.inference_mode():
-            for (args, kwargs, exact), per_token in zip(self._calls[block], self._token_weights, strict=True):
-                out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
-                errors.append((per_token * (out - exact)[0].square().sum(dim=1)).sum())
-        return float(sum(self._split.gather(to_floats(errors))))
+            for weights in candidates:
+                replaced = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
+                errors.append([])
+                for (args, kwargs, exact), per_token in zip(self._calls[block], self._token_weights, strict=True):
+                    out = _hidden(torch.func.functional_call(module, replaced, args, kwargs))
+                    errors[-1].append((per_token * (out - exact)[0].square().sum(dim=1)).sum())
+        values = iter(to_floats([error for of_samples in errors for error in of_samples]))
+        own = [[next(values) for _ in of_samples] for of_samples in errors]
+        return [float(sum(self._split.gather(of_samples))) for of_samples in own]
 
     def noise(self, block: str, linears: Mapping[str, torch.nn.Module], *, is_last: bool) -> dict[str, float]:
         """Noise-to-signal ratio of the layer's output, by modality, with other modules for some Linears of a block.

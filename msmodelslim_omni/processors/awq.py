@@ -34,7 +34,7 @@ from ..numerics import (
     row_blocks,
 )
 from ..recipe import AwqConfig
-from ..runtime import SINGLE_PROCESS, Team, to_floats
+from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import Gram, evenly_spaced
 from .expected_error import ExpectedErrors, refine
 from .fold import (
@@ -132,7 +132,7 @@ def _refined(
     group: LinearGroup,
     start: Candidate,
     weights: list[torch.Tensor],
-    signals: list[float],
+    signals: torch.Tensor,
     scheme: QuantScheme,
     gram: Gram,
     cholesky: CholeskyFactor | None,
@@ -179,16 +179,16 @@ def _relative_magnitude(work: LayerWork, group: LinearGroup, scheme: QuantScheme
     return torch.stack(sums).sum(dim=0) / count
 
 
-def squared_outputs(gram: Gram, weights: list[torch.Tensor]) -> list[float]:
-    """The squared output of each Linear. weights: [rows, in] float32 of each."""
-    return to_floats([gram.output_error(weight).sum() for weight in weights])
+def squared_outputs(gram: Gram, weights: list[torch.Tensor]) -> torch.Tensor:
+    """The squared output of each Linear, [Linears]. weights: [rows, in] float32 of each."""
+    return torch.stack([gram.output_error(weight).sum() for weight in weights])
 
 
 def search_losses(
     candidates: list[Candidate],
     group: LinearGroup,
     weights: list[torch.Tensor],
-    signals: list[float],
+    signals: torch.Tensor,
     scheme: QuantScheme,
     gram: Gram,
     cholesky: CholeskyFactor | None,
@@ -197,8 +197,8 @@ def search_losses(
     """The squared output error of each candidate by its index: relative to the signal of a Linear, summed over Linears.
 
     The error is that of plain rounding; with `cholesky`, only the part that GPTQ cannot correct. weights: [rows, in]
-    float32 of each Linear; signals: their squared_outputs. The team splits the candidates; every process computes their
-    common inputs itself, such as `cholesky`.
+    float32 of each Linear; signals: their squared_outputs, [Linears]. The team splits the candidates; every process
+    computes their common inputs itself, such as `cholesky`.
     """
     checks = WeightChecks()
     pivots = cholesky.pivots() if cholesky is not None else None
@@ -211,8 +211,8 @@ def search_losses(
             of_linears.append(error.sum())
         return torch.stack(of_linears)
 
-    all_errors = checks.checked(team.map(errors, candidates))
-    return {i: _sum_of_ratios(of_linears.tolist(), signals) for i, of_linears in enumerate(all_errors)}
+    *all_errors, on_cpu = checks.checked([*team.map(errors, candidates), signals])
+    return {i: _sum_of_ratios(of_linears.tolist(), on_cpu.tolist()) for i, of_linears in enumerate(all_errors)}
 
 
 def _sum_of_ratios(errors: list[float], signals: list[float]) -> float:
@@ -259,4 +259,5 @@ def _block_error(
     inside = [name for name in work.changed if name.startswith(f"{group.block}.")]
     weights = {n: work.tensor(n).to(torch.float32) for n in inside if n.removesuffix(".weight") not in rounded}
     weights |= {f"{linear}.weight": dequantize(quantized).div_(factors) for linear, quantized in rounded.items()}
-    return work.probe.block_error(group.block, weights)
+    (error,) = work.probe.block_errors(group.block, [weights])
+    return error

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 
 from ..numerics import QuantScheme, row_blocks
-from ..runtime import to_floats
 from ..statistics import InputStats, evenly_spaced, relative_weights
 
 _WEIGHT_ROWS = 128  # output rows of each Linear for their maxima
@@ -77,25 +76,24 @@ class ExpectedErrors:
         x = stats.rows[chosen.to(stats.rows.device)].clone()  # an inference tensor has no gradient
         modality = stats.row_modality[chosen]
         members = [(modality == m).nonzero().flatten().to(x.device) for m in stats.sampled_of(modality)]
-        inverses, signals = [], []
+        token_weights = []  # 1 / |y|, divided by the mean |y| of the tokens
         for weight in weights:
             y = x @ _some_rows(weight).T  # some outputs
             inverse = relative_weights(y)
-            inverses.append(inverse)
-            signals.append((y.square().sum(dim=1) * inverse).mean())
-        token_weights = [  # 1 / |y|, divided by the mean |y| of the tokens
-            inverse / max(signal * len(weight) / max(1, min(len(weight), _WEIGHT_ROWS)), 1e-30)
-            for inverse, signal, weight in zip(inverses, to_floats(signals), weights, strict=True)
-        ]
+            signal = (y.square().sum(dim=1) * inverse).mean() * (len(weight) / max(1, y.shape[1]))
+            token_weights.append(inverse / signal.clamp_min(1e-30))
         return cls(x.abs(), members, weights, token_weights, scheme)
 
     @classmethod
     def of_importance(
-        cls, importance: torch.Tensor, weights: Sequence[torch.Tensor], signals: Sequence[float], scheme: QuantScheme
+        cls, importance: torch.Tensor, weights: Sequence[torch.Tensor], signals: torch.Tensor, scheme: QuantScheme
     ) -> ExpectedErrors:
-        """The errors Σ_o Σ_c h_c Δw_oc², relative to the signal of each Linear. importance: h, [in]."""
+        """The errors Σ_o Σ_c h_c Δw_oc², relative to the signal of each Linear. importance: h, [in].
+
+        signals: float32 [Linears]. A Linear without signal counts for nothing.
+        """
         h = importance.clone().clamp_min(0.0).sqrt()[None]  # as one token, because x² is all that counts
-        token_weights = [h.new_full((1,), 1 / signal if signal > 0 else 0.0) for signal in signals]
+        token_weights = list(torch.where(signals > 0, 1 / signals, torch.zeros_like(signals)).view(-1, 1))
         return cls(h, [torch.zeros(1, dtype=torch.int64, device=h.device)], weights, token_weights, scheme)
 
     def ratios(self, factors: torch.Tensor) -> torch.Tensor:

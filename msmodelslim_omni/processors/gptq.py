@@ -18,14 +18,14 @@ If H is on disk (spilled.py), Lᵀ is computed and stored there too, a strip of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import lru_cache
 
 import torch
 
 from ..numerics import QuantizedLinear
-from ..runtime import to_cpu
+from ..runtime import record_graph
 from ..statistics import Gram, SpilledMatrix
 
 ENOUGH_TOKENS = 20  # per input: with fewer, part of H is chance, and the rounding is judged (judge.py)
@@ -75,11 +75,6 @@ class CholeskyFactor:
     inner: list[torch.Tensor]
     below: Sequence[torch.Tensor]
     factor: torch.Tensor | None
-
-    @cached_property
-    def minus_inverses(self) -> list[list[float]]:
-        """-1 / L_ii of each diagonal block, for the host: one copy from a card for all blocks and Linears."""
-        return [block.tolist() for block in to_cpu([-1.0 / block.diagonal() for block in self.inner])]
 
     def pivots(self) -> torch.Tensor:
         """L_ii² by input, [in]: the output error per squared rounding error that later roundings cannot correct."""
@@ -236,8 +231,8 @@ def round_in_order(weight: torch.Tensor, grid: QuantizedLinear, cholesky: Choles
         levels = weight.T[inputs] / steps  # before rounding and compensation
         if zeros is not None:
             levels += zeros[groups]
-        minus_inverse = cholesky.minus_inverses[number]
-        rounded = _round_block(levels, steps, inner, minus_inverse, pull, errors, grid.scheme.weight_range)
+        round_block = _round_block if weight.device.type == "cpu" else _round_block_on_card
+        rounded = round_block(levels, steps, inner, pull, errors, grid.scheme.weight_range)
         q.T[inputs] = rounded.to(torch.int8)
         if carried is not None and factor is not None:
             carried.addmm_(factor[:, block], errors)
@@ -248,25 +243,86 @@ def _round_block(
     levels: torch.Tensor,
     steps: torch.Tensor,
     inner: torch.Tensor,
-    minus_inverse: list[float],
     pull: torch.Tensor,
     errors: torch.Tensor,
     weight_range: tuple[int, int],
 ) -> torch.Tensor:
-    """The integers of a block as floats. Writes Δ to `errors`, overwrites `pull`. All [size, out]; inner [size, size].
+    """The integers of a block as floats. Writes Δ to `errors`, overwrites `pull`. All [size, out], see _Block."""
+    rounded = torch.empty_like(levels)
+    minus_inverse = (-1.0 / inner.diagonal()).tolist()
+    _round_inputs(_Block(levels, steps, inner, pull, errors, rounded), minus_inverse, weight_range)
+    return rounded
 
+
+@dataclass(frozen=True)
+class _Block:
+    """The operands of _round_inputs, float32 [size, out] each; inner [size, size]."""
+
+    levels: torch.Tensor
+    steps: torch.Tensor
+    inner: torch.Tensor
+    pull: torch.Tensor
+    errors: torch.Tensor
+    rounded: torch.Tensor
+
+
+def _round_inputs(block: _Block, minus_inverse: list[float] | torch.Tensor, weight_range: tuple[int, int]) -> None:
+    """Write the integers of a block to `rounded` and Δ to `errors`. Overwrites `pull`.
+
+    minus_inverse: -1 / L_ii of each input; as a tensor [size] on a card, with the same result.
     One input has few weights, so calls cost more than arithmetic. Each input takes six calls and allocates nothing.
     """
-    rounded = torch.empty_like(levels)
-    rows_of = [tensor.unbind() for tensor in (levels, steps, pull, rounded, errors)]
+    inner, pull, errors = block.inner, block.pull, block.errors
+    rows_of = [tensor.unbind() for tensor in (block.levels, block.steps, pull, block.rounded, errors)]
     for end in range(inner.shape[0], 0, -_STRIP):
         start = max(0, end - _STRIP)
         for i in reversed(range(start, end)):
             level, step, pulled, integer, error = (rows[i] for rows in rows_of)
-            torch.addcdiv(level, pulled, step, value=minus_inverse[i], out=integer)
+            if isinstance(minus_inverse, torch.Tensor):
+                torch.addcdiv(level, torch.mul(pulled, minus_inverse[i], out=integer), step, out=integer)
+            else:
+                torch.addcdiv(level, pulled, step, value=minus_inverse[i], out=integer)
             integer.round_().clamp_(*weight_range)
             torch.sub(integer, level, out=error).mul_(step)
             if i > start:
                 pull[start:i].addr_(inner[i, start:i], error)
         pull[:start].addmm_(inner[start:end, :start].T, errors[start:end])
-    return rounded
+
+
+# --- the same on a card, where each call would be a launch ------------------------------------------------------
+
+
+@lru_cache(maxsize=8)  # the shapes of a layer; each holds five blocks on the card, for the 7B 48 MB at most
+def _recorded_block(
+    size: int, out: int, weight_range: tuple[int, int], device: torch.device
+) -> tuple[_Block, torch.Tensor, Callable[[], None]]:
+    """Buffers of a card, -1 / L_ii [size] among them, and what rounds their contents in one launch."""
+    with torch.inference_mode(False):
+        blocks = torch.zeros((5, size, out), dtype=torch.float32, device=device)
+        levels, steps, pull, errors, rounded = blocks.unbind()
+        inner = torch.zeros((size, size), dtype=torch.float32, device=device)
+        minus_inverse = torch.zeros(size, dtype=torch.float32, device=device)
+    block = _Block(levels, steps, inner, pull, errors, rounded)
+
+    def run() -> None:
+        _round_inputs(block, minus_inverse, weight_range)
+
+    return block, minus_inverse, record_graph(device, run) or run
+
+
+def _round_block_on_card(
+    levels: torch.Tensor,
+    steps: torch.Tensor,
+    inner: torch.Tensor,
+    pull: torch.Tensor,
+    errors: torch.Tensor,
+    weight_range: tuple[int, int],
+) -> torch.Tensor:
+    """_round_block without waiting. The result is overwritten by the next call."""
+    block, minus_inverse, launch = _recorded_block(*levels.shape, weight_range, levels.device)
+    for buffer, values in ((block.levels, levels), (block.steps, steps), (block.inner, inner), (block.pull, pull)):
+        buffer.copy_(values)
+    torch.div(-1.0, inner.diagonal(), out=minus_inverse)
+    launch()
+    errors.copy_(block.errors)
+    return block.rounded

@@ -28,7 +28,8 @@ def better_rounding(
         return work, dict(by_gptq)
     weights = ((linear, work.weight(linear)) for linear in by_gptq)
     clipped = round_group(weights, {linear: work.schemes[linear] for linear in by_gptq}, gram, None, work.team, checks)
-    error, of_clip = (_block_error(work, group, rounded) for rounded in (by_gptq, clipped))
+    candidates = (_block_weights(work, group, rounded) for rounded in (by_gptq, clipped))
+    error, of_clip = work.probe.block_errors(group.block, candidates)
     taken = by_gptq if error <= of_clip else clipped
     note = (
         f"{group.name}: {gram.tokens} tokens for {gram.in_features} inputs; GPTQ's output error is"
@@ -38,12 +39,13 @@ def better_rounding(
     return replace(work, notes=(*work.notes, note)), dict(taken)
 
 
-def _block_error(work: LayerWork, group: LinearGroup, rounded: Mapping[str, QuantizedLinear]) -> float:
-    """The squared error of the output of the block if these Linears are rounded and everything else is float.
+def _block_weights(
+    work: LayerWork, group: LinearGroup, rounded: Mapping[str, QuantizedLinear]
+) -> dict[str, torch.Tensor]:
+    """The weights of the block if these Linears are rounded and everything else is float.
 
     The probe's blocks get the input of the unscaled layer, so factors that are folded into a norm are left out.
     """
-    assert work.probe is not None
     from_norm = {
         linear: columns
         for other in work.spec.groups
@@ -60,4 +62,4 @@ def _block_error(work: LayerWork, group: LinearGroup, rounded: Mapping[str, Quan
     for linear, columns in from_norm.items():
         if f"{linear}.weight" in weights:
             weights[f"{linear}.weight"] = weights[f"{linear}.weight"] / columns
-    return work.probe.block_error(group.block, weights)
+    return weights

@@ -28,7 +28,7 @@ from ..numerics import (
     row_blocks,
 )
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
-from ..runtime import to_cpu, to_floats
+from ..runtime import to_floats
 from ..statistics import InputStats, relative_weights
 from .expected_error import ExpectedErrors, refine
 from .fold import (
@@ -133,13 +133,12 @@ def _candidates(
     if len(per_modality) > 1:
         mean = per_modality.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         sources["peak over modalities, each scaled to the same mean"] = (per_modality / mean).amax(dim=0)
-    peaks = [max_over_query_heads(absmax, group) for absmax in sources.values()]
-    all_alive = [(a > 0) & (w > 0) for a in peaks]
-    for source, a, alive, on_cpu in zip(sources, peaks, all_alive, to_cpu(all_alive), strict=True):
-        living = on_cpu.nonzero().flatten().to(alive.device)
+    for source, absmax in sources.items():
+        a = max_over_query_heads(absmax, group)
+        alive = (a > 0) & (w > 0)
         for alpha in alphas:
             s = (a.clamp_min(1e-30).pow(alpha) / w.clamp_min(1e-30).pow(1 - alpha)).clamp_min(scale_min)
-            log_mean = s[living].log().mean() if len(living) else s.new_zeros(())
+            log_mean = torch.where(alive, s.log(), torch.zeros_like(s)).sum() / alive.sum().clamp_min(1)
             s = (s / log_mean.exp()).clamp(2.0**-14, 2.0**14)  # a common factor has no effect; keep norms in range
             yield _Candidate(alpha, source, torch.where(alive, s, torch.ones_like(s)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -60,8 +60,8 @@ class Fold:
 class Probe(Protocol):
     """A float layer with some samples, to measure the effect of changed weights. Implemented by LayerProbe."""
 
-    def block_error(self, block: str, weights: Mapping[str, torch.Tensor]) -> float:
-        """The error of the output of a block (`self_attn`, `mlp`) with these weights, by relative name.
+    def block_errors(self, block: str, candidates: Iterable[Mapping[str, torch.Tensor]]) -> list[float]:
+        """The error of the output of a block (`self_attn`, `mlp`) with each set of weights, by relative name.
 
         Squared, weighted by statistics.relative_weights and the token's importance.
         """

@@ -13,7 +13,7 @@ import importlib
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -159,6 +159,37 @@ def process_group_backend(device: torch.device, *, shared: bool) -> str:
 def float64_device(device: torch.device) -> torch.device:
     """The device for float64 math on tensors of `device`: the CPU for NPUs, which lack float64, else `device`."""
     return torch.device("cpu") if device.type == "npu" else device
+
+
+def supports_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself. Every CPU does, though some slowly."""
+    if device.type == "cpu":
+        return True
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(getattr(torch, device.type).is_bf16_supported())
+
+
+def record_graph(device: torch.device, function: Callable[[], None]) -> Callable[[], None] | None:
+    """Record the operations that `function` launches on a card. Calling the result launches all of them at once.
+
+    function: works in place on tensors that outlive the result, and does not wait for the card. It runs once before it
+    is recorded, because libraries allocate what they need at their first call.
+    Returns None if the device cannot record, as the CPU, or an operation cannot be recorded.
+    """
+    backend = getattr(torch, device.type, None)
+    kind = getattr(backend, {"cuda": "CUDAGraph", "npu": "NPUGraph"}.get(device.type, ""), None)
+    if kind is None or not hasattr(backend, "graph"):
+        return None
+    function()
+    recorded = kind()
+    try:
+        with backend.graph(recorded):  # type: ignore[union-attr]
+            function()
+    except RuntimeError:
+        return None
+    replay: Callable[[], None] = recorded.replay
+    return replay
 
 
 def free_memory(device: torch.device) -> None:

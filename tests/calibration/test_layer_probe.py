@@ -35,7 +35,7 @@ def test_unchanged_weights_have_no_error() -> None:
     weights, _, probe = watched_layer()
     for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
         same = {f"{block}.{name}_proj.weight": weights[f"{block}.{name}_proj.weight"].clone() for name in names}
-        assert probe.block_error(block, same) == 0.0
+        assert probe.block_errors(block, [same]) == [0.0]
     assert probe.weighted_error(probe.errors(tiny_layer.build(weights))) == 0.0
 
 
@@ -59,8 +59,9 @@ def test_block_error(block: str) -> None:
             expected += weighted(hidden[0] - hidden[1], sample.modality, layer_out)
     replaced = {name: changed[name] for name in changed if changed[name] is not weights[name]}
     assert len(replaced) == 1 and expected > 0
-    assert probe.block_error(block, replaced) == pytest.approx(expected, rel=1e-4)
-    assert probe.block_error(block, {}) == 0.0  # block_error has not changed the layer
+    found, without_change = probe.block_errors(block, [replaced, {}])
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert without_change == 0.0  # the layer itself has not changed
 
 
 def test_layer_error() -> None:

@@ -36,7 +36,7 @@ def test_asymmetric_groups_by_hand() -> None:
     # the importance (9, 4): 11.25 + 29.25.
     scheme = QuantScheme(4, None, "minmax", 2, symmetric=False)
     importance, weight = torch.tensor([1.0, 4.0, 9.0, 16.0]), torch.tensor([[-1.0, 2.0, 3.0, 1.0]])
-    errors = ExpectedErrors.of_importance(importance, [weight], [1.0], scheme)
+    errors = ExpectedErrors.of_importance(importance, [weight], torch.tensor([1.0]), scheme)
     assert errors.ratios(torch.tensor([1.0, 1.0, 1.0, 2.0])).tolist() == pytest.approx([40.5 / 67.5])
 
 
@@ -62,7 +62,7 @@ def test_refined_factors_have_less_error_of_rounding() -> None:
     x, weight = normal(300, 96, seed=3), normal(64, 96, seed=4)
     x[:, :4] *= torch.tensor([30.0, 15.0, 8.0, 4.0])
     importance = x.square().sum(dim=0)
-    errors = ExpectedErrors.of_importance(importance, [weight], [1.0], INT4)
+    errors = ExpectedErrors.of_importance(importance, [weight], torch.tensor([1.0]), INT4)
     factors = refine(errors, torch.ones(96), lambda s: s)
     assert torch.equal(factors, refine(errors, torch.ones(96), lambda s: s))  # repeatable
 

@@ -105,5 +105,6 @@ def test_error_is_that_of_the_layer_also_after_scaling() -> None:
     exact = output(probed_work(100).weights, HELD_OUT)
     error = (output(changed, HELD_OUT) - exact)[0].square().sum(dim=1)
     importance = torch.tensor([work.importance[m] for m in HELD_OUT.modality.tolist()]) * relative_weights(exact[0])
-    found = judge._block_error(work, GROUPS["down"], rounded)
+    assert work.probe is not None
+    (found,) = work.probe.block_errors("mlp", [judge._block_weights(work, GROUPS["down"], rounded)])
     assert found == pytest.approx(float((importance * error).sum()), rel=1e-2)

@@ -360,6 +360,7 @@ def _backend(kind: Kind) -> dict[str, Any]:
         "empty_cache": lambda: None,
         "max_memory_allocated": lambda device=None: 1 << 20,
         "mem_get_info": lambda device=None: (FREE_MEMORY, TOTAL_MEMORY),
+        "is_bf16_supported": lambda **_: True,
         "graph": graph,
         graph_class: Graph,
     }
