@@ -10,7 +10,7 @@ import torch
 
 from ..errors import QuantError
 from ..models import MODALITIES, LayerInput, LayerSpec
-from ..numerics import relative_error
+from ..numerics import reduced_products, relative_error
 from ..plan import QuantPlan, refit_budget
 from ..runtime import SINGLE_PROCESS, Budget, Progress, Team
 from ..statistics import InputRecorder, InputStats, run_layer
@@ -142,7 +142,10 @@ class CalibrationStream:
     # --- through a layer ---
 
     def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> Captured:
-        """Run the float layer on all samples: collect input statistics and store the outputs."""
+        """Run the float layer on all samples: collect input statistics and store the outputs.
+
+        Products may be reduced, see numerics.products, but not those of the probe samples.
+        """
         uses_gram, roles = self._plan.statistics == "gram", self._roles
         tokens = list(roles.gram_counts) if uses_gram else None
         recorder = InputRecorder(module, spec, tokens, self.budget, self._split, roles.importance, self._folder)
@@ -186,7 +189,8 @@ class CalibrationStream:
                 if position in roles.probe_samples:
                     out = probe.watch(inputs, modalities[position])
                 else:
-                    out = run_layer(module, inputs)
+                    with reduced_products(module):
+                        out = run_layer(module, inputs)
                 on_cpu = recorder.end(out)
             except QuantError as error:
                 raise QuantError(f"layer {layer}, {error.message} with sample {sample.where}", error.hint) from error

@@ -14,6 +14,7 @@ from .shell import (
     MACHINE,
     OUTPUT,
     RECIPE,
+    ComputeFormat,
     Debug,
     Device,
     Effort,
@@ -110,6 +111,15 @@ def quant(
             RECIPE,
         ),
     ] = None,
+    compute_dtype: Annotated[
+        ComputeFormat | None,
+        flag(
+            "compute_dtype",
+            "Number format of products in the float model's forwards. auto: bfloat16 where it is faster. Overrides the"
+            " recipe.",
+            MACHINE,
+        ),
+    ] = None,
     device: Device = "auto",
     max_memory: Annotated[
         str | None,
@@ -171,6 +181,7 @@ def quant(
                 max_samples=max_samples,
                 on_bad_sample=None if on_bad_sample is None else on_bad_sample.value,
                 effort=None if effort is None else effort.value,
+                compute_dtype=None if compute_dtype is None else compute_dtype.value,
                 save_format=tuple(save_format or ()),
                 seed=seed,
                 trust_remote_code=trust_remote_code is TrueFalse.true,

@@ -59,6 +59,12 @@ class Effort(str, Enum):
     best = "best"
 
 
+class ComputeFormat(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 # Flags use underscores like msModelSlim's; hyphens are accepted too.
 VERB_SETTINGS = {
     "token_normalize_func": lambda token: token.replace("-", "_"),

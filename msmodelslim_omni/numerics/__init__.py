@@ -1,7 +1,7 @@
 """Quantize and dequantize: pure functions on tensors.
 
 scheme.py defines schemes, arithmetic.py computes with them, checks.py holds limits, float8.py rounds to FP8, float4.py
-to NVFP4, nf4.py wraps the NF4 codebook of bitsandbytes.
+to NVFP4, nf4.py wraps the NF4 codebook of bitsandbytes. products.py multiplies in bfloat16 on demand.
 May import: runtime, errors.
 Not here: files, model names, logging, and the search for smoothing scales; see processors.
 """
@@ -29,6 +29,7 @@ from .arithmetic import (
 from .checks import WeightChecks
 from .float4 import GLOBAL_SCALE, NVFP4_GROUP
 from .nf4 import NESTED_BLOCK_SIZE, NF4_LEVELS, NestedScales, pack_nf4, require_bitsandbytes, unpack_nf4
+from .products import make_reducible, reduced_products
 from .scheme import QuantScheme
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "dequantize",
     "grouped_rounding_error",
     "linear_rows",
+    "make_reducible",
     "pack_nf4",
     "quantize_tokens",
     "quantize_weight",
     "quantized_matmul",
+    "reduced_products",
     "relative_error",
     "relative_norms",
     "require_bitsandbytes",

@@ -27,7 +27,7 @@ from ..recipe import (
     saver_names,
     shipped_recipes,
 )
-from ..runtime import DEFAULT_BUDGET, Budget
+from ..runtime import DEFAULT_BUDGET, Budget, ComputeDtype
 from ..storage import Checkpoint
 from .admission import check_all_tensors, check_layers, check_type, refuse_quantized
 
@@ -106,6 +106,7 @@ def make_plan(
     max_samples: int | None = None,
     on_bad_sample: Literal["fail", "skip"] | None = None,
     effort: Literal["fast", "best"] | None = None,
+    compute_dtype: ComputeDtype | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
     check_later: bool = False,
@@ -142,7 +143,12 @@ def make_plan(
     if data_free and dataset is not None:
         warnings.append(f"the recipe is data-free; dataset {dataset!r} is not read")
     calibration = recipe.spec.calibration
-    given = {"max_samples": max_samples, "on_bad_sample": on_bad_sample, "effort": effort}
+    given = {
+        "max_samples": max_samples,
+        "on_bad_sample": on_bad_sample,
+        "effort": effort,
+        "compute_dtype": compute_dtype,
+    }
     calibration = calibration.model_copy(update={key: value for key, value in given.items() if value is not None})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)

@@ -363,6 +363,8 @@ class CalibrationConfig(_Block):
     """The next layer receives the outputs of the quantized layer instead of the float layer."""
     effort: Literal["fast", "best"] = "fast"
     """best: after rounding, tune scales, norms and biases of the whole model on the samples; 4-bit integers only."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the products in the float model's forwards. auto: bfloat16 where the device is faster at it."""
 
 
 class Label(_Block):

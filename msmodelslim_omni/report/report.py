@@ -125,6 +125,8 @@ class Report:
     tuning: TuningRecord | None = None
     expected_rss_bytes: int = 0  # as estimated from the plan and the measured tokens
     expected_device_bytes: int = 0
+    compute_dtype: str = ""  # of products in the float model's forwards
+    compute_dtype_reason: str = ""
 
 
 def write_report(report: Report, folder: Path) -> None:

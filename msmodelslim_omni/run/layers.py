@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..calibration import CalibrationStream, Errors, LayerProbe, zero_errors
-from ..numerics import QuantizedLinear, WeightChecks, quantize_weight, relative_error
+from ..numerics import QuantizedLinear, WeightChecks, make_reducible, quantize_weight, relative_error
 from ..plan import LayerPlan, QuantPlan
 from ..processors import PROCESSORS, LayerWork
 from ..runtime import Clock, free_memory, prefetch
@@ -91,7 +91,7 @@ def _quantize_layer(
     on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
     work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
     with clock("forward"):
-        seen = stream.capture(layer.index, _module(plan, work), plan.layer_spec)
+        seen = stream.capture(layer.index, _float_module(prepared, work), plan.layer_spec)
     probe, stats = seen.probe, {group: s.weighted_by(seen.importance) for group, s in seen.stats.items()}
     seen = replace(seen, stats={})  # frees H of each modality
     loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
@@ -202,6 +202,15 @@ def _module(plan: QuantPlan, work: LayerWork, keep_widened: bool = True) -> torc
     """The library's layer with the tensors of `work`. keep_widened: see quantized_layer."""
     floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
     return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, keep_widened)
+
+
+def _float_module(prepared: Prepared, work: LayerWork) -> torch.nn.Module:
+    """The library's layer before quantization, with products in the chosen number format."""
+    module = _module(prepared.plan, work)
+    if prepared.precision.is_reduced:
+        exact = [name for name in work.spec.linears if work.weights[f"{name}.weight"].dtype == torch.bfloat16]
+        make_reducible(module, exact, [name for name in work.spec.linears if name not in exact])
+    return module
 
 
 def _results(plan: QuantPlan, work: LayerWork) -> Results:

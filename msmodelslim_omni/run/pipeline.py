@@ -8,9 +8,10 @@ recipe and checkpoint headers -> QuantPlan -> calibration stream
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -22,7 +23,18 @@ from ..errors import QuantError
 from ..files import WORK_FOLDER, check_save_path, find_model_folder, parse_size
 from ..plan import check_all_tensors
 from ..report import Report, read_report, write_documents
-from ..runtime import Background, Clock, Progress, open_team, out_of_memory_as_error, peak_rss
+from ..runtime import (
+    FLOAT32,
+    Background,
+    Clock,
+    ComputeDtype,
+    Precision,
+    Progress,
+    choose_precision,
+    open_team,
+    out_of_memory_as_error,
+    peak_rss,
+)
 from .assembly import Item, Units, finished_items, make_job, units
 from .forecast import forecast
 from .layers import quantized_layers
@@ -47,6 +59,7 @@ def quantize(
     max_samples: int | None = None,
     on_bad_sample: Literal["fail", "skip"] | None = None,
     effort: Literal["fast", "best"] | None = None,
+    compute_dtype: ComputeDtype | None = None,
     save_format: Sequence[str] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -71,6 +84,7 @@ def quantize(
         max_samples=max_samples,
         on_bad_sample=on_bad_sample,
         effort=effort,
+        compute_dtype=compute_dtype,
         save_format=tuple(save_format),
         seed=seed,
         trust_remote_code=trust_remote_code,
@@ -135,8 +149,28 @@ def _lead(prepared: Prepared, save_path: Path, overwrite: bool, progress: Progre
         # Sums over threads depend on their number, so a resumed run uses as many as the first one.
         threads = workspace.manifest.remember("threads", torch.get_num_threads())
         prepared.team.broadcast(threads)
+        prepared = _with_precision(prepared, workspace, progress)
         with _threads(threads):
             return _run_layers(prepared, workspace, progress)
+
+
+def _with_precision(prepared: Prepared, workspace: Workspace, progress: Progress) -> Prepared:
+    """Choose the number format of products once: all processes and a resumed run take the same."""
+    precision = FLOAT32
+    if prepared.calib is not None:
+        chosen = workspace.manifest.recall("precision")
+        precision = _choose_precision(prepared) if chosen is None else Precision(*chosen)
+        workspace.manifest.remember("precision", list(astuple(precision)))
+        progress.say(f"products of the float model in {precision.name}: {precision.reason}")
+    prepared.team.broadcast(precision.name)
+    return replace(prepared, precision=precision)
+
+
+def _choose_precision(prepared: Prepared) -> Precision:
+    plan = prepared.plan
+    shapes = [plan.layer_spec.shapes[f"{linear}.weight"] for linear in plan.layer_spec.linears]
+    out_features, in_features = max(shapes, key=math.prod)
+    return choose_precision(plan.calibration.compute_dtype, prepared.device.torch, (out_features, in_features))
 
 
 def _follow(prepared: Prepared, folder: Path) -> None:
@@ -148,6 +182,7 @@ def _follow(prepared: Prepared, folder: Path) -> None:
     if is_complete:
         return
     threads = prepared.team.broadcast()  # from _lead
+    prepared = replace(prepared, precision=Precision(prepared.team.broadcast(), "as the leader"))  # _with_precision
     with _threads(threads):
         clock, silent = Clock(), Progress()
         stream = _open_stream(prepared, folder, silent, clock)
@@ -326,6 +361,7 @@ def _finish(
         calib=prepared.calib,
         request=prepared.request,
         tuning=workspace.manifest.recall("tuning"),
+        precision=prepared.precision,
     )
     folders = {name: workspace.output_folder(name) for name in names}
     for folder in folders.values():

@@ -19,7 +19,17 @@ from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import QuantPlan, card_memory, fit_budget, fit_card, make_plan, refuse_quantized
 from ..recipe import Recipe, find_recipe, resolve_recipe
 from ..report import human_bytes
-from ..runtime import SINGLE_PROCESS, Device, Extent, Progress, Team, device_memory, resolve_device
+from ..runtime import (
+    FLOAT32,
+    SINGLE_PROCESS,
+    Device,
+    Extent,
+    Precision,
+    Progress,
+    Team,
+    device_memory,
+    resolve_device,
+)
 from ..storage import open_checkpoint
 from ..tuning import refuse_untunable
 from .forecast import Forecast, assumed_extent, forecast
@@ -34,7 +44,7 @@ ASCEND_FORMAT, ELSEWHERE_FORMAT = "ascendv1_saver", "compressed_tensors"
 class Prepared:
     """A run that is ready to start: everything is checked, except what `check_later` postpones; nothing is computed.
 
-    team: the processes that share the run.
+    team: the processes that share the run. precision: of the float model's forwards, chosen when the run starts.
     """
 
     request: QuantRequest
@@ -43,6 +53,7 @@ class Prepared:
     calib: CalibSet | None
     forecast: Forecast
     team: Team = SINGLE_PROCESS
+    precision: Precision = FLOAT32
 
 
 def prepare(
@@ -76,6 +87,7 @@ def prepare(
         max_samples=request.max_samples,
         on_bad_sample=request.on_bad_sample,
         effort=request.effort,
+        compute_dtype=request.compute_dtype,
         seed=request.seed,
         trust_remote_code=request.trust_remote_code,
         check_later=check_later,

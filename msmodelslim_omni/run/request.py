@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from ..runtime import ComputeDtype
+
 
 @dataclass(frozen=True)
 class QuantRequest:
@@ -15,7 +17,7 @@ class QuantRequest:
     device: auto, cpu, cuda[:i] or npu[:i].
     quant_type, config_path: the recipe, by quantization type or by YAML file or shipped name; at most one of them.
     When both are None the type is w8a8.
-    dataset, max_samples, on_bad_sample, effort, save_format: override the recipe's.
+    dataset, max_samples, on_bad_sample, effort, compute_dtype, save_format: override the recipe's.
     seed: for the choice of samples. trust_remote_code: whether code from the checkpoint may run.
     max_memory: bytes of memory that the process may use; no limit when None.
     """
@@ -29,6 +31,7 @@ class QuantRequest:
     max_samples: int | None = None
     on_bad_sample: Literal["fail", "skip"] | None = None
     effort: Literal["fast", "best"] | None = None
+    compute_dtype: ComputeDtype | None = None
     save_format: tuple[str, ...] = ()
     seed: int = 0
     trust_remote_code: bool = False

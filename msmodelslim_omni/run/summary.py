@@ -12,7 +12,7 @@ from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan, card_memory, peak_memory
 from ..report import PartSize, Report, RunMemory, layer_record, run_memory, tuning_record
-from ..runtime import DEFAULT_BUDGET, NO_SAMPLES, Budget, Clock, Device, peak_device_memory, peak_rss
+from ..runtime import DEFAULT_BUDGET, NO_SAMPLES, Budget, Clock, Device, Precision, peak_device_memory, peak_rss
 from ..version import __version__
 from .request import QuantRequest
 
@@ -33,6 +33,7 @@ def make_report(
     calib: CalibSet | None,
     request: QuantRequest,
     tuning: dict[str, Any] | None,
+    precision: Precision,
 ) -> Report:
     """tensors: those of the first format, whose sizes the report shows. layers, tuning: records from the manifest."""
     parts = part_sizes(plan, tensors)
@@ -69,6 +70,8 @@ def make_report(
         commands=(command_words(request, plan, calib),),
         distinct_media=calib.distinct_media if calib is not None else {},
         tuning=tuning_record(tuning) if tuning is not None else None,
+        compute_dtype=precision.name if calib is not None else "",
+        compute_dtype_reason=precision.reason if calib is not None else "",
         expected_rss_bytes=peak_memory(plan, extent),
         expected_device_bytes=card_memory(plan, extent) if device.torch.type != "cpu" else 0,
     )
@@ -88,6 +91,7 @@ def command_words(request: QuantRequest, plan: QuantPlan, calib: CalibSet | None
         words += ["--max_samples", str(request.max_samples)] if request.max_samples is not None else []
         words += ["--on_bad_sample", request.on_bad_sample] if request.on_bad_sample is not None else []
         words += ["--effort", request.effort] if request.effort is not None else []
+        words += ["--compute_dtype", request.compute_dtype] if request.compute_dtype is not None else []
         words += ["--seed", str(plan.seed)]
         is_sketched = plan.statistics == "gram" and _memory_for_gram(plan.budget) != _memory_for_gram(DEFAULT_BUDGET)
         words += ["--max_memory", str(request.max_memory)] if is_sketched and request.max_memory is not None else []

@@ -1,7 +1,7 @@
 """Execution environment of a run: device, processes, threads, memory budget, progress events.
 
 device.py is the only file that names accelerators. team.py shares work between processes started by torchrun.
-transfer.py copies from a card.
+transfer.py copies from a card. precision.py chooses the number format of products.
 May import: errors.
 Not here: models and files.
 """
@@ -20,14 +20,17 @@ from .device import (
     out_of_memory_as_error,
     peak_device_memory,
     peak_rss,
+    record_graph,
     resolve_device,
 )
+from .precision import FLOAT32, ComputeDtype, Precision, choose_precision
 from .progress import Clock, Progress
 from .team import SINGLE_PROCESS, UNSPLIT, Split, Team, open_team
 from .transfer import to_cpu, to_floats
 
 __all__ = [
     "DEFAULT_BUDGET",
+    "FLOAT32",
     "MIB",
     "NO_SAMPLES",
     "SINGLE_PROCESS",
@@ -35,11 +38,14 @@ __all__ = [
     "Background",
     "Budget",
     "Clock",
+    "ComputeDtype",
     "Device",
     "Extent",
+    "Precision",
     "Progress",
     "Split",
     "Team",
+    "choose_precision",
     "device_memory",
     "float64_device",
     "free_memory",
@@ -50,6 +56,7 @@ __all__ = [
     "peak_device_memory",
     "peak_rss",
     "prefetch",
+    "record_graph",
     "resolve_device",
     "to_cpu",
     "to_floats",
