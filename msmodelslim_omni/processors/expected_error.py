@@ -14,6 +14,7 @@ exponent of SmoothQuant's formula is one number for all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -25,12 +26,16 @@ from ..statistics import InputStats, evenly_spaced, relative_weights
 _WEIGHT_ROWS = 128  # output rows of each Linear for their maxima
 _NUMBERS = 1 << 23  # maximum numbers of the inputs that are used
 _STEPS, _RATE = 100, 0.05  # of Adam, on the logarithms of the factors; the rate falls to zero
+_PARTS = 16  # of the numbers whose maximum is searched
 _LIMIT = 14.0  # of |log2 s|, which keeps norms in the range of float16
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One Linear. columns: Σ_o w_oc², [in]. rows: some output rows of w, [rows, groups, g]; share: rows / out."""
+    """One Linear. columns: Σ_o w_oc², [in]. share: rows / out.
+
+    rows: some output rows of w, [rows, groups, g]; their magnitudes if the weight is rounded symmetrically.
+    """
 
     columns: torch.Tensor
     rows: torch.Tensor
@@ -39,16 +44,41 @@ class _Weight:
 
     def peaks(self, factors: torch.Tensor) -> torch.Tensor:
         """Σ_o (max_c |w_oc s_c|)² of each group, [groups]. factors: [in]."""
-        scaled = self.rows * factors.view(self.rows.shape[1], -1)
-        if self.symmetric:
-            largest = scaled.abs().amax(dim=2)
-        else:
-            largest = (scaled.amax(dim=2).clamp_min(0.0) - scaled.amin(dim=2).clamp_max(0.0)) / 2
+        grouped = factors.view(self.rows.shape[1], -1)
+        with torch.no_grad():
+            scaled = self.rows * grouped
+            ends = (_argmax(scaled),) if self.symmetric else (_argmax(scaled), _argmax(-scaled))
+        high, *low = (_taken(self.rows, end) * _taken(grouped.expand_as(self.rows), end) for end in ends)
+        largest = (high.clamp_min(0.0) - low[0].clamp_max(0.0)) / 2 if low else high
         return largest.square().sum(dim=0) / self.share
 
 
+def _argmax(values: torch.Tensor) -> torch.Tensor:
+    """values.argmax(dim=-1) of [..., n], one of them where several are equal; several times as fast on a CPU.
+
+    Its maximum is vectorized, its argmax is not: so the first is taken over 16 parts, and the second of what is left.
+    """
+    parts = math.gcd(values.shape[-1], _PARTS)
+    folded = values.unflatten(-1, (parts, -1))
+    column = folded.amax(dim=-2).argmax(dim=-1)
+    of_column = _taken(folded, column[..., None].expand(*column.shape, parts))
+    return of_column.argmax(dim=-1) * folded.shape[-1] + column
+
+
+def _taken(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """The numbers at `indices` [...] of the last axis of values [..., n]. A gradient reaches these numbers alone.
+
+    The gradient of a maximum would pass over all numbers several times.
+    """
+    return values.gather(-1, indices[..., None])[..., 0]
+
+
 class ExpectedErrors:
-    """ε by modality for a group of Linears that read one input, see the top of this file."""
+    """ε by modality for a group of Linears that read one input, see the top of this file.
+
+    ε is linear in x_c² and in the squared step of the token. So what belongs to the weights needs only the weighted
+    mean of x_c² over the tokens, and only the steps are computed from the tokens each time.
+    """
 
     def __init__(
         self,
@@ -65,8 +95,15 @@ class ExpectedErrors:
         self._act_qmax = None if scheme.act_bits is None else 2 ** (scheme.act_bits - 1) - 1
         low, high = scheme.weight_range
         self._weight_qmax = high if scheme.symmetric else (high - low) / 2
-        self._magnitude, self._members, self._token_weights = magnitude, members, token_weights
         self._weights = [_weight(weight, scheme) for weight in weights]
+        shares = torch.zeros((len(members), len(weights), len(magnitude)), device=magnitude.device)
+        for of_modality, tokens in zip(shares, members, strict=True):
+            for of_linear, token_weight in zip(of_modality, token_weights, strict=True):
+                of_linear[tokens] = token_weight[tokens] / len(tokens)
+        self._shares = shares  # [modalities, Linears, tokens]: the mean over a modality's tokens is a sum with these
+        self._squares = shares.flatten(0, 1) @ magnitude.square()  # of x_c, [modalities * Linears, in]
+        self._magnitude = magnitude if self._act_qmax is not None else None
+        self._scaled = torch.empty_like(magnitude)
         self._plain = self._by_modality(torch.ones_like(magnitude[0]))
 
     @classmethod
@@ -105,16 +142,23 @@ class ExpectedErrors:
         return self.ratios(factors).max().sqrt().nan_to_num(nan=torch.inf)
 
     def _by_modality(self, factors: torch.Tensor) -> torch.Tensor:
-        scaled = self._magnitude / factors
-        total = torch.zeros_like(scaled[:, 0])
-        for weight, token_weights in zip(self._weights, self._token_weights, strict=True):
-            in_groups = scaled.square().view(len(scaled), weight.rows.shape[1], -1).sum(dim=2)  # [tokens, groups]
-            noise = in_groups @ weight.peaks(factors) / self._weight_qmax**2
-            if self._act_qmax is not None:
-                step = scaled.amax(dim=1) / self._act_qmax
-                noise = noise + step.square() * (factors.square() * weight.columns).sum()
-            total = total + noise * token_weights
-        return torch.stack([total[members].mean() for members in self._members]).clamp_min(1e-30)
+        modalities, linears = self._shares.shape[:2]
+        squares = (self._squares / factors.square()).view(modalities, linears, -1)
+        steps = None if self._magnitude is None else self._shares @ self._squared_steps(self._magnitude, factors)
+        totals = []
+        for linear, weight in enumerate(self._weights):
+            in_groups = squares[:, linear].unflatten(1, (weight.rows.shape[1], -1)).sum(dim=2)  # [modalities, groups]
+            totals.append(in_groups @ weight.peaks(factors) / self._weight_qmax**2)
+            if steps is not None:
+                totals.append(steps[:, linear] * (factors.square() * weight.columns).sum())
+        return torch.stack(totals).sum(dim=0).clamp_min(1e-30)
+
+    def _squared_steps(self, magnitude: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """The squared step of each token, [tokens]. Its gradient is that of the one channel that decides it."""
+        assert self._act_qmax is not None
+        with torch.no_grad():
+            largest = _argmax(torch.mul(magnitude, 1 / factors, out=self._scaled))
+        return (_taken(magnitude, largest) / factors[largest] / self._act_qmax).square()
 
 
 def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -141,6 +185,7 @@ def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.
 def _weight(weight: torch.Tensor, scheme: QuantScheme) -> _Weight:
     columns = torch.stack([weight[r].to(torch.float32).square().sum(dim=0) for r in row_blocks(weight)]).sum(dim=0)
     rows = _some_rows(weight)
+    rows = rows.abs() if scheme.symmetric else rows
     size = scheme.group_size or rows.shape[1]
     return _Weight(columns, rows.view(len(rows), -1, size), len(rows) / len(weight), scheme.symmetric)
 

@@ -95,6 +95,7 @@ def test_results_come_with_the_limits_in_one_copy() -> None:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("recipe", "waits_of_a_layer"), [("qwen2_5_omni_w8a8", 20), ("qwen2_5_omni_w4a16", 40)])
 def test_waits_of_a_layer(tmp_path: Path, recipe: str, waits_of_a_layer: int) -> None:
     """Of runs that differ by one layer, with four samples, each of which is waited for when it is written."""
