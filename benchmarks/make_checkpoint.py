@@ -1,11 +1,11 @@
-"""Write a random-weight checkpoint with the exact shapes of a Qwen2.5-Omni, Qwen2.5-VL or Qwen3-VL model.
+"""Write a random-weight checkpoint with the exact shapes of a Qwen2.5-Omni, Qwen2.5-VL, Qwen3-VL or Qwen3-Omni model.
 
-    python benchmarks/make_checkpoint.py {3b,7b,vl-7b,qwen3-vl-4b,...} OUT [--layers N] [--seed 0] [--headers_only]
+    python benchmarks/make_checkpoint.py {3b,7b,vl-7b,qwen3-omni,...} OUT [--layers N] [--seed 0] [--headers_only]
 
 Use it to measure time, memory and disk space without the real weights. Tensor names, shapes, dtypes, token ids, number
 of shards and kinds of files are those of the official repository: 12.0 GB (3b), 22.4 GB (7b), 7.5 GB (vl-3b), 16.6 GB
-(vl-7b). The values are slices of one pool of normal numbers, so the disk limits the speed, and half a GB of memory is
-enough.
+(vl-7b), 70.5 GB (qwen3-omni). The values are slices of one pool of normal numbers, so the disk limits the speed, and
+half a GB of memory is enough.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from make_tiny_omni import (
     stable_hash,
     write_checkpoint,
 )
+from make_tiny_qwen3_omni import Qwen3OmniShape
+from make_tiny_qwen3_omni import write_checkpoint as write_qwen3_omni_checkpoint
 from make_tiny_qwen3_vl import Qwen3VlShape
 from make_tiny_qwen3_vl import write_checkpoint as write_qwen3_vl_checkpoint
 from make_tiny_vl import VlShape
@@ -141,6 +143,49 @@ QWEN3_VL_SHAPES = {
 }
 
 
+QWEN3_OMNI_SHAPES = {
+    "qwen3-omni": Qwen3OmniShape(
+        text={
+            "hidden_size": 2048, "intermediate_size": 768, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 152064,
+            "mrope_section": [24, 20, 20], "num_experts": 128, "num_experts_per_tok": 8,
+        },
+        vision={
+            "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 2048,
+            "num_position_embeddings": 2304, "deepstack_visual_indexes": [8, 16, 24],
+        },
+        audio={
+            "d_model": 1280, "encoder_layers": 32, "encoder_attention_heads": 20, "encoder_ffn_dim": 5120,
+            "output_dim": 2048, "downsample_hidden_size": 480,
+        },
+        talker_text={
+            "hidden_size": 1024, "intermediate_size": 2048, "moe_intermediate_size": 384, "num_hidden_layers": 20,
+            "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 3072,
+            "mrope_section": [24, 20, 20], "num_experts": 128, "num_experts_per_tok": 6,
+            "shared_expert_intermediate_size": 768,
+        },
+        code_predictor={
+            "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 5, "num_attention_heads": 16,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 2048, "num_code_groups": 16,
+        },
+        talker={
+            "num_code_groups": 16, "thinker_hidden_size": 2048, "accept_hidden_layer": 24,
+            "codec_eos_token_id": 2150, "codec_nothink_id": 2155, "codec_think_bos_id": 2156,
+            "codec_think_eos_id": 2157, "codec_pad_id": 2148, "codec_bos_id": 2149,
+            "speaker_id": {"chelsie": 2301, "ethan": 2302, "aiden": 2303},
+        },
+        code2wav={
+            "codebook_size": 2048, "hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "num_hidden_layers": 8, "num_quantizers": 16, "decoder_dim": 1536,
+        },
+        endoftext_id=ENDOFTEXT_ID,
+        audio_seconds=300,
+        assistant_token_id=77091,
+        system_token_id=8948,
+    ),
+}  # fmt: skip
+
+
 class PooledNormal:
     """Normal values sliced from one pool, at an offset that depends on (seed, tag)."""
 
@@ -175,6 +220,11 @@ def make_checkpoint(
     ``headers_only``: the weights are a hole in the file, enough for commands that need only sizes (inspect, --dry_run).
     """
     normal = None if headers_only else PooledNormal(seed)
+    if name in QWEN3_OMNI_SHAPES:
+        omni_shape = QWEN3_OMNI_SHAPES[name].with_layers(layers)
+        return write_qwen3_omni_checkpoint(
+            out, omni_shape, dtype="bfloat16", seed=seed, shard_bytes=SHARD_BYTES, normal=normal
+        )
     if name in QWEN3_VL_SHAPES:
         qwen3_shape = QWEN3_VL_SHAPES[name].with_layers(layers)
         return write_qwen3_vl_checkpoint(
@@ -191,11 +241,10 @@ def make_checkpoint(
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description="Write a random-weight Qwen2.5-Omni, Qwen2.5-VL or Qwen3-VL of full size."
+        description="Write a random-weight Qwen2.5-Omni, Qwen2.5-VL, Qwen3-VL or Qwen3-Omni of full size."
     )
-    parser.add_argument(
-        "model", choices=sorted([*SHAPES, *VL_SHAPES, *QWEN3_VL_SHAPES]), help="model whose shapes to use"
-    )
+    names = sorted([*SHAPES, *VL_SHAPES, *QWEN3_VL_SHAPES, *QWEN3_OMNI_SHAPES])
+    parser.add_argument("model", choices=names, help="model whose shapes to use")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write the checkpoint into")
     parser.add_argument("--layers", type=int, help="decoder layers (default: all)")
     parser.add_argument("--seed", type=int, default=0)

@@ -304,8 +304,11 @@ def corpus() -> Iterator[str]:
     yield from [CORPUS] * 20  # often enough that Chinese words and roles become tokens
 
 
+Vocabulary = tuple[dict[str, int], list[tuple[str, str]]]
+
+
 @functools.cache
-def train_bpe(vocab_size: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def train_bpe(vocab_size: int) -> Vocabulary:
     """Byte-level BPE of ``vocab_size`` tokens: (token -> id, merges), with "user" at its official id."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -469,9 +472,12 @@ def write_processor(out: Path, shape: OmniShape) -> None:
     write_json(out / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
 
-def write_vocabulary(out: Path, ids: dict[str, int]) -> None:
-    """Write the tokenizer's vocabulary files: the text tokens, followed by these special tokens."""
-    vocab, merges = train_bpe(BPE_SIZE)
+def write_vocabulary(out: Path, ids: dict[str, int], trained: Vocabulary | None = None) -> None:
+    """Write the tokenizer's vocabulary files: the text tokens, followed by these special tokens.
+
+    trained: token -> id, and merges; by default those of train_bpe.
+    """
+    vocab, merges = trained or train_bpe(BPE_SIZE)
     vocab = pad_vocab(vocab, min(ids.values()))
     write_json(out / "tokenizer.json", tokenizer_json(vocab, merges, ids))
     write_json(out / "added_tokens.json", ids)

@@ -25,6 +25,7 @@ from make_tiny_omni import (
     Json,
     SeededNormal,
     TensorSpec,
+    Vocabulary,
     added_tokens,
     name_order,
     parameter_specs,
@@ -245,10 +246,10 @@ def tokenizer_config(ids: dict[str, int]) -> Json:
     }
 
 
-def write_processor(out: Path, shape: Qwen3OmniShape) -> None:
-    """Write the tokenizer, processor and chat template files into ``out``."""
+def write_processor(out: Path, shape: Qwen3OmniShape, trained: Vocabulary | None = None) -> None:
+    """Write the tokenizer, processor and chat template files into ``out``. ``trained``: see write_vocabulary."""
     ids = special_ids(shape.endoftext_id, SPECIAL_TOKENS)
-    write_vocabulary(out, ids)
+    write_vocabulary(out, ids, trained)
     write_json(out / "tokenizer_config.json", tokenizer_config(ids))
     picture = {
         "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "patch_size": 16, "min_pixels": 3136,

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny Qwen2.5-Omni, Qwen2.5-VL and Qwen3-VL models, made once per session."""
+"""Shared fixtures: tiny Qwen2.5-Omni, Qwen2.5-VL, Qwen3-VL and Qwen3-Omni models, made once per session."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are too small for m
 
 import pytest
 from make_tiny_omni import make_tiny_omni
+from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 from make_tiny_qwen3_vl import make_tiny_qwen3_vl
 from make_tiny_vl import make_tiny_vl
+from outputs import quantize_all
 
 from msmodelslim_omni.commands.shell import quiet_libraries
 
@@ -54,6 +56,22 @@ def tied_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen3-VL in bfloat16: two shards, lm_head of its own, DeepStack in use. Tests must not change it."""
     return make_tiny_qwen3_vl(tmp_path_factory.mktemp("models") / "tiny_qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_omni(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3-Omni in one file: three layers of 8 experts, talker and code2wav. Tests must not change it.
+
+    The last DeepStack map is added after the last layer.
+    """
+    return make_tiny_qwen3_omni(tmp_path_factory.mktemp("models") / "qwen3_omni", shards=1)
+
+
+@pytest.fixture(scope="session")
+def qwen3_omni_outputs(tiny_qwen3_omni: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Data-free outputs of it in every format; o_proj of one layer stays float. Tests must not change them."""
+    folder = tmp_path_factory.mktemp("qwen3_omni") / "outputs"
+    return quantize_all(tiny_qwen3_omni, folder, "layers.1.self_attn.o_proj")
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ SYSTEM = (
 )
 PATCH, MERGE = 14, 2
 HOP = 160
+FRAMES_PER_AUDIO_TOKEN = 4
 AUDIO_SECONDS = 30
 # With the usual 1e6 and 16, 24, 24, a small model hardly distinguishes the height and width of positions.
 ROPE_THETA, MROPE_SECTION = 1000.0, [2, 10, 20]
@@ -188,17 +189,19 @@ def text_batch(rows: Sequence[tuple[list[int], list[int]]], pad: int) -> Batch:
     return Batch(ids, labels)
 
 
-def sample_batch(tokens: Tokens, conversations: Sequence[Sequence[Sample]]) -> Batch:
-    """One batch of conversations with the same media layout."""
+def sample_batch(
+    tokens: Tokens, conversations: Sequence[Sequence[Sample]], to_patches: Callable[[np.ndarray], Tensor] = patches
+) -> Batch:
+    """One batch of conversations with the same media layout. to_patches: pictures or clips -> the tower's patches."""
     batch = text_batch([tokens.conversation(samples) for samples in conversations], tokens.special["<|endoftext|>"])
     samples = [sample for samples in conversations for sample in samples]
     if samples[0].picture is not None:
         pixels = np.stack([sample.picture for sample in samples])[:, None]
-        batch.pixels = patches(pixels)
+        batch.pixels = to_patches(pixels)
         batch.grid = torch.tensor([[1, PICTURE // PATCH, PICTURE // PATCH]] * len(samples))
     if samples[0].frames is not None:
         batch.video = True
-        batch.pixels = patches(np.stack([sample.frames for sample in samples]))
+        batch.pixels = to_patches(np.stack([sample.frames for sample in samples]))
         batch.grid = torch.tensor([[FRAMES // 2, CLIP_HEIGHT // PATCH, CLIP_WIDTH // PATCH]] * len(samples))
     if samples[0].sound is not None:
         batch.mels = mel_features([sample.sound for sample in samples])
@@ -215,25 +218,29 @@ def build_thinker(config_dir: Path, seed: int) -> Any:
 
     config = Qwen2_5OmniThinkerConfig(**json.loads((config_dir / "config.json").read_text())["thinker_config"])
     thinker = Qwen2_5OmniThinkerForConditionalGeneration(config).float()
-    layers = config.text_config.num_hidden_layers
     with torch.no_grad():
-        for prefix, module in thinker.named_modules():
-            for leaf, parameter in module.named_parameters(recurse=False):
-                name = f"{prefix}.{leaf}"
-                generator = torch.Generator().manual_seed(tiny.stable_hash(seed, name))
-                if leaf == "bias":
-                    parameter.zero_()
-                elif parameter.ndim == 1:
-                    parameter.fill_(1.0)
-                else:
-                    fan_in = parameter[0].numel()
-                    deviation = 0.5 if isinstance(module, nn.Embedding) else fan_in**-0.5
-                    if prefix.endswith(("o_proj", "down_proj", "attn.proj", "out_proj", "fc2")):
-                        deviation *= (2 * layers) ** -0.5
-                    if prefix == "lm_head":
-                        deviation *= 0.25
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+        new_weights(thinker, config.text_config.num_hidden_layers, seed)
     return thinker
+
+
+def new_weights(thinker: Any, layers: int, seed: int) -> None:
+    """Fill the parameters: norms with 1, biases with 0, matrices with normal values. layers: of the decoder."""
+    for prefix, module in thinker.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{prefix}.{leaf}"
+            generator = torch.Generator().manual_seed(tiny.stable_hash(seed, name))
+            if leaf == "bias":
+                parameter.zero_()
+            elif parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                fan_in = parameter[0].numel()
+                deviation = 0.5 if isinstance(module, nn.Embedding) else fan_in**-0.5
+                if prefix.endswith(("o_proj", "down_proj", "attn.proj", "out_proj", "fc2")):
+                    deviation *= (2 * layers) ** -0.5
+                if prefix == "lm_head":
+                    deviation *= 0.25
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 
 
 def _chunked_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Any:
@@ -291,6 +298,11 @@ def positions(thinker: Any, batch: Batch) -> Tensor:
     return index.expand(3, *batch.ids.shape)
 
 
+def visual_embeddings(thinker: Any, batch: Any) -> Tensor:
+    """Embeddings [tokens, width] of a batch's `pixels` with their `grid`."""
+    return thinker.visual(batch.pixels, grid_thw=batch.grid)
+
+
 def audio_embeddings(thinker: Any, mels: Tensor) -> Tensor:
     """Embeddings [tokens, width] of the audio tokens of mel features [sounds, 128, frames]."""
     lengths = torch.full((len(mels),), mels.shape[2])
@@ -304,7 +316,7 @@ def answer_logits(thinker: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     config = thinker.config
     inputs = thinker.get_input_embeddings()(batch.ids)
     if batch.pixels is not None:
-        visual = thinker.visual(batch.pixels, grid_thw=batch.grid)
+        visual = visual_embeddings(thinker, batch)
         token = config.video_token_id if batch.video else config.image_token_id
         inputs = inputs.masked_scatter((batch.ids == token)[..., None], visual)
     if batch.mels is not None:

@@ -107,10 +107,20 @@ def clip(rng: random.Random) -> tuple[np.ndarray, dict[str, np.ndarray]]:
 
 
 class TowerSteps(IterableDataset):
-    """The batch of each step in `part`."""
+    """The batch of each step in `part`.
 
-    def __init__(self, spoken: Sequence[render.Utterance], seed: int, part: range) -> None:
-        self.spoken, self.seed, self.part = spoken, seed, part
+    family: the module that makes the model's inputs, such as model.py. kinds: like KINDS, which is the default.
+    """
+
+    def __init__(
+        self,
+        spoken: Sequence[render.Utterance],
+        seed: int,
+        part: range,
+        family: Any = omni,
+        kinds: dict[str, tuple[float, int]] | None = None,
+    ) -> None:
+        self.spoken, self.seed, self.part, self.family, self.kinds = spoken, seed, part, family, kinds
 
     def __iter__(self) -> Iterator[tuple[str, TowerBatch]]:
         torch.set_num_threads(1)
@@ -120,8 +130,9 @@ class TowerSteps(IterableDataset):
     def batch(self, step: int) -> tuple[str, TowerBatch]:
         """The batch of a step."""
         rng = random.Random(f"{self.seed} towers {step}")
-        kind = rng.choices(list(KINDS), [share for share, _ in KINDS.values()])[0]
-        rows = KINDS[kind][1]
+        kinds = self.kinds or KINDS
+        kind = rng.choices(list(kinds), [share for share, _ in kinds.values()])[0]
+        rows = kinds[kind][1]
         if kind == "sound":
             words = rng.randint(1, 3)
             noise = (0, 30) if step > 150 else (15, 30)
@@ -134,7 +145,7 @@ class TowerSteps(IterableDataset):
         nothing = np.full(tokens, omni.IGNORED)
         names = {name for _, classes in samples for name in classes}
         classes = {n: torch.tensor(np.concatenate([c.get(n, nothing) for _, c in samples])) for n in names}
-        pixels = omni.patches(media[:, None] if kind == "picture" else media)
+        pixels = self.family.patches(media[:, None] if kind == "picture" else media)
         return kind, TowerBatch(pixels, grid, None, classes)
 
     def _sounds(self, rng: random.Random, rows: int, words: int, noise: tuple[float, float]) -> TowerBatch:
@@ -144,8 +155,8 @@ class TowerSteps(IterableDataset):
             sound, spans = render.say_with_spans(
                 parts, tasks.SECONDS[words], rng.uniform(*noise), np.random.default_rng(rng.getrandbits(63))
             )
-            classes = np.full(omni.audio_tokens(len(sound)), len(render.SPOKEN))
-            times = (np.arange(len(classes)) + 0.5) * 4 * omni.HOP
+            classes = np.full(self.family.audio_tokens(len(sound)), len(render.SPOKEN))
+            times = (np.arange(len(classes)) + 0.5) * self.family.FRAMES_PER_AUDIO_TOKEN * omni.HOP
             for part, (start, stop) in zip(parts, spans, strict=True):
                 classes[(times >= start) & (times < stop)] = render.SPOKEN.index(part.word)
             sounds.append(sound)
@@ -162,12 +173,14 @@ def make_heads(width: int) -> nn.ModuleDict:
     return heads
 
 
-def tower_loss(thinker: Any, heads: nn.ModuleDict, batch: TowerBatch) -> tuple[Tensor, dict[str, float]]:
+def tower_loss(
+    thinker: Any, heads: nn.ModuleDict, batch: TowerBatch, family: Any = omni
+) -> tuple[Tensor, dict[str, float]]:
     """Sum of the heads' losses, and per head the share of right classes among tokens that show something."""
     if batch.pixels is not None:
-        tokens = thinker.visual(batch.pixels, grid_thw=batch.grid)
+        tokens = family.visual_embeddings(thinker, batch)
     else:
-        tokens = omni.audio_embeddings(thinker, batch.mels)
+        tokens = family.audio_embeddings(thinker, batch.mels)
     total, right = torch.zeros(()), {}
     for name, labels in batch.classes.items():
         logits = heads[name](tokens)

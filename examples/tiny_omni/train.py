@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -113,11 +113,22 @@ def voices(cache: Path, held_out: bool, per_word: int, seed: int) -> list[render
 
 
 class Steps(IterableDataset):
-    """Data set of (kind, Batch), one for each step in `part`."""
+    """Data set of (kind, Batch), one for each step in `part`.
 
-    def __init__(self, description: Path, spoken: list[render.Utterance], seed: int, part: range) -> None:
-        self.tokens = omni.Tokens(description)
-        self.spoken, self.seed, self.part = spoken, seed, part
+    family: the module of the model, such as model.py. kinds: like KINDS, for all steps; by default those of the step.
+    """
+
+    def __init__(
+        self,
+        description: Path,
+        spoken: list[render.Utterance],
+        seed: int,
+        part: Iterable[int],
+        family: Any = omni,
+        kinds: dict[str, tuple[float, int]] | None = None,
+    ) -> None:
+        self.tokens = family.Tokens(description)
+        self.spoken, self.seed, self.part, self.family, self.kinds = spoken, seed, part, family, kinds
         ids: list[int] = []
         for chapter in text.train_chapters():
             ids += [*self.tokens.encode(chapter), self.tokens.special["<|endoftext|>"]]
@@ -131,11 +142,12 @@ class Steps(IterableDataset):
     def batch(self, step: int) -> tuple[str, omni.Batch]:
         """The batch of a step."""
         rng = random.Random(f"{self.seed} {step}")
-        shares = {kind: share for kind, (share, _) in KINDS.items()}
-        for since, later in LATER_SHARES.items():
+        kinds = self.kinds or KINDS
+        shares = {kind: share for kind, (share, _) in kinds.items()}
+        for since, later in () if self.kinds else LATER_SHARES.items():
             shares = later if step >= since else shares
         kind = rng.choices(list(shares), list(shares.values()))[0]
-        rows = KINDS[kind][1]
+        rows = kinds[kind][1]
         hard = step >= HARD_FROM
         speeds = SPEEDS if step >= VARIED_FROM else None
         if kind == "prose":
@@ -159,7 +171,7 @@ class Steps(IterableDataset):
             clip_kinds = ["move" if rng.random() < 0.7 else "blink" for _ in range(rows)]
             clips = [tasks.clip_sample(rng, clip_kind, spoken, speeds=speeds) for clip_kind in clip_kinds]
             samples = [[replace(clip, turns=clip.turns[:MOST_TURNS])] for clip in clips]
-        return kind, omni.sample_batch(self.tokens, samples)
+        return kind, self.family.sample_batch(self.tokens, samples)
 
 
 # ------------------------------------------------------------------------------------------ optimizer
@@ -307,17 +319,25 @@ class Progress:
             self.values.clear()
 
 
-def train_towers(thinker: Any, spoken: Sequence[render.Utterance], seed: int, steps: int, workers: int) -> None:
-    """Train the towers in place: the first stage."""
+def train_towers(
+    thinker: Any,
+    spoken: Sequence[render.Utterance],
+    seed: int,
+    steps: int,
+    workers: int,
+    family: Any = omni,
+    kinds: dict[str, tuple[float, int]] | None = None,
+) -> None:
+    """Train the towers in place: the first stage. family, kinds: see TowerSteps."""
     heads = towers.make_heads(thinker.config.text_config.hidden_size)
     parts = nn.ModuleDict({"visual": thinker.visual, "audio_tower": thinker.audio_tower, "heads": heads})
     optimizers = make_optimizers(parts)
     rates, progress = Rates(optimizers), Progress(50)
-    data = towers.TowerSteps(spoken, seed, range(steps))
+    data = towers.TowerSteps(spoken, seed, range(steps), family, kinds)
     loader = DataLoader(data, batch_size=None, num_workers=workers, prefetch_factor=6 if workers else None)
     for step, (kind, batch) in enumerate(loader):
         rates.set(rate_factor(step, steps, TOWER_FLAT))
-        loss, right = towers.tower_loss(thinker, heads, batch)
+        loss, right = towers.tower_loss(thinker, heads, batch, family)
         loss.backward()
         for optimizer in optimizers:
             optimizer.step()

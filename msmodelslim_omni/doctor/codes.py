@@ -164,6 +164,10 @@ _NAMES = {
         "routers select the experts of each token; runtimes build them float, or read this one as garbage", ALL,
         "keep the router float and quantize again",
     ),
+    "experts_incomplete": _error(
+        "all experts of a layer are one module of the runtimes: loading fails, or these experts stay random without an"
+        " error", ALL, _QUANTIZE_AGAIN,
+    ),
     "experts_differ": _error("runtimes take the scheme of expert 0 for all experts of a layer", ALL,
                              "quantize all experts of a layer alike"),
     "pattern_refused": _warning("this pattern can take hours to match, so doctor does not check it", ALL,

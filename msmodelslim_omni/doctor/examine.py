@@ -25,7 +25,7 @@ from .config import (
     read_description,
 )
 from .content import check_floats, check_integers, check_scales
-from .experts import check_experts
+from .experts import check_experts, describe_parallel
 from .findings import (
     Collector,
     Diagnosis,
@@ -112,6 +112,7 @@ def examine(
         )
     if model is not None and expected and model.family.layer_spec(config).experts is not None:
         alike = "all experts of a layer have the same form; routers are float"
+        alike += describe_parallel(model, config, linears)
         collector.run("experts", check_experts(model, config, linears), alike, "all")
     if model is not None and declared.format == "ascend":
         if description:

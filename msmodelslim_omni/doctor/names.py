@@ -43,9 +43,9 @@ def renamer(renaming: Renaming) -> Rename:
     return lambda name: apply_renaming(name, renaming)
 
 
-def map_entry_for_vllm(model: ModelSpec, entry: str) -> str:
-    """Rename a list entry as vLLM's mapper does. Entries of modules that vLLM does not load match nothing anyway."""
-    return apply_renaming(entry, model.loaders.vllm) or entry
+def map_entry(entry: str, renaming: Renaming) -> str:
+    """Rename a list entry as vLLM's mapper does. Entries of modules that it does not load match nothing anyway."""
+    return apply_renaming(entry, renaming) or entry
 
 
 def vllm_name(model: ModelSpec, name: str) -> str | None:
@@ -180,18 +180,18 @@ def awq_loaders(model: ModelSpec, entries: Sequence[str] | None, stored: Collect
     transformers 5 is omitted if an entry is not safe to try as a pattern.
     """
     listed, deadline = list(entries or ()), Deadline()
-    stored_in_vllm = {vllm_name(model, name) for name in stored}
     by_substring = substring_rule(listed)
-    in_vllm = substring_rule([map_entry_for_vllm(model, entry) for entry in listed])
+
+    def in_vllm(renaming: Renaming) -> Skips:
+        if listed:
+            return substring_rule([map_entry(entry, renaming) for entry in listed])
+        converted = {apply_renaming(name, renaming) for name in stored}
+        return lambda name: name not in converted
+
     loaders = [
         Loader("AutoAWQ", _rename_within_layer(model), by_substring),
         *_library_loaders(model, "4.57", by_substring),
-        Loader(
-            "vLLM",
-            _rename_for_vllm(model),
-            in_vllm if listed else lambda name: name not in stored_in_vllm,
-            fuses=True,
-        ),
+        *_vllm_loaders(model, in_vllm),
     ]
     if not refused_patterns(listed):
         tf5, early_5 = prefix_or_end_rule(listed, True, deadline), prefix_or_end_rule(listed, False, deadline)
@@ -220,14 +220,14 @@ def compressed_tensors_loaders(model: ModelSpec, ignore: Sequence[str], targets:
         targeted = exact_or_pattern_rule([mapped(entry) for entry in targets], deadline)
         return lambda name: ignored(name) or not targeted(name)
 
-    def in_vllm(entry: str) -> str:
-        return entry if entry.startswith("re:") or "." not in entry else map_entry_for_vllm(model, entry)
+    def in_vllm(renaming: Renaming) -> Skips:
+        return rule(lambda e: e if e.startswith("re:") or "." not in e else map_entry(e, renaming))
 
     plain = rule(lambda entry: entry)
     return [
         *_library_loaders(model, "4.57", plain),
         *_library_loaders(model, "5.x", plain),
-        Loader("vLLM", _rename_for_vllm(model), rule(in_vllm), fuses=True),
+        *_vllm_loaders(model, in_vllm),
     ]
 
 
@@ -255,9 +255,18 @@ def is_decoder_linear(model: ModelSpec, name: str) -> bool:
     return name.startswith(model.layers_prefix)
 
 
-def _rename_for_vllm(model: ModelSpec) -> Rename:
-    """Return vLLM's renaming without lm_head, which has its own class and is quantized only if requested by name."""
-    return lambda name: None if f"{name}.weight" == model.head else vllm_name(model, name)
+def _vllm_loaders(model: ModelSpec, skips: Callable[[Renaming], Skips]) -> list[Loader]:
+    """Return vLLM, and vLLM-Omni if its names are known. lm_head is left out: it is only quantized if named."""
+
+    def without_head(renaming: Renaming) -> Rename:
+        return lambda name: None if f"{name}.weight" == model.head else apply_renaming(name, renaming)
+
+    names = {"vLLM": model.loaders.vllm, "vLLM-Omni": model.loaders.vllm_omni}
+    return [
+        Loader(name, without_head(renaming), skips(renaming), fuses=True)
+        for name, renaming in names.items()
+        if renaming
+    ]
 
 
 def loader_views(loaders: Iterable[Loader], linears: Iterable[str]) -> Iterator[LoaderView]:

@@ -1,7 +1,8 @@
 """Names of Qwen3-Omni: parts of the checkpoint, and module names in the loaders. Data only.
 
-Sources: transformers 4.57 and 5.23 (modeling_qwen3_omni_moe.py) and vLLM 0.32 (models/qwen3_omni_moe_thinker.py,
-hf_to_vllm_mapper). vLLM does not load talker and code2wav; its audio tower is never quantized.
+Sources: transformers 4.57 and 5.23 (modeling_qwen3_omni_moe.py), vLLM 0.32 (models/qwen3_omni_moe_thinker.py,
+hf_to_vllm_mapper) and vLLM-Omni 0.30 (models/qwen3_omni/qwen3_omni.py). vLLM does not load talker and code2wav; its
+audio tower is never quantized. vLLM-Omni builds its talker with the quantization config, and both towers without.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ LOADERS = LoaderNames(
         ("thinker.lm_head", "language_model.lm_head"),
         ("thinker.model.", "language_model.model."),
         ("thinker.", ""),
+    ),
+    vllm_omni=(
+        ("thinker.audio_tower.", None),
+        ("thinker.visual.", None),
+        ("thinker.lm_head", "thinker.language_model.lm_head"),
+        ("thinker.model.", "thinker.language_model.model."),
+        ("talker.model.", "talker.language_model.model."),
+        ("talker.", "talker."),
     ),
     architectures=("Qwen3OmniMoeForConditionalGeneration",),
     config_parts=(

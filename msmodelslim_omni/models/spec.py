@@ -88,6 +88,17 @@ class LayerSpec:
     def linears(self) -> tuple[str, ...]:
         return tuple(linear for group in self.groups for linear in group.linears)
 
+    def parallel_sizes(self, group_size: int | None) -> tuple[int, ...]:
+        """Numbers of cards up to 16 that can share every expert: each gets whole groups of its inner channels.
+
+        group_size: inputs that share a scale; None for one scale per output channel. Empty without experts.
+        """
+        down = next((g.linears[0] for g in self.groups if g.expert is not None and g.subgraph == "up-down"), None)
+        if down is None:
+            return ()
+        inner = self.shapes[f"{down}.weight"][1]
+        return tuple(cards for cards in (1, 2, 4, 8, 16) if inner % (cards * (group_size or 1)) == 0)
+
     def for_linear(self, linear: str) -> LayerSpec:
         """A LayerSpec with one Linear only: its group and its weight, without the bias."""
         groups = tuple(replace(group, linears=(linear,)) for group in self.groups if linear in group.linears)
@@ -160,13 +171,15 @@ class LoaderNames:
 
     classes: the first one loads the complete model. vllm: checkpoint names -> names of the modules that vLLM can
     quantize, including lm_head. architectures: names under which vLLM registers the complete model. config_parts:
-    paths of the blocks that config.json must have.
+    paths of the blocks that config.json must have. vllm_omni: like `vllm` for vLLM-Omni, whose names have other
+    prefixes; empty if it is not emulated.
     """
 
     classes: tuple[LibraryClass, ...]
     vllm: Renaming
     architectures: tuple[str, ...]
     config_parts: tuple[tuple[str, ...], ...]
+    vllm_omni: Renaming = ()
 
     @property
     def config_paths(self) -> tuple[tuple[str, ...], ...]:
@@ -213,6 +226,11 @@ class ModelSpec:
     @property
     def config_paths(self) -> tuple[tuple[str, ...], ...]:
         return self.loaders.config_paths
+
+    @property
+    def generation(self) -> str:
+        """Models of one generation share the names of their Linears, and recipes: `Qwen2.5`, `Qwen3`."""
+        return self.model_type.partition("-")[0]
 
     @property
     def visual_token_pixels(self) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..errors import QuantError
 from ..formats import FORMATS
-from ..models import LayerSpec, ModelSpec, Part
+from ..models import MODEL_TYPES, LayerSpec, ModelSpec, Part
 from ..numerics import QuantScheme, require_bitsandbytes
 from ..processors import PROCESSORS
 from ..recipe import (
@@ -23,6 +23,7 @@ from ..recipe import (
     Recipe,
     SaverConfig,
     WeightConfig,
+    find_recipe,
     matches,
     saver_names,
     shipped_recipes,
@@ -123,7 +124,11 @@ def make_plan(
     warnings: list[str] = []
     verified = recipe.metadata.verified_model_types
     if verified and model.model_type not in verified:
-        warnings.append(f"{recipe.path.name} is made for {', '.join(verified)}, not for {model.model_type}")
+        made_for = f"{recipe.path.name} is made for {', '.join(verified)}, not for {model.model_type}"
+        generations = {MODEL_TYPES[name].generation for name in verified if name in MODEL_TYPES}
+        if generations and model.generation not in generations:
+            raise QuantError(made_for, _own_recipe(recipe, model))
+        warnings.append(made_for)
     selections = _selections(recipe, model, checkpoint, warnings)
     layer_spec = model.family.layer_spec(checkpoint.config)
     layers = tuple(
@@ -169,6 +174,15 @@ def make_plan(
         warnings=(*(check_all_tensors(model, checkpoint) if checked else ()), *warnings),
         checked=checked,
     )
+
+
+def _own_recipe(recipe: Recipe, model: ModelSpec) -> str:
+    """A hint that names the recipe of this model for the same quant type."""
+    try:
+        own = find_recipe(model.model_type, recipe.quant_type)
+    except QuantError as error:
+        return f"{error.message} Or remove metadata.verified_model_types from a copy of the recipe"
+    return f"use --quant_type {recipe.quant_type}, which takes {own.path.stem}"
 
 
 # --- the recipe's selections ---------------------------------------------------------------------------------
@@ -300,7 +314,7 @@ def _check_group_sizes(
     recipe: Recipe,
 ) -> None:
     for layer in layers:
-        for linear, scheme in layer.schemes.items():
+        for linear, scheme in sorted(layer.schemes.items(), key=lambda item: item[0]):
             name = model.layer_name(layer.index, linear)
             in_features = checkpoint.tensors[f"{name}.weight"].shape[1]
             if scheme.group_size is None or in_features % scheme.group_size == 0:

@@ -394,7 +394,7 @@ class Metadata(_Block):
     label: Label | None = None
     """Names the quant type; decides nothing."""
     verified_model_types: Names = ()
-    """Models that the recipe is made for; for others there is a warning."""
+    """Models that the recipe is made for. Others of the same generation are a warning, the rest an error."""
     verified_tags: dict[str, Any] = {}
     """msModelSlim's; not used."""
 

@@ -80,8 +80,10 @@ def write_card(folder: Path, report: Report, saver: str, model: ModelSpec, recip
         while kept.exists() and _read_text(kept) != source_card:  # equal text: an interrupted run renamed it before
             kept = kept.with_name(f"{kept.stem}.source.md")
         path.replace(kept)
-    base = _base_model(load_json_object(folder / "config.json"), model)
-    card = make_card(report, saver, model, base, header, has_recipe=bool(recipe_text))
+    config = load_json_object(folder / "config.json")
+    cards = _cards_for_experts(report, model, config)
+    base = _base_model(config, model)
+    card = make_card(report, saver, model, base, header, has_recipe=bool(recipe_text), cards=cards)
     path.write_text(card, encoding="utf-8")
 
 
@@ -105,12 +107,19 @@ def samples_in_card(folder: Path) -> int:
 
 
 def make_card(
-    report: Report, saver: str, model: ModelSpec, base: str, header: dict[str, Any], *, has_recipe: bool = False
+    report: Report,
+    saver: str,
+    model: ModelSpec,
+    base: str,
+    header: dict[str, Any],
+    *,
+    has_recipe: bool = False,
+    cards: Sequence[int] = (),
 ) -> str:
     """Return the text of a card.
 
     base: the float model's name on the hub, or an empty string. header: keys copied from the source's card. has_recipe:
-    whether the output holds its recipe.
+    whether the output holds its recipe. cards: numbers of cards that can share the experts; empty without experts.
     """
     name = base.rpartition("/")[2] or _folder_name(report.model_path) or _plain(model.hf_model_type)
     schemes = _schemes(report)
@@ -127,6 +136,7 @@ def make_card(
         "\n".join((_EVALUATION[0], _not_evaluated(report), _EVALUATION[1])),
         "## How to load it",
         *_loading_texts(report, model, loads),
+        *([_CARDS.format(cards=", ".join(map(str, cards)))] if cards else []),
         "## How it was made",
         *_provenance(report, has_recipe),
         "## Errors of the Linears",
@@ -270,6 +280,24 @@ def _headline(report: Report, saver: str) -> list[str]:
             ["memory of the weights that answer in text", human_bytes(memory.text_float), human_bytes(text_now)]
         )
     return [_table(["", "float", "quantized"], rows)]
+
+
+def _cards_for_experts(report: Report, model: ModelSpec, config: dict[str, Any]) -> tuple[int, ...]:
+    """Numbers of cards that can share the quantized experts; empty without quantized experts."""
+    experts = r"\.experts\.\d+\."
+    linears = (linear for layer in report.layers for linear in layer.linears if re.search(experts, linear.name))
+    scheme = next((linear.scheme for linear in linears), "FLOAT")
+    if scheme == "FLOAT":
+        return ()
+    grouped = re.search(r"_G(\d+)", scheme)
+    size = int(grouped[1]) if grouped else {"FP8_BLOCK": 128, "NVFP4A16": 16}.get(scheme)
+    return model.family.layer_spec(config).parallel_sizes(size)
+
+
+_CARDS = (
+    "Tensor parallelism can share the experts on these numbers of cards: {cards}. With others, add"
+    " `--enable-expert-parallel`, which gives whole experts to the cards."
+)
 
 
 def _errors(report: Report) -> list[str]:

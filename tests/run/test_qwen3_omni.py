@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from command import DATA, quant, write_index
-from make_tiny_qwen3_omni import make_tiny_qwen3_omni
-from outputs import all_tensors, edit_config, edited, quantize_all, replaced, without
+from make_tiny_qwen3_omni import make_tiny_qwen3_omni, tiny_shape, write_checkpoint
+from outputs import all_tensors, edit_config, edited, replaced, without
 from ties import assert_greedy
 
 from msmodelslim_omni.calibration.sample_store import StemStore
@@ -49,9 +50,8 @@ MIXES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three layers of 8 experts with talker and code2wav; the last DeepStack map is added after the last layer."""
-    return make_tiny_qwen3_omni(tmp_path_factory.mktemp("models") / "qwen3_omni", shards=1)
+def tiny(tiny_qwen3_omni: Path) -> Path:
+    return tiny_qwen3_omni
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +155,8 @@ def test_statistics_of_an_expert_are_those_of_its_tokens(tiny: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Data-free outputs in every format; q, k and v of one layer stay float."""
-    return quantize_all(tiny, tmp_path_factory.mktemp("omni") / "outputs", "layers.1.self_attn.o_proj")
+def outputs(qwen3_omni_outputs: dict[str, Path]) -> dict[str, Path]:
+    return qwen3_omni_outputs
 
 
 @pytest.mark.parametrize("name", ["ascend", "int8", "awq", "packed", "symmetric"])
@@ -301,6 +300,31 @@ def test_error_on_a_recipe(name: str, tiny: Path) -> None:
     with pytest.raises(QuantError) as caught:
         make_plan(parse_recipe(text), SPEC, open_checkpoint(tiny), check_later=True)
     assert first in caught.value.message and second in caught.value.message
+
+
+def test_recipe_of_another_generation(tiny: Path, tiny_qwen3_vl: Path, tiny_vl: Path, tmp_path: Path) -> None:
+    """The message names the recipe of the model."""
+    cases = {
+        "qwen2_5_omni_w8a8_minmax": (tiny, "w8a8", "qwen3_omni_w8a8"),
+        "qwen2_5_vl_w4a16": (tiny_qwen3_vl, "w4a16", "qwen3_vl_w4a16"),
+        "qwen3_omni_w4a16": (tiny_vl, "w4a16", "qwen2_5_vl_w4a16"),
+    }
+    for recipe, (model, quant_type, own) in cases.items():
+        message = quant(model, tmp_path / "out", "--config_path", recipe).fault()
+        assert f"{recipe}.yaml is made for Qwen" in message and ", not for Qwen" in message
+        assert f"use --quant_type {quant_type}, which takes {own}" in message
+
+
+def test_group_size_that_does_not_divide_the_experts(tmp_path: Path) -> None:
+    """Inputs of down_proj are as many as an expert is wide: 768 as published, 96 here."""
+    shape = replace(tiny_shape().with_layers(1), speaks=False)
+    shape = replace(shape, text={**shape.text, "moe_intermediate_size": 96})
+    write_checkpoint(tmp_path / "narrow", shape, dtype="bfloat16", seed=0, normal=None)
+    text = find_recipe(SPEC.model_type, "w4a16").text.replace("group_size: 32", "group_size: 64")
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8")
+    message = quant(tmp_path / "narrow", tmp_path / "out", "--config_path", tmp_path / "recipe.yaml").fault()
+    assert "group_size 64 does not divide in_features 96 of thinker.model.layers.0.mlp.experts.0.down" in message
+    assert "use 32" in message
 
 
 def test_too_many_media_tokens(tiny: Path, tmp_path: Path) -> None:
