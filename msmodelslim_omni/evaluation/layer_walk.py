@@ -153,4 +153,7 @@ def build_layer(source: Source, index: int, loaded: LoadedLayer, device: torch.d
 
 def _to_device(linear: QuantizedLinear, device: torch.device) -> QuantizedLinear:
     zeros = None if linear.zeros is None else linear.zeros.to(device)
-    return QuantizedLinear(linear.qweight.to(device), linear.scales.to(device), linear.scheme, zeros)
+    input_global = None if linear.input_global is None else linear.input_global.to(device)
+    return QuantizedLinear(
+        linear.qweight.to(device), linear.scales.to(device), linear.scheme, zeros, input_global=input_global
+    )

@@ -1,4 +1,4 @@
-"""compressed_tensors: W8A8, W8A16, W4A16, FP8 and NVFP4A16, also mixed in one checkpoint (mixed-precision).
+"""compressed_tensors: W8A8, W8A16, W4A16, FP8, NVFP4 and NVFP4A16, also mixed in one checkpoint (mixed-precision).
 
 vLLM, vLLM-Ascend and transformers load these checkpoints. Each layout of the tensors of a Linear is one module
 (ct_layout.py); LAYOUTS lists them. Biases are untouched.
@@ -39,8 +39,8 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
     for scheme in schemes:
         if not any(layout.stores(scheme) for layout in LAYOUTS):
             return (
-                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, NVFP4A16, and int4 weights per group with float"
-                f" activations, not {scheme.name}"
+                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, NVFP4, NVFP4A16, and int4 weights per group with"
+                f" float activations, not {scheme.name}"
             )
     # The tensors distinguish schemes of different layouts. Only config patterns distinguish two of the same layout.
     for layout in LAYOUTS:

@@ -35,6 +35,7 @@ class OutLinear:
     qweight: int8 [out, in], signed; for a codebook scheme, codes. scales: float32 [out, groups]; for a grouped scheme,
     exactly representable in float16 and in float_dtype. zeros: int8 [out, groups], signed, for an asymmetric scheme:
     W is approximately (qweight - zeros) * scales. nested: the quantized scales, for a scheme with double quantization.
+    input_global: float32 [1], for a scheme that stores a global scale of its input.
     """
 
     name: str
@@ -45,6 +46,7 @@ class OutLinear:
     scales: Callable[[], torch.Tensor]
     zeros: Callable[[], torch.Tensor] | None = None
     nested: Callable[[], NestedScales] | None = None
+    input_global: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from .arithmetic import (
     weight_squares,
 )
 from .checks import WeightChecks
-from .float4 import GLOBAL_SCALE, NVFP4_GROUP
+from .float4 import GLOBAL_SCALE, NVFP4_GROUP, input_global_scale
 from .nf4 import NESTED_BLOCK_SIZE, NF4_LEVELS, NestedScales, pack_nf4, require_bitsandbytes, unpack_nf4
 from .products import make_reducible, reduced_products
 from .scheme import QuantScheme
@@ -44,6 +44,7 @@ __all__ = [
     "code_values",
     "dequantize",
     "grouped_rounding_error",
+    "input_global_scale",
     "linear_rows",
     "make_reducible",
     "pack_nf4",

@@ -57,6 +57,8 @@ _MAX_TOKENS, _VISUAL_TOKENS, _VIDEO_FPS = 32768, 768, 2.0
 # Memory for the KV cache, activations and libraries, in addition to the weights.
 _HEADROOM = 2 << 30
 
+_ACT_NAMES = {"int": "int8", "e4m3": "FP8", "e2m1": "NVFP4"}  # of rounded activations, by QuantScheme.number
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -239,7 +241,7 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
     runner, checkpoint_names = source.model.runner, model.checkpoint_names()
     dtype, needed = _choose_dtype(source, device, runner, set(checkpoint_names.values()))
     on_disk = sum(source.disk_bytes[stored_name] for stored_name in set(checkpoint_names.values()))
-    kinds = {"int8" if s.number == "int" else "FP8" for lin in source.linears.values() if (s := lin.scheme).act_bits}
+    kinds = {_ACT_NAMES[s.number] for linear in source.linears.values() if (s := linear.scheme).act_bits}
     emulated = f"; {' and '.join(sorted(kinds))} activations are emulated" if kinds else ""
     progress.say(
         f"{device.name} ({device.reason}), {str(dtype).removeprefix('torch.')}: the weights take"
@@ -348,6 +350,7 @@ class RoundingLinear(torch.nn.Module):
         super().__init__()
         assert linear.scheme.act_bits is not None  # Linears with float activations are dequantized
         self._scheme = linear.scheme
+        self._input_global = None if linear.input_global is None else linear.input_global.to(device)
         weight = linear.qweight.to(dtype) if linear.scheme.rounds_tokens else dequantize_by_rows(linear, dtype)
         self.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
         self._scales = linear.scales.squeeze(1).to(device)  # [out]
@@ -355,7 +358,7 @@ class RoundingLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._scheme.rounds_tokens:
-            rounded = round_act(x.to(torch.float32), self._scheme).to(self.weight.dtype)
+            rounded = round_act(x.to(torch.float32), self._scheme, self._input_global).to(self.weight.dtype)
             y = torch.nn.functional.linear(rounded, self.weight)
             return (y if self.bias is None else y + self.bias).to(x.dtype)
         q_x, s_x = quantize_tokens(x.to(torch.float32), self._scheme)

@@ -78,14 +78,20 @@ class QuantizedCheckpoint:
 def load_linear(linear: OutLinear) -> QuantizedLinear:
     """Load all tensors of one Linear. The peak memory is the int8 weight plus its packed form.
 
-    Raises QuantError if the scales hold NaN or Inf, or FP8 codes NaN.
+    Raises QuantError if the scales hold NaN or Inf, or FP8 codes NaN, or a global scale of the input is not positive.
     """
     zeros = None if linear.zeros is None else linear.zeros()
     nested = None if linear.nested is None else linear.nested()
     qweight = linear.qweight()
     if qweight.dtype == torch.float8_e4m3fn and bool((qweight.view(torch.uint8) & 0x7F).eq(0x7F).any()):
         raise QuantError(f"{linear.name}: its weight holds NaN", "write or fetch the checkpoint again")
-    return QuantizedLinear(qweight, finite_scales(linear), linear.scheme, zeros, nested)
+    input_global = None if linear.input_global is None else linear.input_global()
+    if input_global is not None and not 0 < float(input_global) < float("inf"):
+        raise QuantError(
+            f"{linear.name}: input_global_scale is {float(input_global):g}; it must be positive and finite",
+            "write or fetch the checkpoint again",
+        )
+    return QuantizedLinear(qweight, finite_scales(linear), linear.scheme, zeros, nested, input_global=input_global)
 
 
 def finite_scales(linear: OutLinear) -> torch.Tensor:

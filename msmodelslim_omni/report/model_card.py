@@ -244,6 +244,11 @@ def _describe_scheme(scheme: str) -> str:
         return "int8 weights, one scale per output channel; int8 activations, one scale per token"
     if scheme == "NVFP4A16":
         return "NVFP4 weights (4-bit floats, an FP8 scale per 16 inputs); float activations"
+    if scheme == "NVFP4":
+        return (
+            "NVFP4 weights and activations (4-bit floats, an FP8 scale per 16 inputs, a calibrated global scale of the"
+            " activations)"
+        )
     if scheme == "W8A16":
         return "int8 weights, one scale per output channel; float activations"
     if scheme.startswith("FP8"):

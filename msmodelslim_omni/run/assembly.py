@@ -43,7 +43,12 @@ def make_job(plan: QuantPlan) -> OutputJob:
         assert linear.scheme is not None
         zeros = None if linear.scheme.symmetric else _unknown
         nested = _unknown if linear.scheme.double_quant else None
-        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros, nested))
+        input_global = _unknown if linear.scheme.stores_input_scale else None
+        items.append(
+            OutLinear(
+                linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros, nested, input_global
+            )
+        )
     floats = tuple(linear.name for linear in plan.linears if linear.scheme is None)
     return OutputJob(
         items=tuple(items),
@@ -114,13 +119,14 @@ def finished_items(
 
 
 def _finished_linear(item: OutLinear, linear: QuantizedLinear) -> OutLinear:
-    zeros, nested = linear.zeros, linear.nested
+    zeros, nested, input_global = linear.zeros, linear.nested, linear.input_global
     return replace(
         item,
         qweight=lambda: linear.qweight.cpu(),
         scales=lambda: linear.scales.cpu(),
         zeros=None if zeros is None else lambda: zeros.cpu(),
         nested=None if nested is None else lambda: nested,
+        input_global=None if input_global is None else lambda: input_global.cpu(),
     )
 
 

@@ -142,8 +142,11 @@ def _no_worse_than_rounding(
     plain = replace(
         loaded,
         quantized={
-            linear: quantize_weight(
-                loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"), checks=checks
+            linear: replace(
+                quantize_weight(
+                    loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"), checks=checks
+                ),
+                input_global=loaded.input_global(linear),
             )
             for linear, scheme in loaded.schemes.items()
         },
