@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import QuantError
-from ..numerics import QuantScheme
+from ..numerics import CacheDtype, QuantScheme
 from ..storage import TensorInfo
 from . import ct_float8, ct_int8, ct_nvfp4, ct_packed
 from .ct_layout import Layout
@@ -29,10 +29,14 @@ from .stored import (
     group_parts,
 )
 
+_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
 LAYOUTS: tuple[Layout, ...] = (ct_int8, ct_packed, ct_float8, ct_nvfp4)
 
 weights_stem = "model"
 quant_method: str | None = "compressed-tensors"
+kv_cache: CacheDtype | None = "fp8"
+kv_cache_reason = "vLLM caches fp8 and has no int8 cache"
 
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
@@ -88,7 +92,7 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": [*job.ignore_patterns, *floats],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if job.kv_cache is None else dict(_CACHE_SCHEME),
     }
 
 

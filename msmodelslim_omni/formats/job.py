@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..numerics import NestedScales, QuantScheme
+from ..numerics import CacheDtype, NestedScales, QuantScheme
 from ..storage import TensorSpec
 
 FLOAT = "FLOAT"
@@ -57,7 +57,7 @@ class OutputJob:
     float_linears: checkpoint names of the decoder Linears that stay float; float_modules: their module names in the
     transformers classes. ignore_patterns and config_paths: see ModelSpec.
     tied: names of tensors that share the data of another tensor and may be absent from the files, although the loaders
-    have a module for them.
+    have a module for them. kv_cache: number format of the rounded KV cache; its scales are among the items.
     """
 
     items: tuple[OutTensor | OutLinear, ...]
@@ -69,6 +69,7 @@ class OutputJob:
     other_files: tuple[Path, ...]
     tied: tuple[str, ...] = ()
     float_modules: tuple[str, ...] = ()
+    kv_cache: CacheDtype | None = None
 
     @property
     def linears(self) -> list[OutLinear]:

@@ -380,6 +380,17 @@ class CalibrationConfig(_Block):
     """Number format of the products in the float model's forwards. auto: bfloat16 where the device is faster at it."""
 
 
+class KvCacheConfig(_Block):
+    """Round the keys and values that a runtime caches. Their scales are calibrated on the samples and stored.
+
+    fp8: one scale per layer for the keys, one for the values, for vLLM (compressed_tensors). int8: one per channel, for
+    vLLM-Ascend (ascendv1_saver, C8). msModelSlim has no such block.
+    """
+
+    dtype: Literal["int8", "fp8"]
+    """Number format of the cached keys and values."""
+
+
 class Label(_Block):
     """Names the quant type of the recipe, e.g. w8a8; decides nothing."""
 
@@ -427,6 +438,8 @@ class Spec(_Block):
     """Question of media samples without a text."""
     calibration: CalibrationConfig = CalibrationConfig()
     """How the samples are used."""
+    kv_cache: KvCacheConfig | None = None
+    """Rounds the KV cache. Without it the runtime decides."""
 
     @field_validator("save")
     @classmethod
@@ -563,7 +576,7 @@ def needs_samples(recipe: Recipe) -> bool:
         or config.qconfig.weight.method == "gptq"
         or config.qconfig.stores_input_scale
         for _, config in recipe.processors()
-    )
+    ) or (recipe.spec.kv_cache is not None)
 
 
 def find_recipe(model_type: str, quant_type: str) -> Recipe:

@@ -236,7 +236,15 @@ def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) 
         f" `{_plain(saver)}` format."
         + (f" Not quantized: {', '.join(kept)}." if kept else "")
         + (f" Omitted: {', '.join(omitted)}." if omitted else "")
+        + (f" {_CACHES[report.kv_cache]}" if report.kv_cache in _CACHES else "")
     )
+
+
+_CACHES = {
+    "fp8": "It has scales for a KV cache in FP8, one per layer for keys and for values; vLLM uses it with"
+    " `--kv-cache-dtype fp8`.",
+    "int8": "It has scales for a KV cache in int8 (C8), one per channel, which vLLM-Ascend uses.",
+}
 
 
 def _describe_scheme(scheme: str) -> str:

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from ..formats import OutLinear, OutputJob, OutTensor
+from ..formats import OutLinear, OutputJob, OutTensor, cache_shapes
 from ..numerics import QuantizedLinear
 from ..plan import QuantPlan
 from ..storage import (
@@ -49,6 +49,7 @@ def make_job(plan: QuantPlan) -> OutputJob:
                 linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros, nested, input_global
             )
         )
+    items += [OutTensor(spec, _unknown) for spec in _cache_specs(plan)]
     floats = tuple(linear.name for linear in plan.linears if linear.scheme is None)
     return OutputJob(
         items=tuple(items),
@@ -60,7 +61,22 @@ def make_job(plan: QuantPlan) -> OutputJob:
         source=plan.checkpoint.path,
         other_files=tuple(plan.checkpoint.other_files()),
         tied=tuple(plan.model.family.tied_tensors(plan.checkpoint.config)),
+        kv_cache=plan.kv_cache,
     )
+
+
+def _cache_specs(plan: QuantPlan) -> list[TensorSpec]:
+    """The scales of the KV cache, in the dtype of each layer's k_proj."""
+    shapes, tensors = cache_shapes(plan.kv_cache, plan.layer_spec.key_width), plan.checkpoint.tensors
+    return [
+        TensorSpec(plan.model.layer_name(layer.index, name), tensors[_key_weight(plan, layer.index)].dtype, shape)
+        for layer in plan.layers
+        for name, shape in shapes.items()
+    ]
+
+
+def _key_weight(plan: QuantPlan, layer: int) -> str:
+    return plan.model.layer_name(layer, "self_attn.k_proj.weight")
 
 
 def _unknown() -> NoReturn:
@@ -80,7 +96,7 @@ def units(plan: QuantPlan, job: OutputJob) -> Units:
     layer_of = {
         plan.model.layer_name(layer.index, relative): position
         for position, layer in enumerate(plan.layers)
-        for relative in plan.layer_spec.shapes
+        for relative in (*plan.layer_spec.shapes, *cache_shapes(plan.kv_cache, plan.layer_spec.key_width))
     }
     layers: list[list[Item]] = [[] for _ in plan.layers]
     others: list[Item] = []

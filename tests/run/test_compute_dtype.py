@@ -42,9 +42,7 @@ def test_another_format_is_another_run(tiny: Path, index: Path, tmp_path: Path) 
     recipe = str(fast_recipe(tmp_path))
     stop_at("layers", 1, tiny, tmp_path / "out", index, config_path=recipe, compute_dtype="bfloat16")
     with pytest.raises(QuantError, match="--compute_dtype was bfloat16, is float32"):
-        quantize(
-            tiny, tmp_path / "out", device="cpu", dataset=str(index), config_path=recipe, compute_dtype="float32"
-        )
+        quantize(tiny, tmp_path / "out", device="cpu", dataset=str(index), config_path=recipe, compute_dtype="float32")
 
 
 def test_unknown_formats(tiny: Path, tmp_path: Path) -> None:
