@@ -119,6 +119,30 @@ def dequantize_nvfp4(packed: Array, scale: Array, global_scale: float) -> Array:
     return weight
 
 
+def round_nvfp4_inputs(x: Array, global_scale: float) -> Array:
+    """Activations [tokens, in] as vLLM's kernel rounds them: a scale e4m3(G * absmax / 6) per 16 inputs, relative to G,
+    and for each value the nearest of 15; a tie goes to the even code.
+    """
+    grid, rounded = np.array((0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0), np.float64), np.zeros(x.shape, np.float32)
+    e4m3 = np.array(E4M3, np.float64)
+    for token in range(x.shape[0]):
+        for first in range(0, x.shape[1], 16):
+            block = x[token, first : first + 16].astype(np.float64)
+            wanted = float(np.abs(block).max()) * global_scale / 6.0
+            scale = float(e4m3[_nearest_even(e4m3, wanted)]) / global_scale
+            for i, value in enumerate(block):
+                level = float(grid[_nearest_even(grid, abs(value) / scale)]) if scale else 0.0
+                rounded[token, first + i] = np.float32(np.copysign(level * scale, value))
+    return rounded
+
+
+def _nearest_even(table: Array, value: float) -> int:
+    """Index of the nearest entry of an ascending table; of two equally near ones the even index."""
+    distance = np.abs(table - value)
+    nearest = np.flatnonzero(distance == distance.min())
+    return int(nearest[nearest % 2 == 0][0]) if len(nearest) > 1 else int(nearest[0])
+
+
 def dequantize_float8(codes: Array, scale: Array) -> Array:
     """codes uint8 [out, in], scale [out, 1] or [ceil(out / 128), ceil(in / 128)] -> weight [out, in]."""
     weight = float8_values(codes)

@@ -45,6 +45,7 @@ SCHEMES: dict[str, str] = {
     "fp8": "FP8 dynamic",
     "fp8_block": "FP8 in blocks",
     "nvfp4a16": "NVFP4A16",
+    "nvfp4": "NVFP4",
     "nf4": "NF4",
 }
 
@@ -57,6 +58,7 @@ _KINDS = {
     r"FP8_BLOCK": "fp8_block",
     r"FP8(_DYNAMIC)?": "fp8",
     r"NVFP4A16": "nvfp4a16",
+    r"NVFP4": "nvfp4",
     r"NF4_G\d+(_DOUBLE)?": "nf4",
 }
 
@@ -150,6 +152,8 @@ def _unknown(how: str) -> Loads:
     return Loads("unknown", "not run", how)
 
 
+_FLOAT_SCHEMES = ("fp8", "fp8_block", "nvfp4a16", "nvfp4")
+_NO_FLOAT8 = {"vllm_ascend": _no("computes in no FP8 on A2 and A3")}
 _LAYOUT_NOT_RUN = _unknown("reads this layout by its sources; neither run nor emulated with these files")
 _FAMILY_NOT_RUN = _unknown("this family was not run")
 
@@ -277,15 +281,16 @@ TABLE: tuple[Entry, ...] = (
             {
                 "vllm": _LAYOUT_NOT_RUN,
                 "vllm_cpu": _LAYOUT_NOT_RUN,
-                "vllm_ascend": _LAYOUT_NOT_RUN if scheme == "w8a16" else _no("computes in no FP8 on A2 and A3"),
+                **({"vllm_ascend": _LAYOUT_NOT_RUN} if scheme == "w8a16" else _NO_FLOAT8),
                 "transformers_4": _LAYOUT_NOT_RUN,
                 "transformers_5": _UNCOMPRESSED_RUN if family == OMNI else _LAYOUT_NOT_RUN,
             },
         )
         for family in (OMNI, VL)
-        for scheme in ("w8a16", "fp8", "fp8_block", "nvfp4a16")
+        for scheme in ("w8a16", *_FLOAT_SCHEMES)
     ),
     *(Entry(family, "ascendv1_saver", "w8a16", _ASCEND_ONLY) for family in (OMNI, VL)),
+    Entry(OMNI3, "ascendv1_saver", "w8a16", _ASCEND_ONLY | {"vllm_ascend": _no("has W8A16 for dense Linears only")}),
     *(
         Entry(
             family,
@@ -296,13 +301,16 @@ TABLE: tuple[Entry, ...] = (
         for family in (VL3, OMNI3)
         for output_format, scheme, known in (
             ("ascendv1_saver", "w8a8", _ASCEND_ONLY),
+            ("ascendv1_saver", "w8a16", _ASCEND_ONLY),
             ("compressed_tensors", "w8a8", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("awq", "w4a16", _AWQ),
             ("compressed_tensors", "w4a16", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("compressed_tensors", "w4a16_sym", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("bitsandbytes", "nf4", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN) | _NF4),
+            ("compressed_tensors", "w8a16", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
+            *(("compressed_tensors", f, dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN) | _NO_FLOAT8) for f in _FLOAT_SCHEMES),
         )
-        if (family, scheme) != (OMNI3, "nf4")
+        if (family, scheme) != (OMNI3, "nf4") and (family, output_format, scheme) != (OMNI3, "ascendv1_saver", "w8a16")
     ),
 )
 

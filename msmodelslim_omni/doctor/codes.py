@@ -156,6 +156,10 @@ _NAMES = {
         "runtimes fuse q, k, v and gate, up, and require the same form for all parts", (VLLM, ASCEND),
         "quantize all parts of the group or none",
     ),
+    "fused_scales_differ": _error(
+        "runtimes fuse q, k, v and gate, up, and use the largest of their global scales for all parts", (VLLM,),
+        "quantize again; all parts need one global scale",
+    ),
     "tower_quantized": _warning(
         "only Linears of decoder layers should be quantized; towers, lm_head and speech parts lose accuracy,"
         " and few loaders can read them quantized", ALL, "keep it float",

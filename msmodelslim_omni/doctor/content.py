@@ -46,7 +46,7 @@ def is_readable(linear: StoredLinear) -> bool:
 
 def _has_whole_groups(linear: StoredLinear) -> bool:
     """Whether the weight has elements; with scales per block, also whether the last block of inputs is complete."""
-    group_size = {"float8_block": FLOAT8_BLOCK, "nvfp4": NVFP4_GROUP}.get(linear.form, 1)
+    group_size = {"float8_block": FLOAT8_BLOCK, "nvfp4": NVFP4_GROUP, "nvfp4_act": NVFP4_GROUP}.get(linear.form, 1)
     return linear.shape is not None and min(linear.shape) > 0 and linear.shape[1] % group_size == 0
 
 
@@ -68,7 +68,7 @@ def load_integers(linear: StoredLinear) -> QuantizedLinear:
         packed_zeros = unpack_plain(tensors["weight_zero_point"], axis=0, size=rows) if has_zeros else None
         integers = unpack_plain(tensors["weight_packed"], axis=1, size=columns)
         return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), scheme, packed_zeros)
-    if linear.form == "nvfp4":
+    if linear.form in ("nvfp4", "nvfp4_act"):
         integers, scales = unpack_e2m1(tensors["weight_packed"]), nvfp4_stored_scales(linear.tensors)
         return QuantizedLinear(integers, scales, QuantScheme(4, None, group_size=NVFP4_GROUP, number="e2m1"))
     if linear.form == "packed8":
@@ -99,7 +99,7 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
         if not linear.quantized:
             continue
         for suffix in ("scales", "weight_scale", "deq_scale", "input_scale", "weight.absmax", "weight.nested_absmax",
-                       "weight_global_scale"):  # fmt: skip
+                       "weight_global_scale", "input_global_scale"):  # fmt: skip
             info = linear.tensors.get(suffix)
             if info is not None and info.dtype in (*FLOAT_DTYPES, "F8_E4M3"):
                 yield from _scale_faults(info, allow_zero=suffix.endswith("absmax"))

@@ -11,6 +11,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .findings import (
     make_finding,
 )
 from .headers import check_files, check_index, read_folder
+from .kv_cache import cache_tensor_shapes, check_cache, check_cache_fields, kv_cache_of
 from .linears import (
     Shapes,
     check_linears,
@@ -96,6 +98,8 @@ def examine(
     if stopped := _reason_to_stop(collector.findings):
         loads = verdicts(model, declared.format, settings, folder, collector.findings, stopped)
         return Diagnosis(str(path), declared.format, tuple(collector.findings), collector.unlisted, loads, stopped)
+    caches: Shapes = {} if model is None or not expected else cache_tensor_shapes(model, config, kv_cache_of(settings))
+    expected = {**expected, **caches}
     is_float = block is None and description is None and not declared.format and not quantized
     if model is not None and expected:
         tensors = check_tensors(folder, config, model, expected, optional, linears, declared)
@@ -123,7 +127,8 @@ def examine(
         collector.run(
             "names", lists, f"{declared.format} loaders convert exactly these {len(quantized)} Linears", "config.json"
         )
-    collector.run("scales", check_scales(linears.values()), "finite, positive, no denormals", "all")
+    scales = chain(check_scales(linears.values()), check_cache_fields(settings), check_cache(folder, caches))
+    collector.run("scales", scales, "finite, positive, no denormals", "all")
     collector.run("integers", check_integers(linears.values()), "no constant rows, zero points match", "all")
     collector.run("floats", check_floats(folder.tensors.values()), "no NaN, no Inf", "all")
     if source is not None:

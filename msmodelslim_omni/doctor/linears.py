@@ -26,6 +26,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "int8": ("weight", "weight_scale", "weight_zero_point?"),
     "float8": ("weight", "weight_scale"),
     "nvfp4": ("weight_packed", "weight_scale", "weight_global_scale"),
+    "nvfp4_act": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
     "float8_block": ("weight", "weight_scale"),
     "ascend": ("weight", "weight_scale", "weight_offset"),
     "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
@@ -42,7 +43,7 @@ FORMS_OF_FORMAT = {
 
 _BITS_OF_FORM = {
     "gemm": 4, "packed": 4, "packed8": 8, "int8": 8, "float8": 8, "float8_block": 8, "ascend": 8, "ascend_static": 8,
-    "nf4": 4, "nvfp4": 4,
+    "nf4": 4, "nvfp4": 4, "nvfp4_act": 4,
 }  # fmt: skip
 
 _PER_WORD = 8
@@ -121,6 +122,8 @@ def _form(tensors: dict[str, TensorInfo], declared: str, shape: tuple[int, int] 
     """shape: (out, in) that config.json implies, which tells packed int8 from packed int4."""
     if "qweight" in tensors or "qzeros" in tensors:
         return "gemm"
+    if "input_global_scale" in tensors:
+        return "nvfp4_act"
     if "weight_global_scale" in tensors or ("weight_packed" in tensors and tensors["weight_packed"].dtype == "U8"):
         return "nvfp4"
     if "weight_packed" in tensors or "weight_shape" in tensors:
@@ -160,7 +163,7 @@ def _shape_from_tensors(form: str, tensors: dict[str, TensorInfo]) -> tuple[int,
     rows, columns = weight.shape
     if form == "gemm":
         return columns * _PER_WORD, rows
-    return rows, columns * {"packed": _PER_WORD, "packed8": BYTES_PER_WORD, "nvfp4": 2}.get(form, 1)
+    return rows, columns * {"packed": _PER_WORD, "packed8": BYTES_PER_WORD, "nvfp4": 2, "nvfp4_act": 2}.get(form, 1)
 
 
 def _missing(form: str, tensors: dict[str, TensorInfo], declared: Declared) -> list[str]:
@@ -193,11 +196,12 @@ def _expected_tensors(
                 "weight_zero_point": (("I32",), (-(-rows // _PER_WORD), groups)),
                 "weight_g_idx": (("I32",), (columns,)),
             }
-        case "nvfp4":
+        case "nvfp4" | "nvfp4_act":
             return {
                 "weight_packed": (("U8",), (rows, columns // 2)),
                 "weight_scale": (("F8_E4M3",), (rows, columns // NVFP4_GROUP)),
                 "weight_global_scale": (("F32",), (1,)),
+                "input_global_scale": (("F32",), (1,)),
             }
         case "packed8":
             return {

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from ..models import ModelSpec
-from ..storage import config_block
+from ..storage import config_block, load_tensor
 from .findings import Finding, make_finding, shorten_list
 from .linears import StoredLinear, split_tensor_name
 from .method import KEY
@@ -33,6 +33,7 @@ _ASCEND_TYPES = {
     "W8A8", "W8A8_DYNAMIC", "W8A8_MIX", "W8A16", "W4A4_DYNAMIC", "W4A4_FLATQUANT_DYNAMIC", "W8A8_MXFP8", "W4A8_MXFP",
     "W4A4_MXFP4",
 }  # fmt: skip
+_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
 _FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A16": "ascend", "W8A8": "ascend_static"}
 
 
@@ -49,6 +50,20 @@ def check_groups(model: ModelSpec, linears: dict[str, StoredLinear]) -> Iterator
         if len(set(forms.values())) > 1:
             what = ", ".join(f"{name.rpartition('.')[2]} is {form}" for name, form in sorted(forms.items()))
             yield make_finding("fused_split", ", ".join(sorted(forms)), what)
+        for suffix in _GLOBAL_SCALES:
+            yield from _check_equal(parts, suffix)
+
+
+def _check_equal(parts: list[StoredLinear], suffix: str) -> Iterator[Finding]:
+    """Check that the parts of a fused module have the same global scale. NaN is another finding."""
+    values = {
+        part.name: float(load_tensor(part.tensors[suffix]))
+        for part in parts
+        if part.sound and suffix in part.tensors and part.tensors[suffix].numel == 1
+    }
+    if len({value for value in values.values() if value == value}) > 1:
+        what = ", ".join(f"{name.rpartition('.')[2]} has {value:g}" for name, value in sorted(values.items()))
+        yield make_finding("fused_scales_differ", f"{', '.join(sorted(values))}: {suffix}", what)
 
 
 def _describe_form(linear: StoredLinear) -> str:

@@ -36,7 +36,7 @@ def _declared_form(group: dict[str, Any]) -> str | None:
     """The form of the Linears that a config group declares, see linears.FORMS."""
     weights = weights if isinstance(weights := group.get("weights"), dict) else {}
     if weights.get("type") == "float" and weights.get("num_bits") == 4:
-        return "nvfp4"
+        return "nvfp4_act" if group.get("input_activations") else "nvfp4"
     if weights.get("type") == "float":
         return "float8_block" if weights.get("strategy") == "block" else "float8"
     int8 = "int8" if group.get("input_activations") else "packed8"
@@ -49,8 +49,16 @@ def _config_groups(block: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {k: v for k, v in groups.items() if isinstance(v, dict)} if isinstance(groups, dict) else {}
 
 
-# Strategy and `dynamic` of activations, by the strategy of FP8 weights.
-_FLOAT8_ACTIVATIONS: dict[Any, tuple[Any, ...]] = {"channel": (("token", True),), "block": (("group", True),)}
+# Strategy and `dynamic` of activations, by the strategy of float weights.
+_FLOAT_ACTIVATIONS: dict[Any, tuple[Any, ...]] = {
+    "channel": (("token", True),),
+    "block": (("group", True),),
+    "tensor_group": (None, ("tensor_group", "local")),
+}
+_ACTIVATION_KINDS = {
+    "block": "per group of 128 and dynamic",
+    "tensor_group": 'null, or per tensor_group with dynamic "local"',
+}
 
 
 def _check(block: dict[str, Any], declared: Declared) -> Iterator[Finding]:
@@ -85,9 +93,9 @@ def _check(block: dict[str, Any], declared: Declared) -> Iterator[Finding]:
         if weights.get("actorder") not in (None, "weight", "static", False):
             yield field_fault(f"config_groups.{name}.weights.actorder", weights["actorder"], "null; vLLM rejects it")
         activation = (act.get("strategy"), act.get("dynamic")) if isinstance(act, dict) else None
-        allowed = (None,) if is_nvfp4 else _FLOAT8_ACTIVATIONS.get(weights.get("strategy")) if is_float8 else None
+        allowed = _FLOAT_ACTIVATIONS.get(str(weights.get("strategy"))) if is_float8 else None
         if activation not in (allowed or (None, ("token", True), ("tensor", False))):
-            kind = "per group of 128 and dynamic" if weights.get("strategy") == "block" else "per token and dynamic"
+            kind = _ACTIVATION_KINDS.get(str(weights.get("strategy")), "per token and dynamic")
             yield field_fault(f"config_groups.{name}.input_activations", act, kind)
         elif isinstance(act, dict) and act.get("type", "int") != weights.get("type", "int"):
             yield field_fault(f"config_groups.{name}.input_activations.type", act.get("type"), weights.get("type"))
@@ -119,7 +127,7 @@ def _patterns(declared: Declared) -> list[str]:
 
 
 COMPRESSED_TENSORS = Method(
-    ("packed", "packed8", "int8", "float8", "float8_block", "nvfp4"),
+    ("packed", "packed8", "int8", "float8", "float8_block", "nvfp4", "nvfp4_act"),
     frozenset({"weight_packed", "weight_scale"}),
     _declare,
     _check,

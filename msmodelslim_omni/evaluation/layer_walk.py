@@ -13,8 +13,8 @@ import torch
 
 from ..calibration import HiddenStates
 from ..models import MODALITIES
-from ..numerics import QuantizedLinear
-from ..quantized import Source, load_linear
+from ..numerics import CacheScales, QuantizedLinear
+from ..quantized import Source, load_cache, load_linear
 from ..report import LayerDrift
 from ..run import quantized_layer
 from ..runtime import Clock, Progress, free_memory, prefetch
@@ -125,10 +125,14 @@ def _layer_drift(index: int, sums: torch.Tensor) -> LayerDrift:
 
 @dataclass(frozen=True)
 class LoadedLayer:
-    """A decoder layer as stored: float tensors and quantized Linears by relative name, on the CPU."""
+    """A decoder layer as stored: float tensors and quantized Linears by relative name, on the CPU.
+
+    cache: the scales of its KV cache if the checkpoint rounds it.
+    """
 
     floats: dict[str, torch.Tensor]
     linears: dict[str, QuantizedLinear]
+    cache: CacheScales | None = None
 
 
 def load_layer(source: Source, index: int) -> LoadedLayer:
@@ -141,16 +145,20 @@ def load_layer(source: Source, index: int) -> LoadedLayer:
             linears[relative.removesuffix(".weight")] = load_linear(source.linears[linear])
         else:
             floats[relative] = load_finite(source.floats[name])
-    return LoadedLayer(floats, linears)
+    cache = None if source.kv_cache is None else load_cache(source.model, source.kv_cache, source.floats, index)
+    return LoadedLayer(floats, linears, cache)
 
 
 def build_layer(source: Source, index: int, loaded: LoadedLayer, device: torch.device) -> torch.nn.Module:
     """The layer as a module of the library, on the device; see emulation.quantized_layer."""
     floats = {name: tensor.to(device) for name, tensor in loaded.floats.items()}
     linears = {name: _to_device(linear, device) for name, linear in loaded.linears.items()}
-    return quantized_layer(source.model, source.config, index, floats, linears)
+    return quantized_layer(source.model, source.config, index, floats, linears, cache=loaded.cache)
 
 
 def _to_device(linear: QuantizedLinear, device: torch.device) -> QuantizedLinear:
     zeros = None if linear.zeros is None else linear.zeros.to(device)
-    return QuantizedLinear(linear.qweight.to(device), linear.scales.to(device), linear.scheme, zeros)
+    input_global = None if linear.input_global is None else linear.input_global.to(device)
+    return QuantizedLinear(
+        linear.qweight.to(device), linear.scales.to(device), linear.scheme, zeros, input_global=input_global
+    )

@@ -12,6 +12,8 @@ from .ascend import DESCRIPTION_FILE
 from .bitsandbytes import NF4_NESTED, NF4_PARTS, NF4_STATE, nf4_layout, nf4_linear
 from .ct_nvfp4 import nvfp4_stored_scales, unpack_e2m1
 from .job import FLOAT, OutLinear, OutputJob, OutTensor
+from .kv_cache import SCALES as CACHE_SCALES
+from .kv_cache import cache_shapes, cache_tensors, declared_cache, stored_scales
 from .nibbles import BYTES_PER_WORD, unpack_bytes, unpack_gemm, unpack_plain
 from .registry import FORMATS
 from .shards import Output, format_tensors, output_files, write_json
@@ -19,6 +21,7 @@ from .stored import PartFault, StoredLinear
 
 __all__ = [
     "BYTES_PER_WORD",
+    "CACHE_SCALES",
     "DESCRIPTION_FILE",
     "FLOAT",
     "FORMATS",
@@ -31,11 +34,15 @@ __all__ = [
     "OutputJob",
     "PartFault",
     "StoredLinear",
+    "cache_shapes",
+    "cache_tensors",
+    "declared_cache",
     "format_tensors",
     "nf4_layout",
     "nf4_linear",
     "nvfp4_stored_scales",
     "output_files",
+    "stored_scales",
     "unpack_bytes",
     "unpack_e2m1",
     "unpack_gemm",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..numerics import QuantScheme
+from ..numerics import CacheDtype, QuantScheme
 from ..storage import TensorInfo, TensorSpec
 from .job import (
     FLOAT,
@@ -39,6 +39,8 @@ from .stored import (
 
 weights_stem = "quant_model_weights"
 quant_method: str | None = None
+kv_cache: CacheDtype | None = "int8"
+kv_cache_reason = "vLLM-Ascend on A2 and A3 caches int8 (C8) and computes in no FP8"
 DESCRIPTION_FILE = "quant_model_description.json"
 
 _DESCRIPTION_VERSION = "1.0.0"
@@ -85,6 +87,7 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
         "model_quant_type": max(
             (linear.scheme.name for linear in job.linears), key=list(_SCHEMES).index, default=FLOAT
         ),
+        **({} if job.kv_cache is None else {"kv_cache_type": "C8"}),
         "metadata": {},
         "group_size": 0,
         "optional": {},

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..numerics import QuantScheme
+from ..numerics import CacheDtype, QuantScheme
 from ..storage import TensorInfo, TensorSpec, load_tensor
 from .job import (
     Data,
@@ -45,6 +45,8 @@ from .stored import (
 
 weights_stem = "model"
 quant_method: str | None = "awq"
+kv_cache: CacheDtype | None = None
+kv_cache_reason = "AutoAWQ's layout has no place for them"
 
 _MAX_FLOAT16 = 65504.0
 

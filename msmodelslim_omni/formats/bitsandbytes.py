@@ -24,6 +24,7 @@ from ..files import parse_json
 from ..numerics import (
     NESTED_BLOCK_SIZE,
     NF4_LEVELS,
+    CacheDtype,
     NestedScales,
     QuantScheme,
     pack_nf4,
@@ -49,6 +50,8 @@ from .stored import (
 
 weights_stem = "model"
 quant_method: str | None = "bitsandbytes"
+kv_cache: CacheDtype | None = None
+kv_cache_reason = "bitsandbytes' layout has no place for them"
 
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 

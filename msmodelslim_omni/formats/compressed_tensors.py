@@ -1,4 +1,4 @@
-"""compressed_tensors: W8A8, W8A16, W4A16, FP8 and NVFP4A16, also mixed in one checkpoint (mixed-precision).
+"""compressed_tensors: W8A8, W8A16, W4A16, FP8, NVFP4 and NVFP4A16, also mixed in one checkpoint (mixed-precision).
 
 vLLM, vLLM-Ascend and transformers load these checkpoints. Each layout of the tensors of a Linear is one module
 (ct_layout.py); LAYOUTS lists them. Biases are untouched.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import QuantError
-from ..numerics import QuantScheme
+from ..numerics import CacheDtype, QuantScheme
 from ..storage import TensorInfo
 from . import ct_float8, ct_int8, ct_nvfp4, ct_packed
 from .ct_layout import Layout
@@ -29,18 +29,22 @@ from .stored import (
     group_parts,
 )
 
+_CACHE_SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
 LAYOUTS: tuple[Layout, ...] = (ct_int8, ct_packed, ct_float8, ct_nvfp4)
 
 weights_stem = "model"
 quant_method: str | None = "compressed-tensors"
+kv_cache: CacheDtype | None = "fp8"
+kv_cache_reason = "vLLM caches fp8 and has no int8 cache"
 
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
     for scheme in schemes:
         if not any(layout.stores(scheme) for layout in LAYOUTS):
             return (
-                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, NVFP4A16, and int4 weights per group with float"
-                f" activations, not {scheme.name}"
+                "compressed_tensors supports W8A8_DYNAMIC, W8A16, FP8, NVFP4, NVFP4A16, and int4 weights per group with"
+                f" float activations, not {scheme.name}"
             )
     # The tensors distinguish schemes of different layouts. Only config patterns distinguish two of the same layout.
     for layout in LAYOUTS:
@@ -88,7 +92,7 @@ def quantization_config(job: OutputJob) -> dict[str, Any]:
         "quantization_status": "compressed",
         "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
         "ignore": [*job.ignore_patterns, *floats],
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if job.kv_cache is None else dict(_CACHE_SCHEME),
     }
 
 

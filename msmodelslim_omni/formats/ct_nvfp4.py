@@ -1,8 +1,10 @@
-"""nvfp4-pack-quantized: NVFP4 weights (e2m1 with an e4m3 scale per 16 inputs and a global scale), float activations.
+"""nvfp4-pack-quantized: NVFP4 weights (e2m1 with an e4m3 scale per 16 inputs and a global scale), activations alike or
+float.
 
 Per Linear [out, in]: `.weight_packed` uint8 [out, in / 2], two codes per byte, the even column in the lower half; a
 code is the index of the magnitude in 0, 0.5, 1, 1.5, 2, 3, 4, 6, plus 8 if negative; `.weight_scale` float8_e4m3fn
-[out, in / 16]; `.weight_global_scale` float32 [1], by which the scales are divided.
+[out, in / 16]; `.weight_global_scale` float32 [1], by which the scales are divided. If the activations are rounded too,
+`.input_global_scale` float32 [1], by which their scales are divided, which are computed at run time ("local").
 
 Example: the values 1, -0.5, 6, 0 have the codes 2, 9, 7, 0 and are stored as 92 07.
 """
@@ -20,14 +22,14 @@ from .job import OutLinear, OutTensor
 from .stored import Parts, describe_wrong_part
 
 FORM = "nvfp4-pack-quantized"
-SUPPORTED = "nvfp4-pack-quantized with float activations"
+SUPPORTED = "nvfp4-pack-quantized with float activations or with dynamic local ones of the same type"
 
 # Doubled magnitudes by code; see numerics/float4.py.
 _MAGNITUDES = (0, 1, 2, 3, 4, 6, 8, 12)
 
 
 def stores(scheme: QuantScheme) -> bool:
-    return scheme.number == "e2m1" and scheme.act_bits is None
+    return scheme.number == "e2m1"
 
 
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
@@ -43,7 +45,7 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
             )
         return stored
 
-    return [
+    tensors = [
         OutTensor(
             TensorSpec(f"{linear.name}.weight_packed", "U8", (rows, columns // 2)),
             lambda: pack_e2m1(linear.qweight()),
@@ -58,6 +60,11 @@ def linear_tensors(linear: OutLinear) -> list[OutTensor]:
             TensorSpec(f"{linear.name}.weight_global_scale", "F32", (1,)), lambda: torch.tensor([GLOBAL_SCALE]), kind
         ),
     ]
+    if linear.input_global is not None:
+        tensors.append(
+            OutTensor(TensorSpec(f"{linear.name}.input_global_scale", "F32", (1,)), linear.input_global, kind)
+        )
+    return tensors
 
 
 def pack_e2m1(q: torch.Tensor) -> torch.Tensor:
@@ -85,21 +92,24 @@ def arguments(scheme: QuantScheme) -> dict[str, Any]:
         "scale_dtype": "torch.float8_e4m3fn",
         "zp_dtype": "torch.float8_e4m3fn",
     }
-    return {"weights": weights, "input_activations": None}
+    return {"weights": weights, "input_activations": {**weights, "dynamic": "local"} if scheme.act_bits else None}
 
 
 # --- reading -------------------------------------------------------------------------------------------------
 
 
 def stored_scheme(weights: dict[str, Any], act: dict[str, Any] | None) -> QuantScheme | None:
-    settings = [weights.get(key) for key in ("num_bits", "type", "strategy", "group_size")]
-    if act is not None or settings != [4, "float", "tensor_group", NVFP4_GROUP]:
+    keys, expected = ("num_bits", "type", "strategy", "group_size"), [4, "float", "tensor_group", NVFP4_GROUP]
+    if [weights.get(key) for key in keys] != expected:
         return None
-    return QuantScheme(4, None, group_size=NVFP4_GROUP, number="e2m1")
+    if act is not None and [act.get(key) for key in (*keys, "dynamic")] != [*expected, "local"]:
+        return None
+    return QuantScheme(4, None if act is None else 4, group_size=NVFP4_GROUP, number="e2m1")
 
 
 def required(scheme: QuantScheme) -> tuple[str, ...]:
-    return ("weight_packed", "weight_scale", "weight_global_scale")
+    parts = ("weight_packed", "weight_scale", "weight_global_scale")
+    return (*parts, "input_global_scale") if scheme.stores_input_scale else parts
 
 
 def recognizes(parts: Parts, scheme: QuantScheme) -> bool:
@@ -111,14 +121,14 @@ def fault(parts: Parts, scheme: QuantScheme) -> str:
     if len(shape) != 2 or not parts["weight_packed"].numel or 2 * shape[1] % NVFP4_GROUP:
         return f"weight_packed has shape {list(shape)}, not [out, in / 2]"
     scale_shape = (shape[0], 2 * shape[1] // NVFP4_GROUP)
-    return describe_wrong_part(
-        parts,
-        {
-            "weight_packed": (("U8",), shape),
-            "weight_scale": (("F8_E4M3",), scale_shape),
-            "weight_global_scale": (("F32",), (1,)),
-        },
-    )
+    expected: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
+        "weight_packed": (("U8",), shape),
+        "weight_scale": (("F8_E4M3",), scale_shape),
+        "weight_global_scale": (("F32",), (1,)),
+    }
+    if scheme.stores_input_scale:
+        expected["input_global_scale"] = (("F32",), (1,))
+    return describe_wrong_part(parts, expected)
 
 
 def stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
@@ -130,6 +140,7 @@ def stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str
         float_dtype,
         lambda: unpack_e2m1(load_tensor(parts["weight_packed"])),
         lambda: nvfp4_stored_scales(parts),
+        input_global=(lambda: load_tensor(parts["input_global_scale"])) if scheme.stores_input_scale else None,
     )
 
 

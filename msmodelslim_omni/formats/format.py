@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-from ..numerics import QuantScheme
+from ..numerics import CacheDtype, QuantScheme
 from ..storage import TensorInfo
 from .job import OutLinear, OutputJob, OutTensor
 from .stored import StoredLinears
@@ -17,10 +17,14 @@ class Format(Protocol):
     weights_stem: start of the names of weight files: `model` gives model.safetensors, model-00001-of-00003.safetensors
         and model.safetensors.index.json.
     quant_method: the quant_method in quantization_config of config.json; None if the format writes no such config.
+    kv_cache: the number format of a rounded KV cache whose scales it stores, see kv_cache.py; None if its readers round
+        none. kv_cache_reason: why it stores no other one.
     """
 
     weights_stem: str
     quant_method: str | None
+    kv_cache: CacheDtype | None
+    kv_cache_reason: str
 
     def refusal(self, schemes: frozenset[QuantScheme]) -> str:
         """The reason why this format cannot store these schemes in one checkpoint, or an empty string."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..numerics import NestedScales, QuantScheme
+from ..numerics import CacheDtype, NestedScales, QuantScheme
 from ..storage import TensorSpec
 
 FLOAT = "FLOAT"
@@ -35,6 +35,7 @@ class OutLinear:
     qweight: int8 [out, in], signed; for a codebook scheme, codes. scales: float32 [out, groups]; for a grouped scheme,
     exactly representable in float16 and in float_dtype. zeros: int8 [out, groups], signed, for an asymmetric scheme:
     W is approximately (qweight - zeros) * scales. nested: the quantized scales, for a scheme with double quantization.
+    input_global: float32 [1], for a scheme that stores a global scale of its input.
     """
 
     name: str
@@ -45,6 +46,7 @@ class OutLinear:
     scales: Callable[[], torch.Tensor]
     zeros: Callable[[], torch.Tensor] | None = None
     nested: Callable[[], NestedScales] | None = None
+    input_global: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class OutputJob:
     float_linears: checkpoint names of the decoder Linears that stay float; float_modules: their module names in the
     transformers classes. ignore_patterns and config_paths: see ModelSpec.
     tied: names of tensors that share the data of another tensor and may be absent from the files, although the loaders
-    have a module for them.
+    have a module for them. kv_cache: number format of the rounded KV cache; its scales are among the items.
     """
 
     items: tuple[OutTensor | OutLinear, ...]
@@ -67,6 +69,7 @@ class OutputJob:
     other_files: tuple[Path, ...]
     tied: tuple[str, ...] = ()
     float_modules: tuple[str, ...] = ()
+    kv_cache: CacheDtype | None = None
 
     @property
     def linears(self) -> list[OutLinear]:

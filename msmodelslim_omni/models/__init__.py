@@ -8,7 +8,7 @@ Not here: quantization. A ModelSpec names the Linears; the recipe decides how to
 
 from __future__ import annotations
 
-from .attention import AttentionRecord
+from .attention import AttentionRecord, pass_cache_through
 from .inputs import MODALITIES, ClipSize, FrameChoice, LayerInput, MediaLimits, MediaProcessor, ModelInputs, Stem
 from .log_mel import log_mel
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
@@ -42,4 +42,5 @@ __all__ = [
     "find_model_type",
     "is_recomputed_buffer",
     "log_mel",
+    "pass_cache_through",
 ]

@@ -1,7 +1,8 @@
-"""How much attention each token of a sample receives, recorded while a decoder layer runs."""
+"""Inside the attention of a decoder layer: its keys and values, and how much attention each token receives."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 _NAME = "msmodelslim_recorded"  # of the attention function, in the library's table
+_CACHED_NAME = "msmodelslim_cached"
 _BLOCK_BYTES = 64 << 20  # of attention probabilities that are in memory at once
 
 
@@ -41,6 +43,29 @@ class AttentionRecord:
         """Give the layer the library's function back."""
         self._config._attn_implementation = self._before
         self._module, self._last = None, ()  # the table holds this record on; not the layer
+
+
+# Keys and values, [1, kv heads, tokens, d] after the rotary embedding -> what attention uses in their place.
+CacheFunction = Callable[["torch.Tensor", "torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]
+
+
+def pass_cache_through(layer: torch.nn.Module, function: CacheFunction) -> None:
+    """Let the attention of a decoder layer use the keys and values that the function returns, from now on."""
+    import transformers
+
+    table: Any = transformers.AttentionInterface
+    module: Any = cast(Any, layer.get_submodule("self_attn"))
+    module.cache_function = function
+    module.config = copy.copy(module.config)  # other layers may share it
+    library: Callable[..., Any] = table()[module.config._attn_implementation]
+    module.library_attention = library
+
+    def attend(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **options: Any) -> Any:
+        key, value = module.cache_function(key, value)
+        return module.library_attention(module, query, key, value, attention_mask, **options)
+
+    table.register(_CACHED_NAME, attend)
+    module.config._attn_implementation = _CACHED_NAME
 
 
 def received_attention(

@@ -116,6 +116,11 @@ class LayerSpec:
         return self.shapes["input_layernorm.weight"][0]
 
     @property
+    def key_width(self) -> int:
+        """Output channels of k_proj, which are as many as those of v_proj."""
+        return self.shapes["self_attn.k_proj.weight"][0]
+
+    @property
     def cache_width(self) -> int:
         """Number of KV-cache elements per token: output channels of k_proj and v_proj."""
         return sum(self.shapes[f"self_attn.{name}_proj.weight"][0] for name in ("k", "v"))

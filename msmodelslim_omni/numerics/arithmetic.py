@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ..errors import QuantError
 from ..runtime import to_cpu
 from .checks import WeightChecks
-from .float4 import nvfp4_scales, round_e2m1, search_nvfp4_scales
+from .float4 import nvfp4_scales, round_act_nvfp4, round_e2m1, search_nvfp4_scales
 from .float8 import decode_e4m3, e4m3_scales, quantize_act_e4m3, round_e4m3, search_e4m3_scales
 from .nf4 import NestedScales, decode_nf4, encode_nf4, nest_absmax
 from .scheme import QuantScheme
@@ -48,6 +48,7 @@ class QuantizedLinear:
     for blocks, the channels of a block have equal scales.
     zeros: int8 [out, groups], signed, within the range of the integers; None for a symmetric scheme.
     nested: the stored form of the scales if the scheme quantizes them too; `scales` are its dequantized values.
+    input_global: float32 [1], the global scale of the Linear's input, for a scheme that stores one; see float4.py.
     squares: if rounding has computed them, the squares of W - Ŵ and of W summed by row: float32 [2, rows] for each
     block of rows, see weight_error.
     """
@@ -58,6 +59,7 @@ class QuantizedLinear:
     zeros: torch.Tensor | None = None
     nested: NestedScales | None = None
     squares: tuple[torch.Tensor, ...] | None = None
+    input_global: torch.Tensor | None = None
 
     @property
     def error(self) -> float | None:
@@ -428,14 +430,20 @@ def quantize_tokens(x: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor,
     return quantize_act_e4m3(x) if scheme.number == "e4m3" else quantize_act(x, scheme.act_bits)
 
 
-def round_act(x: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
-    """Return the dequantized activations of a scheme, float32 like x [..., in]; x itself if they stay float."""
+def round_act(x: torch.Tensor, scheme: QuantScheme, input_global: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the dequantized activations of a scheme, float32 like x [..., in]; x itself if they stay float.
+
+    input_global: that of the Linear, see QuantizedLinear; None takes that of x.
+    """
     if scheme.act_bits is None:
         return x
     if scheme.group_size is None:
         q, s = quantize_tokens(x, scheme)
         return q * s
-    q, s = quantize_act_e4m3(x.reshape(*x.shape[:-1], -1, scheme.group_size))  # [..., groups, g]
+    grouped = x.reshape(*x.shape[:-1], -1, scheme.group_size)  # [..., groups, g]
+    if scheme.number == "e2m1":
+        return round_act_nvfp4(grouped, input_global).flatten(-2)
+    q, s = quantize_act_e4m3(grouped)
     return (q * s).flatten(-2)
 
 
@@ -447,7 +455,7 @@ def quantized_matmul(x: torch.Tensor, linear: QuantizedLinear, bias: torch.Tenso
     x: float32 [..., in]. Returns float32 [..., out]. A weight is converted from its codes a block of rows at a time.
     """
     scheme = linear.scheme
-    q_x, s_x = quantize_tokens(x, scheme) if scheme.rounds_tokens else (round_act(x, scheme), None)
+    q_x, s_x = quantize_tokens(x, scheme) if scheme.rounds_tokens else (round_act(x, scheme, linear.input_global), None)
     y = x.new_empty((*x.shape[:-1], linear.qweight.shape[0]))
     is_float = linear.qweight.dtype == torch.float32
     for rows in [slice(None)] if is_float else row_blocks(linear.qweight, _PRODUCT_ELEMENTS):

@@ -20,7 +20,8 @@ class QuantScheme:
             `block_rows`, a scale covers `block_rows` output channels by `group_size` inputs. With number `e2m1`, the
             integers are twice the 4-bit floats of NVFP4 (float4.py).
     act:    signed integers of `act_bits`, symmetric, with one scale per token, computed at run time and not stored;
-            per `group_size` inputs of a token for e4m3 in blocks. None: float activations.
+            per `group_size` inputs of a token for e4m3 in blocks, and for e2m1, whose scales are relative to a stored
+            global scale of the Linear's input. None: float activations.
     """
 
     weight_bits: int
@@ -37,7 +38,7 @@ class QuantScheme:
     def name(self) -> str:
         """Name of the scheme in reports and descriptions: W8A8_DYNAMIC, W4A16_G128_SYM, W8A16, NF4_G64, FP8_DYNAMIC."""
         if self.number == "e2m1":
-            return "NVFP4A16"
+            return "NVFP4A16" if self.act_bits is None else "NVFP4"
         if self.number == "e4m3":
             return "FP8_BLOCK" if self.block_rows else "FP8_DYNAMIC"
         if self.codebook is not None:
@@ -51,6 +52,11 @@ class QuantScheme:
     def is_int4(self) -> bool:
         """Whether the weights are 4-bit integers, not codes of a codebook."""
         return self.weight_bits == 4 and self.codebook is None and self.number == "int"
+
+    @property
+    def stores_input_scale(self) -> bool:
+        """Whether a scale of the Linear's input is calibrated and stored."""
+        return self.number == "e2m1" and self.act_bits is not None
 
     @property
     def rounds_tokens(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Literal
 from ..errors import QuantError
 from ..formats import FORMATS
 from ..models import MODEL_TYPES, LayerSpec, ModelSpec, Part
-from ..numerics import QuantScheme, require_bitsandbytes
+from ..numerics import CacheDtype, QuantScheme, require_bitsandbytes
 from ..processors import PROCESSORS
 from ..recipe import (
     GROUP_SIZES,
@@ -68,7 +68,8 @@ class QuantPlan:
     """All decisions of a run.
 
     dataset: None for a data-free recipe, which reads no samples and runs no towers. statistics: required statistics of
-    the Linears' inputs, see processors.Processor.needs. checked: whether check_all_tensors has passed.
+    the Linears' inputs, see processors.Processor.needs. checked: whether check_all_tensors has passed. kv_cache: number
+    format of the keys and values that the runtime caches, if the recipe rounds them.
     """
 
     model: ModelSpec
@@ -86,6 +87,7 @@ class QuantPlan:
     warnings: tuple[str, ...]
     checked: bool
     budget: Budget = DEFAULT_BUDGET
+    kv_cache: CacheDtype | None = None
 
     def kept_parts(self) -> list[tuple[Part, int]]:
         """Return the parts of the checkpoint outside the decoder layers, with their sizes in bytes."""
@@ -143,6 +145,8 @@ def make_plan(
         raise QuantError(f"{recipe.where(('spec', 'process'))}: the recipe quantizes nothing", "widen an include")
     linears = tuple(_linear_plan(model, checkpoint, layer, name) for layer in layers for name in layer_spec.linears)
     needs = {PROCESSORS[config.type].needs(config) for _, config, _ in selections}
+    kv_cache = recipe.spec.kv_cache.dtype if recipe.spec.kv_cache else None
+    needs |= {"inputs"} if kv_cache else set()
     statistics = max(needs, key=("", "inputs", "gram").index)
     data_free = statistics == ""
     if data_free and dataset is not None:
@@ -157,6 +161,7 @@ def make_plan(
     calibration = calibration.model_copy(update={key: value for key, value in given.items() if value is not None})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)
+    _check_cache(savers, kv_cache, recipe)
     checked = not (check_later and data_free)
     return QuantPlan(
         model=model,
@@ -173,6 +178,7 @@ def make_plan(
         trust_remote_code=trust_remote_code,
         warnings=(*(check_all_tensors(model, checkpoint) if checked else ()), *warnings),
         checked=checked,
+        kv_cache=kv_cache,
     )
 
 
@@ -393,6 +399,21 @@ def _check_formats(savers: tuple[SaverConfig, ...], recipe: Recipe, linears: tup
             raise QuantError(
                 f"{recipe.where(('spec', 'save'))}: {saver.type} cannot store this recipe's result: {why}",
                 _recipe_for(saver.type, recipe),
+            )
+
+
+def _check_cache(savers: tuple[SaverConfig, ...], kv_cache: CacheDtype | None, recipe: Recipe) -> None:
+    """Raise QuantError for a format whose readers do not round the KV cache to this number format."""
+    for saver in savers:
+        fmt = FORMATS[saver.type]
+        if kv_cache is not None and fmt.kv_cache != kv_cache:
+            known = "; ".join(
+                f"{name} stores {other.kv_cache}" for name, other in FORMATS.items() if other.kv_cache is not None
+            )
+            raise QuantError(
+                f"{recipe.where(('spec', 'kv_cache'))}: {saver.type} cannot store the scales of a KV cache in"
+                f" {kv_cache}: {fmt.kv_cache_reason}",
+                f"remove kv_cache or use another --save_format ({known})",
             )
 
 

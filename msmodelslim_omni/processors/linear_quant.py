@@ -1,4 +1,4 @@
-"""linear_quant: round the weights of the matching Linears to integers. Only the method `gptq` needs data."""
+"""linear_quant: round the weights of the matching Linears. Only `gptq` and the global scales of inputs need data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from .work import FEWEST_EXPERT_TOKENS, LayerWork
 _LISTED_EXPERTS = 8
 
 
-def needs(config: LinearQuantConfig) -> Literal["", "gram"]:
-    return "gram" if config.qconfig.weight.method == "gptq" else ""
+def needs(config: LinearQuantConfig) -> Literal["", "inputs", "gram"]:
+    if config.qconfig.weight.method == "gptq":
+        return "gram"
+    return "inputs" if config.qconfig.stores_input_scale else ""
 
 
 def apply(work: LayerWork, config: LinearQuantConfig, linears: frozenset[str]) -> LayerWork:
@@ -72,6 +74,7 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str], che
     elif cholesky is None and gram is not None and by_gptq and (group.expert is None or has_enough_tokens(gram)):
         note = _not_factorized_note if has_enough_tokens(gram) else _too_few_tokens_note
         work = replace(work, notes=(*work.notes, note(group, gram)))
+    quantized = {linear: replace(q, input_global=work.input_global(linear)) for linear, q in quantized.items()}
     return replace(work, quantized={**work.quantized, **quantized})
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from ..models import LayerSpec, LinearGroup
-from ..numerics import QuantizedLinear, QuantScheme
+from ..numerics import QuantizedLinear, QuantScheme, input_global_scale
 from ..runtime import SINGLE_PROCESS, Team
 from ..statistics import InputStats
 from .gptq import CholeskyFactor
@@ -108,6 +108,20 @@ class LayerWork:
         if stats is None or (group.expert is not None and int(stats.count.sum()) < FEWEST_EXPERT_TOKENS):
             return None
         return stats
+
+    def input_global(self, linear: str) -> torch.Tensor | None:
+        """The global scale of a Linear's input, float32 [1]; None if its scheme stores none, or without samples.
+
+        All experts of a layer share one for gate and up, whose inputs are the same states, and one for down: runtimes
+        use one for all, and an expert that no token reached needs one too.
+        """
+        if self.stats is None or not self.schemes[linear].stores_input_scale:
+            return None
+        own = next(group for group in self.spec.groups if linear in group.linears)
+        ending = own.linears[0].rpartition(".")[2]
+        alike = [own] if own.expert is None else [g for g in self.spec.groups if g.linears[0].endswith(f".{ending}")]
+        peaks = [self.stats[g.name].absmax.amax() for g in alike if g.name in self.stats]
+        return input_global_scale(torch.stack(peaks).amax())
 
     def with_record(self, record: SmoothingRecord) -> LayerWork:
         return replace(self, smoothing=(*self.smoothing, record))

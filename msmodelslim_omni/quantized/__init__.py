@@ -21,7 +21,7 @@ from .generate import (
     write_wav,
 )
 from .inspect import inspect_checkpoint
-from .reader import identify, is_quantized, load_linear
+from .reader import identify, is_quantized, load_cache, load_linear
 
 __all__ = [
     "Source",
@@ -33,6 +33,7 @@ __all__ = [
     "identify",
     "inspect_checkpoint",
     "is_quantized",
+    "load_cache",
     "load_linear",
     "on_device",
     "open_model",

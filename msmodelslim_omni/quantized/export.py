@@ -130,6 +130,12 @@ def _check_source(source: QuantizedCheckpoint, target: Path, save_format: str, t
         raise QuantError(f"{source.path}: a {source.model.hf_model_type} has no speech parts", "omit --thinker_only")
     if reason := FORMATS[save_format].refusal(source.schemes):
         raise QuantError(f"{save_format} cannot hold {source.path}: {reason}")
+    if source.kv_cache not in (None, FORMATS[save_format].kv_cache):
+        raise QuantError(
+            f"{save_format} cannot hold {source.path}: its KV cache is {source.kv_cache};"
+            f" {FORMATS[save_format].kv_cache_reason}",
+            "quantize the float checkpoint with a recipe without kv_cache",
+        )
     _check_only_layers_quantized(source)
 
 
@@ -220,6 +226,7 @@ def make_export_job(source: QuantizedCheckpoint, save_format: str, thinker_only:
         source=source.path,
         other_files=tuple(source.checkpoint.other_files()),
         tied=tuple(source.model.family.tied_tensors(source.checkpoint.config)),
+        kv_cache=source.kv_cache,
     )
 
 
@@ -292,7 +299,7 @@ def _make_report(
         savers={save_format: str(save_path)},
         output_bytes={save_format: _total_bytes(tensors)},
         parts=parts,
-        run_memory=memory_of(source.model, source.checkpoint.config, parts),
+        run_memory=memory_of(source.model, source.checkpoint.config, parts, source.kv_cache or ""),
         bits_per_weight=bits_per_weight((linear.shape for linear in job.linears), tensors),
         commands=(*report.commands, tuple(command)),
         warnings=(*(w for w in report.warnings if not w.startswith("exported from ")), note),

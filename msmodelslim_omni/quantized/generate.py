@@ -32,6 +32,7 @@ from ..models import (
     derive_model_type,
 )
 from ..numerics import (
+    CacheDtype,
     QuantizedLinear,
     dequantize,
     linear_rows,
@@ -40,10 +41,12 @@ from ..numerics import (
     row_blocks,
 )
 from ..report import human_bytes
+from ..run import round_cache
 from ..runtime import Device, Progress, out_of_memory_as_error, resolve_device
 from ..storage import TensorInfo, load_finite, load_json_object, open_checkpoint
 from .reader import (
     is_quantized,
+    load_cache,
     load_linear,
     open_quantized,
     without_quantization,
@@ -56,6 +59,8 @@ _MAX_TOKENS, _VISUAL_TOKENS, _VIDEO_FPS = 32768, 768, 2.0
 
 # Memory for the KV cache, activations and libraries, in addition to the weights.
 _HEADROOM = 2 << 30
+
+_ACT_NAMES = {"int": "int8", "e4m3": "FP8", "e2m1": "NVFP4"}  # of rounded activations, by QuantScheme.number
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class Answer:
 class Source:
     """The weights of a float or quantized checkpoint: float tensors and quantized Linears by name.
 
-    disk_bytes: bytes on disk by the tensor's name in a float checkpoint.
+    disk_bytes: bytes on disk by the tensor's name in a float checkpoint. kv_cache: number format of a rounded KV cache.
     """
 
     path: Path
@@ -82,6 +87,7 @@ class Source:
     floats: dict[str, TensorInfo]
     linears: dict[str, OutLinear]
     disk_bytes: dict[str, int]
+    kv_cache: CacheDtype | None = None
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
         """Shape of a tensor, quantized or not, by its name in a float checkpoint. None if it is missing."""
@@ -163,7 +169,8 @@ def open_source(path: str | Path) -> Source:
         linears = {name: stored.linear for name, stored in quantized.linears.items()}
         sizes = {name: info.nbytes for name, info in quantized.floats.items()}
         sizes |= {f"{name}.weight": stored.nbytes for name, stored in quantized.linears.items()}
-        return Source(folder, without_quantization(config), quantized.model, quantized.floats, linears, sizes)
+        config = without_quantization(config)
+        return Source(folder, config, quantized.model, quantized.floats, linears, sizes, quantized.kv_cache)
     checkpoint = open_checkpoint(folder)
     sizes = {name: info.nbytes for name, info in checkpoint.tensors.items()}
     return Source(folder, checkpoint.config, derive_model_type(checkpoint.config), checkpoint.tensors, {}, sizes)
@@ -239,8 +246,9 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
     runner, checkpoint_names = source.model.runner, model.checkpoint_names()
     dtype, needed = _choose_dtype(source, device, runner, set(checkpoint_names.values()))
     on_disk = sum(source.disk_bytes[stored_name] for stored_name in set(checkpoint_names.values()))
-    kinds = {"int8" if s.number == "int" else "FP8" for lin in source.linears.values() if (s := lin.scheme).act_bits}
+    kinds = {_ACT_NAMES[s.number] for linear in source.linears.values() if (s := linear.scheme).act_bits}
     emulated = f"; {' and '.join(sorted(kinds))} activations are emulated" if kinds else ""
+    emulated += f"; the KV cache is rounded to {source.kv_cache}" if source.kv_cache is not None else ""
     progress.say(
         f"{device.name} ({device.reason}), {str(dtype).removeprefix('torch.')}: the weights take"
         f" {human_bytes(needed)} of memory"
@@ -255,9 +263,20 @@ def fill_model(model: RunnableModel, source: Source, device: Device, progress: P
             _fill_tensor(model.module, name, stored_name, source, target_dtype, device.torch)
             filled[stored_name] = name
         progress.step("load", done, len(checkpoint_names), "tensors")
+    if source.kv_cache is not None:
+        _round_cache(model, source, source.kv_cache)
     for module in model.module.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device.torch))
+
+
+def _round_cache(model: RunnableModel, source: Source, kv_cache: CacheDtype) -> None:
+    """Let every decoder layer read its keys and values as from a rounded cache."""
+    names = {stored: name for name, stored in model.checkpoint_names().items()}
+    for index in range(source.model.family.num_layers(source.config)):
+        key = "self_attn.k_proj.weight"
+        layer = model.module.get_submodule(names[source.model.layer_name(index, key)].removesuffix(f".{key}"))
+        round_cache(layer, load_cache(source.model, kv_cache, source.floats, index))
 
 
 def _choose_dtype(
@@ -348,6 +367,7 @@ class RoundingLinear(torch.nn.Module):
         super().__init__()
         assert linear.scheme.act_bits is not None  # Linears with float activations are dequantized
         self._scheme = linear.scheme
+        self._input_global = None if linear.input_global is None else linear.input_global.to(device)
         weight = linear.qweight.to(dtype) if linear.scheme.rounds_tokens else dequantize_by_rows(linear, dtype)
         self.weight = torch.nn.Parameter(weight.to(device), requires_grad=False)
         self._scales = linear.scales.squeeze(1).to(device)  # [out]
@@ -355,7 +375,7 @@ class RoundingLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._scheme.rounds_tokens:
-            rounded = round_act(x.to(torch.float32), self._scheme).to(self.weight.dtype)
+            rounded = round_act(x.to(torch.float32), self._scheme, self._input_global).to(self.weight.dtype)
             y = torch.nn.functional.linear(rounded, self.weight)
             return (y if self.bias is None else y + self.bias).to(x.dtype)
         q_x, s_x = quantize_tokens(x.to(torch.float32), self._scheme)

@@ -16,9 +16,19 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..formats import DESCRIPTION_FILE, FORMATS, OutLinear, PartFault, StoredLinear
+from ..formats import (
+    CACHE_SCALES,
+    DESCRIPTION_FILE,
+    FORMATS,
+    OutLinear,
+    PartFault,
+    StoredLinear,
+    cache_shapes,
+    declared_cache,
+    stored_scales,
+)
 from ..models import ModelSpec, derive_model_type
-from ..numerics import QuantizedLinear, QuantScheme
+from ..numerics import CacheDtype, CacheScales, QuantizedLinear, QuantScheme
 from ..plan import quantization_of
 from ..storage import (
     DTYPE_NAMES,
@@ -48,6 +58,7 @@ class QuantizedCheckpoint:
         shape (out, in) and float dtype; `.parts` has the tensors on disk.
     floats: every other tensor by name, including the biases of quantized Linears.
     faults: faults of single Linears; empty in a checkpoint that open_quantized returned.
+    kv_cache: number format of the rounded KV cache, if the settings declare one; its scales are among `floats`.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +68,7 @@ class QuantizedCheckpoint:
     linears: dict[str, StoredLinear]
     floats: dict[str, TensorInfo]
     faults: tuple[PartFault, ...]
+    kv_cache: CacheDtype | None = None
 
     @property
     def path(self) -> Path:
@@ -78,14 +90,20 @@ class QuantizedCheckpoint:
 def load_linear(linear: OutLinear) -> QuantizedLinear:
     """Load all tensors of one Linear. The peak memory is the int8 weight plus its packed form.
 
-    Raises QuantError if the scales hold NaN or Inf, or FP8 codes NaN.
+    Raises QuantError if the scales hold NaN or Inf, or FP8 codes NaN, or a global scale of the input is not positive.
     """
     zeros = None if linear.zeros is None else linear.zeros()
     nested = None if linear.nested is None else linear.nested()
     qweight = linear.qweight()
     if qweight.dtype == torch.float8_e4m3fn and bool((qweight.view(torch.uint8) & 0x7F).eq(0x7F).any()):
         raise QuantError(f"{linear.name}: its weight holds NaN", "write or fetch the checkpoint again")
-    return QuantizedLinear(qweight, finite_scales(linear), linear.scheme, zeros, nested)
+    input_global = None if linear.input_global is None else linear.input_global()
+    if input_global is not None and not 0 < float(input_global) < float("inf"):
+        raise QuantError(
+            f"{linear.name}: input_global_scale is {float(input_global):g}; it must be positive and finite",
+            "write or fetch the checkpoint again",
+        )
+    return QuantizedLinear(qweight, finite_scales(linear), linear.scheme, zeros, nested, input_global=input_global)
 
 
 def finite_scales(linear: OutLinear) -> torch.Tensor:
@@ -150,9 +168,45 @@ def read_quantized(path: str | Path) -> QuantizedCheckpoint:
         raise QuantError(
             f"{path} declares {saver} but holds no quantized Linear", "write or fetch the checkpoint again"
         )
+    kv_cache = declared_cache(settings)
     return QuantizedCheckpoint(
-        Checkpoint(path, config, tensors, shards), model, saver, settings, result.linears, floats, faults
+        Checkpoint(path, config, tensors, shards),
+        model,
+        saver,
+        settings,
+        result.linears,
+        floats,
+        (*faults, *_cache_faults(model, config, kv_cache, floats)),
+        kv_cache,
     )
+
+
+def load_cache(model: ModelSpec, kv_cache: CacheDtype, floats: Mapping[str, TensorInfo], layer: int) -> CacheScales:
+    """The scales of a layer's KV cache. Raises QuantError unless all are positive and finite."""
+    names = {relative: model.layer_name(layer, relative) for relative in CACHE_SCALES[kv_cache]}
+    scales = stored_scales(kv_cache, {relative: load_tensor(floats[name]) for relative, name in names.items()})
+    for name, values in zip(names.values(), (scales.key, scales.value), strict=True):
+        if not bool((torch.isfinite(values) & (values > 0)).all()):
+            raise QuantError(f"{name}: a scale is not positive and finite", "write or fetch the checkpoint again")
+    return scales
+
+
+def _cache_faults(
+    model: ModelSpec, config: dict[str, Any], kv_cache: CacheDtype | None, floats: Mapping[str, TensorInfo]
+) -> list[PartFault]:
+    """Faults for scales of the KV cache that are missing or have the wrong shape."""
+    faults = []
+    shapes = cache_shapes(kv_cache, model.family.layer_spec(config).key_width)
+    for index in range(model.family.num_layers(config)):
+        for relative, shape in shapes.items():
+            attention, _, ending = model.layer_name(index, relative).rpartition(".")
+            info = floats.get(f"{attention}.{ending}")
+            if info is None:
+                faults.append(PartFault(attention, f"{ending} of the KV cache is missing"))
+            elif info.shape != shape or info.dtype not in FLOAT_DTYPES:
+                what = f"{info.dtype} {list(info.shape)}, not a float of shape {list(shape)}"
+                faults.append(PartFault(attention, f"{ending} of the KV cache is {what}"))
+    return faults
 
 
 def identify(path: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -45,7 +45,7 @@ QUANT_TYPE_ALIASES = {
 SAVER_ALIASES = {"ascendv1": "ascendv1_saver", "ascend": "ascendv1_saver", "autoawq": "awq", "bnb": "bitsandbytes"}
 
 # Quant types that the dtype of the weights names; the others follow from the bits in metadata.label.
-_QUANT_TYPE_OF_DTYPE = {"nf4": "nf4", "nvfp4": "nvfp4a16"}
+_QUANT_TYPE_OF_DTYPE = {"nf4": "nf4", "nvfp4": "nvfp4a16"}  # without `act`
 
 
 class _Block(BaseModel):
@@ -61,12 +61,14 @@ NoExtension = Annotated[dict[str, Any], Field(max_length=0)]
 class ActConfig(_Block):
     """Activations: int8 or fp8_e4m3 with one symmetric scale per token, computed at run time.
 
-    scope `per_group` (fp8_e4m3 with weights `per_block`): one scale per 128 consecutive inputs of a token.
+    scope `per_group`: one scale per 128 consecutive inputs of a token (fp8_e4m3 with weights `per_block`), or per 16
+    (nvfp4), relative to a global scale that is calibrated.
     """
 
     scope: Literal["per_token", "per_group"] = "per_token"
-    """What shares a scale: a token, or (fp8_e4m3 with weights per_block) 128 consecutive inputs of a token."""
-    dtype: Literal["int8", "fp8_e4m3"] = "int8"
+    """What shares a scale: a token, or consecutive inputs of a token, 128 (fp8_e4m3 with weights per_block) or 16
+    (nvfp4)."""
+    dtype: Literal["int8", "fp8_e4m3", "nvfp4"] = "int8"
     """Number format of the rounded activations."""
     symmetric: Literal[True] = True
     """Scales without zero points, the only value."""
@@ -166,14 +168,19 @@ class WeightConfig(_Block):
 
 
 class LinearQConfig(_Block):
-    """int8 weights take int8 activations or, without `act`, float activations; fp8_e4m3 weights require fp8_e4m3
-    activations; int4, nf4 and nvfp4 weights require float activations.
+    """int8 weights take int8 activations or, without `act`, float activations; nvfp4 weights take nvfp4 activations or
+    float ones; fp8_e4m3 weights require fp8_e4m3 activations; int4 and nf4 weights require float activations.
     """
 
     act: ActConfig | None = None
     """Activations. Without it they stay float; `{}` rounds them to int8 per token."""
     weight: WeightConfig
     """Weights."""
+
+    @property
+    def stores_input_scale(self) -> bool:
+        """Whether a scale of the inputs is calibrated and stored."""
+        return self.act is not None and self.act.dtype == "nvfp4"
 
     @model_validator(mode="after")
     def _check_supported(self) -> LinearQConfig:
@@ -182,6 +189,12 @@ class LinearQConfig(_Block):
             if self.act is None or (self.act.dtype, self.act.scope) != ("fp8_e4m3", scope):
                 raise ValueError(
                     f"fp8_e4m3 weights {self.weight.scope} require `act: {{dtype: fp8_e4m3, scope: {scope}}}`"
+                )
+            return self
+        if self.weight.dtype == "nvfp4":
+            if self.act is not None and (self.act.dtype, self.act.scope) != ("nvfp4", "per_group"):
+                raise ValueError(
+                    "nvfp4 weights take `act: {dtype: nvfp4, scope: per_group}`, or float activations without `act`"
                 )
             return self
         if self.weight.dtype != "int8" and self.act is not None:
@@ -304,7 +317,7 @@ class AscendSaverConfig(_SaverConfig):
 
 class CompressedTensorsConfig(_SaverConfig):
     """compressed-tensors, for vLLM and transformers: int-quantized for W8A8, pack-quantized for W4A16 and W8A16,
-    float-quantized for FP8, nvfp4-pack-quantized for NVFP4A16, and mixed-precision for a model with several of them.
+    float-quantized for FP8, nvfp4-pack-quantized for NVFP4, and mixed-precision for a model with several of them.
     """
 
     type: Literal["compressed_tensors"]
@@ -367,6 +380,17 @@ class CalibrationConfig(_Block):
     """Number format of the products in the float model's forwards. auto: bfloat16 where the device is faster at it."""
 
 
+class KvCacheConfig(_Block):
+    """Round the keys and values that a runtime caches. Their scales are calibrated on the samples and stored.
+
+    fp8: one scale per layer for the keys, one for the values, for vLLM (compressed_tensors). int8: one per channel, for
+    vLLM-Ascend (ascendv1_saver, C8). msModelSlim has no such block.
+    """
+
+    dtype: Literal["int8", "fp8"]
+    """Number format of the cached keys and values."""
+
+
 class Label(_Block):
     """Names the quant type of the recipe, e.g. w8a8; decides nothing."""
 
@@ -414,6 +438,8 @@ class Spec(_Block):
     """Question of media samples without a text."""
     calibration: CalibrationConfig = CalibrationConfig()
     """How the samples are used."""
+    kv_cache: KvCacheConfig | None = None
+    """Rounds the KV cache. Without it the runtime decides."""
 
     @field_validator("save")
     @classmethod
@@ -450,13 +476,15 @@ class Recipe(_Block):
 
     @property
     def quant_type(self) -> str:
-        """`nf4`, `fp8`, `fp8_block`, `nvfp4a16`, or e.g. `w8a8` from metadata.label; empty without a label."""
+        """`nf4`, `fp8`, `fp8_block`, `nvfp4`, `nvfp4a16`, or e.g. `w8a8` from metadata.label; empty without a label."""
         label = self.metadata.label
         configs = [config for _, config in self.processors() if isinstance(config, LinearQuantConfig)]
         for config in configs:
             weight = config.qconfig.weight
             if weight.dtype == "fp8_e4m3":
                 return "fp8_block" if weight.scope == "per_block" else "fp8"
+            if config.qconfig.stores_input_scale:
+                return "nvfp4"
             if weight.dtype in _QUANT_TYPE_OF_DTYPE:
                 return _QUANT_TYPE_OF_DTYPE[weight.dtype]
         return f"w{label.w_bit}a{label.a_bit}" if label else ""
@@ -544,9 +572,11 @@ def summary(recipe: Recipe) -> str:
 def needs_samples(recipe: Recipe) -> bool:
     """Whether the recipe is calibrated: whether a processor looks at activations."""
     return any(
-        not isinstance(config, LinearQuantConfig) or config.qconfig.weight.method == "gptq"
+        not isinstance(config, LinearQuantConfig)
+        or config.qconfig.weight.method == "gptq"
+        or config.qconfig.stores_input_scale
         for _, config in recipe.processors()
-    )
+    ) or (recipe.spec.kv_cache is not None)
 
 
 def find_recipe(model_type: str, quant_type: str) -> Recipe:

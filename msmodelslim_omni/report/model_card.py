@@ -246,7 +246,15 @@ def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) 
         f" `{_plain(saver)}` format."
         + (f" Not quantized: {', '.join(kept)}." if kept else "")
         + (f" Omitted: {', '.join(omitted)}." if omitted else "")
+        + (f" {_CACHES[report.kv_cache]}" if report.kv_cache in _CACHES else "")
     )
+
+
+_CACHES = {
+    "fp8": "It has scales for a KV cache in FP8, one per layer for keys and for values; vLLM uses it with"
+    " `--kv-cache-dtype fp8`.",
+    "int8": "It has scales for a KV cache in int8 (C8), one per channel, which vLLM-Ascend uses.",
+}
 
 
 def _describe_scheme(scheme: str) -> str:
@@ -254,6 +262,11 @@ def _describe_scheme(scheme: str) -> str:
         return "int8 weights, one scale per output channel; int8 activations, one scale per token"
     if scheme == "NVFP4A16":
         return "NVFP4 weights (4-bit floats, an FP8 scale per 16 inputs); float activations"
+    if scheme == "NVFP4":
+        return (
+            "NVFP4 weights and activations (4-bit floats, an FP8 scale per 16 inputs, a calibrated global scale of the"
+            " activations)"
+        )
     if scheme == "W8A16":
         return "int8 weights, one scale per output channel; float activations"
     if scheme.startswith("FP8"):

@@ -127,6 +127,7 @@ class Report:
     expected_device_bytes: int = 0
     compute_dtype: str = ""  # of products in the float model's forwards
     compute_dtype_reason: str = ""
+    kv_cache: str = ""  # number format of the rounded KV cache; empty if the recipe does not round it
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -216,7 +217,7 @@ def run_memory_rows(memory: RunMemory) -> list[list[str]]:
     rows = [row("weights for text output", memory.text_float, memory.text_now)]
     if memory.all_float > memory.text_float:
         rows.append(row("all weights, speech included", memory.all_float, memory.all_now))
-    return [*rows, row("KV cache of 1000 tokens", memory.cache, memory.cache)]
+    return [*rows, row("KV cache of 1000 tokens", memory.cache, memory.cache_now or memory.cache)]
 
 
 def as_markdown(report: Report) -> str:

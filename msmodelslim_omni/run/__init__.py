@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ..files import WORK_FOLDER
 from .assembly import float_item, in_pieces, make_job
-from .emulation import EmulatedLinear, quantized_layer
+from .emulation import EmulatedLinear, quantized_layer, round_cache
 from .measure import output_error, output_squares
 from .outputs import Outputs
 from .pipeline import quantize, run_prepared, run_request
@@ -42,6 +42,7 @@ __all__ = [
     "quantize",
     "quantized_layer",
     "remove",
+    "round_cache",
     "run_prepared",
     "run_request",
     "versions",

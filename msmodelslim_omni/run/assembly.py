@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import torch
 
-from ..formats import OutLinear, OutputJob, OutTensor
+from ..formats import OutLinear, OutputJob, OutTensor, cache_shapes
 from ..numerics import QuantizedLinear
 from ..plan import QuantPlan
 from ..storage import (
@@ -43,7 +43,13 @@ def make_job(plan: QuantPlan) -> OutputJob:
         assert linear.scheme is not None
         zeros = None if linear.scheme.symmetric else _unknown
         nested = _unknown if linear.scheme.double_quant else None
-        items.append(OutLinear(linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros, nested))
+        input_global = _unknown if linear.scheme.stores_input_scale else None
+        items.append(
+            OutLinear(
+                linear.name, linear.scheme, linear.shape, info.dtype, _unknown, _unknown, zeros, nested, input_global
+            )
+        )
+    items += [OutTensor(spec, _unknown) for spec in _cache_specs(plan)]
     floats = tuple(linear.name for linear in plan.linears if linear.scheme is None)
     return OutputJob(
         items=tuple(items),
@@ -55,7 +61,22 @@ def make_job(plan: QuantPlan) -> OutputJob:
         source=plan.checkpoint.path,
         other_files=tuple(plan.checkpoint.other_files()),
         tied=tuple(plan.model.family.tied_tensors(plan.checkpoint.config)),
+        kv_cache=plan.kv_cache,
     )
+
+
+def _cache_specs(plan: QuantPlan) -> list[TensorSpec]:
+    """The scales of the KV cache, in the dtype of each layer's k_proj."""
+    shapes, tensors = cache_shapes(plan.kv_cache, plan.layer_spec.key_width), plan.checkpoint.tensors
+    return [
+        TensorSpec(plan.model.layer_name(layer.index, name), tensors[_key_weight(plan, layer.index)].dtype, shape)
+        for layer in plan.layers
+        for name, shape in shapes.items()
+    ]
+
+
+def _key_weight(plan: QuantPlan, layer: int) -> str:
+    return plan.model.layer_name(layer, "self_attn.k_proj.weight")
 
 
 def _unknown() -> NoReturn:
@@ -75,7 +96,7 @@ def units(plan: QuantPlan, job: OutputJob) -> Units:
     layer_of = {
         plan.model.layer_name(layer.index, relative): position
         for position, layer in enumerate(plan.layers)
-        for relative in plan.layer_spec.shapes
+        for relative in (*plan.layer_spec.shapes, *cache_shapes(plan.kv_cache, plan.layer_spec.key_width))
     }
     layers: list[list[Item]] = [[] for _ in plan.layers]
     others: list[Item] = []
@@ -114,13 +135,14 @@ def finished_items(
 
 
 def _finished_linear(item: OutLinear, linear: QuantizedLinear) -> OutLinear:
-    zeros, nested = linear.zeros, linear.nested
+    zeros, nested, input_global = linear.zeros, linear.nested, linear.input_global
     return replace(
         item,
         qweight=lambda: linear.qweight.cpu(),
         scales=lambda: linear.scales.cpu(),
         zeros=None if zeros is None else lambda: zeros.cpu(),
         nested=None if nested is None else lambda: nested,
+        input_global=None if input_global is None else lambda: input_global.cpu(),
     )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..models import ModelSpec
-from ..numerics import QuantizedLinear, code_values, dequantize, quantized_matmul
+from ..models import ModelSpec, pass_cache_through
+from ..numerics import CacheScales, QuantizedLinear, code_values, dequantize, quantized_matmul, round_cached
 
 
 class EmulatedLinear(torch.nn.Module):
@@ -47,11 +47,13 @@ def quantized_layer(
     floats: Mapping[str, torch.Tensor],
     linears: Mapping[str, QuantizedLinear],
     keep_widened: bool = True,
+    cache: CacheScales | None = None,
 ) -> torch.nn.Module:
     """The library's layer in float32. Linears with int8 activations are emulated; others hold dequantized weights.
 
     floats, linears: all tensors of the layer, by relative name. keep_widened: False keeps all weights as
     integers and widens them piece by piece in each product: a quarter of the memory, slower on many samples.
+    cache: attention sees all keys and values rounded, its own token's too, as if all of them came from the cache.
     """
     weights = {name: tensor.to(torch.float32) for name, tensor in floats.items()}
     emulated = {name: q for name, q in linears.items() if q.scheme.act_bits is not None or not keep_widened}
@@ -60,4 +62,19 @@ def quantized_layer(
         weights[f"{name}.weight"] = linear.qweight if name in emulated else dequantize(linear)
     module: torch.nn.Module = model.family.build_layer(config, index, weights)
     emulate(module, emulated, weights, keep_widened)
+    if cache is not None:
+        round_cache(module, cache)
     return module
+
+
+def round_cache(layer: torch.nn.Module, cache: CacheScales) -> None:
+    """Let the attention of a layer use keys and values as it would read them from a rounded cache."""
+    key_scales, value_scales, dtype = cache.key, cache.value, cache.dtype
+
+    def rounded(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            round_cached(key, key_scales.to(key.device), dtype),
+            round_cached(value, value_scales.to(value.device), dtype),
+        )
+
+    pass_cache_through(layer, rounded)

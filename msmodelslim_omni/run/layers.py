@@ -10,11 +10,20 @@ from typing import Any
 import torch
 
 from ..calibration import CalibrationStream, Errors, LayerProbe, zero_errors
-from ..numerics import QuantizedLinear, WeightChecks, make_reducible, quantize_weight, relative_error
+from ..formats import cache_tensors
+from ..numerics import (
+    CacheScales,
+    QuantizedLinear,
+    WeightChecks,
+    make_reducible,
+    quantize_weight,
+    relative_error,
+)
 from ..plan import LayerPlan, QuantPlan
 from ..processors import PROCESSORS, LayerWork
 from ..runtime import Clock, free_memory, prefetch
-from ..storage import load_tensor
+from ..storage import TORCH_DTYPES, load_tensor
+from .cache import CachePeaks
 from .emulation import quantized_layer
 from .measure import record_layer
 from .preparation import Prepared
@@ -91,16 +100,30 @@ def _quantize_layer(
     on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
     work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
     with clock("forward"):
-        seen = stream.capture(layer.index, _float_module(prepared, work), plan.layer_spec)
+        float_module = _float_module(prepared, work)
+        peaks = CachePeaks(float_module) if plan.kv_cache is not None else None
+        seen = stream.capture(layer.index, float_module, plan.layer_spec)
+        del float_module
     probe, stats = seen.probe, {group: s.weighted_by(seen.importance) for group, s in seen.stats.items()}
     seen = replace(seen, stats={})  # frees H of each modality
     loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
     work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
     work, probe_errors = _check_against_rounding(plan, loaded, work, probe, clock)
+    cache = None
+    if peaks is not None and plan.kv_cache is not None:
+        cache = peaks.scales(plan.kv_cache, work, prepared.team)
+        work = _with_cache(plan, work, cache)
     with clock("propagate"):
-        output = stream.advance(layer.index, partial(_module, plan, work), probe_errors)
+        output = stream.advance(layer.index, partial(_module, plan, work, cache=cache), probe_errors)
     with clock("measure"):
         return work, record_layer(plan, layer, work, output)
+
+
+def _with_cache(plan: QuantPlan, work: LayerWork, cache: CacheScales) -> LayerWork:
+    """The layer with the scales of its KV cache among its tensors, in the dtype of k_proj."""
+    key_weight = plan.checkpoint.tensors[plan.model.layer_name(work.index, "self_attn.k_proj.weight")]
+    tensors = cache_tensors(cache, TORCH_DTYPES[key_weight.dtype])
+    return replace(work, weights={**work.weights, **tensors}, changed=work.changed | tensors.keys())
 
 
 def _process(layer: LayerPlan, work: LayerWork, clock: Clock) -> LayerWork:
@@ -142,8 +165,11 @@ def _no_worse_than_rounding(
     plain = replace(
         loaded,
         quantized={
-            linear: quantize_weight(
-                loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"), checks=checks
+            linear: replace(
+                quantize_weight(
+                    loaded.weights[f"{linear}.weight"], replace(scheme, weight_method="minmax"), checks=checks
+                ),
+                input_global=loaded.input_global(linear),
             )
             for linear, scheme in loaded.schemes.items()
         },
@@ -198,10 +224,13 @@ def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
     }
 
 
-def _module(plan: QuantPlan, work: LayerWork, keep_widened: bool = True) -> torch.nn.Module:
-    """The library's layer with the tensors of `work`. keep_widened: see quantized_layer."""
-    floats = {name: t for name, t in work.weights.items() if name.removesuffix(".weight") not in work.quantized}
-    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, keep_widened)
+def _module(
+    plan: QuantPlan, work: LayerWork, keep_widened: bool = True, cache: CacheScales | None = None
+) -> torch.nn.Module:
+    """The library's layer with the tensors of `work`. keep_widened, cache: see quantized_layer."""
+    of_layer = {name: work.weights[name] for name in plan.layer_spec.shapes}  # without the scales of the cache
+    floats = {name: t for name, t in of_layer.items() if name.removesuffix(".weight") not in work.quantized}
+    return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, keep_widened, cache)
 
 
 def _float_module(prepared: Prepared, work: LayerWork) -> torch.nn.Module:

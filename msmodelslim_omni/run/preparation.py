@@ -147,7 +147,8 @@ def _default_formats(request: QuantRequest, recipe: Recipe, device: Device, prog
     The shipped W8A8 recipes save for vLLM-Ascend, which only Ascend devices run. Elsewhere the same integers are saved
     for vLLM and transformers.
     """
-    if request.config_path is not None or device.is_ascend or [s.type for s in recipe.spec.save] != [ASCEND_FORMAT]:
+    of_ascend = [saver.type for saver in recipe.spec.save] == [ASCEND_FORMAT] and recipe.spec.kv_cache is None
+    if request.config_path is not None or device.is_ascend or not of_ascend:
         return ()
     progress.say(f"format {ELSEWHERE_FORMAT}, for vLLM and transformers; --save_format {ASCEND_FORMAT}: vLLM-Ascend")
     return (ELSEWHERE_FORMAT,)

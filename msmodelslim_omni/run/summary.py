@@ -62,7 +62,7 @@ def make_report(
         peak_device_bytes=peak_device_memory(device.torch),
         warnings=(*plan.warnings, *warnings),
         peak_rise_by_phase=clock.peak_rises,
-        run_memory=memory_of(plan.model, plan.checkpoint.config, parts),
+        run_memory=memory_of(plan.model, plan.checkpoint.config, parts, plan.kv_cache or ""),
         fingerprint=fingerprint,
         dataset=calib.name if calib is not None else "",
         dataset_digest=file_sha256(calib.index) if calib is not None else "",
@@ -72,6 +72,7 @@ def make_report(
         tuning=tuning_record(tuning) if tuning is not None else None,
         compute_dtype=precision.name if calib is not None else "",
         compute_dtype_reason=precision.reason if calib is not None else "",
+        kv_cache=plan.kv_cache or "",
         expected_rss_bytes=peak_memory(plan, extent),
         expected_device_bytes=card_memory(plan, extent) if device.torch.type != "cpu" else 0,
     )
@@ -103,9 +104,10 @@ def _memory_for_gram(budget: Budget) -> tuple[int, int]:
     return budget.matrix, budget.factor
 
 
-def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize]) -> RunMemory:
-    """Estimated memory of a runtime that keeps the weights as they are stored."""
-    return run_memory(model, config, ((part.name, part.bytes_before, part.bytes_after) for part in parts))
+def memory_of(model: ModelSpec, config: dict[str, Any], parts: Iterable[PartSize], kv_cache: str = "") -> RunMemory:
+    """Estimated memory of a runtime that keeps the weights, and the KV cache, as the checkpoint says."""
+    sizes = ((part.name, part.bytes_before, part.bytes_after) for part in parts)
+    return run_memory(model, config, sizes, kv_cache)
 
 
 def part_sizes(plan: QuantPlan, tensors: list[OutTensor]) -> tuple[PartSize, ...]:

@@ -109,7 +109,7 @@ def test_no_quant_type_is_suggested_where_none_is_near(quant_type: str) -> None:
     assert "Did you mean" not in str(fault.value)
 
 
-@pytest.mark.parametrize(("quant_type", "meant"), [("w8a", "w8a8"), ("int44", "w4a16"), ("nvfp4", "nvfp4a16")])
+@pytest.mark.parametrize(("quant_type", "meant"), [("w8a", "w8a8"), ("int44", "w4a16"), ("nvfp4a1", "nvfp4a16")])
 def test_a_near_quant_type_is_suggested(quant_type: str, meant: str) -> None:
     with pytest.raises(QuantError, match=f"Did you mean '{meant}'"):
         find_recipe("Qwen2.5-Omni-7B", quant_type)

@@ -59,6 +59,9 @@ FP8_AND_INT4 = data_free_recipe(
 )
 BLOCKS = data_free_recipe("fp8 blocks", FP8_BLOCK, EXCLUDE)
 NVFP4 = data_free_recipe("nvfp4", "{weight: {scope: per_group, dtype: nvfp4}}", EXCLUDE)
+NVFP4_ACT = data_free_recipe(
+    "nvfp4 act", "{act: {scope: per_group, dtype: nvfp4}, weight: {scope: per_group, dtype: nvfp4}}", EXCLUDE
+)
 W8A16_AND_INT4 = data_free_recipe("w8a16 and int4", INT4.replace("SYMMETRIC", "True"), "[]").replace(
     "process: [", 'process: [{type: linear_quant, qconfig: {weight: {}}, include: ["*down_proj", "*layers.2.*"]}, '
 )
@@ -101,6 +104,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
     w8a16 = run("w8a16", "qwen2_5_omni_w8a16", *int8_formats)
     mixed4 = run("mixed4", folder / "mixed4.yaml", *int4_formats)
+    (folder / "nvfp4 act.yaml").write_text(NVFP4_ACT, encoding="utf-8")
     outputs = {
         "ascend": w8 / ASCEND,
         "ct8": w8 / COMPRESSED,
@@ -113,6 +117,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "fp8": run("fp8", "qwen2_5_omni_fp8"),
         "w8a16 ascend": w8a16 / ASCEND,
         "w8a16": w8a16 / COMPRESSED,
+        "nvfp4 act": run("nvfp4 act", folder / "nvfp4 act.yaml", "--dataset", index),
         "mixed awq": mixed4 / "awq",
         "mixed ct4": mixed4 / COMPRESSED,
         "mixed ascend": run("mixed8", folder / "mixed8.yaml"),
@@ -130,7 +135,7 @@ def good_outputs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 GOOD_OUTPUTS = (
     "ascend", "ct8", "awq", "ct4", "plain", "sym4", "mixed awq", "mixed ct4", "mixed ascend", "sharded", "thinker only",
     "sharded thinker only", "both", "fp8", "fp8 and int4", "fp8 blocks",
-    "w8a16", "w8a16 ascend", "w8a16 and int4", "nvfp4",
+    "w8a16", "w8a16 ascend", "w8a16 and int4", "nvfp4", "nvfp4 act",
 )  # fmt: skip
 
 

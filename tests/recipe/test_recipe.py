@@ -547,7 +547,7 @@ def test_unknown_quant_type(quant_type: str, model_type: str) -> None:
         find_recipe(model_type, quant_type)
     message = caught.value.message
     assert f"quant_type {quant_type!r} and model_type {model_type!r}" in message
-    assert "Quant types with a recipe: fp8, fp8_block, nf4, nvfp4a16, w4a16, w8a16, w8a8." in message
+    assert "Quant types with a recipe: fp8, fp8_block, nf4, nvfp4, nvfp4a16, w4a16, w8a16, w8a8." in message
     assert "Did you mean 'w8a8'?" in message
     assert "--config_path" in caught.value.hint
 
