@@ -59,7 +59,7 @@ def _argmax(values: torch.Tensor) -> torch.Tensor:
     Its maximum is vectorized, its argmax is not: so the first is taken over 16 parts, and the second of what is left.
     """
     parts = math.gcd(values.shape[-1], _PARTS)
-    folded = values.unflatten(-1, (parts, -1))
+    folded = values.view(*values.shape[:-1], parts, -1)
     column = folded.amax(dim=-2).argmax(dim=-1)
     of_column = _taken(folded, column[..., None].expand(*column.shape, parts))
     return of_column.argmax(dim=-1) * folded.shape[-1] + column
@@ -145,20 +145,21 @@ class ExpectedErrors:
         modalities, linears = self._shares.shape[:2]
         squares = (self._squares / factors.square()).view(modalities, linears, -1)
         steps = None if self._magnitude is None else self._shares @ self._squared_steps(self._magnitude, factors)
-        totals = []
+        total: torch.Tensor = torch.zeros_like(self._squares[:modalities, 0])
         for linear, weight in enumerate(self._weights):
-            in_groups = squares[:, linear].unflatten(1, (weight.rows.shape[1], -1)).sum(dim=2)  # [modalities, groups]
-            totals.append(in_groups @ weight.peaks(factors) / self._weight_qmax**2)
+            in_groups = squares[:, linear].reshape(modalities, weight.rows.shape[1], -1).sum(dim=2)
+            total = total + in_groups @ weight.peaks(factors) / self._weight_qmax**2
             if steps is not None:
-                totals.append(steps[:, linear] * (factors.square() * weight.columns).sum())
-        return torch.stack(totals).sum(dim=0).clamp_min(1e-30)
+                total = total + steps[:, linear] * (factors.square() * weight.columns).sum()
+        return total.clamp_min(1e-30)
 
     def _squared_steps(self, magnitude: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """The squared step of each token, [tokens]. Its gradient is that of the one channel that decides it."""
         assert self._act_qmax is not None
         with torch.no_grad():
             largest = _argmax(torch.mul(magnitude, 1 / factors, out=self._scaled))
-        return (_taken(magnitude, largest) / factors[largest] / self._act_qmax).square()
+        steps: torch.Tensor = _taken(magnitude, largest) / factors[largest] / self._act_qmax
+        return steps.square()
 
 
 def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

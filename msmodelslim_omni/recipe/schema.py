@@ -101,8 +101,8 @@ class WeightConfig(_Block):
     (bitsandbytes' table of 16 levels) with one absmax per group, or fp8_e4m3 (8-bit floats) with one scale per output
     channel or, `per_block`, per 128 channels by 128 inputs, or nvfp4 (4-bit floats) with an FP8 scale per 16 inputs.
 
-    method: `minmax` covers the full range; `mse` searches a clipped range per channel, group or block; `gptq` (int4)
-    also compensates the rounding error of each weight in the weights that are rounded after it.
+    method: `minmax` covers the full range; `mse` searches a clipped range per channel, group or block; `gptq` (int8 and
+    int4) also compensates the rounding error of each weight in the weights that are rounded after it.
     """
 
     scope: Literal["per_channel", "per_group", "per_block"] = "per_channel"
@@ -113,7 +113,7 @@ class WeightConfig(_Block):
     symmetric: bool = True
     """False stores zero points, for int4 only."""
     method: Literal["minmax", "mse", "gptq"] = "minmax"
-    """minmax covers the full range; mse searches a clipped range; gptq (int4) compensates rounding errors."""
+    """minmax covers the full range; mse searches a clipped range; gptq (int8, int4) compensates rounding errors."""
     ext: WeightExt = WeightExt()
     """Group size and double quantization."""
 
@@ -146,8 +146,6 @@ class WeightConfig(_Block):
             raise ValueError("ext.double_quant requires dtype nf4")
         if self.dtype == "int8" and not self.symmetric:
             raise ValueError("int8 weights are symmetric; asymmetric weights require int4 per_group")
-        if self.dtype == "int8" and self.method == "gptq":
-            raise ValueError("method gptq requires int4 per_group; int8 supports minmax and mse")
         if self.dtype == "int8" and self.ext.group_size is not None:
             raise ValueError("ext.group_size requires scope per_group")
         return self
@@ -372,7 +370,7 @@ class CalibrationConfig(_Block):
     modality_weights: Literal["balanced", "tokens"] | dict[Modality, ModalityWeight] = "tokens"
     """Weights for awq, gptq and the clip search: balanced (each modality counts the same), tokens (each token counts
     the same), or a weight by modality, 0 if not listed."""
-    propagate_error: bool = True
+    propagate_error: bool = False
     """The next layer receives the outputs of the quantized layer instead of the float layer."""
     effort: Literal["fast", "best"] = "fast"
     """best: after rounding, tune scales, norms and biases of the whole model on the samples; 4-bit integers only."""

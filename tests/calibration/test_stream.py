@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import int4_recipe, write_index
+from command import change_recipe, int4_recipe, write_index
 from omni_layers import difference, float_layer, float_weights, open_stream
 from safetensors.torch import load_file
 from ties import assert_rounded
@@ -25,8 +25,10 @@ from msmodelslim_omni.statistics.capture import run_layer
 
 
 @pytest.fixture
-def prepared(tiny: Path, dataset: Path) -> Prepared:
-    return prepare(QuantRequest(tiny, device="cpu", dataset=str(dataset)))
+def prepared(tiny: Path, dataset: Path, tmp_path: Path) -> Prepared:
+    """W8A8 with error propagation."""
+    recipe = change_recipe(tmp_path, "max_pixels: 200704 ", "propagate_error: True\n    max_pixels: 200704 ")
+    return prepare(QuantRequest(tiny, device="cpu", dataset=str(dataset), config_path=str(recipe)))
 
 
 def test_unquantized_layer_has_no_error(prepared: Prepared, tmp_path: Path) -> None:

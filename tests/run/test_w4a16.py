@@ -270,7 +270,7 @@ def test_layer_without_rounding_error_falls_back(small: Path, tmp_path: Path) ->
     quant(model, tmp_path / "out", "--config_path", int4_recipe(tmp_path), "--dataset", index).done()
     first, second = report_of(tmp_path / "out" / AWQ)["layers"]
     assert first["error_over_plain"] < 1 and not any("fell back" in note for note in first["notes"])
-    assert second["error_over_plain"] == 1.0 and second["output_error"] == 0.0
+    assert second["error_over_plain"] == 1.0 and second["output_error"] < 1e-6
     assert all(entry["alpha"] is None for entry in second["smoothing"])
     assert not any("search's output error was 0.000x" in note for note in second["notes"])  # nothing can be better
     written, source = load_checkpoint(tmp_path / "out" / AWQ), load_checkpoint(model)
