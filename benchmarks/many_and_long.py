@@ -1,9 +1,10 @@
 """Measure whole runs with many samples, a long sample, and a long clip, on a tiny Omni with random weights.
 
-    PYTHONPATH=examples python benchmarks/many_and_long.py WORK [--threads 2] [--only many,long,clip]
+    PYTHONPATH=examples python benchmarks/many_and_long.py WORK [--threads 2] [--only texts,pictures,long,clip]
+        [--counts 1000,10000] [--recipes w8a8,w4a16]
 
-many: 1,000 and 10,000 texts, and as many in small picture files. long: one text of 30,000 tokens. clip: one video of
-500 frames. Each with W8A8 and W4A16. Prints a Markdown table. Checkpoint and data are made in WORK.
+texts, pictures: as many texts, or small picture files, as --counts says. long: one text of 30,000 tokens. clip: one
+video of 500 frames. Prints a Markdown table. Checkpoint and data are made in WORK.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", default="many,long,clip")
+    parser.add_argument("--only", default="texts,pictures,long,clip")
+    parser.add_argument("--counts", default="1000,10000")
+    parser.add_argument("--recipes", default="w8a8,w4a16")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     model = checkpoint(arguments.work)
     print("| samples | recipe | tokens | s | s in layers, per sample | peak RSS, GiB |\n|---|---|--:|--:|--:|--:|")
-    for name, index in datasets(arguments.work, arguments.only.split(",")):
-        for recipe in ("w8a8", "w4a16"):
+    for name, index in datasets(arguments):
+        for recipe in arguments.recipes.split(","):
             print(row(name, index, recipe, model, arguments), flush=True)
 
 
@@ -45,14 +48,15 @@ def checkpoint(work: Path) -> Path:
     return path
 
 
-def datasets(work: Path, kinds: list[str]) -> Iterable[tuple[str, Path]]:
+def datasets(arguments: argparse.Namespace) -> Iterable[tuple[str, Path]]:
     """Name and index of each dataset. A larger number of samples starts with the same samples."""
-    if "many" in kinds:
-        for count in (1_000, 10_000):
-            yield f"{count:,} texts", write(work / f"texts-{count}", ({"text": words(16, i)} for i in range(count)))
-        for count in (1_000, 10_000):
-            folder = work / f"pictures-{count}"
-            yield f"{count:,} pictures", write(folder, pictures(folder, count))
+    work, kinds = arguments.work, arguments.only.split(",")
+    counts = [int(count) for count in arguments.counts.split(",")]
+    for count in counts if "texts" in kinds else ():
+        yield f"{count:,} texts", write(work / f"texts-{count}", ({"text": words(16, i)} for i in range(count)))
+    for count in counts if "pictures" in kinds else ():
+        folder = work / f"pictures-{count}"
+        yield f"{count:,} pictures", write(folder, pictures(folder, count))
     if "long" in kinds:
         yield "a text of 30,000 tokens", write(work / "long", [{"text": words(24_000, 0)}])
     if "clip" in kinds:

@@ -33,6 +33,7 @@ from msmodelslim_omni.statistics.gram import Gram
 ASYM = QuantScheme(4, None, "gptq", 32, symmetric=False)
 SYM = replace(ASYM, symmetric=True)
 MINMAX, MSE = replace(ASYM, weight_method="minmax"), replace(ASYM, weight_method="mse")
+INT8 = QuantScheme(8, 8, "gptq")  # one scale per output channel
 SCHEMES = pytest.mark.parametrize("scheme", [ASYM, SYM])
 OUT, IN = 48, 320  # two and a half blocks of GPTQ
 TIE = 1e-3  # in steps; float32 GPTQ differs from float64 by about 1e-5 steps
@@ -187,12 +188,15 @@ def test_integers_match_the_published_algorithm(form: Form, scheme: QuantScheme,
 # --- output error --------------------------------------------------------------------------------------------
 
 
-@SCHEMES
+@pytest.mark.parametrize("scheme", [ASYM, SYM, INT8])
 @FORMS
 def test_gptq_beats_rounding_to_the_nearest(form: Form, scheme: QuantScheme) -> None:
     x, unseen, weight = tokens(2000), tokens(2000, seed=77), normal(OUT, IN, seed=1)
     grid = quantize_weight(weight, replace(scheme, weight_method="minmax"))
     rounded = round_in_order(weight, grid, factorize(form(x)))
+    assert torch.equal(rounded.scales, grid.scales)
+    low, high = scheme.weight_range
+    assert low <= int(rounded.qweight.min()) and int(rounded.qweight.max()) <= high
     for inputs in (x, unseen):
         assert output_error(inputs, weight, rounded) < 0.6 * output_error(inputs, weight, grid)
 
