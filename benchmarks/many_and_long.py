@@ -58,7 +58,7 @@ def datasets(arguments: argparse.Namespace) -> Iterable[tuple[str, Path]]:
         folder = work / f"pictures-{count}"
         yield f"{count:,} pictures", write(folder, pictures(folder, count))
     if "long" in kinds:
-        yield "a text of 30,000 tokens", write(work / "long", [{"text": words(24_000, 0)}])
+        yield "a text of 30,000 tokens", write(work / "long", [{"text": words(19_500, 0)}])
     if "clip" in kinds:
         folder = work / "clip"
         yield "a clip of 500 frames", write(folder, [{"video": str(clip(folder, 500)), "text": "What happens?"}])

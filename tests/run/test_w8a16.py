@@ -8,7 +8,7 @@ from pathlib import Path
 import dequantizers
 import pytest
 import torch
-from command import files
+from command import files, write_index
 from hypothesis import given
 from hypothesis import strategies as st
 from outputs import INT4, LINEARS, all_tensors, edited, replaced, without, write_recipe
@@ -158,3 +158,28 @@ def test_w8a8_and_w8a16_in_one_checkpoint(tiny: Path, tmp_path: Path) -> None:
         assert examine(tmp_path / "out" / saver, tiny).codes() <= {"autoawq_cannot_say"}
     text = (tmp_path / "out" / "ascendv1_saver" / "quant_model_description.json").read_text(encoding="utf-8")
     assert json.loads(text)["model_quant_type"] == "W8A8_DYNAMIC"
+
+
+# --- the shipped recipe that mixes W8A8 and W8A16 ------------------------------------------------------------
+
+
+def test_w8a8_mixed_keeps_the_activations_of_down_proj_float(tiny: Path, tmp_path: Path) -> None:
+    """In both formats; the integers come from GPTQ, and so need samples."""
+    index = write_index(tmp_path / "data", *({"text": f"A {'very ' * n}long sentence."} for n in range(0, 160, 10)))
+    out = tmp_path / "out"
+    quantize(
+        tiny,
+        out,
+        config_path="qwen2_5_omni_w8a8_mixed",
+        dataset=str(index),
+        save_format=list(SAVERS.values()),
+        device="cpu",
+    )
+    down, up = (NAME.replace("self_attn.k_proj", f"mlp.{name}_proj").replace("2", "1") for name in ("down", "up"))
+    description = json.loads((out / "ascendv1_saver" / "quant_model_description.json").read_text(encoding="utf-8"))
+    assert (description[f"{down}.weight"], description[f"{up}.weight"]) == ("W8A16", "W8A8_DYNAMIC")
+    compressed = open_quantized(out / "compressed_tensors")
+    for saver in SAVERS.values():
+        assert examine(out / saver, tiny).codes() == set()
+    schemes = {linear: compressed.linears[linear].linear.scheme.act_bits for linear in (down, up)}
+    assert schemes == {down: None, up: 8}
