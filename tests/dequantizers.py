@@ -151,3 +151,25 @@ def dequantize_float8(codes: Array, scale: Array) -> Array:
         for column in range(weight.shape[1]):
             weight[row, column] *= scale[row, 0] if per_channel else scale[row // 128, column // 128]
     return weight
+
+
+def dequantize_w4a8(packed: Array, scale: Array) -> Array:
+    """packed int8 [out / 2, in], row 2r in the lower half of a byte and 2r + 1 in the upper; scale [out, 1]."""
+    weight = np.zeros((2 * packed.shape[0], packed.shape[1]), np.float32)
+    for row in range(weight.shape[0]):
+        bits = packed[row // 2].view(np.uint8).astype(np.int32)
+        code = (bits >> 4 if row % 2 else bits) & 15
+        weight[row] = (code - 16 * (code > 7)) * scale[row, 0]
+    return weight
+
+
+def product_w4a8(x: Array, x_scale: Array, packed: Array, scale: Array, bias: Array) -> Array:
+    """The product that this layout implies, of int8 x [tokens, in] in two halves of 4 bits: x = 16 h + l.
+
+    The lower half l is unsigned and multiplied as the signed l - 8; scale_bias, 8 times the row sums, adds what is
+    missing, for every x. Returns [tokens, out].
+    """
+    weight = dequantize_w4a8(packed, scale)  # [out, in]
+    high, low = x.astype(np.int32) >> 4, (x.astype(np.int32) & 15) - 8
+    shifted = (16 * high + low).astype(np.float64)
+    return ((shifted @ weight.T.astype(np.float64) + bias.sum(axis=1)) * x_scale).astype(np.float32)

@@ -40,7 +40,7 @@ def export(
         str | None,
         flag(
             "save_format",
-            "Format to write: awq, compressed_tensors or ascendv1_saver.",
+            "Format to write: awq, compressed_tensors, ascendv1_saver, or gguf for llama.cpp (the text decoder).",
             autocompletion=completion.save_formats,
         ),
     ] = None,
@@ -67,9 +67,13 @@ def export(
         from .early_checks import check_output
 
         check_output(Path(target), find_model_folder(source))
-        saver_names([wanted])
+        if not _is_gguf(wanted):
+            saver_names([wanted])
 
     def work(progress: TerminalProgress) -> None:
+        if _is_gguf(wanted):
+            _to_gguf(source, target, overwrite, progress, as_json)
+            return
         from ..quantized import export as run_export
         from ..report import human_bytes
         from .tables import table
@@ -95,3 +99,22 @@ def export(
     run_with_progress(
         check, work, debug, stopped=stopped, as_json=as_json, log_level=log_level, quiet=quiet, log_file=log_file
     )
+
+
+def _is_gguf(save_format: str) -> bool:
+    return save_format.strip().lower() == "gguf"
+
+
+def _to_gguf(source: str, target: str, overwrite: bool, progress: TerminalProgress, as_json: bool) -> None:
+    from ..quantized import export_gguf
+    from ..report import human_bytes
+
+    result = export_gguf(source, target, overwrite=overwrite, progress=progress)
+    progress.close()
+    if as_json:
+        print_json(asdict(result))
+        return
+    lost = f"{result.lost:.2g} of the weights (float16 constants)" if result.lost else "nothing"
+    results.print(f"{result.path}: {human_bytes(result.output_bytes)}, {result.linears} quantized Linears")
+    results.print(f"types: {', '.join(result.types)}; lost: {lost}")
+    results.print(f"left out: {', '.join(result.left_out)}. The file answers text; towers are another file (mmproj).")

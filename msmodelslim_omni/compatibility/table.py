@@ -42,6 +42,7 @@ SCHEMES: dict[str, str] = {
     "w4a16_sym": "W4A16 symmetric",
     "w4a16_sym+w8a8": "W8A8 dynamic and W4A16 symmetric, mixed",
     "w8a16": "W8A16",
+    "w4a8+w8a8": "W4A8 dynamic (experts) and W8A8 dynamic, mixed",
     "fp8": "FP8 dynamic",
     "fp8_block": "FP8 in blocks",
     "nvfp4a16": "NVFP4A16",
@@ -55,6 +56,7 @@ _KINDS = {
     r"W4A16(_G\d+)?": "w4a16",
     r"W4A16(_G\d+)?_SYM": "w4a16_sym",
     r"W8A16": "w8a16",
+    r"W4A8_DYNAMIC": "w4a8",
     r"FP8_BLOCK": "fp8_block",
     r"FP8(_DYNAMIC)?": "fp8",
     r"NVFP4A16": "nvfp4a16",
@@ -290,6 +292,7 @@ TABLE: tuple[Entry, ...] = (
         for scheme in ("w8a16", *_FLOAT_SCHEMES)
     ),
     *(Entry(family, "ascendv1_saver", "w8a16", _ASCEND_ONLY) for family in (OMNI, VL)),
+    Entry(OMNI3, "ascendv1_saver", "w4a8+w8a8", _ASCEND_ONLY | {"vllm_ascend": _FAMILY_NOT_RUN}),
     Entry(OMNI3, "ascendv1_saver", "w8a16", _ASCEND_ONLY | {"vllm_ascend": _no("has W8A16 for dense Linears only")}),
     *(
         Entry(

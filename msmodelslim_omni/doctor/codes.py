@@ -108,6 +108,10 @@ _CONTENT = {
                              _QUANTIZE_AGAIN),
     "scale_subnormal": _warning("float16 subnormals have few bits; kernels that flush subnormals zero the group",
                                 (VLLM, AUTOAWQ), "check whether these channels matter: doctor --source"),
+    "scale_bias_wrong": _error(
+        "vLLM-Ascend's product of int4 experts adds scale_bias; another value shifts every output",
+        (ASCEND,), "write 8 times the sum of each dequantized row",
+    ),
     "offset_not_zero": _error("vLLM-Ascend loads the offset but does not apply it in the matrix product", (ASCEND,),
                               "quantize symmetrically"),
     "code_nan": _error("an FP8 code is NaN: a value above 448 was not clamped, and outputs become NaN", ALL,

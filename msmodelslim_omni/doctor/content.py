@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import nf4_linear, nvfp4_stored_scales, unpack_bytes, unpack_e2m1, unpack_gemm, unpack_plain
+from ..formats import (
+    nf4_linear,
+    nvfp4_stored_scales,
+    scale_bias,
+    unpack_bytes,
+    unpack_e2m1,
+    unpack_gemm,
+    unpack_plain,
+    unpack_row_pairs,
+)
 from ..numerics import NF4_LEVELS, NVFP4_GROUP, QuantizedLinear, QuantScheme, row_blocks
 from ..storage import (
     FLOAT_DTYPES,
@@ -74,6 +83,8 @@ def load_integers(linear: StoredLinear) -> QuantizedLinear:
     if linear.form == "packed8":
         integers = unpack_bytes(tensors["weight_packed"], columns)
         return QuantizedLinear(integers, tensors["weight_scale"].to(torch.float32), QuantScheme(8, None))
+    if linear.form == "ascend_int4":
+        return QuantizedLinear(unpack_row_pairs(tensors["weight"]), tensors["weight_scale"], QuantScheme(4, 8))
     scale = tensors.get("weight_scale")
     scale = torch.ones(rows, 1) if scale is None else scale.to(torch.float32)
     if linear.form == "float8":
@@ -103,6 +114,8 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
             info = linear.tensors.get(suffix)
             if info is not None and info.dtype in (*FLOAT_DTYPES, "F8_E4M3"):
                 yield from _scale_faults(info, allow_zero=suffix.endswith("absmax"))
+        if linear.form == "ascend_int4" and is_readable(linear):
+            yield from _check_scale_bias(linear)
         offset, shape = linear.tensors.get("weight_offset"), linear.tensors.get("weight_shape")
         if offset is not None and (nonzero := int(load_tensor(offset).ne(0).sum())):
             yield make_finding("offset_not_zero", offset.name, f"{nonzero} of {offset.numel} are not zero")
@@ -112,6 +125,22 @@ def check_scales(linears: Iterable[StoredLinear]) -> Iterator[Finding]:
                 yield make_finding(
                     "weight_shape_wrong", shape.name, f"is {declared}; the weight has shape {list(linear.shape)}"
                 )
+
+
+def _check_scale_bias(linear: StoredLinear) -> Iterator[Finding]:
+    """Check that scale_bias is 8 times the sums of the dequantized rows, whatever the number of its columns."""
+    info, loaded = linear.tensors["scale_bias"], load_integers(linear)
+    stored = load_tensor(info).to(torch.float32)
+    columns = stored.shape[1] if stored.dim() == 2 else 0
+    if not columns or len(stored) != len(loaded.qweight) or loaded.qweight.shape[1] % columns:
+        yield make_finding("tensor_shape", info.name, f"is {list(info.shape)}, not [{len(loaded.qweight)}, 1 or 16]")
+        return
+    expected = scale_bias(loaded.qweight, loaded.scales, columns)
+    wrong = ~torch.isclose(stored, expected, rtol=1e-3, atol=float(expected.abs().max()) * 1e-4)
+    if count := int(wrong.sum()):
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        what = f"{count} of {info.numel} differ, the first: {float(stored[row, column]):g} for "
+        yield make_finding("scale_bias_wrong", info.name, what + f"{float(expected[row, column]):g}")
 
 
 def _scale_faults(info: TensorInfo, allow_zero: bool) -> Iterator[Finding]:

@@ -29,6 +29,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "nvfp4_act": ("weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"),
     "float8_block": ("weight", "weight_scale"),
     "ascend": ("weight", "weight_scale", "weight_offset"),
+    "ascend_int4": ("weight", "weight_scale", "weight_offset", "scale_bias"),
     "ascend_static": ("weight", "input_scale", "input_offset", "deq_scale", "quant_bias", "weight_scale?",
                       "weight_offset?"),
     "nf4": ("weight", *NF4_PARTS[1:], *(f"{suffix}?" for suffix in NF4_NESTED)),
@@ -38,12 +39,12 @@ FORMS: dict[str, tuple[str, ...]] = {
 # Format -> the forms of its quantized Linears. Float Linears have the form `float` in every format.
 FORMS_OF_FORMAT = {
     **{name: method.forms for name, method in METHODS.items()},
-    "ascend": ("ascend", "ascend_static"),
+    "ascend": ("ascend", "ascend_static", "ascend_int4"),
 }
 
 _BITS_OF_FORM = {
     "gemm": 4, "packed": 4, "packed8": 8, "int8": 8, "float8": 8, "float8_block": 8, "ascend": 8, "ascend_static": 8,
-    "nf4": 4, "nvfp4": 4, "nvfp4_act": 4,
+    "nf4": 4, "nvfp4": 4, "nvfp4_act": 4, "ascend_int4": 4,
 }  # fmt: skip
 
 _PER_WORD = 8
@@ -132,6 +133,8 @@ def _form(tensors: dict[str, TensorInfo], declared: str, shape: tuple[int, int] 
         return "packed8" if has_bytes else "packed"
     if "deq_scale" in tensors or "quant_bias" in tensors:
         return "ascend_static"
+    if "scale_bias" in tensors:
+        return "ascend_int4"
     if any(suffix.startswith("weight.") for suffix in tensors):
         return "nf4"
     weight = tensors.get("weight")
@@ -161,6 +164,8 @@ def _shape_from_tensors(form: str, tensors: dict[str, TensorInfo]) -> tuple[int,
     if weight is None or len(weight.shape) != 2:
         return None
     rows, columns = weight.shape
+    if form == "ascend_int4":
+        return 2 * rows, columns
     if form == "gemm":
         return columns * _PER_WORD, rows
     return rows, columns * {"packed": _PER_WORD, "packed8": BYTES_PER_WORD, "nvfp4": 2, "nvfp4_act": 2}.get(form, 1)
@@ -224,6 +229,12 @@ def _expected_tensors(
         case "ascend":
             return {
                 "weight": (("I8",), (rows, columns)),
+                "weight_scale": (("F32",), (rows, 1)),
+                "weight_offset": (("F32",), (rows, 1)),
+            }
+        case "ascend_int4":
+            return {
+                "weight": (("I8",), (rows // 2, columns)),
                 "weight_scale": (("F32",), (rows, 1)),
                 "weight_offset": (("F32",), (rows, 1)),
             }

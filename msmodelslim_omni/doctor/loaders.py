@@ -34,7 +34,10 @@ _ASCEND_TYPES = {
     "W4A4_MXFP4",
 }  # fmt: skip
 _GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
-_FORM_OF_TYPE = {"W8A8_DYNAMIC": "ascend", "W8A16": "ascend", "W8A8": "ascend_static"}
+_EXPERT_TYPES = {"W8A8_DYNAMIC", "W4A8_DYNAMIC", "W8A8_MIX", "W8A8_MXFP8", "W4A8_MXFP", "W4A4_MXFP4"}  # of experts
+_FORM_OF_TYPE = {
+    "W8A8_DYNAMIC": "ascend", "W8A16": "ascend", "W8A8": "ascend_static", "W4A8_DYNAMIC": "ascend_int4",
+}  # fmt: skip
 
 
 def check_groups(model: ModelSpec, linears: dict[str, StoredLinear]) -> Iterator[Finding]:
@@ -184,7 +187,8 @@ def check_description(
 
 def _check_type(name: str, described: str, linear: StoredLinear | None) -> Iterator[Finding]:
     where = f"{name}.weight"
-    if described != FLOAT and described not in _ASCEND_TYPES:
+    known = _EXPERT_TYPES if ".experts." in name else _ASCEND_TYPES
+    if described != FLOAT and described not in known:
         yield make_finding("description_unsupported", where, f"is described as {described!r}")
         return
     if linear is None:

@@ -1,7 +1,10 @@
 """ascendv1_saver: the format of msModelSlim, which vLLM-Ascend loads with its `ascend` quantization.
 
 W8A8_DYNAMIC and W8A16 per Linear [out, in]: `.weight` int8 [out, in], `.weight_scale` float32 [out, 1],
-`.weight_offset` float32 zeros [out, 1] (W8A8_DYNAMIC loads but does not use it), `.bias` float32. Tensors keep the
+`.weight_offset` float32 zeros [out, 1] (W8A8_DYNAMIC loads but does not use it), `.bias` float32. W4A8_DYNAMIC, for
+experts: `.weight` int8 [out / 2, in], two rows of int4 per byte (nibbles.py); scale and offset as above; `.scale_bias`
+float32, 8 times the sum of each dequantized row, which the runtime's product needs: [out, 1], and [out, 16] for down, a
+sum for each sixteenth of the inputs, because tensor parallelism splits them. Tensors keep the
 names of the source checkpoint, as vLLM's mapper expects. config.json has no quantization_config, because the presence
 of quant_model_description.json selects the method. That file has an entry for every tensor, and for an lm_head that is
 tied to the embedding: loading fails if the runtime looks up a Linear that has no entry.
@@ -17,7 +20,7 @@ import torch
 
 from ..errors import QuantError
 from ..numerics import CacheDtype, QuantScheme
-from ..storage import TensorInfo, TensorSpec
+from ..storage import TensorInfo, TensorSpec, load_tensor
 from .job import (
     FLOAT,
     Data,
@@ -25,6 +28,7 @@ from .job import (
     OutputJob,
     OutTensor,
 )
+from .nibbles import pack_row_pairs, unpack_row_pairs
 from .stored import (
     FLOATS,
     PartFault,
@@ -46,7 +50,9 @@ DESCRIPTION_FILE = "quant_model_description.json"
 _DESCRIPTION_VERSION = "1.0.0"
 
 # Types of Linears by their names in the description; the last one of a checkpoint is its model_quant_type.
-_SCHEMES = {"W8A16": QuantScheme(8, None), "W8A8_DYNAMIC": QuantScheme(8, 8)}
+_SCHEMES = {"W8A16": QuantScheme(8, None), "W8A8_DYNAMIC": QuantScheme(8, 8), "W4A8_DYNAMIC": QuantScheme(4, 8)}
+
+_SUMS_OF_DOWN = 16  # of scale_bias, for a Linear whose inputs are split between cards
 
 
 def refusal(schemes: frozenset[QuantScheme]) -> str:
@@ -60,11 +66,30 @@ def refusal(schemes: frozenset[QuantScheme]) -> str:
 def linear_tensors(linear: OutLinear) -> list[OutTensor]:
     column = (linear.shape[0], 1)
     kind = linear.scheme.name
+    if linear.scheme.weight_bits == 4:
+        (rows, columns), sums = linear.shape, _scale_bias_columns(linear.name)
+        packed = TensorSpec(f"{linear.name}.weight", "I8", (rows // 2, columns))
+        weight = OutTensor(packed, lambda: pack_row_pairs(linear.qweight()), kind)
+        bias = TensorSpec(f"{linear.name}.scale_bias", "F32", (rows, sums))
+        extra = [OutTensor(bias, lambda: scale_bias(linear.qweight(), linear.scales(), sums), kind)]
+    else:
+        weight, extra = OutTensor(TensorSpec(f"{linear.name}.weight", "I8", linear.shape), linear.qweight, kind), []
     return [
-        OutTensor(TensorSpec(f"{linear.name}.weight", "I8", linear.shape), linear.qweight, kind),
+        weight,
         OutTensor(TensorSpec(f"{linear.name}.weight_scale", "F32", column), linear.scales, kind),
         OutTensor(TensorSpec(f"{linear.name}.weight_offset", "F32", column), lambda: torch.zeros(column), kind),
+        *extra,
     ]
+
+
+def _scale_bias_columns(name: str) -> int:
+    return _SUMS_OF_DOWN if name.endswith((".down_proj", ".o_proj")) else 1
+
+
+def scale_bias(q: torch.Tensor, scales: torch.Tensor, columns: int) -> torch.Tensor:
+    """8 Σ q s over each of `columns` equal parts of the inputs: float32 [out, columns]. scales: [out, 1]."""
+    sums = q.view(len(q), columns, -1).sum(dim=2, dtype=torch.int32)  # exact
+    return sums.to(torch.float32) * scales * 8
 
 
 def float_tensor(tensor: OutTensor, is_quantized_bias: bool) -> OutTensor:
@@ -98,15 +123,16 @@ def json_files(job: OutputJob, tensors: list[OutTensor]) -> dict[str, dict[str, 
 # --- reading -------------------------------------------------------------------------------------------------
 
 _PARTS = ("weight", "weight_scale", "weight_offset")
+_PARTS_OF_INT4 = (*_PARTS, "scale_bias")
 
 
 def read_linears(
     settings: dict[str, Any], tensors: Mapping[str, TensorInfo], float_dtype: Callable[[str], str]
 ) -> StoredLinears:
     """See Format.read_linears. settings: the description, which tells the scheme of each Linear."""
-    grouped = group_parts(tensors, _PARTS)
+    grouped = group_parts(tensors, _PARTS_OF_INT4)
     if other := sorted({str(settings.get(f"{name}.weight", FLOAT)) for name in grouped} - {FLOAT, *_SCHEMES}):
-        supported = " and ".join(reversed(_SCHEMES))
+        supported = ", ".join(reversed(_SCHEMES))
         raise QuantError(f"the description lists {', '.join(other)[:200]}; supported are {supported}")
     linears: dict[str, StoredLinear] = {}
     faults = []
@@ -114,21 +140,32 @@ def read_linears(
         kind = settings.get(f"{name}.weight")
         if set(parts) == {"weight"} and parts["weight"].dtype != "I8" and kind not in _SCHEMES:
             continue  # a float Linear, a norm, an embedding
-        if why := describe_missing_parts(parts, _PARTS) or _layout_fault(parts) or _kind_fault(kind):
+        is_int4 = kind == "W4A8_DYNAMIC"
+        missing = describe_missing_parts(parts, _PARTS_OF_INT4 if is_int4 else _PARTS)
+        if why := missing or _layout_fault(parts, _scale_bias_columns(name) if is_int4 else 0) or _kind_fault(kind):
             faults.append(PartFault(name, why))
         else:
-            linears[name] = StoredLinear(stored_per_channel(name, parts, _SCHEMES[str(kind)], float_dtype(name)), parts)
+            linears[name] = StoredLinear(_stored_linear(name, parts, _SCHEMES[str(kind)], float_dtype(name)), parts)
     return StoredLinears(linears, tuple(faults))
 
 
-def _layout_fault(parts: Parts) -> str:
+def _stored_linear(name: str, parts: Parts, scheme: QuantScheme, float_dtype: str) -> OutLinear:
+    linear = stored_per_channel(name, parts, scheme, float_dtype)
+    if scheme.weight_bits == 8:
+        return linear
+    rows, columns = linear.shape
+    return replace(linear, shape=(2 * rows, columns), qweight=lambda: unpack_row_pairs(load_tensor(parts["weight"])))
+
+
+def _layout_fault(parts: Parts, sums: int) -> str:
+    """sums: columns of scale_bias, for packed int4; 0 for int8."""
     shape = parts["weight"].shape
     if len(shape) != 2 or not parts["weight"].numel:
         return f"weight has shape {list(shape)}, not [out, in]"
-    column = (shape[0], 1)
-    return describe_wrong_part(
-        parts, {"weight": (("I8",), shape), "weight_scale": (FLOATS, column), "weight_offset": (FLOATS, column)}
-    )
+    rows = 2 * shape[0] if sums else shape[0]
+    column = (rows, 1)
+    expected = {"weight": (("I8",), shape), "weight_scale": (FLOATS, column), "weight_offset": (FLOATS, column)}
+    return describe_wrong_part(parts, expected | ({"scale_bias": (("F32",), (rows, sums))} if sums else {}))
 
 
 def _kind_fault(kind: object) -> str:

@@ -95,6 +95,20 @@ def unpack_bytes(words: torch.Tensor, size: int) -> torch.Tensor:
     return words.contiguous().view(torch.uint8)[:, :size].bitwise_xor(128).view(torch.int8)
 
 
+def pack_row_pairs(q: torch.Tensor) -> torch.Tensor:
+    """Pack int8 [rows, columns] in [-8, 7], two rows per byte: row 2r below row 2r + 1, in two's complement.
+
+    The rows 1 and -2 are stored as E1. Returns int8 [rows / 2, columns].
+    """
+    return (q[::2] & 15) | (q[1::2] << 4)
+
+
+def unpack_row_pairs(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of pack_row_pairs. packed: int8 [rows / 2, columns] -> int8 [rows, columns]."""
+    low = (packed << 4) >> 4  # an arithmetic shift keeps the sign
+    return torch.stack([low, packed >> 4], dim=1).flatten(0, 1)
+
+
 def _unpacked_rows(words: torch.Tensor, order: Sequence[int], size: int) -> torch.Tensor:
     """Unpack eight rows from each word: int32 [ceil(size / 8), k] -> int8 [size, k], in the memory order of `words`."""
     columns = words.shape[1]

@@ -69,6 +69,7 @@ def model_spec(model_type: str) -> ModelSpec:
     return ModelSpec(
         model_type=model_type,
         hf_model_type="qwen2_5_vl",
+        gguf_architecture="qwen2vl",
         publisher="Qwen",
         system="You are a helpful assistant.",  # default of the chat template
         modalities=("text", "image", "video"),
@@ -101,6 +102,10 @@ def num_layers(config: dict[str, Any]) -> int:
 
 def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return qwen2_5.layer_spec(_text(config))
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    return _text(config).values
 
 
 def deepstack_depth(config: dict[str, Any]) -> int:

@@ -88,6 +88,10 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return LayerSpec((*groups, *expert_groups), shapes, experts)
 
 
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    return thinker_text(config).values
+
+
 def deepstack_depth(config: dict[str, Any]) -> int:
     return qwen3.deepstack_depth(config["thinker_config"].get("vision_config"))
 

@@ -77,6 +77,7 @@ def model_spec(model_type: str) -> ModelSpec:
     return ModelSpec(
         model_type=model_type,
         hf_model_type="qwen3_vl",
+        gguf_architecture="qwen3vl",
         publisher="Qwen",
         system="",  # the chat template adds none
         modalities=("text", "image", "video"),
@@ -112,6 +113,10 @@ def num_layers(config: dict[str, Any]) -> int:
 
 def layer_spec(config: dict[str, Any]) -> LayerSpec:
     return qwen3.dense_layer_spec(_text(config))
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    return _text(config).values
 
 
 def deepstack_depth(config: dict[str, Any]) -> int:

@@ -226,6 +226,7 @@ class ModelSpec:
     visual_token_side: int = 28  # pixels; a visual token is a square of a picture or frame
     least_sound_samples: int = 1  # at 16 kHz; the audio tower cannot take less
     voices_file: str = "spk_dict.pt"  # of a model with speech; empty if config.json names the voices
+    gguf_architecture: str = ""  # of the text decoder in llama.cpp; empty if it cannot be written
     shape_of: str = ""  # the model type that config.json is taken for, if it is another one with the same shape
 
     @property
@@ -263,6 +264,10 @@ class ModelFamily(Protocol):
     def num_layers(self, config: dict[str, Any]) -> int: ...
 
     def layer_spec(self, config: dict[str, Any]) -> LayerSpec: ...
+
+    def text_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The block of config.json that describes the text decoder."""
+        ...
 
     def deepstack_depth(self, config: dict[str, Any]) -> int:
         """The number of layers after which the model adds visual features; see inputs.Deepstack."""

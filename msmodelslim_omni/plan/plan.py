@@ -161,6 +161,7 @@ def make_plan(
     calibration = calibration.model_copy(update={key: value for key, value in given.items() if value is not None})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)
+    _check_ascend(savers, layer_spec, layers, model, recipe)
     _check_cache(savers, kv_cache, recipe)
     checked = not (check_later and data_free)
     return QuantPlan(
@@ -400,6 +401,31 @@ def _check_formats(savers: tuple[SaverConfig, ...], recipe: Recipe, linears: tup
                 f"{recipe.where(('spec', 'save'))}: {saver.type} cannot store this recipe's result: {why}",
                 _recipe_for(saver.type, recipe),
             )
+
+
+def _check_ascend(
+    savers: tuple[SaverConfig, ...],
+    spec: LayerSpec,
+    layers: tuple[LayerPlan, ...],
+    model: ModelSpec,
+    recipe: Recipe,
+) -> None:
+    """Raise QuantError for schemes that vLLM-Ascend has for experts only, or for all other Linears only."""
+    if "ascendv1_saver" not in [saver.type for saver in savers]:
+        return
+    experts = {linear for group in spec.groups if group.expert is not None for linear in group.linears}
+    for layer in layers:
+        for linear, scheme in layer.schemes.items():
+            only = {"W4A8_DYNAMIC": True, "W8A16": False}.get(scheme.name)
+            if only is not None and only != (linear in experts):
+                name, where = model.layer_name(layer.index, linear), recipe.where(("spec", "process"))
+                kind = "the experts of mixture models only" if only else "dense Linears only"
+                raise QuantError(
+                    f"{where}: ascendv1_saver: {name} would be {scheme.name}, which vLLM-Ascend has for {kind}",
+                    "quantize experts to int4 and the other Linears to int8 (qwen3_omni_w4a8), or all to W8A8"
+                    if only
+                    else "use --save_format compressed_tensors, or W8A8",
+                )
 
 
 def _check_cache(savers: tuple[SaverConfig, ...], kv_cache: CacheDtype | None, recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from .generate import (
     open_source,
     write_wav,
 )
+from .gguf import export_gguf
 from .inspect import inspect_checkpoint
 from .reader import identify, is_quantized, load_cache, load_linear
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_memory",
     "check_speech",
     "export",
+    "export_gguf",
     "fill_model",
     "generate",
     "identify",

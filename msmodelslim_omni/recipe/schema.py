@@ -138,8 +138,12 @@ class WeightConfig(_Block):
             return self._check_nvfp4()
         if self.scope == "per_block":
             raise ValueError("scope per_block requires dtype fp8_e4m3")
+        if self.dtype == "int4" and self.scope == "per_channel":
+            if self.method == "gptq" or not self.symmetric or self.ext != WeightExt():
+                raise ValueError("int4 per_channel requires method minmax or mse, symmetric: true, and no ext")
+            return self
         if (self.scope == "per_channel") != (self.dtype == "int8"):
-            raise ValueError("int8 requires scope per_channel; int4 and nf4 require scope per_group")
+            raise ValueError("int8 requires scope per_channel; nf4 requires scope per_group")
         if self.dtype == "nf4" and (self.method != "minmax" or not self.symmetric):
             raise ValueError("nf4 requires method minmax and symmetric: true; its levels are fixed")
         if self.dtype != "nf4" and self.ext.double_quant:
@@ -167,7 +171,8 @@ class WeightConfig(_Block):
 
 class LinearQConfig(_Block):
     """int8 weights take int8 activations or, without `act`, float activations; nvfp4 weights take nvfp4 activations or
-    float ones; fp8_e4m3 weights require fp8_e4m3 activations; int4 and nf4 weights require float activations.
+    float ones; fp8_e4m3 weights require fp8_e4m3 activations; int4 and nf4 weights per_group require float activations,
+    int4 per_channel (experts in ascendv1_saver) int8 activations.
     """
 
     act: ActConfig | None = None
@@ -194,6 +199,10 @@ class LinearQConfig(_Block):
                 raise ValueError(
                     "nvfp4 weights take `act: {dtype: nvfp4, scope: per_group}`, or float activations without `act`"
                 )
+            return self
+        if self.weight.dtype == "int4" and self.weight.scope == "per_channel":
+            if self.act is None or (self.act.dtype, self.act.scope) != ("int8", "per_token"):
+                raise ValueError("int4 weights per_channel require int8 activations per_token, `act: {}`")
             return self
         if self.weight.dtype != "int8" and self.act is not None:
             raise ValueError(f"{self.weight.dtype} weights require float activations; remove `act`")
@@ -280,6 +289,13 @@ class AwqConfig(_LinearSelection):
     """Number of exponents that the search tries."""
     enable_subgraph_type: Annotated[tuple[AwqSubgraph, ...], Field(strict=False)] = ("norm-linear", "ov", "up-down")
     """Places to scale: norm to q, k, v and to gate, up; v to o; up to down."""
+
+    @field_validator("weight_qconfig")
+    @classmethod
+    def _check_grouped(cls, weight: WeightConfig | None) -> WeightConfig | None:
+        if weight is not None and weight.scope != "per_group":
+            raise ValueError("awq requires scope per_group")
+        return weight
 
 
 ProcessorConfig = LinearQuantConfig | SmoothQuantConfig | IterSmoothConfig | AwqConfig

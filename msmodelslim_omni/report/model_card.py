@@ -258,6 +258,8 @@ _CACHES = {
 
 
 def _describe_scheme(scheme: str) -> str:
+    if scheme == "W4A8_DYNAMIC":
+        return "int4 weights, one scale per output channel; int8 activations, one scale per token"
     if scheme.startswith("W8A8"):
         return "int8 weights, one scale per output channel; int8 activations, one scale per token"
     if scheme == "NVFP4A16":

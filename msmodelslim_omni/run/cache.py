@@ -1,7 +1,6 @@
 """Calibration of a rounded KV cache: the largest keys and values of a layer, and the scales that cover them.
 
-They are those of the float layer, whose inputs the quantized layers before it have changed; smoothing that divides the
-rows of v_proj is applied afterwards.
+They are those of the float layer; smoothing that divides the rows of v_proj is applied afterwards.
 """
 
 from __future__ import annotations

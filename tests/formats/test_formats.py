@@ -183,6 +183,8 @@ def test_ascend_bias_of_a_quantized_linear_is_float32(job: OutputJob, tmp_path: 
 @pytest.mark.parametrize("scheme", [QuantScheme(4, None), QuantScheme(4, 8), QuantScheme(4, None, symmetric=False)])
 @pytest.mark.parametrize("name", W8A8_FORMATS)
 def test_formats_refuse_unsupported_schemes(name: str, scheme: QuantScheme) -> None:
+    if (name, scheme.name) == ("ascendv1_saver", "W4A8_DYNAMIC"):
+        pytest.skip("stored for experts; the plan refuses it for other Linears, see tests/run/test_w4a8.py")
     assert scheme.name in FORMATS[name].refusal(frozenset({scheme}))
     assert scheme.name in FORMATS[name].refusal(frozenset({scheme, W8A8}))
     assert FORMATS[name].refusal(frozenset({W8A8})) == ""

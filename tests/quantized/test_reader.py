@@ -307,8 +307,8 @@ def test_unsupported_descriptions_are_refused(outputs: dict[str, Path], tmp_path
     target = Path(shutil.copytree(outputs["ascend"], tmp_path / "other"))
     file = target / "quant_model_description.json"
     description = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**description, f"{NAME}.weight": "W4A8_DYNAMIC"}), encoding="utf-8")
-    with pytest.raises(QuantError, match="W4A8_DYNAMIC; supported are W8A8_DYNAMIC and W8A16"):
+    file.write_text(json.dumps({**description, f"{NAME}.weight": "W4A4_DYNAMIC"}), encoding="utf-8")
+    with pytest.raises(QuantError, match="W4A4_DYNAMIC; supported are W4A8_DYNAMIC, W8A8_DYNAMIC, W8A16"):
         open_quantized(target)
     file.write_text(json.dumps({n: k for n, k in description.items() if not n.startswith(NAME)}), encoding="utf-8")
     with pytest.raises(QuantError, match=f"{NAME}: the description lists no kind for its weight"):

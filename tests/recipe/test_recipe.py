@@ -272,8 +272,8 @@ def test_error_names_line_key_and_allowed_values(old: str, new: str, where: str,
 @pytest.mark.parametrize(
     ("weight", "key", "words"),
     [
-        ("{dtype: int4}", "weight", "int8 requires scope per_channel; int4 and nf4 require scope per_group"),
-        ("{scope: per_group}", "weight", "int8 requires scope per_channel; int4 and nf4 require scope per_group"),
+        ("{dtype: int4, symmetric: False}", "weight", "int4 per_channel requires method minmax or mse"),
+        ("{scope: per_group}", "weight", "int8 requires scope per_channel; nf4 requires scope per_group"),
         ("{symmetric: False}", "weight", "int8 weights are symmetric"),
         ("{ext: {group_size: 64}}", "weight", "ext.group_size requires scope per_group"),
         ("{scope: per_group, dtype: int4, ext: {group_size: 96}}", "weight.ext.group_size", "32, 64 or 128"),
@@ -333,7 +333,7 @@ def test_modality_weight_error(weights: str, key: str, words: str) -> None:
         ({"type": "awq", "alpha": 0.5}, ("alpha", "unknown key", "n_grid")),
         (
             {"type": "awq", "weight_qconfig": {"dtype": "int4"}},
-            ("weight_qconfig", "int4 and nf4 require scope per_group"),
+            ("weight_qconfig", "awq requires scope per_group"),
         ),
         ({"type": "awq", "include": []}, ("include", "at least one")),
         ({"type": "linear_quant"}, ("qconfig", "missing")),
