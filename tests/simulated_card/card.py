@@ -248,7 +248,7 @@ class _Card:
     def attention(
         self, attend: Callable[..., torch.Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        """F.scaled_dot_product_attention without gradients."""
+        """F.scaled_dot_product_attention, whose gradient is that of _Attention."""
         flat = [*args, *kwargs.values()]
         if any(isinstance(a, torch.Tensor) and not isinstance(a, CardTensor) for a in flat):
             raise RuntimeError(f"tensors of two devices: attention at {_line()}")
@@ -388,13 +388,36 @@ def _attention_on_card(attend: Callable[..., torch.Tensor]) -> Callable[..., tor
     products that adds in another order (an unknown device).
     """
 
-    def attention(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        tensors = [a for a in (query, *args, *kwargs.values()) if isinstance(a, torch.Tensor)]
-        if not any(isinstance(tensor, CardTensor) for tensor in tensors):
-            return attend(query, *args, **kwargs)
-        return CardTensor.card.attention(attend, (query, *args), kwargs)
+    def attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if not any(isinstance(a, CardTensor) for a in (query, key, value, *args, *kwargs.values())):
+            return attend(query, key, value, *args, **kwargs)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value)):
+            out: torch.Tensor = _Attention.apply(query, key, value, attend, args, kwargs)  # type: ignore[no-untyped-call]
+            return out
+        return CardTensor.card.attention(attend, (query, key, value, *args), kwargs)
 
     return attention
+
+
+class _Attention(torch.autograd.Function):
+    """Attention on the card with a gradient, by the CPU's kernels for both."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any, attend: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.rest = attend, args, kwargs
+        return CardTensor.card.attention(attend, (query, key, value, *args), kwargs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+        attend, args, kwargs = ctx.rest
+        with torch._C._DisableTorchDispatch(), torch.enable_grad():
+            inputs = [tensor.inner.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            args, kwargs = tree_map(lambda a: a.inner if isinstance(a, CardTensor) else a, (args, kwargs))
+            found = torch.autograd.grad(attend(*inputs, *args, **kwargs), inputs, gradient.inner)
+        return (*(CardTensor(tensor) for tensor in found), None, None, None)
 
 
 @contextmanager
