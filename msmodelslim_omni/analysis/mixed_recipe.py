@@ -15,6 +15,8 @@ W4 = QuantScheme(4, None, "gptq", 128)
 W8 = QuantScheme(8, 8)
 FLOAT = "FLOAT"
 
+_MOST_WORDS = 4  # of a group in braces
+
 # The question for media without a text, as in the shipped recipes.
 DEFAULT_TEXT = "What are the elements can you see and hear in these medias."
 
@@ -90,6 +92,8 @@ def _braced(words: Sequence[str], *, shared: bool = True) -> str:
     if len(words) == 1:
         return words[0]
     prefix = _common_prefix(words) if shared else ""
+    if shared and len(words) > _MOST_WORDS:  # the experts of a layer; no other Linear has their prefix
+        return f"{prefix}*"
     rest = [word.removeprefix(prefix) for word in words]
     suffix = _common_prefix([word[::-1] for word in rest])[::-1] if shared else ""
     return f"{prefix}{{{','.join(word.removesuffix(suffix) for word in rest)}}}{suffix}"

@@ -64,7 +64,7 @@ class Proposer:
 
     def __init__(self, model: ModelSpec, checkpoint: Checkpoint, dataset: str, target: str = "") -> None:
         spec = model.family.layer_spec(checkpoint.config)
-        groups = tuple(group.linears for group in spec.groups)
+        groups = tuple(tuple(linear for group in unit for linear in group.linears) for unit in spec.units)
         self.grid = Grid(model.layer_prefix, model.family.num_layers(checkpoint.config), groups)
         self._checkpoint, self._dataset, self._target = checkpoint, dataset, target
         self.int4, self.int8 = (

@@ -181,10 +181,10 @@ def as_markdown(analysis: Analysis) -> str:
         *(_choice_lines(analysis.choice) if analysis.choice else []),
         "## Units",
         "",
-        "A unit is the Linears that read one input; they share a scheme. Damage: the noise in the residual stream,"
-        " |e|² / |h|², if only this unit is quantized, with the scaling or smoothing of the recipe; the mean over text"
-        " tokens (analysis.json has all modalities). Errors: |Ŷ - Y| / |Y| of the worst Linear of the unit with plain"
-        " rounding. Kurtosis (0: normal distribution) and outliers (values beyond"
+        "A unit is the Linears that read one input, or all experts of a layer; they share a scheme. Damage: the noise"
+        " in the residual stream, |e|² / |h|², if only this unit is quantized, with the scaling or smoothing of the"
+        " recipe; the mean over text tokens (analysis.json has all modalities). Errors: |Ŷ - Y| / |Y| of the worst"
+        " Linear of the unit with plain rounding. Kurtosis (0: normal distribution) and outliers (values beyond"
         f" {OUTLIER_RMS:g} times the root mean square) describe the input.",
         *([analysis.scope] if analysis.scope else []),
         "",

@@ -2,7 +2,8 @@
 
 For each Linear, on the inputs of the float model: the relative error of its weight and of its output, by modality, as
 int4 and as int8 with int8 activations, both with plain rounding. These errors are a property of the Linear and
-reproducible. A unit is the Linears that read one input; runtimes fuse them, so they share a scheme. For each unit also
+reproducible. A unit is the Linears that read one input, or all experts of a layer; runtimes fuse them, so they share a
+scheme. For each unit also
 its damage, the noise-to-signal ratio in the residual stream after the steps of the recipe (AWQ and GPTQ, or smoothing)
 were applied to this unit only:
 
@@ -135,7 +136,7 @@ def measure_units(
     stems = prepare_stems(plan, calib, folder, device, progress)
     stream = CalibrationStream(plan, stems, folder, device, progress=progress)
     finished = store.layers
-    selected = [_selected_groups(plan, layer.index, linears) for layer in plan.layers]
+    selected = [_selected_units(plan, layer.index, linears) for layer in plan.layers]
     while selected and not selected[-1]:
         selected.pop()
     count = len(selected)
@@ -146,8 +147,8 @@ def measure_units(
     units = [unit for layer_units in finished[:first] for unit in layer_units]
     stream.start_at(first)
     progress.step("layers", first, count, f"{len(stems)} samples")
-    for layer, groups in zip(plan.layers[first:count], selected[first:], strict=True):
-        measured = list(_measure_layer(plans, layer.index, groups, stream, device))
+    for layer, chosen in zip(plan.layers[first:count], selected[first:], strict=True):
+        measured = list(_measure_layer(plans, layer.index, chosen, stream, device))
         stream.advance_float()
         units += measured
         store.add_layer(measured)
@@ -157,23 +158,26 @@ def measure_units(
     return units, stems
 
 
-def _selected_groups(plan: QuantPlan, index: int, linears: Collection[str]) -> list[LinearGroup]:
-    """The groups of a layer with any of these Linears."""
+Unit = tuple[LinearGroup, ...]
+
+
+def _selected_units(plan: QuantPlan, index: int, linears: Collection[str]) -> list[Unit]:
+    """The units of a layer with any of these Linears."""
     return [
-        group
-        for group in plan.layer_spec.groups
-        if any(plan.model.layer_name(index, linear) in linears for linear in group.linears)
+        unit
+        for unit in plan.layer_spec.units
+        if any(plan.model.layer_name(index, linear) in linears for group in unit for linear in group.linears)
     ]
 
 
 def _measure_layer(
     plans: Mapping[str, QuantPlan],
     index: int,
-    groups: Sequence[LinearGroup],
+    units: Sequence[Unit],
     stream: CalibrationStream,
     device: torch.device,
 ) -> Iterator[UnitSensitivity]:
-    """Measure these groups of a layer, and compute its outputs."""
+    """Measure these units of a layer, and compute its outputs."""
     plan = next(iter(plans.values()))
     model, checkpoint, spec = plan.model, plan.checkpoint, plan.layer_spec
     weights = {
@@ -181,20 +185,20 @@ def _measure_layer(
         for relative in spec.shapes
     }
     module = model.family.build_layer(checkpoint.config, index, weights)
-    if not groups:
+    if not units:
         stream.forward_float(index, module)
         return
     captured = stream.capture(index, module, spec)
-    for group in groups:
-        names = {linear: model.layer_name(index, linear) for linear in group.linears}
+    for unit in units:
+        names = {linear: model.layer_name(index, linear) for group in unit for linear in group.linears}
         try:
-            yield measure_unit(group, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, captured)
+            yield measure_unit(unit, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, captured)
         except QuantError as error:
             raise QuantError(f"layer {index}, {error.message}", error.hint) from error
 
 
 def measure_unit(
-    group: LinearGroup,
+    unit: Unit,
     names: Mapping[str, str],
     weights: Mapping[str, torch.Tensor],
     plans: Mapping[str, LayerPlan],
@@ -202,46 +206,58 @@ def measure_unit(
     captured: Captured,
 ) -> UnitSensitivity:
     """Measure one unit in every scheme. weights: of the layer, by relative name, float32. names: relative -> full."""
-    stats = captured.stats[group.name]
-    weight_errors: dict[str, dict[str, float]] = {linear: {} for linear in group.linears}
-    output_errors: dict[str, dict[str, Error]] = {linear: {} for linear in group.linears}
+    group_of = {linear: group for group in unit for linear in group.linears}
+    weight_errors: dict[str, dict[str, float]] = {linear: {} for linear in group_of}
+    output_errors: dict[str, dict[str, Error]] = {linear: {} for linear in group_of}
     damage: dict[str, Error] = {}
     for scheme, plan in plans.items():
-        for linear in group.linears:
+        for linear, group in group_of.items():
             weight = weights[f"{linear}.weight"]
             quantized = _round_plainly(linear, weight, plan.schemes[linear])
             weight_errors[linear][scheme] = weight_error(weight, quantized)
-            output_errors[linear][scheme] = _output_error(stats, weight, quantized)
+            stats = captured.stats.get(group.name)
+            reached = stats is not None and len(stats.rows) > 0  # an expert may get no token
+            output_errors[linear][scheme] = (
+                _output_error(stats, weight, quantized)
+                if stats is not None and reached
+                else Error(weight_errors[linear][scheme], {})
+            )
         work = LayerWork(
             plan.index, spec, plan.schemes, dict(weights), captured.stats, captured.importance, probe=captured.probe
         )
-        is_last = group.block == spec.groups[-1].block
-        noise = captured.probe.noise(group.block, quantized_modules(work, plan, group), is_last=is_last)
+        block = unit[0].block
+        is_last = block == spec.groups[-1].block
+        noise = captured.probe.noise(block, quantized_modules(work, plan, unit), is_last=is_last)
         damage[scheme] = Error(noise.get("text", sum(noise.values()) / len(noise)), noise)
-    kurtosis, outlier_share = tail_statistics(stats.rows)
+    tails = {group.name: _tail_of(captured.stats.get(group.name)) for group in unit}
     linears = tuple(
         LinearSensitivity(
             names[linear],
             (weights[f"{linear}.weight"].shape[0], weights[f"{linear}.weight"].shape[1]),
             weight_errors[linear],
             output_errors[linear],
-            kurtosis,
-            outlier_share,
+            *tails[group.name],
         )
-        for linear in group.linears
+        for linear, group in group_of.items()
     )
-    return UnitSensitivity(next(iter(plans.values())).index, group.name, linears, damage)
+    name = unit[0].name if unit[0].expert is None else "experts"
+    return UnitSensitivity(next(iter(plans.values())).index, name, linears, damage)
 
 
-def quantized_modules(work: LayerWork, plan: LayerPlan, group: LinearGroup) -> dict[str, torch.nn.Module]:
-    """Apply the steps of the plan to one group only. Returns its Linears as modules for use in the float layer.
+def quantized_modules(work: LayerWork, plan: LayerPlan, unit: Unit) -> dict[str, torch.nn.Module]:
+    """Apply the steps of the plan to one unit only. Returns its Linears as modules for use in the float layer.
 
-    The modules take unscaled inputs and divide these by the factors that the steps folded into the columns.
+    The modules of a group take unscaled inputs and divide these by the factors that the steps folded into the columns.
+    If the unit also has the Linear before the group, as up before down of an expert, its rows are divided already.
     """
+    linears = [linear for group in unit for linear in group.linears]
     for step in plan.steps:
-        work = PROCESSORS[step.processor].apply(work, step.config, frozenset(group.linears))
-    columns = work.fold(group.linears[0]).columns
-    return {linear: _Rescaled(work.quantized[linear], work.bias(linear), columns) for linear in group.linears}
+        work = PROCESSORS[step.processor].apply(work, step.config, frozenset(linears))
+    modules: dict[str, torch.nn.Module] = {}
+    for group in unit:
+        columns = None if group.previous in linears else work.fold(group.linears[0]).columns
+        modules |= {linear: _Rescaled(work.quantized[linear], work.bias(linear), columns) for linear in group.linears}
+    return modules
 
 
 class _Rescaled(EmulatedLinear):
@@ -272,6 +288,10 @@ def _output_error(stats: InputStats, weight: torch.Tensor, quantized: QuantizedL
     signals = {m: float(gram.output_error(weight).sum()) for m, gram in stats.grams.items()}
     by_modality = {MODALITIES[m]: relative_error(errors[m], signals[m]) for m in sorted(errors)}
     return Error(relative_error(sum(errors.values()), sum(signals.values())), by_modality)
+
+
+def _tail_of(stats: InputStats | None) -> tuple[float, float]:
+    return (0.0, 0.0) if stats is None or not len(stats.rows) else tail_statistics(stats.rows)
 
 
 def tail_statistics(rows: torch.Tensor) -> tuple[float, float]:

@@ -88,6 +88,13 @@ class LayerSpec:
     def linears(self) -> tuple[str, ...]:
         return tuple(linear for group in self.groups for linear in group.linears)
 
+    @property
+    def units(self) -> tuple[tuple[LinearGroup, ...], ...]:
+        """Groups that share a scheme, because runtimes fuse their Linears: all experts are one unit."""
+        alone = [(group,) for group in self.groups if group.expert is None]
+        experts = tuple(group for group in self.groups if group.expert is not None)
+        return (*alone, experts) if experts else tuple(alone)
+
     def parallel_sizes(self, group_size: int | None) -> tuple[int, ...]:
         """Numbers of cards up to 16 that can share every expert: each gets whole groups of its inner channels.
 

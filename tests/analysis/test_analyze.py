@@ -99,7 +99,7 @@ def captured(weights: dict[str, torch.Tensor]) -> Captured:
 
 def measured(weights: dict[str, torch.Tensor], captured: Captured, group: LinearGroup) -> UnitSensitivity:
     names = {linear: f"layers.0.{linear}" for linear in group.linears}
-    return measure_unit(group, names, weights, PLAIN, SPEC, captured)
+    return measure_unit((group,), names, weights, PLAIN, SPEC, captured)
 
 
 def weights_in_h(weights: dict[str, torch.Tensor], group: LinearGroup) -> torch.Tensor:
@@ -205,11 +205,11 @@ def test_scaled_and_smoothed_modules_take_unscaled_inputs(
     plan = layer_plan(scheme, first, last)
     work = LayerWork(0, SPEC, plan.schemes, weights, captured.stats, captured.importance, probe=captured.probe)
     rows = captured.stats[group.name].rows
-    for linear, module in quantized_modules(work, plan, group).items():
+    for linear, module in quantized_modules(work, plan, (group,)).items():
         exact = torch.nn.functional.linear(rows, weights[f"{linear}.weight"], weights.get(f"{linear}.bias"))
         assert relative(module(rows) - exact, exact) < (0.2 if scheme == INT4 else 0.1)
     names = {linear: linear for linear in group.linears}
-    searched = measure_unit(group, names, weights, {scheme.name: plan}, SPEC, captured).damage[scheme.name]
+    searched = measure_unit((group,), names, weights, {scheme.name: plan}, SPEC, captured).damage[scheme.name]
     plain = measured(weights, captured, group).damage[scheme.name]
     assert sum(searched.by_modality.values()) <= 1.05 * sum(plain.by_modality.values())
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,21 +13,24 @@ from typing import Any
 
 import pytest
 import torch
-from command import DATA, quant, write_index
+from command import DATA, change_recipe, command, quant, stop_at, write_index
 from make_tiny_qwen3_omni import make_tiny_qwen3_omni, tiny_shape, write_checkpoint
 from outputs import all_tensors, edit_config, edited, replaced, without
 from ties import assert_greedy
 
+from msmodelslim_omni.analysis.mixed_recipe import Grid, patterns
 from msmodelslim_omni.calibration.sample_store import StemStore
 from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.errors import QuantError
+from msmodelslim_omni.files.digests import file_digest
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
 from msmodelslim_omni.models import qwen3_omni as omni
 from msmodelslim_omni.models.inputs import MODALITIES, LayerInput, MediaLimits, ModelInputs
 from msmodelslim_omni.models.qwen3_omni_generate import mend_placeholder_masks
 from msmodelslim_omni.plan.plan import make_plan
 from msmodelslim_omni.quantized.generate import generate
+from msmodelslim_omni.recipe.patterns import matches
 from msmodelslim_omni.recipe.schema import find_recipe, parse_recipe
 from msmodelslim_omni.run.preparation import prepare
 from msmodelslim_omni.run.request import QuantRequest
@@ -368,3 +373,103 @@ def test_doctor_finds_damage_in_one_expert(outputs: dict[str, Path], tmp_path: P
     for number, change in enumerate(cases.values()):
         diagnosis = examine(edited(outputs["int8"], tmp_path / str(number), change))
         assert [finding for finding in diagnosis.findings if finding.level == "error" and name in finding.where]
+
+
+# --- other verbs, and stopped runs -----------------------------------------------------------------------------
+
+
+TEXTS: tuple[dict[str, Any], ...] = tuple(
+    {"text": f"Sentence {'very ' * n}long.", "answer": "Yes."} for n in (0, 30, 60)
+)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_index(tmp_path_factory.mktemp("texts"), *TEXTS)
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recipe of w8a8 without a search, to be fast."""
+    return change_recipe(tmp_path_factory.mktemp("recipe"), "alpha: auto ", "alpha: 0.5 ", "qwen3_omni_w8a8")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny: Path, texts: Path, fixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output of a run that is never stopped."""
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+    quant(tiny, folder, "--config_path", fixed, "--dataset", texts).done()
+    return folder
+
+
+def test_stopped_run_resumes_to_the_same_bytes(
+    uninterrupted: Path, tiny: Path, texts: Path, fixed: Path, tmp_path: Path
+) -> None:
+    stop_at("layers", 2, tiny, tmp_path / "out", texts, config_path=str(fixed))
+    resumed = quant(tiny, tmp_path / "out", "--config_path", fixed, "--dataset", texts).done()
+    assert "resuming at layer" in resumed.err
+    assert digests(tmp_path / "out") == digests(uninterrupted)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of the files that do not name times or folders."""
+    kept = [
+        folder / name for name in ("quant_model_weights.safetensors", "quant_model_description.json", "changed.yaml")
+    ]
+    return {file.name: file_digest(file) for file in kept}
+
+
+@pytest.mark.full
+def test_two_processes_write_the_same_model(tiny: Path, texts: Path, tmp_path: Path) -> None:
+    words = ["--quant_type", "w8a8", "--save_format", "compressed_tensors", "--dataset", texts]
+    quant(tiny, tmp_path / "one", *words).done()
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "msmodelslim_omni"]
+    subprocess.run([*torchrun, "quant", tiny, tmp_path / "two", "--device", "cpu", *words], check=True)
+    assert file_digest(tmp_path / "two" / "model.safetensors") == file_digest(tmp_path / "one" / "model.safetensors")
+
+
+def test_export_equals_the_other_format(outputs: dict[str, Path], tmp_path: Path) -> None:
+    command("export", outputs["ascend"], tmp_path / "out", "--save_format", "compressed_tensors").done()
+    weights = "model.safetensors"
+    assert file_digest(tmp_path / "out" / weights) == file_digest(outputs["int8"] / weights)
+
+
+def test_inspect_shows_memory(outputs: dict[str, Path], tiny: Path) -> None:
+    shown = command("inspect", outputs["int8"]).done().out
+    assert "code2wav" in shown and "weights for text output" in shown
+
+
+def test_eval_measures_the_loss(uninterrupted: Path, tiny: Path, texts: Path) -> None:
+    words = (
+        "--float",
+        tiny,
+        "--quant",
+        uninterrupted,
+        "--dataset",
+        texts,
+        "--max_samples",
+        1,
+        "--device",
+        "cpu",
+        "--json",
+    )
+    overall = command("eval", *words).done().json["overall"]
+    assert 0 < overall["kl_mean"]["value"] < 0.2 and 0 < overall["hidden_error"] < 0.4
+
+
+def test_analysis_treats_the_experts_of_a_layer_alike(tiny: Path) -> None:
+    """A recipe that keeps some experts float is refused, so an analysis must not propose one."""
+    spec = omni.layer_spec(open_checkpoint(tiny).config)
+    assert [len(unit) for unit in spec.units] == [1, 1, 16]
+    grid = Grid(SPEC.layer_prefix, 3, tuple(tuple(n for group in unit for n in group.linears) for unit in spec.units))
+    chosen = [grid.name(1, linear) for linear in grid.groups[2]]
+    assert patterns(grid, chosen) == ["thinker.model.layers.1.mlp.experts.*"]
+    assert {name for name in grid.names() if matches(name, patterns(grid, chosen))} == set(chosen)
+
+
+@pytest.mark.full
+def test_analyze_measures_the_experts(tiny: Path, texts: Path, tmp_path: Path) -> None:
+    command("analyze", tiny, tmp_path, "--dataset", texts, "--device", "cpu").done()
+    units = json.loads((tmp_path / "analysis.json").read_text())["units"]
+    assert {unit["group"] for unit in units} == {"qkv", "o", "experts"} and len(units) == 9
+    assert all(0 < damage["overall"] < 1 for unit in units for damage in unit["damage"].values())
