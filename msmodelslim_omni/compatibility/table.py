@@ -170,6 +170,10 @@ _UNCOMPRESSED_RUN = _transformers(
     "5.17.0 with compressed-tensors 0.19.0 was run; dequantized when loaded", "dequantized", proof="loaded"
 )
 
+_NVFP4_RUN = _transformers(
+    "compressed-tensors 0.20.0; dequantized when loaded, activations stay float", "dequantized", proof="loaded"
+)
+
 
 # --- the table -----------------------------------------------------------------------------------------------
 
@@ -285,7 +289,11 @@ TABLE: tuple[Entry, ...] = (
                 "vllm_cpu": _LAYOUT_NOT_RUN,
                 **({"vllm_ascend": _LAYOUT_NOT_RUN} if scheme == "w8a16" else _NO_FLOAT8),
                 "transformers_4": _LAYOUT_NOT_RUN,
-                "transformers_5": _UNCOMPRESSED_RUN if family == OMNI else _LAYOUT_NOT_RUN,
+                "transformers_5": _LAYOUT_NOT_RUN
+                if family != OMNI
+                else _NVFP4_RUN
+                if scheme == "nvfp4"
+                else _UNCOMPRESSED_RUN,
             },
         )
         for family in (OMNI, VL)

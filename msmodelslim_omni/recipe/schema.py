@@ -77,6 +77,16 @@ class ActConfig(_Block):
     ext: NoExtension = {}
     """Options of msModelSlim's methods; must be empty."""
 
+    @field_validator("scope", mode="before")
+    @classmethod
+    def _refuse_static(cls, scope: Any) -> Any:
+        if scope == "per_tensor":
+            raise ValueError(
+                "static activations per_tensor are not offered, because they are worse than per_token in every"
+                " measurement (docs/schemes.md); use 'per_token'"
+            )
+        return scope
+
 
 GroupSize = Literal[32, 64, 128]
 GROUP_SIZES: tuple[int, ...] = get_args(GroupSize)

@@ -204,6 +204,7 @@ ERRORS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("  config_id: minimal", "  config_ip: mine", "my.yaml:3: metadata.config_ip", ("unknown key", "'config_id'")),
     ("        act: {}", "        act: {scoop: x}", "my.yaml:8: spec.process[0].qconfig.act.scoop", ("scope",)),
     ("act: {}", "act: {scope: per_tensor}", "my.yaml:8", ("act.scope", "'per_tensor'", "'per_token'")),
+    ("act: {}", "act: {scope: per_tensor}", "my.yaml:8", ("act.scope", "worse than per_token", "docs/schemes.md")),
     ("act: {}", "act: {dtype: int4}", "my.yaml:8", ("act.dtype", "'int4'", "allowed: 'int8'")),
     ("act: {}", "act: {symmetric: False}", "my.yaml:8", ("act.symmetric", "False", "allowed: True")),
     ("act: {}", "act: {method: mse}", "my.yaml:8", ("act.method", "'mse'", "'minmax'")),
