@@ -42,6 +42,7 @@ SCHEMES: dict[str, str] = {
     "w4a16_sym": "W4A16 symmetric",
     "w4a16_sym+w8a8": "W8A8 dynamic and W4A16 symmetric, mixed",
     "w8a16": "W8A16",
+    "w8a16+w8a8": "W8A8 dynamic and W8A16, mixed",
     "w4a8+w8a8": "W4A8 dynamic (experts) and W8A8 dynamic, mixed",
     "fp8": "FP8 dynamic",
     "fp8_block": "FP8 in blocks",
@@ -154,6 +155,7 @@ def _unknown(how: str) -> Loads:
     return Loads("unknown", "not run", how)
 
 
+_INT8_FLOAT = ("w8a16", "w8a16+w8a8")  # some or all Linears with float activations
 _FLOAT_SCHEMES = ("fp8", "fp8_block", "nvfp4a16", "nvfp4")
 _NO_FLOAT8 = {"vllm_ascend": _no("computes in no FP8 on A2 and A3")}
 _LAYOUT_NOT_RUN = _unknown("reads this layout by its sources; neither run nor emulated with these files")
@@ -287,19 +289,19 @@ TABLE: tuple[Entry, ...] = (
             {
                 "vllm": _LAYOUT_NOT_RUN,
                 "vllm_cpu": _LAYOUT_NOT_RUN,
-                **({"vllm_ascend": _LAYOUT_NOT_RUN} if scheme == "w8a16" else _NO_FLOAT8),
+                **({"vllm_ascend": _LAYOUT_NOT_RUN} if scheme in _INT8_FLOAT else _NO_FLOAT8),
                 "transformers_4": _LAYOUT_NOT_RUN,
                 "transformers_5": _LAYOUT_NOT_RUN
-                if family != OMNI
+                if family != OMNI or scheme == "w8a16+w8a8"
                 else _NVFP4_RUN
                 if scheme == "nvfp4"
                 else _UNCOMPRESSED_RUN,
             },
         )
         for family in (OMNI, VL)
-        for scheme in ("w8a16", *_FLOAT_SCHEMES)
+        for scheme in (*_INT8_FLOAT, *_FLOAT_SCHEMES)
     ),
-    *(Entry(family, "ascendv1_saver", "w8a16", _ASCEND_ONLY) for family in (OMNI, VL)),
+    *(Entry(family, "ascendv1_saver", scheme, _ASCEND_ONLY) for family in (OMNI, VL) for scheme in _INT8_FLOAT),
     Entry(OMNI3, "ascendv1_saver", "w4a8+w8a8", _ASCEND_ONLY | {"vllm_ascend": _FAMILY_NOT_RUN}),
     Entry(OMNI3, "ascendv1_saver", "w8a16", _ASCEND_ONLY | {"vllm_ascend": _no("has W8A16 for dense Linears only")}),
     *(
@@ -312,16 +314,17 @@ TABLE: tuple[Entry, ...] = (
         for family in (VL3, OMNI3)
         for output_format, scheme, known in (
             ("ascendv1_saver", "w8a8", _ASCEND_ONLY),
-            ("ascendv1_saver", "w8a16", _ASCEND_ONLY),
+            *(("ascendv1_saver", scheme, _ASCEND_ONLY) for scheme in _INT8_FLOAT),
             ("compressed_tensors", "w8a8", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("awq", "w4a16", _AWQ),
             ("compressed_tensors", "w4a16", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("compressed_tensors", "w4a16_sym", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
             ("bitsandbytes", "nf4", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN) | _NF4),
-            ("compressed_tensors", "w8a16", dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)),
+            *(("compressed_tensors", scheme, dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN)) for scheme in _INT8_FLOAT),
             *(("compressed_tensors", f, dict.fromkeys(RUNTIMES, _FAMILY_NOT_RUN) | _NO_FLOAT8) for f in _FLOAT_SCHEMES),
         )
-        if (family, scheme) != (OMNI3, "nf4") and (family, output_format, scheme) != (OMNI3, "ascendv1_saver", "w8a16")
+        if (family, scheme) not in ((OMNI3, "nf4"), (OMNI3, "w8a16+w8a8"))
+        and (family, output_format, scheme) != (OMNI3, "ascendv1_saver", "w8a16")
     ),
 )
 
