@@ -63,15 +63,32 @@ def grouped_decisions(decisions: Iterable[tuple[str, str, str]]) -> list[list[st
 
     decisions: name, scheme and reason of each Linear. Layers with the same Linears share a row.
     """
-    linears: dict[tuple[int, str, str], list[str]] = {}
+    by_expert: dict[tuple[int, str, str], dict[int, list[str]]] = {}  # -1: the Linears that belong to no expert
     for name, scheme, reason in decisions:
-        match = re.search(r"\.layers\.(\d+)\.", name)
-        layer = int(match[1]) if match else -1
-        linears.setdefault((layer, scheme, reason), []).append(name.rsplit(".", 1)[-1].removesuffix("_proj"))
+        layer, expert = (_number_behind(part, name) for part in ("layers", "experts"))
+        leaf = name.rsplit(".", 1)[-1].removesuffix("_proj")
+        by_expert.setdefault((layer, scheme, reason), {}).setdefault(expert, []).append(leaf)
+    linears = {key: _names(names) for key, names in by_expert.items()}
     layers: dict[tuple[tuple[str, ...], str, str], list[int]] = {}
     for (layer, scheme, reason), names in linears.items():
         layers.setdefault((tuple(names), scheme, reason), []).append(layer)
     return [[ranges(found), " ".join(names), scheme, why] for (names, scheme, why), found in layers.items()]
+
+
+def _number_behind(part: str, name: str) -> int:
+    """The number behind `.layers.` or `.experts.` in a name; -1 if there is none."""
+    match = re.search(rf"\.{part}\.(\d+)\.", name)
+    return int(match[1]) if match else -1
+
+
+def _names(by_expert: dict[int, list[str]]) -> list[str]:
+    """Names of Linears; those of experts once for all experts that have the same."""
+    names = list(by_expert.get(-1, []))
+    experts: dict[tuple[str, ...], list[int]] = {}
+    for expert, leaves in by_expert.items():
+        if expert >= 0:
+            experts.setdefault(tuple(leaves), []).append(expert)
+    return [*names, *(f"experts {ranges(numbers)}: {' '.join(leaves)}" for leaves, numbers in experts.items())]
 
 
 def ranges(numbers: Sequence[int]) -> str:

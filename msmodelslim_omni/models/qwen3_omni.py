@@ -30,6 +30,9 @@ INSTRUCT, THINKING, CAPTIONER = f"{_SIZE}-Instruct", f"{_SIZE}-Thinking", f"{_SI
 # (hidden, layers) of the published models, with and without a talker.
 _PUBLISHED_SHAPE = (2048, 48)
 
+_TALKER_LAYERS = "talker.model.layers."
+_MAX_TALKER_LAYERS = 1000
+
 
 def model_spec(model_type: str) -> ModelSpec:
     return ModelSpec(
@@ -118,7 +121,26 @@ def expected_tensors(config: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]]
         return load_transformers().Qwen3OmniMoeForConditionalGeneration(one_layer)
 
     shapes = qwen2_5.expected_shapes(config, thinker_text(config), layer_spec(config), LAYER_PREFIX, disk_name, build)
-    return _with_separate_experts(shapes), frozenset()
+    return _with_all_talker_layers(config, _with_separate_experts(shapes)), frozenset()
+
+
+def _with_all_talker_layers(config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Shapes of all layers of the talker, given those of its first: 20 layers of 128 experts take seconds to build."""
+    first = f"{_TALKER_LAYERS}0."
+    count = _talker_layers(config)
+    return {
+        name if not name.startswith(first) else f"{_TALKER_LAYERS}{index}.{name.removeprefix(first)}": shape
+        for name, shape in shapes.items()
+        for index in range(count if name.startswith(first) else 1)
+    }
+
+
+def _talker_layers(config: dict[str, Any]) -> int:
+    """The number of layers of the talker in config.json; 1, which changes nothing, if there is no sound number."""
+    talker = config.get("talker_config")
+    text = talker.get("text_config") if isinstance(talker, dict) else None
+    count = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    return count if type(count) is int and 0 < count <= _MAX_TALKER_LAYERS else 1
 
 
 def _with_separate_experts(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -140,10 +162,13 @@ def _with_separate_experts(shapes: dict[str, tuple[int, ...]]) -> dict[str, tupl
 
 
 def _one_layer(config: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy of config.json with one decoder layer, without experts: these come from layer_spec."""
+    """A deep copy of config.json with one decoder layer, without experts: these come from layer_spec. The talker has
+    one layer too."""
     copied = copy.deepcopy(config)
     changes = {"num_hidden_layers": 1, **NO_EXPERTS}
     copied["thinker_config"]["text_config"] = with_changes(thinker_text(copied).values, changes)
+    if _talker_layers(copied) > 1:
+        copied["talker_config"]["text_config"]["num_hidden_layers"] = 1
     return copied
 
 

@@ -473,3 +473,8 @@ def test_analyze_measures_the_experts(tiny: Path, texts: Path, tmp_path: Path) -
     units = json.loads((tmp_path / "analysis.json").read_text())["units"]
     assert {unit["group"] for unit in units} == {"qkv", "o", "experts"} and len(units) == 9
     assert all(0 < damage["overall"] < 1 for unit in units for damage in unit["damage"].values())
+
+
+def test_dry_run_names_the_experts_once(tiny: Path, tmp_path: Path) -> None:
+    shown = quant(tiny, tmp_path / "out", "--config_path", "qwen3_omni_w8a8_minmax", "--dry_run").done().out
+    assert "experts 0-7: gate up down" in " ".join(shown.split()) and len(shown.splitlines()) < 40
