@@ -320,7 +320,7 @@ def test_emulation_equals_integer_arithmetic(tiny: Path, smoothed: Path, samples
 def test_reported_layer_errors_match_the_written_layers(
     tiny: Path, smoothed: Path, samples: list[dict[str, Any]]
 ) -> None:
-    """A layer's error is measured on inputs that come from the quantized layers before it."""
+    """A layer's error is measured on inputs that come from the float layers before it."""
     floating, integers = (
         load_thinker(tiny),
         with_quantized_layers(tiny, load_checkpoint(smoothed / ASCEND), integer_linear),
@@ -331,16 +331,17 @@ def test_reported_layer_errors_match_the_written_layers(
         def hook(_module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], out: Any) -> None:
             hidden = arguments[0] if arguments else keywords["hidden_states"]
             others = {k: v for k, v in keywords.items() if k != "hidden_states"}
-            expected, actual = (o[0] if isinstance(o, tuple) else o for o in (reference[number](hidden, **others), out))
+            changed = quantized[number](hidden, **others)
+            expected, actual = (o[0] if isinstance(o, tuple) else o for o in (out, changed))
             error[number] += float((actual - expected).double().square().sum())
             signal[number] += float((expected - hidden).double().square().sum())
 
         return hook
 
-    reference = decoder(floating).layers
-    for number, layer in enumerate(decoder(integers).layers):
+    quantized = decoder(integers).layers
+    for number, layer in enumerate(decoder(floating).layers):
         layer.register_forward_hook(compare(number), with_kwargs=True)
-    logits(integers, samples)
+    logits(floating, samples)
     report = load_json(smoothed / ASCEND / "quant_report.json")
     for number, layer in enumerate(report["layers"]):
         assert layer["output_error"] == pytest.approx((error[number] / signal[number]) ** 0.5, rel=0.02)

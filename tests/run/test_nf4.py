@@ -237,7 +237,7 @@ def test_error_without_bitsandbytes(tiny: Path, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("qconfig", "message"),
     [
-        ("{weight: {scope: per_channel, dtype: nf4}}", "nf4 require scope per_group"),
+        ("{weight: {scope: per_channel, dtype: nf4}}", "nf4 requires scope per_group"),
         ("{weight: {scope: per_group, dtype: nf4, method: gptq}}", "nf4 requires method minmax"),
         ("{weight: {scope: per_group, dtype: nf4, symmetric: False}}", "symmetric: true"),
         ("{weight: {scope: per_group, dtype: int4, ext: {double_quant: True}}}", "double_quant requires dtype nf4"),
