@@ -207,12 +207,12 @@ def test_a_dataset_of_a_hub_is_answered_with_the_download(tiny: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["quant", "--quant_type", "w4"], {"w4a16", "w4a16_awq", "w4a16_sym", "w4a16_text"}),
+        (["quant", "--quant_type", "w4"], {"w4a16", "w4a16_awq", "w4a16_sym", "w4a16_text", "w4a8"}),
         (["quant", "--save_format", "awq,c"], {"awq,compressed_tensors"}),
         (["quant", "--device", ""], {"auto", "cpu", "cuda", "npu"}),
         (["quant", "--model_type", "Qwen2.5-VL-3"], {"Qwen2.5-VL-3B-Instruct"}),
         (["eval", "--dataset", "cal"], {"calibVideos"}),
-        (["recipes", "show", "qwen2_5_omni_w8a8"], {"qwen2_5_omni_w8a8", "qwen2_5_omni_w8a8_minmax"}),
+        (["recipes", "show", "qwen2_5_omni_w8a8_m"], {"qwen2_5_omni_w8a8_minmax", "qwen2_5_omni_w8a8_mixed"}),
         (["help", "do"], {"doctor"}),
     ],
 )

@@ -306,7 +306,7 @@ def test_unknown_model_type_and_quant_type(tiny: Path, tmp_path: Path) -> None:
     assert "Qwen2.5-Omni-3B" in message and "Did you mean 'Qwen2.5-Omni-7B'" in message
     message = refusal(tiny, tmp_path / "out", "--quant_type", "w8a88")
     assert (
-        "Quant types with a recipe: fp8, fp8_block, nf4, nvfp4, nvfp4a16, w4a16, w8a16, w8a8." in message
+        "Quant types with a recipe: fp8, fp8_block, nf4, nvfp4, nvfp4a16, w4a16, w4a8, w8a16, w8a8." in message
         and "Did you mean 'w8a8'" in message
     )
 
