@@ -3,9 +3,8 @@
 For each Linear, on the inputs of the float model: the relative error of its weight and of its output, by modality, as
 int4 and as int8 with int8 activations, both with plain rounding. These errors are a property of the Linear and
 reproducible. A unit is the Linears that read one input, or all experts of a layer; runtimes fuse them, so they share a
-scheme. For each unit also
-its damage, the noise-to-signal ratio in the residual stream after the steps of the recipe (AWQ and GPTQ, or smoothing)
-were applied to this unit only:
+scheme. For each unit also its damage, the noise-to-signal ratio in the residual stream after the steps of the recipe
+(AWQ and GPTQ, or smoothing) were applied to this unit only:
 
     damage(u, k) = mean over tokens of |e|² / |h|²
 

@@ -23,7 +23,6 @@ class ReducibleLinear(torch.nn.Module):
         weight = linear.weight.detach()
         self.weight = torch.nn.Parameter(weight.to(torch.bfloat16) if is_bfloat16 else weight, requires_grad=False)
         self.bias = linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
         self.is_reduced = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
