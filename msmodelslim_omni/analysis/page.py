@@ -43,7 +43,7 @@ def as_html(analysis: Analysis) -> str:
         sections.append(Section("Warnings", notes=analysis.warnings))
     text = (
         "How much the decoder's Linears suffer if they are quantized. A unit is the Linears that read one input and"
-        " share a scheme. Damage: the noise that the unit alone adds to the residual stream, relative to the stream."
+        " share a scheme. Damage: KL(float || quantized) of the whole model in nats if only this unit is quantized."
         f" {analysis.scope}"
     )
     return render_page([Article(f"Sensitivity: {analysis.model_type}", text, tiles, tuple(sections))])
@@ -75,14 +75,14 @@ def _damage(analysis: Analysis) -> Section:
     charts = []
     for name, scheme in (("int4", W4.name), ("int8", W8.name)):
         values = [[_logarithm(unit, scheme) for unit in row] for row in grid]
-        hints = [["" if u is None else f"{u.name}: {u.damage[scheme].overall:.2e}" for u in row] for row in grid]
+        hints = [["" if u is None else f"{u.name}: {u.damage[scheme]:.2e}" for u in row] for row in grid]
         texts = [["none" if value is None else f"{value:.1f}" for value in row] for row in values]
         rows_of_map = [str(layer) for layer in layers]
         charts.append(
             Chart(
                 f"Damage by layer and unit, {name}",
                 heat_map(f"damage-{scheme}", rows_of_map, groups, values, hints, texts, "damage, power of ten"),
-                "Brighter units lose more. -3 is a thousandth of the energy of the residual stream.",
+                "Brighter units lose more. -3 is a KL of a thousandth of a nat.",
                 f"the most sensitive unit is {analysis.units[0].name}" if analysis.units else "no units",
             )
         )
@@ -93,7 +93,7 @@ def _damage(analysis: Analysis) -> Section:
 
 def _logarithm(unit: UnitSensitivity | None, scheme: str) -> float | None:
     """log10 of the damage; None without a unit or damage."""
-    damage = 0.0 if unit is None else unit.damage[scheme].overall
+    damage = 0.0 if unit is None else unit.damage[scheme]
     return math.log10(damage) if damage > 0 and math.isfinite(damage) else None
 
 

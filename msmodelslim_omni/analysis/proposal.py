@@ -134,7 +134,7 @@ class Proposer:
         """The options of each unit: SCHEMES in their order, then float."""
         return [
             [
-                *(Option(unit.size[scheme], unit.damage[scheme].overall) for scheme in SCHEMES),
+                *(Option(unit.size[scheme], unit.damage[scheme]) for scheme in SCHEMES),
                 Option(unit.size[FLOAT], 0.0),
             ]
             for unit in units

@@ -24,7 +24,8 @@ class Round:
 
     linears: number of Linears by scheme. damage: sum over the units; bound: no recipe of this size has less (if the
     damages are right). *_bytes: all files of the checkpoint except Markdown and reports. *_kl: mean KL(float || quant)
-    in nats on the held-out samples. predicted_kl is estimated from the previous round; the first round has none.
+    in nats on the held-out samples. predicted_kl is the damage times KL / damage of the previous round; the first round
+    has none before it and takes the damage itself.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Round:
     bound: float
     predicted_bytes: int
     measured_bytes: int
-    predicted_kl: float | None
+    predicted_kl: float
     measured_kl: Interval
 
 
@@ -99,7 +100,7 @@ def write_analysis(analysis: Analysis, folder: Path) -> None:
 
 
 def total_damage(units: Sequence[UnitSensitivity], scheme: str) -> float:
-    return sum(unit.damage[scheme].overall for unit in units)
+    return sum(unit.damage[scheme] for unit in units)
 
 
 def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSensitivity]:
@@ -110,7 +111,7 @@ def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSens
         if left <= 0:
             break
         chosen.append(unit)
-        left -= unit.damage[W4.name].overall
+        left -= unit.damage[W4.name]
     return chosen
 
 
@@ -128,9 +129,9 @@ def unit_rows(units: Sequence[UnitSensitivity], count: int | None = None) -> lis
     return [
         [
             unit.name,
-            f"{unit.damage[W4.name].overall:.2e}",
-            f"{unit.damage[W4.name].overall / total:.1%}",
-            f"{unit.damage[W8.name].overall:.2e}",
+            f"{unit.damage[W4.name]:.2e}",
+            f"{unit.damage[W4.name] / total:.1%}",
+            f"{unit.damage[W8.name]:.2e}",
             f"{_worst(unit, W4.name):.4f}",
             f"{_worst(unit, W8.name):.4f}",
             f"{unit.linears[0].kurtosis:.1f}",
@@ -157,12 +158,23 @@ def round_rows(choice: Choice) -> list[list[str]]:
             *(str(trial.linears.get(scheme, 0)) for scheme in (W4.name, W8.name, FLOAT)),
             human_bytes(trial.measured_bytes),
             f"{trial.measured_kl.value:.5f}",
-            "" if trial.predicted_kl is None else f"{trial.predicted_kl:.5f}",
+            f"{trial.predicted_kl:.5f}",
             f"{trial.measured_kl.low:.5f} to {trial.measured_kl.high:.5f}",
             human_bytes(trial.predicted_bytes),
             f"{trial.damage:.2e}",
         ]
         for number, trial in enumerate(choice.rounds, 1)
+    ]
+
+
+def missed_estimates(rounds: Sequence[Round]) -> list[str]:
+    """Which rounds measured less than half or more than twice the KL that was estimated, as sentences."""
+    return [
+        f"round {number}: the KL is {trial.measured_kl.value:.5f}, and {trial.predicted_kl:.5f} was estimated, which is"
+        " not within a factor of 2: errors of several units add up, or the held-out samples differ from those of the"
+        " calibration"
+        for number, trial in enumerate(rounds, 1)
+        if not trial.predicted_kl / 2 <= trial.measured_kl.value <= trial.predicted_kl * 2
     ]
 
 
@@ -181,9 +193,10 @@ def as_markdown(analysis: Analysis) -> str:
         *(_choice_lines(analysis.choice) if analysis.choice else []),
         "## Units",
         "",
-        "A unit is the Linears that read one input, or all experts of a layer; they share a scheme. Damage: the noise"
-        " in the residual stream, |e|² / |h|², if only this unit is quantized, with the scaling or smoothing of the"
-        " recipe; the mean over text tokens (analysis.json has all modalities). Errors: |Ŷ - Y| / |Y| of the worst"
+        "A unit is the Linears that read one input, or all experts of a layer; they share a scheme. Damage: KL(float ||"
+        " quantized) of the whole model in nats if only this unit is quantized, with the scaling or smoothing of the"
+        " recipe, on a few of the samples. analysis.json also has the noise that the unit adds to the residual stream"
+        " behind its layer, |e|² / |h|², by modality. Errors: |Ŷ - Y| / |Y| of the worst"
         " Linear of the unit with plain rounding. Kurtosis (0: normal distribution) and outliers (values beyond"
         f" {OUTLIER_RMS:g} times the root mean square) describe the input.",
         *([analysis.scope] if analysis.scope else []),

@@ -37,7 +37,7 @@ from .mixed_recipe import (
 )
 from .page import HTML_NAME, as_html
 from .proposal import SCHEMES, Proposer
-from .result import Analysis, Choice, units_with_half_of_damage, write_analysis
+from .result import Analysis, Choice, missed_estimates, units_with_half_of_damage, write_analysis
 from .rounds import TrialRunner, search_recipe
 from .sensitivity import UnitSensitivity, measure_units
 from .state import STATE_NAME, AnalysisState, changes, read_stored
@@ -226,7 +226,7 @@ def _measure_sensitivity(
         replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*SCHEMES, FLOAT)})
         for unit in units
     ]
-    return sorted(sized, key=lambda unit: -unit.damage[W4.name].overall), stems
+    return sorted(sized, key=lambda unit: -unit.damage[W4.name]), stems
 
 
 def _make_analysis(
@@ -260,7 +260,12 @@ def _make_analysis(
         seconds=clock.total(),
         seconds_by_phase=clock.seconds,
         peak_rss_bytes=peak_rss(),
-        warnings=(*plan.warnings, *stems.warnings, *not_evaluated),
+        warnings=(
+            *plan.warnings,
+            *stems.warnings,
+            *not_evaluated,
+            *missed_estimates(() if choice is None else choice.rounds),
+        ),
         patterns=given_patterns,
     )
 
