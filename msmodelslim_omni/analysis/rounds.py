@@ -20,7 +20,6 @@ from ..runtime import Progress
 from .mixed_recipe import FLOAT, patterns
 from .proposal import (
     FORMAT,
-    SCHEMES,
     Proposal,
     Proposer,
 )
@@ -134,7 +133,7 @@ def search_recipe(
         satisfied=max_kl is None or trial.measured_kl.value <= max_kl,
         patterns={
             scheme: patterns(proposer.grid, [name for name, own in chosen.schemes.items() if own == scheme])
-            for scheme in (*SCHEMES, FLOAT)
+            for scheme in (*proposer.schemes, FLOAT)
         },
         recipe=str(runner.folder / "recipe.yaml"),
         model=str(runner.model),

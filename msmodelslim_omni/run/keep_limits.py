@@ -34,8 +34,14 @@ def extra_bytes(plan: QuantPlan, keep: Keep) -> dict[str, int]:
 
 
 def check_keep(plan: QuantPlan) -> None:
-    """Raise QuantError if a linear_quant may leave all of its Linears float, so that it would quantize nothing."""
+    """Raise QuantError if a linear_quant may leave all of its Linears float, so that it would quantize nothing, and if
+    tuning meets int8 Linears."""
     for keep in plan.keep:
+        if keep.better is not None and plan.calibration.effort == "best":
+            raise QuantError(
+                f"{keep.where}: --effort best tunes 4-bit and float Linears only, and keep would make some W8A16",
+                "use as: float, or leave --effort out",
+            )
         if keep.better is None and sum(extra_bytes(plan, keep).values()) <= keep_budget(plan, keep):
             raise QuantError(
                 f"{keep.where}: max_extra_bytes {keep.limits.max_extra_bytes} is enough to leave every Linear float",

@@ -19,7 +19,7 @@ from tiny_layer import SPEC, Sample, build, layer_weights, output, record, sampl
 
 from msmodelslim_omni.analysis.holdout import split_holdout
 from msmodelslim_omni.analysis.holdout import write_index as write_part
-from msmodelslim_omni.analysis.mixed_recipe import FLOAT, W4, W8
+from msmodelslim_omni.analysis.mixed_recipe import FLOAT, FP8, W4, W8, W8A16
 from msmodelslim_omni.analysis.proposal import Proposal, Proposer
 from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text, missed_estimates
 from msmodelslim_omni.analysis.rounds import best_round, kl_per_damage, next_for_kl
@@ -408,6 +408,34 @@ def test_pattern_measures_only_matching_units(small: Path, texts: Path, tmp_path
     assert scope in answer.out and scope in (tmp_path / "out" / "analysis.md").read_text()
     (first,) = analyze(small, str(texts), device="cpu", patterns=["*.layers.0.*.o_proj"]).units
     assert first.damage == whole["layer 0 o"].damage
+
+
+def test_steps_between_int4_and_float(small: Path, texts: Path, tmp_path: Path) -> None:
+    """Each is measured as in an analysis of its own. Weights alone cost less in int8 than with rounded activations."""
+    words = ("--pattern", "*.layers.1.*.down_proj", "--steps", "fp8,W8A16", "--steps", "w8a8")
+    answer = run(small, texts, *words, "--save_path", tmp_path / "out").done()
+    (unit,) = json.loads((tmp_path / "out" / "analysis.json").read_text())["units"]
+    assert list(unit["damage"]) == [W4.name, W8.name, W8A16.name, FP8.name]
+    assert unit["damage"][W8A16.name] < unit["damage"][W8.name] < unit["damage"][FP8.name]
+    assert set(unit["size"]) == {*unit["damage"], FLOAT}
+    assert "W8A16 damage" in answer.out and "| fp8 damage |" in (tmp_path / "out" / "analysis.md").read_text()
+    (alone,) = analyze(small, str(texts), device="cpu", patterns=["*.layers.1.*.down_proj"]).units
+    assert {scheme: unit["damage"][scheme] for scheme in alone.damage} == alone.damage
+    message = run(small, texts, "--steps", "w8a61").fault()
+    assert "unknown step 'w8a61' between int4 and float. Known: w8a8, w8a16, fp8. Did you mean" in message
+
+
+@pytest.mark.full
+def test_recipe_with_w8a16(small: Path, index: Path, tmp_path: Path) -> None:
+    sizes = proposer(small)
+    target = sizes.smallest_size() + (sizes.largest_size() - sizes.smallest_size()) // 5
+    words = ("--target_size", target, "--steps", "w8a16", "--save_path", tmp_path / "out")
+    run(small, index, *words).done()
+    choice = choice_of(tmp_path / "out")
+    chosen = choice["rounds"][choice["chosen"] - 1]
+    assert chosen["linears"][W8A16.name] > 0 and W8.name not in chosen["linears"]
+    assert chosen["measured_bytes"] == chosen["predicted_bytes"] <= target
+    assert examine(tmp_path / "out" / "model", small).codes() == set()
 
 
 def test_pattern_that_matches_nothing_is_an_error_with_near_ones(small: Path, texts: Path, tmp_path: Path) -> None:
