@@ -98,7 +98,6 @@ SOME = {
     "int8 and float": {(i, g): FLOAT if g == OUT else W8.name for i in range(4) for g in GROUPS},
     "all three": {(0, DOWN): W8.name, (1, DOWN): W8.name, (2, QKV): FLOAT, (3, GATE_UP): W8.name, (3, OUT): FLOAT},
     "every step": {(0, DOWN): W8.name, (1, DOWN): W8A16.name, (2, QKV): FP8.name, (3, OUT): FLOAT},
-    "W8A16 alone": {(i, group): W8A16.name for i in range(4) for group in GROUPS},
 }
 
 
