@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import StopAt, change_recipe, fast_recipe, files, quant, stop_at, write_index
+from command import StopAt, change_recipe, files, quant, stop_at, write_index
 from make_tiny_omni import make_tiny_omni
 from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 
@@ -133,14 +133,14 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def kept(model: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """W8A8 with 3 % more bytes for float Linears, in `out`, and without `keep` in `all`."""
+    """W8A8 with 3 % more bytes for float Linears, in `out`, and the plan of it as JSON."""
     folder = tmp_path_factory.mktemp("kept")
-    words = ("--dataset", index, "--save_format", "compressed_tensors")
-    quant(model, folder / "all", "--config_path", fast_recipe(folder), *words).done()
     recipe = keep_recipe(folder, {"max_extra_bytes": "3%", "as": "float"})
-    dry = quant(model, folder / "out", "--config_path", recipe, *words, "--dry_run").done()
+    words = ("--config_path", recipe, "--dataset", index, "--save_format", "compressed_tensors")
+    (folder / "plan.json").write_text(quant(model, folder / "out", *words, "--dry_run", "--json").done().out)
+    dry = quant(model, folder / "out", *words, "--dry_run").done()
     assert "more for what keep will choose, as FLOAT" in " ".join(dry.out.split())
-    quant(model, folder / "out", "--config_path", recipe, *words).done()
+    quant(model, folder / "out", *words).done()
     return folder
 
 
@@ -148,14 +148,21 @@ def schemes_of(report: Any) -> dict[str, str]:
     return {linear["name"]: linear["scheme"] for layer in report["layers"] for linear in layer["linears"]}
 
 
+def unchanged_files(model: Path) -> list[Path]:
+    """What an estimate of the output counts besides tensors."""
+    return [model / file for file in open_checkpoint(model).other_files()]
+
+
 def test_output_grows_by_the_chosen_units_within_the_limit(model: Path, kept: Path) -> None:
-    report, of_all = (json.loads((kept / name / "quant_report.json").read_text()) for name in ("out", "all"))
+    report, plan = (json.loads((kept / name).read_text()) for name in ("out/quant_report.json", "plan.json"))
     units = report["kept"]
     names = {name for unit in units for name in unit["linears"]}
     assert units and {name for name, scheme in schemes_of(report).items() if scheme == "FLOAT"} == names
-    assert "FLOAT" not in schemes_of(of_all).values() and of_all["kept"] == []
-    before, after = (r["output_bytes"]["compressed_tensors"] for r in (of_all, report))
-    assert after - before == sum(unit["extra_bytes"] for unit in units) <= 0.03 * before
+    assert {linear["scheme"] for linear in plan["linears"]} == {"W8A8_DYNAMIC"}
+    before = plan["output_bytes"]["compressed_tensors"] - sum(file.stat().st_size for file in unchanged_files(model))
+    after = report["output_bytes"]["compressed_tensors"]
+    assert after - before == sum(unit["extra_bytes"] for unit in units) <= plan["keep"][0]["max_extra_bytes"]
+    assert plan["keep"][0]["max_extra_bytes"] == int(0.03 * before)
     for layer in range(LAYERS):
         for group in FUSED:
             found = {any(f"layers.{layer}." in n and n.endswith(part) for n in names) for part in group}
@@ -169,7 +176,6 @@ def test_documents_name_the_kept_units(kept: Path) -> None:
     text, card = ((kept / "out" / name).read_text(encoding="utf-8") for name in ("quant_report.md", "README.md"))
     assert "## Kept in a better precision" in text and f"| {first['unit']} | FLOAT |" in text
     assert "are kept in a better precision:" in card and f"{first['unit']}" in card
-    assert "kept" not in (kept / "all" / "quant_report.md").read_text(encoding="utf-8").lower().replace("kept out", "")
 
 
 def test_stopped_run_makes_the_same_bytes(model: Path, index: Path, kept: Path, tmp_path: Path) -> None:
