@@ -67,7 +67,7 @@ def test_tutorial_runs(part: str, count: int, tmp_path: Path, monkeypatch: pytes
 def keys_of(block: type[BaseModel]) -> Iterator[tuple[str, Any]]:
     """Names and defaults of all fields of a block and of the blocks inside it."""
     for name, field in block.model_fields.items():
-        yield name, field.default
+        yield field.alias or name, field.default
         for inner in blocks_in(field.annotation):
             yield from keys_of(inner)
 

@@ -8,7 +8,7 @@ Not here: quantization. run/ runs the recipe like any other recipe.
 
 from __future__ import annotations
 
-from .result import ROUND_COLUMNS, UNIT_COLUMNS, Analysis, exclude_text, round_rows, unit_rows
+from .result import Analysis, exclude_text, round_columns, round_rows, unit_columns, unit_rows
 from .run import analyze
 
-__all__ = ["ROUND_COLUMNS", "UNIT_COLUMNS", "Analysis", "analyze", "exclude_text", "round_rows", "unit_rows"]
+__all__ = ["Analysis", "analyze", "exclude_text", "round_columns", "round_rows", "unit_columns", "unit_rows"]

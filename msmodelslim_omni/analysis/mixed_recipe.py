@@ -1,4 +1,4 @@
-"""The text of a recipe with int4, int8 and float Linears, in few, readable patterns. No torch.
+"""The text of a recipe with int4, 8-bit and float Linears, in few, readable patterns. No torch.
 
 Patterns are exact: among the Linears of the decoder layers, they match the chosen Linears and no others.
 """
@@ -13,7 +13,16 @@ from ..numerics import QuantScheme
 
 W4 = QuantScheme(4, None, "gptq", 128)
 W8 = QuantScheme(8, 8)
+W8A16 = QuantScheme(8, None)
+FP8 = QuantScheme(8, 8, number="e4m3")
 FLOAT = "FLOAT"
+
+# What stands between int4 and float, by the name of a step on the command line.
+STEPS = {"w8a8": W8, "w8a16": W8A16, "fp8": FP8}
+DEFAULT_STEPS = ("w8a8",)
+
+# Scheme -> its name in tables.
+LABELS = {W4.name: "int4", W8.name: "int8", W8A16.name: "W8A16", FP8.name: "fp8", FLOAT: "float"}
 
 _MOST_WORDS = 4  # of a group in braces
 
@@ -32,7 +41,7 @@ spec:
   process:
 {process}
   save:
-    - type: compressed_tensors    # the only format that stores int4 and int8 in one checkpoint
+    - type: compressed_tensors    # the only format that stores several schemes in one checkpoint
       part_file_size: 4           # GB
   dataset: {dataset}
   default_text: {default_text}
@@ -43,7 +52,11 @@ spec:
 """
 
 _INT4 = "int4_g128: &int4_g128 {scope: per_group, dtype: int4, symmetric: True, method: gptq, ext: {group_size: 128}}\n"
-_INT8 = "int8: &int8 {act: {scope: per_token, dtype: int8}, weight: {scope: per_channel, dtype: int8}}\n"
+_EIGHT_BITS = {
+    W8.name: ("int8", "{act: {scope: per_token, dtype: int8}, weight: {scope: per_channel, dtype: int8}}"),
+    W8A16.name: ("int8_float", "{weight: {scope: per_channel, dtype: int8}}"),
+    FP8.name: ("fp8", "{act: {scope: per_token, dtype: fp8_e4m3}, weight: {scope: per_channel, dtype: fp8_e4m3}}"),
+}  # anchor and qconfig
 
 
 @dataclass(frozen=True)
@@ -111,20 +124,25 @@ def _common_prefix(words: Sequence[str]) -> str:
 def recipe_text(
     grid: Grid, schemes: Mapping[str, str], dataset: str, comment: Sequence[str] = (), config_id: str = "mixed"
 ) -> str:
-    """The text of a recipe that gives every Linear its scheme in `schemes`: W4.name, W8.name or FLOAT.
+    """The text of a recipe that gives every Linear its scheme in `schemes`: the name of W4, of a step, or FLOAT.
 
-    int8 Linears are smoothed; int4 Linears are scaled by AWQ and rounded by GPTQ. Raises ValueError if all are float.
+    Linears in W8A8 are smoothed; int4 Linears are scaled by AWQ and rounded by GPTQ. Raises ValueError if all are
+    float.
     """
-    int4, int8 = (patterns(grid, [n for n, s in schemes.items() if s == scheme.name]) for scheme in (W4, W8))
-    floats = patterns(grid, [n for n, s in schemes.items() if s == FLOAT])
+    chosen = {name: patterns(grid, [n for n, s in schemes.items() if s == name]) for name in LABELS}
+    int4, floats = chosen[W4.name], chosen[FLOAT]
+    eights = {name: chosen[name] for name in _EIGHT_BITS if chosen[name]}
     steps = []
-    if int8:
-        steps.append(["type: iter_smooth", "alpha: auto", *_selection(int8, [])])
+    if W8.name in eights:
+        steps.append(["type: iter_smooth", "alpha: auto", *_selection(eights[W8.name], [])])
     # int4 Linears are selected by excluding the others, which is usually shorter.
     if int4:
-        steps.append(["type: awq", "weight_qconfig: *int4_g128", *_selection(["*"], [*int8, *floats])])
-    if int8:
-        steps.append(["type: linear_quant", "qconfig: *int8", *_selection(int8, [])])
+        others = [pattern for own in eights.values() for pattern in own]
+        steps.append(["type: awq", "weight_qconfig: *int4_g128", *_selection(["*"], [*others, *floats])])
+    steps += [
+        ["type: linear_quant", f"qconfig: *{_EIGHT_BITS[name][0]}", *_selection(own, [])]
+        for name, own in eights.items()
+    ]
     if int4:
         steps.append(["type: linear_quant", "qconfig: {weight: *int4_g128}", *_selection(["*"], floats)])
     if not steps:
@@ -132,7 +150,8 @@ def recipe_text(
     return _TEXT.format(
         comment="\n".join(f"# {line}".rstrip() for line in comment or ["A mixed recipe."]),
         config_id=config_id,
-        anchors=(_INT4 if int4 else "") + (_INT8 if int8 else ""),
+        anchors=(_INT4 if int4 else "")
+        + "".join(f"{anchor}: &{anchor} {text}\n" for anchor, text in (_EIGHT_BITS[name] for name in eights)),
         process="\n".join(f"    - {step[0]}\n" + "\n".join(f"      {line}" for line in step[1:]) for step in steps),
         dataset=json.dumps(dataset, ensure_ascii=False),
         default_text=DEFAULT_TEXT,

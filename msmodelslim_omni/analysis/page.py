@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 
 from ..report import Article, Chart, Section, Table, Tile, heat_map, human_bytes, render_page
-from .mixed_recipe import W4, W8
+from .mixed_recipe import LABELS, W4
 from .result import (
-    ROUND_COLUMNS,
-    UNIT_COLUMNS,
     Analysis,
     exclude_text,
+    measured_schemes,
+    round_columns,
     round_rows,
     total_damage,
+    unit_columns,
     unit_rows,
     units_with_half_of_damage,
 )
@@ -43,7 +44,7 @@ def as_html(analysis: Analysis) -> str:
         sections.append(Section("Warnings", notes=analysis.warnings))
     text = (
         "How much the decoder's Linears suffer if they are quantized. A unit is the Linears that read one input and"
-        " share a scheme. Damage: the noise that the unit alone adds to the residual stream, relative to the stream."
+        " share a scheme. Damage: KL(float || quantized) of the whole model in nats if only this unit is quantized."
         f" {analysis.scope}"
     )
     return render_page([Article(f"Sensitivity: {analysis.model_type}", text, tiles, tuple(sections))])
@@ -73,44 +74,45 @@ def _damage(analysis: Analysis) -> Section:
     units = {(unit.layer, unit.group): unit for unit in analysis.units}
     grid = [[units.get((layer, group)) for group in groups] for layer in layers]
     charts = []
-    for name, scheme in (("int4", W4.name), ("int8", W8.name)):
+    for scheme in measured_schemes(analysis.units):
+        name = LABELS[scheme]
         values = [[_logarithm(unit, scheme) for unit in row] for row in grid]
-        hints = [["" if u is None else f"{u.name}: {u.damage[scheme].overall:.2e}" for u in row] for row in grid]
+        hints = [["" if u is None else f"{u.name}: {u.damage[scheme]:.2e}" for u in row] for row in grid]
         texts = [["none" if value is None else f"{value:.1f}" for value in row] for row in values]
         rows_of_map = [str(layer) for layer in layers]
         charts.append(
             Chart(
                 f"Damage by layer and unit, {name}",
                 heat_map(f"damage-{scheme}", rows_of_map, groups, values, hints, texts, "damage, power of ten"),
-                "Brighter units lose more. -3 is a thousandth of the energy of the residual stream.",
+                "Brighter units lose more. -3 is a KL of a thousandth of a nat.",
                 f"the most sensitive unit is {analysis.units[0].name}" if analysis.units else "no units",
             )
         )
     rows = tuple(tuple(row) for row in unit_rows(analysis.units))
-    table = Table("All units, the most sensitive first", UNIT_COLUMNS, rows, folded=True, wide=True)
+    table = Table("All units, the most sensitive first", unit_columns(analysis.units), rows, folded=True, wide=True)
     return Section("Where the damage is", charts=tuple(charts), tables=(table,))
 
 
 def _logarithm(unit: UnitSensitivity | None, scheme: str) -> float | None:
     """log10 of the damage; None without a unit or damage."""
-    damage = 0.0 if unit is None else unit.damage[scheme].overall
+    damage = 0.0 if unit is None else unit.damage[scheme]
     return math.log10(damage) if damage > 0 and math.isfinite(damage) else None
 
 
 def _worst(analysis: Analysis) -> Section:
     linears = [linear for unit in analysis.units for linear in unit.linears]
+    schemes = measured_schemes(analysis.units)
     worst = sorted(linears, key=lambda linear: -linear.output_error[W4.name].overall)[:_WORST_LINEARS]
     rows = tuple(
         (
             linear.name,
-            f"{linear.output_error[W4.name].overall:.2%}",
-            f"{linear.output_error[W8.name].overall:.2%}",
+            *(f"{linear.output_error[scheme].overall:.2%}" for scheme in schemes),
             f"{linear.kurtosis:.1f}",
             f"{linear.outlier_share:.2%}",
         )
         for linear in worst
     )
-    columns = ("Linear", "int4 error", "int8 error", "kurtosis of the input", "outliers")
+    columns = ("Linear", *(f"{LABELS[scheme]} error" for scheme in schemes), "kurtosis of the input", "outliers")
     text = "Relative output error with plain rounding, before any scaling or smoothing."
     return Section("The worst Linears", text, tables=(Table("Ten worst by int4 error", columns, rows, wide=True),))
 
@@ -126,4 +128,6 @@ def _rounds(analysis: Analysis) -> Section:
     target = f"at most {human_bytes(choice.target_size)}" if choice.target_size else f"a KL of at most {choice.max_kl}"
     missed = "" if choice.satisfied else " No recipe that was tried reaches it; the best one is kept."
     rows = tuple(tuple(row) for row in round_rows(choice))
-    return Section("Rounds", f"Target: {target}.{missed}", tables=(Table("* chosen", ROUND_COLUMNS, rows, wide=True),))
+    return Section(
+        "Rounds", f"Target: {target}.{missed}", tables=(Table("* chosen", round_columns(choice), rows, wide=True),)
+    )

@@ -21,16 +21,16 @@ from .allocation import (
     minimize_size,
 )
 from .mixed_recipe import (
+    DEFAULT_STEPS,
     FLOAT,
+    STEPS,
     W4,
-    W8,
     Grid,
     recipe_text,
 )
 from .sensitivity import UnitSensitivity
 
-FORMAT = "compressed_tensors"  # the only format that stores int4 and int8 in one checkpoint
-SCHEMES = {W4.name: W4, W8.name: W8}
+FORMAT = "compressed_tensors"  # the only format that stores several schemes in one checkpoint
 
 
 @dataclass(frozen=True)
@@ -59,24 +59,33 @@ class Proposal:
 class Proposer:
     """Makes proposals for one model and dataset. target: the user's target, as text for the comment of the recipe.
 
-    Raises QuantError unless every Linear can be int4 and int8.
+    steps: names in STEPS. schemes: int4 and those of the steps, by name; plans: with every Linear in that scheme.
+    Raises QuantError unless every Linear can have every scheme.
     """
 
-    def __init__(self, model: ModelSpec, checkpoint: Checkpoint, dataset: str, target: str = "") -> None:
+    def __init__(
+        self,
+        model: ModelSpec,
+        checkpoint: Checkpoint,
+        dataset: str,
+        target: str = "",
+        steps: Sequence[str] = DEFAULT_STEPS,
+    ) -> None:
+        self.schemes = {scheme.name: scheme for scheme in (W4, *(STEPS[step] for step in steps))}
         spec = model.family.layer_spec(checkpoint.config)
         groups = tuple(tuple(linear for group in unit for linear in group.linears) for unit in spec.units)
         self.grid = Grid(model.layer_prefix, model.family.num_layers(checkpoint.config), groups)
         self._checkpoint, self._dataset, self._target = checkpoint, dataset, target
-        self.int4, self.int8 = (
-            make_plan(parse_recipe(self.recipe(dict.fromkeys(self.grid.names(), scheme))), model, checkpoint)
-            for scheme in SCHEMES
-        )
+        self.plans = {
+            scheme: make_plan(parse_recipe(self.recipe(dict.fromkeys(self.grid.names(), scheme))), model, checkpoint)
+            for scheme in self.schemes
+        }
 
     def recipe(self, schemes: Mapping[str, str]) -> str:
         """The text of a recipe. Linears not in `schemes` are int4. Raises ValueError if all are float."""
         complete = {name: schemes.get(name, W4.name) for name in self.grid.names()}
         counts = Counter(complete.values())
-        summary = ", ".join(f"{counts[s]} {s}" for s in (*SCHEMES, FLOAT) if counts[s])
+        summary = ", ".join(f"{counts[s]} {s}" for s in (*self.schemes, FLOAT) if counts[s])
         comment = [f"Linears: {summary}."]
         if self._target:
             comment.append(f"Chosen by `msmodelslim analyze` for {self._target}.")
@@ -84,8 +93,9 @@ class Proposer:
 
     def file_sizes(self, schemes: Mapping[str, str]) -> dict[str, int]:
         """The file sizes of the checkpoint that a recipe makes, see Proposal. Linears not in `schemes` are int4."""
-        linears = (replace(lin, scheme=SCHEMES.get(schemes.get(lin.name, W4.name))) for lin in self.int4.linears)
-        plan = replace(self.int4, linears=tuple(linears))
+        int4 = self.plans[W4.name]
+        linears = (replace(lin, scheme=self.schemes.get(schemes.get(lin.name, W4.name))) for lin in int4.linears)
+        plan = replace(int4, linears=tuple(linears))
         files = output_files(FORMATS[FORMAT], make_job(plan), plan.savers[0].part_file_size)
         return {name: size for name, size in files.items() if not name.endswith(".md")}
 
@@ -94,7 +104,7 @@ class Proposer:
         info = self._checkpoint.tensors[f"{name}.weight"]
         if scheme == FLOAT:
             return info.nbytes
-        linear = OutLinear(name, SCHEMES[scheme], (info.shape[0], info.shape[1]), info.dtype, _no_data, _no_data)
+        linear = OutLinear(name, self.schemes[scheme], (info.shape[0], info.shape[1]), info.dtype, _no_data, _no_data)
         return sum(tensor.spec.nbytes for tensor in FORMATS[FORMAT].linear_tensors(linear))
 
     def smallest_size(self) -> int:
@@ -126,22 +136,22 @@ class Proposer:
     def for_damage(self, units: Sequence[UnitSensitivity], damage: float) -> Proposal | None:
         """The proposal with the fewest bytes and at most this damage; None if every Linear would have to stay float."""
         allocation = minimize_size(self._options(units), damage)
-        if allocation is None or set(allocation.choices) == {len(SCHEMES)}:
+        if allocation is None or set(allocation.choices) == {len(self.schemes)}:
             return None
         return self._proposal(units, allocation)
 
     def _options(self, units: Sequence[UnitSensitivity]) -> list[list[Option]]:
-        """The options of each unit: SCHEMES in their order, then float."""
+        """The options of each unit: the schemes in their order, then float."""
         return [
             [
-                *(Option(unit.size[scheme], unit.damage[scheme].overall) for scheme in SCHEMES),
+                *(Option(unit.size[scheme], unit.damage[scheme]) for scheme in self.schemes),
                 Option(unit.size[FLOAT], 0.0),
             ]
             for unit in units
         ]
 
     def _proposal(self, units: Sequence[UnitSensitivity], allocation: Allocation) -> Proposal:
-        options = (*SCHEMES, FLOAT)
+        options = (*self.schemes, FLOAT)
         schemes = {name: options[k] for unit, k in zip(units, allocation.choices, strict=True) for name in unit.names}
         sizes = self.file_sizes(schemes)
         return Proposal(schemes, self.recipe(schemes), allocation.damage, allocation.bound, sizes)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ..formats import write_json
 from ..models import MODALITIES
 from ..report import Interval, human_bytes, markdown_table
-from .mixed_recipe import FLOAT, W4, W8
+from .mixed_recipe import FLOAT, LABELS, W4
 from .sensitivity import (
     OUTLIER_RMS,
     Error,
@@ -24,7 +24,8 @@ class Round:
 
     linears: number of Linears by scheme. damage: sum over the units; bound: no recipe of this size has less (if the
     damages are right). *_bytes: all files of the checkpoint except Markdown and reports. *_kl: mean KL(float || quant)
-    in nats on the held-out samples. predicted_kl is estimated from the previous round; the first round has none.
+    in nats on the held-out samples. predicted_kl is the damage times KL / damage of the previous round; the first round
+    has none before it and takes the damage itself.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Round:
     bound: float
     predicted_bytes: int
     measured_bytes: int
-    predicted_kl: float | None
+    predicted_kl: float
     measured_kl: Interval
 
 
@@ -99,7 +100,7 @@ def write_analysis(analysis: Analysis, folder: Path) -> None:
 
 
 def total_damage(units: Sequence[UnitSensitivity], scheme: str) -> float:
-    return sum(unit.damage[scheme].overall for unit in units)
+    return sum(unit.damage[scheme] for unit in units)
 
 
 def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSensitivity]:
@@ -110,7 +111,7 @@ def units_with_half_of_damage(units: Sequence[UnitSensitivity]) -> list[UnitSens
         if left <= 0:
             break
         chosen.append(unit)
-        left -= unit.damage[W4.name].overall
+        left -= unit.damage[W4.name]
     return chosen
 
 
@@ -119,20 +120,29 @@ def exclude_text(patterns: Sequence[str]) -> str:
     return "\n".join(["exclude:", *(f'  - "{pattern}"' for pattern in patterns)]) if patterns else "exclude: []"
 
 
-UNIT_COLUMNS = ("unit", "int4 damage", "share", "int8 damage", "int4 error", "int8 error", "kurtosis", "outliers")
+def unit_columns(units: Sequence[UnitSensitivity]) -> tuple[str, ...]:
+    """The header of unit_rows."""
+    int4, *steps = (LABELS[scheme] for scheme in measured_schemes(units))
+    damages = (f"{int4} damage", "share", *(f"{step} damage" for step in steps))
+    return ("unit", *damages, *(f"{name} error" for name in (int4, *steps)), "kurtosis", "outliers")
+
+
+def measured_schemes(units: Sequence[UnitSensitivity]) -> tuple[str, ...]:
+    """The names of the schemes that were measured, int4 first."""
+    return tuple(units[0].damage) if units else (W4.name,)
 
 
 def unit_rows(units: Sequence[UnitSensitivity], count: int | None = None) -> list[list[str]]:
-    """Rows of the most sensitive units, with UNIT_COLUMNS as header. Errors are those of the worst Linear of a unit."""
+    """Rows of the most sensitive units. Errors are those of the worst Linear of a unit."""
     total = total_damage(units, W4.name) or 1.0
+    steps = measured_schemes(units)[1:]
     return [
         [
             unit.name,
-            f"{unit.damage[W4.name].overall:.2e}",
-            f"{unit.damage[W4.name].overall / total:.1%}",
-            f"{unit.damage[W8.name].overall:.2e}",
-            f"{_worst(unit, W4.name):.4f}",
-            f"{_worst(unit, W8.name):.4f}",
+            f"{unit.damage[W4.name]:.2e}",
+            f"{unit.damage[W4.name] / total:.1%}",
+            *(f"{unit.damage[step]:.2e}" for step in steps),
+            *(f"{_worst(unit, scheme):.4f}" for scheme in (W4.name, *steps)),
             f"{unit.linears[0].kurtosis:.1f}",
             f"{unit.linears[0].outlier_share:.2%}",
         ]
@@ -144,25 +154,43 @@ def _worst(unit: UnitSensitivity, scheme: str) -> float:
     return max(linear.output_error[scheme].overall for linear in unit.linears)
 
 
-ROUND_COLUMNS = (
-    "round", "int4", "int8", "float", "bytes", "KL", "KL estimated", "95 % interval", "bytes estimated", "damage",
-)  # fmt: skip
+def round_columns(choice: Choice) -> tuple[str, ...]:
+    """The header of round_rows."""
+    counted = (LABELS[scheme] for scheme in _used_schemes(choice))
+    return ("round", *counted, "bytes", "KL", "KL estimated", "95 % interval", "bytes estimated", "damage")
+
+
+def _used_schemes(choice: Choice) -> list[str]:
+    """int4, float, and what any round has between them."""
+    used = {scheme for trial in choice.rounds for scheme in trial.linears}
+    return [scheme for scheme in LABELS if scheme in used or scheme in (W4.name, FLOAT)]
 
 
 def round_rows(choice: Choice) -> list[list[str]]:
-    """Rows of the rounds, with ROUND_COLUMNS as header. The chosen round is marked with *."""
+    """Rows of the rounds. The chosen round is marked with *."""
     return [
         [
             f"{number} {trial.name}" + ("*" if number == choice.chosen else ""),
-            *(str(trial.linears.get(scheme, 0)) for scheme in (W4.name, W8.name, FLOAT)),
+            *(str(trial.linears.get(scheme, 0)) for scheme in _used_schemes(choice)),
             human_bytes(trial.measured_bytes),
             f"{trial.measured_kl.value:.5f}",
-            "" if trial.predicted_kl is None else f"{trial.predicted_kl:.5f}",
+            f"{trial.predicted_kl:.5f}",
             f"{trial.measured_kl.low:.5f} to {trial.measured_kl.high:.5f}",
             human_bytes(trial.predicted_bytes),
             f"{trial.damage:.2e}",
         ]
         for number, trial in enumerate(choice.rounds, 1)
+    ]
+
+
+def missed_estimates(rounds: Sequence[Round]) -> list[str]:
+    """Which rounds measured less than half or more than twice the KL that was estimated, as sentences."""
+    return [
+        f"round {number}: the KL is {trial.measured_kl.value:.5f}, and {trial.predicted_kl:.5f} was estimated, which is"
+        " not within a factor of 2: errors of several units add up, or the held-out samples differ from those of the"
+        " calibration"
+        for number, trial in enumerate(rounds, 1)
+        if not trial.predicted_kl / 2 <= trial.measured_kl.value <= trial.predicted_kl * 2
     ]
 
 
@@ -181,14 +209,15 @@ def as_markdown(analysis: Analysis) -> str:
         *(_choice_lines(analysis.choice) if analysis.choice else []),
         "## Units",
         "",
-        "A unit is the Linears that read one input, or all experts of a layer; they share a scheme. Damage: the noise"
-        " in the residual stream, |e|² / |h|², if only this unit is quantized, with the scaling or smoothing of the"
-        " recipe; the mean over text tokens (analysis.json has all modalities). Errors: |Ŷ - Y| / |Y| of the worst"
+        "A unit is the Linears that read one input, or all experts of a layer; they share a scheme. Damage: KL(float ||"
+        " quantized) of the whole model in nats if only this unit is quantized, with the scaling or smoothing of the"
+        " recipe, on a few of the samples. analysis.json also has the noise that the unit adds to the residual stream"
+        " behind its layer, |e|² / |h|², by modality. Errors: |Ŷ - Y| / |Y| of the worst"
         " Linear of the unit with plain rounding. Kurtosis (0: normal distribution) and outliers (values beyond"
         f" {OUTLIER_RMS:g} times the root mean square) describe the input.",
         *([analysis.scope] if analysis.scope else []),
         "",
-        *markdown_table(UNIT_COLUMNS, unit_rows(analysis.units)),
+        *markdown_table(unit_columns(analysis.units), unit_rows(analysis.units)),
         "",
         "The fewest units with half of the total int4 damage, as the `exclude` field of a recipe:",
         "",
@@ -215,9 +244,9 @@ def _choice_lines(choice: Choice) -> list[str]:
         f"Target: {target}.{missed} Recipe: `{choice.recipe}`. Quantized model: `{choice.model}`, calibrated on"
         f" `{choice.calibration}` and evaluated on `{choice.eval_dataset}`.",
         "",
-        *markdown_table(ROUND_COLUMNS, round_rows(choice)),
+        *markdown_table(round_columns(choice), round_rows(choice)),
         "",
-        "\\*: chosen. int4, int8, float: number of Linears.",
+        "\\*: chosen. int4 to float: number of Linears.",
         "",
         *(f"- {scheme}: {', '.join(f'`{p}`' for p in globs)}" for scheme, globs in choice.patterns.items() if globs),
         "",
@@ -229,12 +258,15 @@ def _linear_lines(units: Sequence[UnitSensitivity]) -> list[str]:
     modalities = [
         m for m in MODALITIES if any(m in e.by_modality for linear in linears for e in linear.output_error.values())
     ]
-    columns = ["Linear", "int4 weight", "int4", *modalities, "int8 weight", "int8", *modalities]
+    schemes = measured_schemes(units)
+    columns = ["Linear"]
+    for scheme in schemes:
+        columns += [f"{LABELS[scheme]} weight", LABELS[scheme], *modalities]
     rows = [
-        [f"`{linear.name}`", *_cells(linear, W4.name, modalities), *_cells(linear, W8.name, modalities)]
+        [f"`{linear.name}`", *(cell for scheme in schemes for cell in _cells(linear, scheme, modalities))]
         for linear in sorted(linears, key=lambda linear: -linear.output_error[W4.name].overall)
     ]
-    note = "Relative errors of weight and output, by modality, for int4 and int8 (with int8 activations); worst first."
+    note = "Relative errors of weight and output, by modality, with plain rounding; worst first."
     return ["## Linears", "", note, "", *markdown_table(columns, rows)]
 
 

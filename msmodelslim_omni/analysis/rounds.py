@@ -1,6 +1,7 @@
 """Search for a mixed recipe that meets a size or a KL: propose, quantize, and evaluate on held-out samples.
 
-The search assumes that KL is c times the damage. The first round measures the smallest model (all int4), which gives c.
+The search assumes that KL is c times the damage. The damage of a unit alone is a KL, so c is 1 until the first round
+measures the smallest model (all int4), which gives c.
 With a KL target, the search ends there if that model is good enough; otherwise each round updates c with its measured
 KL, and the smallest model within the target is kept. With a size target, the model with the least KL is kept.
 """
@@ -19,7 +20,6 @@ from ..runtime import Progress
 from .mixed_recipe import FLOAT, patterns
 from .proposal import (
     FORMAT,
-    SCHEMES,
     Proposal,
     Proposer,
 )
@@ -50,7 +50,7 @@ class TrialRunner:
     def model(self) -> Path:
         return self.folder / "model"
 
-    def run(self, number: int, name: str, proposal: Proposal, predicted_kl: float | None) -> Round:
+    def run(self, number: int, name: str, proposal: Proposal, predicted_kl: float) -> Round:
         """Quantize with the recipe of a proposal into `model` and evaluate the result."""
         self.progress.say(f"round {number}: {name}, {human_bytes(proposal.size)}")
         recipe = self.folder / "recipe.yaml"
@@ -107,7 +107,7 @@ def search_recipe(
     pending: Proposal | None = proposer.all_int4(units)
     while pending is not None and pending.schemes not in [proposal.schemes for proposal, _ in tried]:
         number = len(tried) + 1
-        predicted = kl_per_damage(tried) * pending.damage if tried else None
+        predicted = (kl_per_damage(tried) if tried else 1.0) * pending.damage
         name = "all int4" if not tried else "for the size" if max_kl is None else f"correction {number - 1}"
         if number <= len(finished):
             trial = finished[number - 1]
@@ -133,7 +133,7 @@ def search_recipe(
         satisfied=max_kl is None or trial.measured_kl.value <= max_kl,
         patterns={
             scheme: patterns(proposer.grid, [name for name, own in chosen.schemes.items() if own == scheme])
-            for scheme in (*SCHEMES, FLOAT)
+            for scheme in (*proposer.schemes, FLOAT)
         },
         recipe=str(runner.folder / "recipe.yaml"),
         model=str(runner.model),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..calibration import Stems, load_calib_set
-from ..errors import QuantError
+from ..errors import QuantError, nearest
 from ..files import check_save_path, find_model_folder, scratch_folder, write_atomically
 from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import refuse_quantized
@@ -28,16 +28,17 @@ from ..runtime import Clock, Progress, out_of_memory_as_error, peak_rss
 from ..storage import Checkpoint, open_checkpoint
 from .holdout import split_holdout, write_index
 from .mixed_recipe import (
+    DEFAULT_STEPS,
     DEFAULT_TEXT,
     FLOAT,
+    STEPS,
     W4,
-    W8,
     Grid,
     patterns,
 )
 from .page import HTML_NAME, as_html
-from .proposal import SCHEMES, Proposer
-from .result import Analysis, Choice, units_with_half_of_damage, write_analysis
+from .proposal import Proposer
+from .result import Analysis, Choice, missed_estimates, units_with_half_of_damage, write_analysis
 from .rounds import TrialRunner, search_recipe
 from .sensitivity import UnitSensitivity, measure_units
 from .state import STATE_NAME, AnalysisState, changes, read_stored
@@ -67,6 +68,7 @@ def analyze(
     save_path: str | Path | None = None,
     eval_dataset: str | None = None,
     patterns: Sequence[str] = (),
+    steps: Sequence[str] = DEFAULT_STEPS,
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -74,13 +76,15 @@ def analyze(
 ) -> Analysis:
     """Measure every Linear. With target_size (bytes of all files) or max_kl (nats), also choose and test a recipe.
 
-    patterns: as in `include` of a recipe; if given, only units with a matching Linear are measured.
+    patterns: as in `include` of a recipe; if given, only units with a matching Linear are measured. steps: what is
+    measured between int4 and float, and may stand in a recipe: w8a8, w8a16, fp8.
     save_path: folder for analysis.json and analysis.md; with a recipe also for recipe.yaml, the indexes of the
     calibration and held-out samples, and the quantized model in `model`. If no recipe reaches max_kl,
     `choice.satisfied` is False. Raises QuantError for every fault that the user can fix.
     """
     progress, clock = progress or Progress(), Clock()
     choosing = _check_arguments(target_size, max_kl, save_path, eval_dataset, patterns)
+    steps = _check_steps(steps)
     model_path = find_model_folder(model_path)
     refuse_quantized(model_path)
     checkpoint = open_checkpoint(model_path)
@@ -92,7 +96,8 @@ def analyze(
     arguments = {
         "model_path": f"{model_path} ({checkpoint.identity()[:16]})", "model_type": model.model_type,
         "dataset": dataset, "eval_dataset": eval_dataset, "max_samples": max_samples, "target_size": target_size,
-        "max_kl": max_kl, "pattern": ", ".join(patterns) or None, "seed": seed, **versions(),
+        "max_kl": max_kl, "pattern": ", ".join(patterns) or None,
+        "steps": ", ".join(steps) if steps != DEFAULT_STEPS else None, "seed": seed, **versions(),
     }  # fmt: skip
     given = {name: str(value) for name, value in arguments.items() if value is not None}
     folder = None if save_path is None else Path(save_path)
@@ -102,7 +107,7 @@ def analyze(
         if choosing:
             split = _split_dataset(model, dataset, eval_dataset, max_samples, seed, work.parent.resolve())
             request = replace(request, dataset=split.calibration, max_samples=None)
-        proposer = Proposer(model, checkpoint, split.calibration, _describe_target(target_size, max_kl))
+        proposer = Proposer(model, checkpoint, split.calibration, _describe_target(target_size, max_kl), steps)
         if target_size is not None:
             _check_target_size(proposer, target_size)
         request = replace(request, config_path=str(_write_int4_recipe(proposer, work)))
@@ -153,6 +158,20 @@ def _check_arguments(
     if choosing and patterns:
         raise QuantError("pattern limits the ranking, and a recipe needs all units", "leave pattern out")
     return choosing
+
+
+def _check_steps(given: Sequence[str]) -> tuple[str, ...]:
+    """The steps in the order of STEPS, each once. Raises QuantError for an unknown one, and for none."""
+    words = [word.strip().lower() for step in given for word in step.split(",")]
+    if unknown := [word for word in words if word not in STEPS]:
+        raise QuantError(
+            f"unknown step {unknown[0]!r} between int4 and float. Known: {', '.join(STEPS)}."
+            f"{nearest(unknown[0], STEPS)}",
+            "choose one of them; for several, repeat the flag or join them with commas",
+        )
+    if not words:
+        raise QuantError("no step between int4 and float is given", f"give one of {', '.join(STEPS)}")
+    return tuple(step for step in STEPS if step in words)
 
 
 def _matching_linears(model: ModelSpec, checkpoint: Checkpoint, patterns: Sequence[str]) -> frozenset[str]:
@@ -217,16 +236,16 @@ def _measure_sensitivity(
 ) -> tuple[list[UnitSensitivity], Stems]:
     """The units with their sizes, by decreasing int4 damage; and the stems of the samples used."""
     assert prepared.calib is not None  # int4 by GPTQ needs data
-    plans = {W4.name: prepared.plan, W8.name: proposer.int8}
+    plans = {**proposer.plans, W4.name: prepared.plan}  # int4 is the first, whose statistics suffice for all
     with out_of_memory_as_error(prepared.device, "give fewer or shorter samples, or use --device cpu"):
         if state.layers:
             progress.say(f"the first {len(state.layers)} layers are measured")
         units, stems = measure_units(plans, prepared.calib, folder, prepared.device.torch, progress, state, linears)
     sized = [
-        replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*SCHEMES, FLOAT)})
+        replace(unit, size={s: sum(proposer.weight_size(n, s) for n in unit.names) for s in (*proposer.schemes, FLOAT)})
         for unit in units
     ]
-    return sorted(sized, key=lambda unit: -unit.damage[W4.name].overall), stems
+    return sorted(sized, key=lambda unit: -unit.damage[W4.name]), stems
 
 
 def _make_analysis(
@@ -260,7 +279,12 @@ def _make_analysis(
         seconds=clock.total(),
         seconds_by_phase=clock.seconds,
         peak_rss_bytes=peak_rss(),
-        warnings=(*plan.warnings, *stems.warnings, *not_evaluated),
+        warnings=(
+            *plan.warnings,
+            *stems.warnings,
+            *not_evaluated,
+            *missed_estimates(() if choice is None else choice.rounds),
+        ),
         patterns=given_patterns,
     )
 

@@ -3,28 +3,23 @@
 For each Linear, on the inputs of the float model: the relative error of its weight and of its output, by modality, as
 int4 and as int8 with int8 activations, both with plain rounding. These errors are a property of the Linear and
 reproducible. A unit is the Linears that read one input, or all experts of a layer; runtimes fuse them, so they share a
-scheme. For each unit also its damage, the noise-to-signal ratio in the residual stream after the steps of the recipe
-(AWQ and GPTQ, or smoothing) were applied to this unit only:
+scheme. For each unit, after the steps of the recipe (AWQ and GPTQ, or smoothing) were applied to this unit only:
 
-    damage(u, k) = mean over tokens of |e|² / |h|²
+    damage(u, k) = KL(float || model with u alone in scheme k), in nats      (run/damage.py)
+    noise(u, k)  = mean over tokens of |e|² / |h|², by modality
 
-with e [hidden] the true error of the output of the layer for one token if only u has the scheme k, and h [hidden] that
-output. The error of attention goes through the MLP of its layer, which can amplify it: in some models the MLP of the
-first layer writes most of the residual stream. The mean is over text tokens, where the model predicts the next token
-and KL is measured; the means of the other modalities are also recorded.
+with e [hidden] the true error of the output of the unit's layer for one token, and h [hidden] that output. The noise
+shows what media tokens suffer, whose effect on the text after them the damage includes.
 
-The damage of several units is the sum of their damages. Logits depend on the last h relative to its length,
-KL(float || quant) grows with the square of a small noise, and in the square of a sum of noises,
-Σ_u |e_u|² + Σ_{u≠v} e_u·e_v, the products vanish on average if the errors have no common direction. This assumes that
-all noise has the same effect on the logits. Not modeled: aligned errors; later layers, which amplify some directions
-and suppress others, so that the depth of a unit matters; the effect of noise in media tokens on the text after them;
-noise concentrated in a few unimportant tokens, as with int8; noise so large that its effect is no longer quadratic.
-Therefore every recipe is evaluated before it is returned.
+The damage of several units is the sum of their damages: KL grows with the square of a small noise, and in the square of
+a sum of noises, Σ_u |e_u|² + Σ_{u≠v} e_u·e_v, the products vanish on average if the errors have no common direction.
+Not modeled: aligned errors, and noise so large that its effect is no longer quadratic. Therefore every recipe is
+evaluated before it is returned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +28,7 @@ import torch
 
 from ..calibration import CalibrationStream, CalibSet, Captured, Stems, prepare_stems
 from ..errors import QuantError
-from ..models import MODALITIES, LayerSpec, LinearGroup
+from ..models import MODALITIES, LayerSpec
 from ..numerics import (
     QuantizedLinear,
     QuantScheme,
@@ -43,8 +38,8 @@ from ..numerics import (
     weight_error,
 )
 from ..plan import LayerPlan, QuantPlan
-from ..processors import PROCESSORS, LayerWork
-from ..run import EmulatedLinear, output_error, output_squares
+from ..processors import LayerWork
+from ..run import ChangedModels, Unit, output_error, output_squares, unit_changes
 from ..runtime import Progress, free_memory
 from ..statistics import InputStats
 
@@ -81,14 +76,16 @@ class LinearSensitivity:
 class UnitSensitivity:
     """The Linears that share one scheme, with their full names.
 
-    damage: by name of the scheme, see the top of this file. size: stored bytes by name of the scheme, including FLOAT;
-    empty until run.py sets it.
+    noise: by name of the scheme and modality; damage: by name of the scheme; see the top of this file. size: stored
+    bytes by name of the scheme, including FLOAT. damage is empty until the samples have passed the last layer, and size
+    until run.py sets it.
     """
 
     layer: int
     group: str
     linears: tuple[LinearSensitivity, ...]
-    damage: dict[str, Error]
+    noise: dict[str, dict[str, float]]
+    damage: dict[str, float] = field(default_factory=dict)
     size: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -113,6 +110,9 @@ class FinishedLayers(Protocol):
     def add_layer(self, units: Sequence[UnitSensitivity]) -> None:
         """Add the next layer."""
 
+    def finish(self, layers: Sequence[Sequence[UnitSensitivity]]) -> None:
+        """Replace all layers by the same with the damage of their units."""
+
 
 def measure_units(
     plans: Mapping[str, QuantPlan],
@@ -128,36 +128,39 @@ def measure_units(
     plans: by the name of the scheme that all Linears have in the plan. The stream uses the first plan, which collects H
     and does not set propagate_error. folder: for hidden states, which are deleted after use. store: receives each
     layer. Its layers of an interrupted pass are not measured again if the hidden states behind them are in `folder`.
-    linears: full names. A unit with any of them is measured; layers without such a unit only pass the samples on, and
-    the pass ends behind the last layer with one.
+    linears: full names. A unit with any of them is measured; layers without such a unit only pass the samples on.
     """
     plan = next(iter(plans.values()))
     stems = prepare_stems(plan, calib, folder, device, progress)
     stream = CalibrationStream(plan, stems, folder, device, progress=progress)
     finished = store.layers
     selected = [_selected_units(plan, layer.index, linears) for layer in plan.layers]
-    while selected and not selected[-1]:
-        selected.pop()
-    count = len(selected)
-    if len(finished) == count:
+    if len(finished) == len(plan.layers) and all(unit.damage for of_layer in finished for unit in of_layer):
         return [unit for layer_units in finished for unit in layer_units], stems
-    first = len(finished) if stream.can_start_at(len(finished)) else 0
+    copies = ChangedModels(plan, stream, folder, device)
+    first, count = len(finished), sum(len(unit.noise) for of_layer in finished for unit in of_layer)
+    if not (stream.can_start_at(first) and copies.can_start_at(first, count)):
+        first = count = 0
     store.keep(first)
-    units = [unit for layer_units in finished[:first] for unit in layer_units]
+    layers = finished[:first]
     stream.start_at(first)
-    progress.step("layers", first, count, f"{len(stems)} samples")
-    for layer, chosen in zip(plan.layers[first:count], selected[first:], strict=True):
-        measured = list(_measure_layer(plans, layer.index, chosen, stream, device))
+    copies.start_at(count)
+    progress.step("layers", first, len(plan.layers), f"{len(stems)} samples")
+    for layer, chosen in zip(plan.layers[first:], selected[first:], strict=True):
+        layers.append(_measure_layer(plans, layer.index, chosen, stream, copies, device))
         stream.advance_float()
-        units += measured
-        store.add_layer(measured)
+        store.add_layer(layers[-1])
         stream.forget(layer.index)
+        copies.forget(layer.index)
         free_memory(device)
-        progress.step("layers", layer.index + 1, count, f"{len(stems)} samples")
-    return units, stems
-
-
-Unit = tuple[LinearGroup, ...]
+        progress.step("layers", layer.index + 1, len(plan.layers), f"{len(stems)} samples")
+    damages = iter(copies.divergences())
+    layers = [
+        [replace(unit, damage={scheme: next(damages) for scheme in unit.noise}) for unit in of_layer]
+        for of_layer in layers
+    ]
+    store.finish(layers)
+    return [unit for of_layer in layers for unit in of_layer], stems
 
 
 def _selected_units(plan: QuantPlan, index: int, linears: Collection[str]) -> list[Unit]:
@@ -174,9 +177,10 @@ def _measure_layer(
     index: int,
     units: Sequence[Unit],
     stream: CalibrationStream,
+    copies: ChangedModels,
     device: torch.device,
-) -> Iterator[UnitSensitivity]:
-    """Measure these units of a layer, and compute its outputs."""
+) -> list[UnitSensitivity]:
+    """Measure these units of a layer, and compute its outputs, also those of `copies` and of the layer's own copies."""
     plan = next(iter(plans.values()))
     model, checkpoint, spec = plan.model, plan.checkpoint, plan.layer_spec
     weights = {
@@ -184,16 +188,24 @@ def _measure_layer(
         for relative in spec.shapes
     }
     module = model.family.build_layer(checkpoint.config, index, weights)
+    measured: list[UnitSensitivity] = []
+    outputs: list[list[torch.Tensor]] = []
     if not units:
         stream.forward_float(index, module)
-        return
-    captured = stream.capture(index, module, spec)
-    for unit in units:
-        names = {linear: model.layer_name(index, linear) for group in unit for linear in group.linears}
-        try:
-            yield measure_unit(unit, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, captured)
-        except QuantError as error:
-            raise QuantError(f"layer {index}, {error.message}", error.hint) from error
+    else:
+        captured = stream.capture(index, module, spec)
+        for unit in units:
+            names = {linear: model.layer_name(index, linear) for group in unit for linear in group.linears}
+            try:
+                found, changed = measure_unit(
+                    unit, names, weights, {s: p.layers[index] for s, p in plans.items()}, spec, captured
+                )
+            except QuantError as error:
+                raise QuantError(f"layer {index}, {error.message}", error.hint) from error
+            measured.append(found)
+            outputs += changed
+    copies.advance(index, module, outputs)
+    return measured
 
 
 def measure_unit(
@@ -203,12 +215,17 @@ def measure_unit(
     plans: Mapping[str, LayerPlan],
     spec: LayerSpec,
     captured: Captured,
-) -> UnitSensitivity:
-    """Measure one unit in every scheme. weights: of the layer, by relative name, float32. names: relative -> full."""
+) -> tuple[UnitSensitivity, list[list[torch.Tensor]]]:
+    """Measure one unit in every scheme; its damage is still unknown. Also returns the layer's outputs on the probe
+    samples with the unit in each scheme.
+
+    weights: of the layer, by relative name, float32. names: relative -> full.
+    """
     group_of = {linear: group for group in unit for linear in group.linears}
     weight_errors: dict[str, dict[str, float]] = {linear: {} for linear in group_of}
     output_errors: dict[str, dict[str, Error]] = {linear: {} for linear in group_of}
-    damage: dict[str, Error] = {}
+    noise: dict[str, dict[str, float]] = {}
+    outputs: list[list[torch.Tensor]] = []
     for scheme, plan in plans.items():
         for linear, group in group_of.items():
             weight = weights[f"{linear}.weight"]
@@ -224,10 +241,9 @@ def measure_unit(
         work = LayerWork(
             plan.index, spec, plan.schemes, dict(weights), captured.stats, captured.importance, probe=captured.probe
         )
-        block = unit[0].block
-        is_last = block == spec.groups[-1].block
-        noise = captured.probe.noise(block, quantized_modules(work, plan, unit), is_last=is_last)
-        damage[scheme] = Error(noise.get("text", sum(noise.values()) / len(noise)), noise)
+        changes = unit_changes(work, plan, unit, captured.probe)
+        noise[scheme] = captured.probe.noise(changes)
+        outputs.append(captured.probe.changed_outputs(changes))
     tails = {group.name: _tail_of(captured.stats.get(group.name)) for group in unit}
     linears = tuple(
         LinearSensitivity(
@@ -240,32 +256,7 @@ def measure_unit(
         for linear, group in group_of.items()
     )
     name = unit[0].name if unit[0].expert is None else "experts"
-    return UnitSensitivity(next(iter(plans.values())).index, name, linears, damage)
-
-
-def quantized_modules(work: LayerWork, plan: LayerPlan, unit: Unit) -> dict[str, torch.nn.Module]:
-    """Apply the steps of the plan to one unit only. Returns its Linears as modules for use in the float layer.
-
-    The modules of a group take unscaled inputs and divide these by the factors that the steps folded into the columns.
-    If the unit also has the Linear before the group, as up before down of an expert, its rows are divided already.
-    """
-    linears = [linear for group in unit for linear in group.linears]
-    for step in plan.steps:
-        work = PROCESSORS[step.processor].apply(work, step.config, frozenset(linears))
-    modules: dict[str, torch.nn.Module] = {}
-    for group in unit:
-        columns = None if group.previous in linears else work.fold(group.linears[0]).columns
-        modules |= {linear: _Rescaled(work.quantized[linear], work.bias(linear), columns) for linear in group.linears}
-    return modules
-
-
-class _Rescaled(EmulatedLinear):
-    def __init__(self, linear: QuantizedLinear, bias: torch.Tensor | None, columns: torch.Tensor | None) -> None:
-        super().__init__(linear, bias)
-        self._columns = columns
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x if self._columns is None else x / self._columns)
+    return UnitSensitivity(next(iter(plans.values())).index, name, linears, noise), outputs
 
 
 def _round_plainly(linear: str, weight: torch.Tensor, scheme: QuantScheme) -> QuantizedLinear:

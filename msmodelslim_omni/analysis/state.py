@@ -61,6 +61,11 @@ class AnalysisState:
         self._content["layers"] = self._content["layers"][:count]
         self._save()
 
+    def finish(self, layers: Sequence[Sequence[UnitSensitivity]]) -> None:
+        """Replace all layers by the same with the damage of their units."""
+        self._content["layers"] = [[asdict(unit) for unit in units] for units in layers]
+        self._save()
+
     def add_round(self, trial: Round) -> None:
         self._content["rounds"].append(asdict(trial))
         self._save()

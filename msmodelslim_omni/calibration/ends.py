@@ -15,7 +15,7 @@ from .stems import Stems
 class SampleEnds:
     """All samples, by position: the input of the first layer, and the float model's output of the last layer.
 
-    held_out: positions that do not enter H; see TokenRoles.
+    held_out: positions that do not enter H; probe: of the probe samples; see TokenRoles.
     """
 
     held_out: frozenset[int]
@@ -23,6 +23,7 @@ class SampleEnds:
     store: StemStore
     exact: HiddenStates
     layers: int
+    probe: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.stems)

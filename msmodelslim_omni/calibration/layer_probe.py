@@ -89,24 +89,41 @@ class LayerProbe:
         own = [[next(values) for _ in of_samples] for of_samples in errors]
         return [float(sum(self._split.gather(of_samples))) for of_samples in own]
 
-    def noise(self, block: str, linears: Mapping[str, torch.nn.Module], *, is_last: bool) -> dict[str, float]:
-        """Noise-to-signal ratio of the layer's output, by modality, with other modules for some Linears of a block.
+    def changes(self, block: str, linears: Mapping[str, torch.nn.Module], *, is_last: bool) -> list[torch.Tensor]:
+        """The change of the layer's output of each probe sample, [1, tokens, hidden], with other modules for some
+        Linears of a block.
 
-        The mean over a modality's tokens of |e|² / |h|², where e [hidden] is the error of the layer's output for one
-        token and h [hidden] the float layer's output. Per token, because the next norm scales every token to the same
-        length. linears: by name relative to the layer. is_last: whether the block's output goes into the layer's
-        output alone, so that only the block needs to run; that of attention also goes through the layer's own MLP.
-        Covers only the samples of this process.
+        linears: by name relative to the layer. is_last: whether the block's output goes into the layer's output alone,
+        so that only the block needs to run; that of attention also goes through the layer's own MLP. Covers only the
+        samples of this process.
         """
-        ratios, modalities = [], torch.cat([*self._modalities])
+        changes = []
         with torch.inference_mode(), _linears_replaced(self._layer, linears):
             module = self._layer.get_submodule(block)
             for (args, kwargs, exact), (inputs, out) in zip(self._calls[block], self._samples, strict=True):
-                change = _hidden(module(*args, **kwargs)) - exact if is_last else run_layer(self._layer, inputs) - out
-                ratios.append(row_squares(change[0]) / row_squares(out[0]).clamp_min(1e-30))
-        ratio = torch.cat(ratios)  # [tokens]
+                changes.append(
+                    _hidden(module(*args, **kwargs)) - exact if is_last else run_layer(self._layer, inputs) - out
+                )
+        return changes
+
+    def noise(self, changes: Sequence[torch.Tensor]) -> dict[str, float]:
+        """Noise-to-signal ratio of changes of the layer's output, by modality.
+
+        The mean over a modality's tokens of |e|² / |h|², where e [hidden] is the change of the layer's output for one
+        token and h [hidden] the float layer's output. Per token, because the next norm scales every token to the same
+        length.
+        """
+        ratios = [
+            row_squares(change[0]) / row_squares(out[0]).clamp_min(1e-30)
+            for change, (_, out) in zip(changes, self._samples, strict=True)
+        ]
+        ratio, modalities = torch.cat(ratios), torch.cat([*self._modalities])  # [tokens]
         present = torch.unique(modalities).tolist()
         return {MODALITIES[index]: float(ratio[modalities == index].mean()) for index in present}
+
+    def changed_outputs(self, changes: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The layer's outputs with these changes, on the CPU: [1, tokens, hidden] of each probe sample."""
+        return [(out + change).cpu() for change, (_, out) in zip(changes, self._samples, strict=True)]
 
     def errors(self, layer: torch.nn.Module) -> Errors:
         """Sums by modality of a changed layer's output error; the signal is what the float layer adds to its input."""

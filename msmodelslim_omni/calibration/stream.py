@@ -113,8 +113,12 @@ class CalibrationStream:
             self._hidden.write(self._store.hidden(number) for number in numbers)
 
     def ends(self, layers: int) -> SampleEnds:
-        """The samples before the first and behind the last of so many layers, whose outputs must be stored."""
-        return SampleEnds(self._roles.held_out, self.stems, self._store, self._boundary(layers), layers)
+        """The samples before the first and behind the last of so many layers.
+
+        `last` of the ends reads the outputs of these layers, which must be stored by then.
+        """
+        probe = tuple(sorted(self._roles.probe_samples))
+        return SampleEnds(self._roles.held_out, self.stems, self._store, self._boundary(layers), layers, probe)
 
     def forget(self, layer: int) -> None:
         """Delete the hidden states before a layer, those of every process. Call it once the layer is safe on disk."""
@@ -141,16 +145,17 @@ class CalibrationStream:
 
     # --- through a layer ---
 
-    def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec) -> Captured:
+    def capture(self, layer: int, module: torch.nn.Module, spec: LayerSpec, *, watch_blocks: bool = False) -> Captured:
         """Run the float layer on all samples: collect input statistics and store the outputs.
 
-        Products may be reduced, see numerics.products, but not those of the probe samples.
+        watch_blocks: for LayerProbe.noise, also in a plan without a search on H. Products may be reduced, see
+        numerics.products, but not those of the probe samples.
         """
         uses_gram, roles = self._plan.statistics == "gram", self._roles
         tokens = list(roles.gram_counts) if uses_gram else None
         recorder = InputRecorder(module, spec, tokens, self.budget, self._split, roles.importance, self._folder)
         # Only a search on H tries its candidates in the blocks themselves.
-        blocks = {group.block for group in spec.groups} if uses_gram else set()
+        blocks = {group.block for group in spec.groups} if uses_gram or watch_blocks else set()
         probe = LayerProbe(module, blocks, roles.importance, self._split.subset(sorted(roles.probe_samples)))
         propagate = self._plan.calibration.propagate_error
         self._exact = self._boundary(layer, "exact") if propagate else self._boundary(layer + 1)

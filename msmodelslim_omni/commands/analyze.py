@@ -108,6 +108,16 @@ def analyze(
             show_default=False,
         ),
     ] = None,
+    steps: Annotated[
+        list[str] | None,
+        flag(
+            "steps",
+            "What to measure between int4 and float, and to use in a recipe: w8a8, w8a16, fp8. Several, repeated or"
+            " joined by commas. Default: w8a8.",
+            RECIPE,
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, flag("seed", "Seed for selecting samples.", DATA)] = 0,
     device: Device = "auto",
     trust_remote_code: TrustRemoteCode = TrueFalse.false,
@@ -124,8 +134,8 @@ def analyze(
     """Rank the Linears by sensitivity to quantization, and choose a mixed-precision recipe.
 
     The ranking lists the most sensitive Linears first, as names for include and exclude of a recipe. With
-    --target_size or --max_kl, analyze also writes a recipe with int4 Linears, the most sensitive ones in int8 or float,
-    and its compressed_tensors checkpoint, evaluated on held-out samples. Exit code 1 if no recipe meets --max_kl.
+    --target_size or --max_kl, analyze also writes a recipe with int4 Linears, the most sensitive ones in 8 bits or
+    float, and its compressed_tensors checkpoint, evaluated on held-out samples. Exit code 1: no recipe meets --max_kl.
     """
     if save is None and save_path is None:
         (model,) = required(context, model_path=("PATH", path, model_path))
@@ -157,7 +167,7 @@ def analyze(
         analysis = run_analyze(
             model, dataset, model_type=model_type, device=device, max_samples=max_samples,
             target_size=None if target_size is None else parse_size(target_size), max_kl=max_kl, save_path=folder,
-            eval_dataset=eval_dataset, patterns=tuple(pattern or ()), seed=seed,
+            eval_dataset=eval_dataset, patterns=tuple(pattern or ()), steps=tuple(steps or ("w8a8",)), seed=seed,
             trust_remote_code=trust_remote_code is TrueFalse.true,
             overwrite=overwrite, progress=progress,
         )  # fmt: skip
@@ -180,24 +190,26 @@ def analyze(
 
 def _show(analysis: Analysis, save_path: Path | None, shown_units: int) -> None:
     from ..analysis import (
-        ROUND_COLUMNS,
-        UNIT_COLUMNS,
         exclude_text,
+        round_columns,
         round_rows,
+        unit_columns,
         unit_rows,
     )
     from .tables import table
 
     rows = [row[:_SHOWN_UNIT_COLUMNS] for row in unit_rows(analysis.units, shown_units)]
     counts = f" ({len(rows)} of {len(analysis.units)})" if len(rows) < len(analysis.units) else ""
-    results.print(table(f"Units by damage of int4{counts}", list(UNIT_COLUMNS[:_SHOWN_UNIT_COLUMNS]), rows, 1))
+    results.print(
+        table(f"Units by damage of int4{counts}", list(unit_columns(analysis.units)[:_SHOWN_UNIT_COLUMNS]), rows, 1)
+    )
     if analysis.scope:
         results.print(analysis.scope, soft_wrap=True, markup=False)
     results.print("Smallest set of units that causes half of the damage:")
     results.print(exclude_text(analysis.exclude), soft_wrap=True, markup=False)
     if analysis.choice is not None:
         rows = [row[:_SHOWN_ROUND_COLUMNS] for row in round_rows(analysis.choice)]
-        results.print(table("Rounds (* chosen)", list(ROUND_COLUMNS[:_SHOWN_ROUND_COLUMNS]), rows, 1))
+        results.print(table("Rounds (* chosen)", list(round_columns(analysis.choice)[:_SHOWN_ROUND_COLUMNS]), rows, 1))
         results.print(f"recipe {analysis.choice.recipe}, model {analysis.choice.model}", soft_wrap=True, markup=False)
     for warning in analysis.warnings:
         messages.print(f"warning: {warning}", soft_wrap=True, markup=False)

@@ -27,6 +27,7 @@ def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
     rows = [
         ["source", human_bytes(plan.checkpoint.total_bytes)],
         *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
+        *keep_rows(prepared),
         ["disk space, work folder included", human_bytes(expected.disk_bytes)],
         ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
         *([[f"peak memory on {device}", human_bytes(expected.card_bytes)]] if device != "cpu" else []),
@@ -56,6 +57,22 @@ def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
     results.print(table("Kept float, written unchanged", ["part", "bytes", "reason"], rows, numeric=9))
     if not show_all:
         messages.print("one row per Linear: --all; for scripts: --json")
+
+
+def keep_rows(prepared: Prepared) -> list[list[str]]:
+    """What `keep` of the recipe may still change: rows (item, value)."""
+    from ..report import human_bytes
+    from ..run import keep_budget
+
+    return [
+        [
+            f"more for what keep will choose, as {keep.scheme_name}",
+            f"at most {keep.limits.max_share} of the weights"
+            if keep.is_free
+            else f"at most {human_bytes(keep_budget(prepared.plan, keep))}",
+        ]
+        for keep in prepared.plan.keep
+    ]
 
 
 def grouped_decisions(decisions: Iterable[tuple[str, str, str]]) -> list[list[str]]:
@@ -103,6 +120,8 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def _print_as_json(prepared: Prepared) -> None:
+    from ..run import keep_budget
+
     plan, expected = prepared.plan, prepared.forecast
     linears = [
         {
@@ -132,6 +151,15 @@ def _print_as_json(prepared: Prepared) -> None:
             **({"card_memory_bytes": expected.card_bytes} if prepared.device.name != "cpu" else {}),
             "gram_disk_bytes": expected.gram_disk_bytes,
             "run_memory": asdict(expected.run_memory),
+            "keep": [
+                {
+                    "as": keep.scheme_name,
+                    "linears": len(keep.names),
+                    "max_extra_bytes": keep_budget(plan, keep),
+                    "max_share": keep.limits.share if keep.is_free else None,
+                }
+                for keep in plan.keep
+            ],
             "warnings": list(plan.warnings),
         }
     )

@@ -14,7 +14,6 @@ from ..processors import PROCESSORS
 from ..recipe import (
     GROUP_SIZES,
     SAVER_CONFIGS,
-    ActConfig,
     AwqConfig,
     CalibrationConfig,
     LinearQuantConfig,
@@ -22,7 +21,6 @@ from ..recipe import (
     ProcessorConfig,
     Recipe,
     SaverConfig,
-    WeightConfig,
     find_recipe,
     matches,
     saver_names,
@@ -31,6 +29,8 @@ from ..recipe import (
 from ..runtime import DEFAULT_BUDGET, Budget, ComputeDtype
 from ..storage import Checkpoint
 from .admission import check_all_tensors, check_layers, check_type, refuse_quantized
+from .keep import Keep, plan_keep
+from .schemes import scheme_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,26 @@ class LayerPlan:
     index: int
     schemes: dict[str, QuantScheme]  # by relative name; other Linears stay float
     steps: tuple[Step, ...]
+
+    def keeping(self, kept: frozenset[str], keep: Keep) -> LayerPlan:
+        """The plan with some Linears, by relative name, in the better precision of `keep`.
+
+        They are not scaled by awq, whose factors are for 4 bits, and are not smoothed either if they stay float.
+        """
+        steps: list[Step] = []
+        for step in self.steps:
+            own = step.linears & kept
+            if isinstance(step.config, LinearQuantConfig):
+                if own and keep.better is not None:
+                    steps.append(Step(step.processor, keep.better, own))
+            elif keep.better is not None and not isinstance(step.config, AwqConfig):
+                own = frozenset()
+            if rest := step.linears - own:
+                steps.append(replace(step, linears=rest))
+        schemes = {linear: scheme for linear, scheme in self.schemes.items() if linear not in kept}
+        if keep.scheme is not None:
+            schemes |= dict.fromkeys(sorted(kept), keep.scheme)
+        return replace(self, schemes=schemes, steps=tuple(steps))
 
     def for_linear(self, linear: str) -> LayerPlan:
         """Return the plan restricted to the steps of one Linear."""
@@ -88,6 +108,23 @@ class QuantPlan:
     checked: bool
     budget: Budget = DEFAULT_BUDGET
     kv_cache: CacheDtype | None = None
+    keep: tuple[Keep, ...] = ()
+
+    def keeping(self, names: frozenset[str], keep: Keep) -> QuantPlan:
+        """The plan with some Linears, by full name and in complete groups, in the better precision of `keep`."""
+        relative = {
+            layer.index: frozenset(n for n in layer.schemes if self.model.layer_name(layer.index, n) in names)
+            for layer in self.layers
+        }
+        reason = "" if keep.better is not None else "kept float: it costs most accuracy for its bytes"
+        return replace(
+            self,
+            layers=tuple(layer.keeping(relative[layer.index], keep) for layer in self.layers),
+            linears=tuple(
+                replace(linear, scheme=keep.scheme, reason=reason) if linear.name in names else linear
+                for linear in self.linears
+            ),
+        )
 
     def kept_parts(self) -> list[tuple[Part, int]]:
         """Return the parts of the checkpoint outside the decoder layers, with their sizes in bytes."""
@@ -161,6 +198,7 @@ def make_plan(
     calibration = calibration.model_copy(update={key: value for key, value in given.items() if value is not None})
     savers = _savers(recipe, save_formats)
     _check_formats(savers, recipe, linears)
+    keep = plan_keep(recipe, model, layer_spec, savers, selections)
     _check_ascend(savers, layer_spec, layers, model, recipe)
     _check_cache(savers, kv_cache, recipe)
     checked = not (check_later and data_free)
@@ -180,6 +218,7 @@ def make_plan(
         warnings=(*(check_all_tensors(model, checkpoint) if checked else ()), *warnings),
         checked=checked,
         kv_cache=kv_cache,
+        keep=keep,
     )
 
 
@@ -261,26 +300,10 @@ def _plan_layer(model: ModelSpec, spec: LayerSpec, index: int, selections: list[
     for _, config, names in selections:
         selected = frozenset(linear for linear in spec.linears if model.layer_name(index, linear) in names)
         if isinstance(config, LinearQuantConfig):
-            schemes.update(dict.fromkeys(selected, _scheme(config.qconfig.weight, config.qconfig.act)))
+            schemes.update(dict.fromkeys(selected, scheme_of(config.qconfig.weight, config.qconfig.act)))
         if selected:
             steps.append(Step(config.type, config, selected))
     return LayerPlan(index, schemes, tuple(steps))
-
-
-def _scheme(weight: WeightConfig, act: ActConfig | None = None) -> QuantScheme:
-    bits = {"int8": 8, "int4": 4, "nf4": 4, "fp8_e4m3": 8, "nvfp4": 4}
-    numbers: dict[str, Literal["e4m3", "e2m1"]] = {"fp8_e4m3": "e4m3", "nvfp4": "e2m1"}
-    return QuantScheme(
-        bits[weight.dtype],
-        bits[act.dtype] if act else None,
-        weight.method,
-        weight.group_size,
-        weight.symmetric,
-        "nf4" if weight.dtype == "nf4" else None,
-        weight.ext.double_quant,
-        numbers.get(weight.dtype, "int"),
-        weight.block_rows,
-    )
 
 
 def _check_groups_not_split(spec: LayerSpec, layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:
@@ -364,7 +387,7 @@ def _check_awq(model: ModelSpec, layers: tuple[LayerPlan, ...], selections: list
         if config.weight_qconfig is None:
             continue
         for scheme in schemes:
-            if _scheme(config.weight_qconfig).name != scheme.name:
+            if scheme_of(config.weight_qconfig).name != scheme.name:
                 raise QuantError(
                     f"{recipe.where((*location, 'weight_qconfig'))}: weight_qconfig differs from the scheme of"
                     f" linear_quant, {scheme.name}",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ..errors import QuantError, nearest
-from ..files import read_regular, shipped_folder
+from ..files import parse_size, read_regular, shipped_folder
 from .validation_errors import FaultFormatter
 from .yaml_lines import (
     Location,
@@ -237,6 +237,65 @@ class _LinearSelection(_Block):
         return patterns
 
 
+KeepForm = Literal["w8a16", "float"]
+
+
+class KeepConfig(_Block):
+    """Leave the few selected Linears that cost most accuracy in a better precision, chosen by measured damage.
+
+    The Linears that runtimes fuse (q, k, v; gate, up; all experts of a layer) stay together. msModelSlim has no such
+    block.
+    """
+
+    max_extra_bytes: str | int
+    """By how much the output may grow: a share of its size, 3%, or a size, 200MB."""
+    as_: KeepForm | None = Field(default=None, alias="as")
+    """Precision of the kept Linears: w8a16 (int8 weights, float activations) or float. Default: w8a16 if the format and
+    every runtime known to read it take that beside the scheme of this linear_quant; else float."""
+    max_share: str = "10%"
+    """The largest share of the selected weights that may be kept, for Linears that cost no bytes: their activations are
+    float, so a runtime multiplies them slower."""
+
+    @field_validator("max_extra_bytes", mode="before")
+    @classmethod
+    def _check_extra(cls, given: Any) -> Any:
+        if isinstance(given, str) and given.strip().endswith("%"):
+            _parse_share(given)
+            return given
+        try:
+            if isinstance(given, bool) or not isinstance(given, str | int):
+                raise QuantError("not a size")
+            parse_size(str(given))
+        except QuantError as error:
+            raise ValueError("must be a share of the output, e.g. 3%, or a size above zero, e.g. 200MB") from error
+        return given
+
+    @field_validator("max_share")
+    @classmethod
+    def _check_share(cls, given: str) -> str:
+        _parse_share(given)
+        return given
+
+    def extra_bytes(self, output_bytes: int) -> int:
+        """The bytes that an output of this size may grow by."""
+        if isinstance(self.max_extra_bytes, str) and self.max_extra_bytes.strip().endswith("%"):
+            return int(_parse_share(self.max_extra_bytes) * output_bytes)
+        return parse_size(str(self.max_extra_bytes))
+
+    @property
+    def share(self) -> float:
+        """max_share from 0 to 1."""
+        return _parse_share(self.max_share)
+
+
+def _parse_share(text: str) -> float:
+    """`3%` -> 0.03. Raises ValueError unless it is above 0% and at most 100%."""
+    number = text.strip().removesuffix("%").strip()
+    if text.strip().endswith("%") and re.fullmatch(r"\d{1,3}(\.\d{1,6})?", number) and 0 < float(number) <= 100:
+        return float(number) / 100
+    raise ValueError("must be a share above 0% and at most 100%, e.g. 3%")
+
+
 class LinearQuantConfig(_LinearSelection):
     """Quantize the selected Linears."""
 
@@ -244,6 +303,8 @@ class LinearQuantConfig(_LinearSelection):
     """Quantize the selected Linears."""
     qconfig: LinearQConfig
     """Number format, scope and method of weights and activations."""
+    keep: KeepConfig | None = None
+    """Leave the Linears that cost most accuracy in a better precision. Without it, all are quantized alike."""
 
 
 Alpha = Annotated[float, Field(ge=0.0, le=1.0)] | Literal["auto"]
@@ -564,6 +625,7 @@ def parse_recipe(text: str, path: Path = Path("recipe")) -> Recipe:
         ) from error
     recipe._path, recipe._text, recipe._root = path, text, root
     _check_order(recipe)
+    _check_keep(recipe)
     return recipe
 
 
@@ -577,6 +639,16 @@ def _check_order(recipe: Recipe) -> None:
             raise QuantError(
                 f"{recipe.where(location)}: {config.type} comes after linear_quant and would smooth rounded weights",
                 "move it before linear_quant",
+            )
+
+
+def _check_keep(recipe: Recipe) -> None:
+    """Raise QuantError for `keep` in a data-free recipe, which has no samples to measure damage on."""
+    for location, config in recipe.processors():
+        if isinstance(config, LinearQuantConfig) and config.keep is not None and not needs_samples(recipe):
+            raise QuantError(
+                f"{recipe.where((*location, 'keep'))}: keep measures damage on samples, and this recipe is data-free",
+                "add iter_smooth or awq before linear_quant, use method: gptq, or remove keep and exclude Linears",
             )
 
 

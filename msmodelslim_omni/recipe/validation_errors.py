@@ -51,7 +51,8 @@ class FaultFormatter:
         where = f"{self.path}:{node_at(self.root, keys).start_mark.line + 1}"
         kind, context = fault["type"], fault.get("ctx", {})
         if kind == "extra_forbidden":
-            allowed = sorted(self._block_at(location[:-1]).model_fields)
+            fields = self._block_at(location[:-1]).model_fields
+            allowed = sorted(field.alias or name for name, field in fields.items())
             guess = nearest(str(location[-1]), allowed)
             return f"{where}: {_dotted(keys)}: unknown key. Allowed here: {', '.join(allowed)}.{guess}"
         if kind == "missing":

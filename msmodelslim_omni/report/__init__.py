@@ -31,6 +31,7 @@ from .fidelity import (
 from .html.charts import heat_map
 from .html.page import INSTALL_HINT, can_write_html, render_page
 from .html.sections import Article, Chart, Section, Table, Tile
+from .kept import KeptUnit
 from .next_steps import next_steps
 from .report import (
     LEFT_OUT,
@@ -41,6 +42,7 @@ from .report import (
     Report,
     TuningRecord,
     human_bytes,
+    kept_units,
     layer_record,
     markdown_table,
     part_errors,
@@ -62,6 +64,7 @@ __all__ = [
     "EvalReport",
     "Fidelity",
     "Interval",
+    "KeptUnit",
     "LayerDrift",
     "LayerRecord",
     "LinearRecord",
@@ -83,6 +86,7 @@ __all__ = [
     "human_bytes",
     "judge_speech",
     "judgement",
+    "kept_units",
     "layer_record",
     "markdown_table",
     "next_steps",

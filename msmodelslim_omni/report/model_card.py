@@ -36,6 +36,7 @@ from ..models import ModelSpec
 from ..storage import load_json_object
 from .eval_report import figure_rows, judgement
 from .fidelity import EvalReport
+from .kept import KeptUnit
 from .report import (
     LEFT_OUT,
     Report,
@@ -247,7 +248,17 @@ def _description(report: Report, saver: str, name: str, schemes: Sequence[str]) 
         + (f" Not quantized: {', '.join(kept)}." if kept else "")
         + (f" Omitted: {', '.join(omitted)}." if omitted else "")
         + (f" {_CACHES[report.kv_cache]}" if report.kv_cache in _CACHES else "")
+        + (f" {_kept(report.kept)}" if report.kept else "")
     )
+
+
+def _kept(kept: Sequence[KeptUnit]) -> str:
+    """A sentence with the units that `keep` chose."""
+    floats = [_plain(unit.unit) for unit in kept if unit.scheme == "FLOAT"]
+    better = [_plain(unit.unit) for unit in kept if unit.scheme != "FLOAT"]
+    parts = [f"{', '.join(floats)} in float"] * bool(floats)
+    parts += [f"{', '.join(better)} in {_plain(kept[-1].scheme)}"] * bool(better)
+    return f"The parts that cost most accuracy for their bytes are kept in a better precision: {'; '.join(parts)}."
 
 
 _CACHES = {

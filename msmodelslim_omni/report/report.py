@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from ..formats import write_json
 from ..models import MODALITIES
 from ..storage import load_json_object
+from .kept import KEPT_COLUMNS, KeptUnit, kept_rows, kept_text
 from .run_memory import RunMemory
 
 # The scheme of a part that an export omits.
@@ -128,6 +129,7 @@ class Report:
     compute_dtype: str = ""  # of products in the float model's forwards
     compute_dtype_reason: str = ""
     kv_cache: str = ""  # number format of the rounded KV cache; empty if the recipe does not round it
+    kept: tuple[KeptUnit, ...] = ()  # left in a better precision by `keep`, in the order of the choice
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -152,8 +154,14 @@ def read_report(folder: Path) -> Report:
             "run_memory": memory,
             "tuning": tuning_record(tuning) if tuning else None,
             "commands": tuple(tuple(command) for command in stored.get("commands", ())),
+            "kept": kept_units(stored.get("kept", ())),
         }
     )
+
+
+def kept_units(stored: Iterable[dict[str, Any]]) -> tuple[KeptUnit, ...]:
+    """Return the units stored in JSON."""
+    return tuple(KeptUnit(**{**unit, "linears": tuple(unit["linears"])}) for unit in stored)
 
 
 def tuning_record(stored: dict[str, Any]) -> TuningRecord:
@@ -249,6 +257,9 @@ def as_markdown(report: Report) -> str:
         table = markdown_table(RUN_MEMORY_COLUMNS, run_memory_rows(report.run_memory))
         lines += ["", "## Estimated memory at run time", "", *table, "", RUN_MEMORY_NOTE]
     lines += ["", "## Calibration data", "", _calibration_text(report)]
+    if report.kept:
+        table = markdown_table(KEPT_COLUMNS, kept_rows(report.kept))
+        lines += ["", "## Kept in a better precision", "", kept_text(report.kept), "", *table]
     lines += ["", "## Tuning", "", tuning_text(report.tuning)] if report.tuning is not None else []
     lines += ["", "## Error by layer and Linear", "", _error_note(report), "", *_error_table(report)]
     lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from ..files import WORK_FOLDER
 from .assembly import float_item, in_pieces, make_job
-from .emulation import EmulatedLinear, quantized_layer, round_cache
+from .damage import ChangedModels, Unit, unit_changes
+from .emulation import quantized_layer, round_cache
+from .keep_limits import keep_budget
 from .measure import output_error, output_squares
 from .outputs import Outputs
 from .pipeline import quantize, run_prepared, run_request
@@ -23,10 +25,11 @@ from .workspace import Workspace
 
 __all__ = [
     "WORK_FOLDER",
-    "EmulatedLinear",
+    "ChangedModels",
     "Outputs",
     "Prepared",
     "QuantRequest",
+    "Unit",
     "Workspace",
     "bits_per_weight",
     "check_disk_space",
@@ -34,6 +37,7 @@ __all__ = [
     "float_item",
     "in_pieces",
     "is_finished",
+    "keep_budget",
     "make_job",
     "memory_of",
     "output_error",
@@ -45,6 +49,7 @@ __all__ = [
     "round_cache",
     "run_prepared",
     "run_request",
+    "unit_changes",
     "versions",
     "written_parts",
 ]

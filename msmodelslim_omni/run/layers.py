@@ -41,7 +41,7 @@ def quantized_layers(
         return
     plan, device = prepared.plan, prepared.device.torch
     layers = plan.layers[first:]
-    with prefetch(partial(_load, plan), layers, stream.budget.read_ahead) as loaded:
+    with prefetch(partial(load_layer, plan), layers, stream.budget.read_ahead) as loaded:
         for layer in layers:
             with clock("read"):
                 weights = next(loaded)
@@ -100,10 +100,10 @@ def _quantize_layer(
     on_device = {name: tensor.to(prepared.device.torch) for name, tensor in weights.items()}
     work = LayerWork(layer.index, plan.layer_spec, layer.schemes, on_device, team=prepared.team)
     with clock("forward"):
-        float_module = _float_module(prepared, work)
-        peaks = CachePeaks(float_module) if plan.kv_cache is not None else None
-        seen = stream.capture(layer.index, float_module, plan.layer_spec)
-        del float_module
+        module = float_module(prepared, work)
+        peaks = CachePeaks(module) if plan.kv_cache is not None else None
+        seen = stream.capture(layer.index, module, plan.layer_spec)
+        del module
     probe, stats = seen.probe, {group: s.weighted_by(seen.importance) for group, s in seen.stats.items()}
     seen = replace(seen, stats={})  # frees H of each modality
     loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
@@ -216,7 +216,7 @@ def _with_plain_blocks(work: LayerWork, plain: LayerWork, blocks: set[str]) -> L
     )
 
 
-def _load(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
+def load_layer(plan: QuantPlan, layer: LayerPlan) -> dict[str, torch.Tensor]:
     """The tensors of a layer in their stored dtype."""
     return {
         relative: plan.checkpoint.load_finite(plan.model.layer_name(layer.index, relative))
@@ -233,7 +233,7 @@ def _module(
     return quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, work.quantized, keep_widened, cache)
 
 
-def _float_module(prepared: Prepared, work: LayerWork) -> torch.nn.Module:
+def float_module(prepared: Prepared, work: LayerWork) -> torch.nn.Module:
     """The library's layer before quantization, with products in the chosen number format."""
     module = _module(prepared.plan, work)
     if prepared.precision.is_reduced:

@@ -40,6 +40,11 @@ class Manifest:
         """What `remember` stored under `key`, or None."""
         return self._state.get(key)
 
+    def replace(self, key: str, value: Any) -> None:
+        """Store a new value under `key`."""
+        self._state[key] = value
+        self.save()
+
     # --- units ---
 
     def enter(self, unit: str, checksums: Mapping[str, int], record: dict[str, Any] | None = None) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 
-from ..calibration import CalibrationStream, prepare_stems
+from ..calibration import CalibrationStream, Stems, prepare_stems
 from ..errors import QuantError
 from ..files import WORK_FOLDER, check_save_path, find_model_folder, parse_size
 from ..plan import check_all_tensors
@@ -37,7 +37,9 @@ from ..runtime import (
 )
 from .assembly import Item, Units, finished_items, make_job, units
 from .forecast import forecast
+from .keep import resolve_keep
 from .layers import quantized_layers
+from .manifest import Manifest
 from .outputs import Outputs
 from .preparation import Prepared, fingerprint, prepare
 from .request import QuantRequest
@@ -185,7 +187,8 @@ def _follow(prepared: Prepared, folder: Path) -> None:
     prepared = replace(prepared, precision=Precision(prepared.team.broadcast(), "as the leader"))  # _with_precision
     with _threads(threads):
         clock, silent = Clock(), Progress()
-        stream = _open_stream(prepared, folder, silent, clock)
+        prepared, stems = _open_samples(prepared, folder, None, silent, clock)
+        stream = _open_stream(prepared, stems, folder, silent)
         finished_layers = prepared.team.broadcast()  # from _run_layers
         for _ in quantized_layers(prepared, stream, _first_layer(finished_layers, stream), clock):
             pass
@@ -202,9 +205,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) -> Report:
-    plan = prepared.plan
     clock = Clock(peak_rss, progress.doing)
-    stream = _open_stream(prepared, workspace.folder, progress, clock)
+    prepared, stems = _open_samples(prepared, workspace.folder, workspace.manifest, progress, clock)
+    plan = prepared.plan
+    stream = _open_stream(prepared, stems, workspace.folder, progress)
     if stream is not None:  # the samples' lengths are known only now
         check_disk_space(workspace.save_path, forecast(plan, stream.stems.extent()).disk_bytes)
     job = make_job(plan)
@@ -243,14 +247,25 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         return _finish(prepared, workspace, outputs, stream, first, clock, progress)
 
 
-def _open_stream(prepared: Prepared, folder: Path, progress: Progress, clock: Clock) -> CalibrationStream | None:
-    """The samples in front of the first layer; None for a data-free run."""
+def _open_samples(
+    prepared: Prepared, folder: Path, manifest: Manifest | None, progress: Progress, clock: Clock
+) -> tuple[Prepared, Stems | None]:
+    """The samples in front of the first layer, None for a data-free run; and the run after `keep` has chosen.
+
+    manifest: None in every process but the leader.
+    """
     if prepared.calib is None:
-        return None
-    plan, device, team = prepared.plan, prepared.device.torch, prepared.team
+        return prepared, None
     with clock("towers"):
-        stems = prepare_stems(plan, prepared.calib, folder, device, progress, team)
-        return CalibrationStream(plan, stems, folder, device, team, progress)
+        stems = prepare_stems(prepared.plan, prepared.calib, folder, prepared.device.torch, progress, prepared.team)
+    return resolve_keep(prepared, stems, folder, manifest, clock, progress), stems
+
+
+def _open_stream(prepared: Prepared, stems: Stems | None, folder: Path, progress: Progress) -> CalibrationStream | None:
+    """The stream of the samples through the layers; None for a data-free run."""
+    if stems is None:
+        return None
+    return CalibrationStream(prepared.plan, stems, folder, prepared.device.torch, prepared.team, progress)
 
 
 def _layer_unit(layer: int) -> str:
@@ -361,6 +376,7 @@ def _finish(
         calib=prepared.calib,
         request=prepared.request,
         tuning=workspace.manifest.recall("tuning"),
+        kept=workspace.manifest.recall("kept") or (),
         precision=prepared.precision,
     )
     folders = {name: workspace.output_folder(name) for name in names}

@@ -33,6 +33,7 @@ from ..runtime import (
 from ..storage import open_checkpoint
 from ..tuning import refuse_untunable
 from .forecast import Forecast, assumed_extent, forecast
+from .keep_limits import check_keep
 from .request import QuantRequest
 from .summary import versions
 
@@ -92,6 +93,7 @@ def prepare(
         trust_remote_code=request.trust_remote_code,
         check_later=check_later,
     )
+    check_keep(plan)
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     if plan.calibration.effort == "best":
@@ -138,7 +140,9 @@ def choose_recipe(model: ModelSpec, quant_type: str | None, config_path: str | N
 def check_recipe(recipe: Recipe, model_path: str | Path) -> list[str]:
     """Check a recipe against a float checkpoint. Returns the warnings of its plan; raises QuantError for an error."""
     checkpoint = open_checkpoint(find_model_folder(model_path))
-    return list(make_plan(recipe, derive_model_type(checkpoint.config), checkpoint).warnings)
+    plan = make_plan(recipe, derive_model_type(checkpoint.config), checkpoint)
+    check_keep(plan)
+    return list(plan.warnings)
 
 
 def _default_formats(request: QuantRequest, recipe: Recipe, device: Device, progress: Progress) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from ..files import file_sha256
 from ..formats import FLOAT, OutTensor
 from ..models import ModelSpec
 from ..plan import QuantPlan, card_memory, peak_memory
-from ..report import PartSize, Report, RunMemory, layer_record, run_memory, tuning_record
+from ..report import PartSize, Report, RunMemory, kept_units, layer_record, run_memory, tuning_record
 from ..runtime import DEFAULT_BUDGET, NO_SAMPLES, Budget, Clock, Device, Precision, peak_device_memory, peak_rss
 from ..version import __version__
 from .request import QuantRequest
@@ -33,9 +33,10 @@ def make_report(
     calib: CalibSet | None,
     request: QuantRequest,
     tuning: dict[str, Any] | None,
+    kept: Sequence[dict[str, Any]],
     precision: Precision,
 ) -> Report:
-    """tensors: those of the first format, whose sizes the report shows. layers, tuning: records from the manifest."""
+    """tensors: those of the first format, whose sizes the report shows. layers, tuning, kept: from the manifest."""
     parts = part_sizes(plan, tensors)
     extent = stems.extent() if stems is not None else NO_SAMPLES
     return Report(
@@ -73,6 +74,7 @@ def make_report(
         compute_dtype=precision.name if calib is not None else "",
         compute_dtype_reason=precision.reason if calib is not None else "",
         kv_cache=plan.kv_cache or "",
+        kept=kept_units(kept),
         expected_rss_bytes=peak_memory(plan, extent),
         expected_device_bytes=card_memory(plan, extent) if device.torch.type != "cpu" else 0,
     )

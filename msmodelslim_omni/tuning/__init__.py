@@ -10,5 +10,6 @@ from __future__ import annotations
 
 from .distill import refuse_untunable, tune
 from .factors import SolvedLayer
+from .head import Head
 
-__all__ = ["SolvedLayer", "refuse_untunable", "tune"]
+__all__ = ["Head", "SolvedLayer", "refuse_untunable", "tune"]

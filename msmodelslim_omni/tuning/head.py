@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
 
@@ -46,6 +48,25 @@ class Head:
                 assert leaf.grad is not None
                 gradients[rows] = leaf.grad
         return total, gradients
+
+    def divergences(self, exact: torch.Tensor, changed: Callable[[], Iterable[torch.Tensor]]) -> list[float]:
+        """Sums of KL over positions, in nats, of several models that are compared with one float model.
+
+        exact: float32 [n, hidden]. changed: yields the same for each model, and is called once for every
+        TUNED_POSITIONS positions.
+        """
+        totals: list[float] = []
+        with torch.inference_mode():
+            for rows in torch.split(torch.arange(len(exact), device=exact.device), TUNED_POSITIONS):
+                p = self._logits(self._norm(exact[rows][None])[0]).log_softmax(dim=1)
+                weights = p.exp()
+                for number, states in enumerate(changed()):
+                    q = self._logits(self._norm(states[rows][None])[0]).log_softmax(dim=1)
+                    kl = float(weights.mul(p - q).sum(dtype=torch.float64))
+                    if number == len(totals):
+                        totals.append(0.0)
+                    totals[number] += max(kl, 0.0)
+        return totals
 
     def _blocks(self) -> list[tuple[slice, TensorInfo]]:
         vocabulary, width = self._head.shape

@@ -14,7 +14,7 @@ from msmodelslim_omni.report.fidelity import Interval
 def unit(layer: int, group: str, damage: float) -> UnitSensitivity:
     errors = {W4.name: Error(10 * damage, {"text": 10 * damage}), W8.name: Error(damage, {"text": damage})}
     linear = LinearSensitivity(f"layers.{layer}.{group}", (8, 8), {W4.name: 0.1, W8.name: 0.01}, errors, 1.5, 0.02)
-    return UnitSensitivity(layer, group, (linear,), {W4.name: Error(damage, {}), W8.name: Error(damage / 100, {})})
+    return UnitSensitivity(layer, group, (linear,), {}, {W4.name: damage, W8.name: damage / 100})
 
 
 ANALYSIS = Analysis(
@@ -42,7 +42,7 @@ def test_page_of_some_units_says_which() -> None:
 
 def test_page_of_a_search_begins_with_the_rounds() -> None:
     kl = Interval(0.02, 0.01, 0.03)
-    trial = Round("all int4", {W4.name: 3}, 0.04, 0.04, 1000, 1000, None, kl)
+    trial = Round("all int4", {W4.name: 3}, 0.04, 0.04, 1000, 1000, 0.04, kl)
     choice = Choice(None, 0.01, (trial,), 1, False, {}, "recipe.yaml", "model", "a", "b", ())
     page = as_html(replace(ANALYSIS, choice=choice))
     assert "a KL of at most 0.01. No recipe that was tried reaches it" in page

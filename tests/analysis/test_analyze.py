@@ -19,15 +19,14 @@ from tiny_layer import SPEC, Sample, build, layer_weights, output, record, sampl
 
 from msmodelslim_omni.analysis.holdout import split_holdout
 from msmodelslim_omni.analysis.holdout import write_index as write_part
-from msmodelslim_omni.analysis.mixed_recipe import FLOAT, W4, W8
+from msmodelslim_omni.analysis.mixed_recipe import FLOAT, FP8, W4, W8, W8A16
 from msmodelslim_omni.analysis.proposal import Proposal, Proposer
-from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text
+from msmodelslim_omni.analysis.result import Round, as_markdown, exclude_text, missed_estimates
 from msmodelslim_omni.analysis.rounds import best_round, kl_per_damage, next_for_kl
 from msmodelslim_omni.analysis.run import _split_dataset, analyze
 from msmodelslim_omni.analysis.sensitivity import (
     UnitSensitivity,
     measure_unit,
-    quantized_modules,
     tail_statistics,
 )
 from msmodelslim_omni.calibration.layer_probe import LayerProbe
@@ -52,6 +51,7 @@ from msmodelslim_omni.recipe.schema import (
     load_recipe,
 )
 from msmodelslim_omni.report.fidelity import Interval
+from msmodelslim_omni.run.damage import quantized_modules
 from msmodelslim_omni.run.emulation import EmulatedLinear
 from msmodelslim_omni.runtime.progress import Progress
 from msmodelslim_omni.statistics import run_layer
@@ -99,7 +99,7 @@ def captured(weights: dict[str, torch.Tensor]) -> Captured:
 
 def measured(weights: dict[str, torch.Tensor], captured: Captured, group: LinearGroup) -> UnitSensitivity:
     names = {linear: f"layers.0.{linear}" for linear in group.linears}
-    return measure_unit((group,), names, weights, PLAIN, SPEC, captured)
+    return measure_unit((group,), names, weights, PLAIN, SPEC, captured)[0]
 
 
 def weights_in_h(weights: dict[str, torch.Tensor], group: LinearGroup) -> torch.Tensor:
@@ -153,9 +153,7 @@ def noise_by_hand(changed: list[tuple[torch.Tensor, torch.Tensor]], samples: Seq
 
 
 @pytest.mark.parametrize("name", ["gate_up", "down"])
-def test_damage_of_mlp_is_the_noise_in_its_layer(
-    weights: dict[str, torch.Tensor], captured: Captured, name: str
-) -> None:
+def test_noise_of_mlp_is_that_of_its_layer(weights: dict[str, torch.Tensor], captured: Captured, name: str) -> None:
     """The error of the MLP is the error of the layer, because the MLP is the last block."""
     group = GROUPS[name]
     rounded = {
@@ -164,12 +162,11 @@ def test_damage_of_mlp_is_the_noise_in_its_layer(
     pairs = [(output({**weights, **rounded}, sample), output(weights, sample)) for sample in SAMPLES]
     direct = noise_by_hand(pairs, SAMPLES)
     unit = measured(weights, captured, group)
-    assert unit.damage[INT4.name].by_modality == pytest.approx(direct, rel=1e-3)
-    assert unit.damage[INT4.name].overall == unit.damage[INT4.name].by_modality["text"]
+    assert unit.noise[INT4.name] == pytest.approx(direct, rel=1e-3) and unit.damage == {}
     assert (unit.layer, unit.group, unit.name) == (0, name, f"layer 0 {name}")
 
 
-def test_damage_of_attention_is_the_noise_behind_the_mlp_of_its_layer(
+def test_noise_of_attention_is_that_behind_the_mlp_of_its_layer(
     weights: dict[str, torch.Tensor], captured: Captured
 ) -> None:
     """Also with int8 activations, computed with modules inserted into a second layer."""
@@ -181,15 +178,18 @@ def test_damage_of_attention_is_the_noise_behind_the_mlp_of_its_layer(
             child = EmulatedLinear(rounded, weights.get(f"{linear}.bias"))
             setattr(changed.self_attn, linear.removeprefix("self_attn."), child)
         pairs = [(run_layer(changed, watched.inputs), output(weights, watched)) for watched in SAMPLES]
-        assert unit.damage[INT8.name].by_modality == pytest.approx(noise_by_hand(pairs, SAMPLES), rel=1e-2)
+        assert unit.noise[INT8.name] == pytest.approx(noise_by_hand(pairs, SAMPLES), rel=1e-2)
 
 
 def test_probe_does_not_change_the_layer(weights: dict[str, torch.Tensor], captured: Captured) -> None:
     before = dict(captured.probe._layer.named_modules())
-    damage = measured(weights, captured, GROUPS["qkv"]).damage
+    noise = measured(weights, captured, GROUPS["qkv"]).noise
     assert dict(captured.probe._layer.named_modules()) == before
-    assert measured(weights, captured, GROUPS["qkv"]).damage == damage
-    assert set(captured.probe.noise("mlp", {}, is_last=True).values()) == {0.0}
+    assert measured(weights, captured, GROUPS["qkv"]).noise == noise
+    unchanged = captured.probe.changes("mlp", {}, is_last=True)
+    assert set(captured.probe.noise(unchanged).values()) == {0.0}
+    outputs = captured.probe.changed_outputs(unchanged)
+    assert all(torch.equal(a, output(weights, b)) for a, b in zip(outputs, SAMPLES, strict=True))
 
 
 @pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
@@ -209,9 +209,9 @@ def test_scaled_and_smoothed_modules_take_unscaled_inputs(
         exact = torch.nn.functional.linear(rows, weights[f"{linear}.weight"], weights.get(f"{linear}.bias"))
         assert relative(module(rows) - exact, exact) < (0.2 if scheme == INT4 else 0.1)
     names = {linear: linear for linear in group.linears}
-    searched = measure_unit((group,), names, weights, {scheme.name: plan}, SPEC, captured).damage[scheme.name]
-    plain = measured(weights, captured, group).damage[scheme.name]
-    assert sum(searched.by_modality.values()) <= 1.05 * sum(plain.by_modality.values())
+    unit, _ = measure_unit((group,), names, weights, {scheme.name: plan}, SPEC, captured)
+    plain = measured(weights, captured, group).noise[scheme.name]
+    assert sum(unit.noise[scheme.name].values()) <= 1.05 * sum(plain.values())
 
 
 def test_tails_by_hand() -> None:
@@ -300,7 +300,14 @@ def test_index_of_a_part_has_the_same_samples(tmp_path: Path) -> None:
 
 
 def make_round(size: int, kl: float) -> Round:
-    return Round("x", {}, 0.1, 0.1, size, size, None, Interval(kl, kl, kl))
+    return Round("x", {}, 0.1, 0.1, size, size, 0.1, Interval(kl, kl, kl))
+
+
+def test_estimates_beyond_a_factor_of_two_are_named() -> None:
+    """0.1 nats are estimated."""
+    within, below, above = (make_round(10, kl) for kl in (0.19, 0.04, 0.21))
+    first, second = missed_estimates([below, within, above])
+    assert "round 1: the KL is 0.04000, and 0.10000 was estimated" in first and "round 3: the KL is 0.21000" in second
 
 
 def test_best_round_is_the_smallest_within_the_kl_else_that_of_least_kl() -> None:
@@ -363,11 +370,11 @@ def test_analysis_without_a_choice(small: Path, index: Path, tmp_path: Path) -> 
     assert analysis["choice"] is None and analysis["samples"] == 10
     assert set(analysis["tokens_by_modality"]) == {"text", "image", "audio"}
     assert len(analysis["units"]) == 8 and sum(len(unit["linears"]) for unit in analysis["units"]) == 14
-    damages = [unit["damage"][W4.name]["overall"] for unit in analysis["units"]]
+    damages = [unit["damage"][W4.name] for unit in analysis["units"]]
     assert damages == sorted(damages, reverse=True) and damages[-1] > 0
     for unit in analysis["units"]:
-        assert unit["damage"][W8.name]["overall"] < unit["damage"][W4.name]["overall"]
-        assert set(unit["damage"][W4.name]["by_modality"]) == {"text", "image", "audio"}
+        assert unit["damage"][W8.name] < unit["damage"][W4.name]
+        assert set(unit["noise"][W4.name]) == {"text", "image", "audio"}
         assert unit["size"][W4.name] < unit["size"][W8.name] < unit["size"][FLOAT]
     page = (tmp_path / "out" / "analysis.md").read_text(encoding="utf-8")
     assert "exclude:" in page and "thinker.model.layers" in answer.out and analysis["exclude"][0] in page
@@ -394,13 +401,41 @@ def test_pattern_measures_only_matching_units(small: Path, texts: Path, tmp_path
     assert {f"layer {unit['layer']} {unit['group']}" for unit in analysis["units"]} == {"layer 1 down", "layer 1 qkv"}
     for unit in analysis["units"]:
         same = whole[f"layer {unit['layer']} {unit['group']}"]
-        assert unit["damage"][W4.name]["overall"] == same.damage[W4.name].overall
+        assert unit["damage"][W4.name] == same.damage[W4.name]
         assert [linear["name"] for linear in unit["linears"]] == list(same.names)
     assert analysis["patterns"] == list(patterns)
     scope = "Only units with a Linear that matches `*.layers.1.*.down_proj`, `*.layers.1.self_attn.k_proj`"
     assert scope in answer.out and scope in (tmp_path / "out" / "analysis.md").read_text()
-    (first,) = analyze(small, str(texts), device="cpu", patterns=["*.layers.0.*.o_proj"]).units  # ends behind layer 0
+    (first,) = analyze(small, str(texts), device="cpu", patterns=["*.layers.0.*.o_proj"]).units
     assert first.damage == whole["layer 0 o"].damage
+
+
+def test_steps_between_int4_and_float(small: Path, texts: Path, tmp_path: Path) -> None:
+    """Each is measured as in an analysis of its own."""
+    words = ("--pattern", "*.layers.1.*.down_proj", "--steps", "fp8,W8A16", "--steps", "w8a8")
+    answer = run(small, texts, *words, "--save_path", tmp_path / "out").done()
+    (unit,) = json.loads((tmp_path / "out" / "analysis.json").read_text())["units"]
+    assert list(unit["damage"]) == [W4.name, W8.name, W8A16.name, FP8.name]
+    assert min(unit["damage"].values()) > 0 and max(unit["damage"], key=unit["damage"].__getitem__) == W4.name
+    assert set(unit["size"]) == {*unit["damage"], FLOAT}
+    assert "W8A16 damage" in answer.out and "| fp8 damage |" in (tmp_path / "out" / "analysis.md").read_text()
+    (alone,) = analyze(small, str(texts), device="cpu", patterns=["*.layers.1.*.down_proj"]).units
+    assert {scheme: unit["damage"][scheme] for scheme in alone.damage} == alone.damage
+    message = run(small, texts, "--steps", "w8a61").fault()
+    assert "unknown step 'w8a61' between int4 and float. Known: w8a8, w8a16, fp8. Did you mean" in message
+
+
+@pytest.mark.full
+def test_recipe_with_w8a16(small: Path, index: Path, tmp_path: Path) -> None:
+    sizes = proposer(small)
+    target = sizes.smallest_size() + (sizes.largest_size() - sizes.smallest_size()) // 5
+    words = ("--target_size", target, "--steps", "w8a16", "--save_path", tmp_path / "out")
+    run(small, index, *words).done()
+    choice = choice_of(tmp_path / "out")
+    chosen = choice["rounds"][choice["chosen"] - 1]
+    assert chosen["linears"][W8A16.name] > 0 and W8.name not in chosen["linears"]
+    assert chosen["measured_bytes"] == chosen["predicted_bytes"] <= target
+    assert examine(tmp_path / "out" / "model", small).codes() == set()
 
 
 def test_pattern_that_matches_nothing_is_an_error_with_near_ones(small: Path, texts: Path, tmp_path: Path) -> None:
@@ -442,7 +477,7 @@ def test_target_size_is_met_and_the_estimated_bytes_are_exact(for_size: tuple[in
     assert second["damage"] < first["damage"]
     assert second["measured_kl"]["value"] < first["measured_kl"]["value"]
     expected = first["measured_kl"]["value"] * second["damage"] / first["damage"]
-    assert second["predicted_kl"] == pytest.approx(expected) and first["predicted_kl"] is None
+    assert second["predicted_kl"] == pytest.approx(expected) and first["predicted_kl"] == first["damage"]
     assert choice["chosen"] == 2 and choice["satisfied"] and choice["target_size"] == target
     assert {"analysis.json", "analysis.md", "calibration.jsonl", "heldout.jsonl", "model", "recipe.yaml"} == {
         entry.name for entry in save.iterdir()

@@ -15,8 +15,10 @@ from outputs import edit_config, edited, without
 
 from msmodelslim_omni.analysis.mixed_recipe import (
     FLOAT,
+    FP8,
     W4,
     W8,
+    W8A16,
     Grid,
     patterns,
     recipe_text,
@@ -95,6 +97,7 @@ SOME = {
     "int4 and float": {(1, GATE_UP): FLOAT},
     "int8 and float": {(i, g): FLOAT if g == OUT else W8.name for i in range(4) for g in GROUPS},
     "all three": {(0, DOWN): W8.name, (1, DOWN): W8.name, (2, QKV): FLOAT, (3, GATE_UP): W8.name, (3, OUT): FLOAT},
+    "every step": {(0, DOWN): W8.name, (1, DOWN): W8A16.name, (2, QKV): FP8.name, (3, OUT): FLOAT},
 }
 
 

@@ -22,7 +22,7 @@ from msmodelslim_omni.formats import FORMATS
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.models.qwen2_5 import load_transformers
 from msmodelslim_omni.numerics import QuantScheme
-from msmodelslim_omni.plan.plan import _scheme as scheme_of
+from msmodelslim_omni.plan.schemes import scheme_of
 from msmodelslim_omni.quantized.export import export
 from msmodelslim_omni.recipe import LinearQuantConfig, Recipe, shipped_recipes
 from msmodelslim_omni.report.documents import stored_report, write_evaluation

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from ..kept import KEPT_COLUMNS, kept_rows, kept_text
 from ..report import (
     RUN_MEMORY_COLUMNS,
     RUN_MEMORY_NOTE,
@@ -39,6 +40,7 @@ def quantization_article(report: Report, recipe_text: str) -> Article:
     sections = (
         _sizes(report),
         _calibration(report),
+        _kept(report),
         _tuning(report),
         _errors(report),
         _worst(report),
@@ -376,6 +378,14 @@ def _notes(report: Report) -> Section | None:
     if not notes:
         return None
     return Section("Fallbacks and warnings", "Places where the run deviates from the recipe.", notes=tuple(notes))
+
+
+def _kept(report: Report) -> Section | None:
+    if not report.kept:
+        return None
+    rows: tuple[Row, ...] = tuple(tuple(row) for row in kept_rows(report.kept))
+    table = Table("Kept units, the first choice first", KEPT_COLUMNS, rows, text_columns=2)
+    return Section("Kept in a better precision", kept_text(report.kept), tables=(table,))
 
 
 def _tuning(report: Report) -> Section | None:
