@@ -69,14 +69,12 @@ class CholeskyFactor:
 
     inner: the diagonal blocks of L, [size, size] each. below: if H is a matrix, the part of L under each block,
     [in - end, size]; if H is a factor, V_B [rows, size], and `factor` is R sorted by `order`.
-    damping: λ of each input, [in], not sorted.
     """
 
     order: torch.Tensor
     inner: list[torch.Tensor]
     below: Sequence[torch.Tensor]
     factor: torch.Tensor | None
-    damping: torch.Tensor
 
     def pivots(self) -> torch.Tensor:
         """L_ii² by input, [in]: the output error per squared rounding error that later roundings cannot correct."""
@@ -90,13 +88,12 @@ class CholeskyFactor:
         ordered = factors[self.order]
         starts = range(0, len(ordered), _BLOCK)
         inner = [block / ordered[i : i + _BLOCK, None] for i, block in zip(starts, self.inner, strict=True)]
-        scaled = replace(self, inner=inner, damping=self.damping / factors.square())
         if self.factor is not None:
-            return replace(scaled, factor=self.factor / ordered)
+            return replace(self, inner=inner, factor=self.factor / ordered)
         if isinstance(self.below, _BlocksOnDisk):
-            return replace(scaled, below=self.below.rescaled(ordered))
+            return replace(self, inner=inner, below=self.below.rescaled(ordered))
         below = [block / ordered[i + _BLOCK :, None] for i, block in zip(starts, self.below, strict=True)]
-        return replace(scaled, below=below)
+        return replace(self, inner=inner, below=below)
 
 
 def relative_damping(tokens: int, in_features: int) -> float:
@@ -151,13 +148,7 @@ def _try_cholesky(gram: Gram, order: torch.Tensor, dampings: list[float]) -> Cho
         return None
     starts = range(0, len(order), _BLOCK)
     inner = [lower[i : i + _BLOCK, i : i + _BLOCK] for i in starts]
-    return CholeskyFactor(
-        order,
-        inner,
-        [lower[i + _BLOCK :, i : i + _BLOCK] for i in starts],
-        None,
-        torch.full(order.shape, sum(dampings), device=order.device),
-    )
+    return CholeskyFactor(order, inner, [lower[i + _BLOCK :, i : i + _BLOCK] for i in starts], None)
 
 
 def _try_cholesky_on_disk(gram: Gram, order: torch.Tensor, dampings: list[float]) -> CholeskyFactor | None:
@@ -184,9 +175,7 @@ def _try_cholesky_on_disk(gram: Gram, order: torch.Tensor, dampings: list[float]
         h[:, size:] = torch.linalg.solve_triangular(lower, h[:, size:], upper=False)
         upper.write(strip, rest, h)
         inner += [lower[i : i + _BLOCK, i : i + _BLOCK].clone() for i in range(0, size, _BLOCK)]
-    return CholeskyFactor(
-        order, inner, _BlocksOnDisk(upper), None, torch.full(order.shape, sum(dampings), device=order.device)
-    )
+    return CholeskyFactor(order, inner, _BlocksOnDisk(upper), None)
 
 
 def _try_cholesky_of_rows(gram: Gram, order: torch.Tensor, dampings: list[float]) -> CholeskyFactor | None:
@@ -207,11 +196,7 @@ def _try_cholesky_of_rows(gram: Gram, order: torch.Tensor, dampings: list[float]
         p.addmm_(v, v.T, alpha=-1.0)
         inner.append(lower)
         below.append(v)
-    return (
-        CholeskyFactor(order, inner, below, r, torch.full(order.shape, sum(dampings), device=order.device))
-        if int(failed) == 0
-        else None
-    )
+    return CholeskyFactor(order, inner, below, r) if int(failed) == 0 else None
 
 
 def split_into_parts(weight: torch.Tensor) -> list[slice]:

@@ -12,7 +12,7 @@ from ..numerics import WeightChecks
 from ..recipe import LinearQuantConfig
 from ..statistics import Gram
 from .judge import better_rounding
-from .rounding import cholesky_for_gptq, fit_group, has_enough_tokens, round_group, tokens_for_gptq
+from .rounding import cholesky_for_gptq, has_enough_tokens, round_group, tokens_for_gptq
 from .work import FEWEST_EXPERT_TOKENS, LayerWork
 
 _LISTED_EXPERTS = 8
@@ -67,9 +67,6 @@ def _quantize_group(work: LayerWork, group: LinearGroup, linears: list[str], che
         cholesky = cholesky_for_gptq({linear: schemes[linear] for linear in remaining}, gram)
     weights = ((linear, work.weight(linear)) for linear in remaining)
     quantized |= round_group(weights, schemes, gram if cholesky is None else None, cholesky, work.team, checks)
-    if cholesky is not None and gram is not None:
-        to_fit = {n: q for n, q in quantized.items() if q.scheme.is_int4 and q.scheme.weight_method == "gptq"}
-        quantized |= fit_group(((n, work.weight(n)) for n in to_fit), to_fit, gram, cholesky, work.team)
     by_gptq = {linear: quantized[linear] for linear in linears if schemes[linear].weight_method == "gptq"}
     if group.expert is None and cholesky is not None and gram is not None:
         work, judged = better_rounding(work, group, gram, by_gptq, checks)

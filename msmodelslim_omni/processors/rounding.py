@@ -6,10 +6,8 @@ search) itself, because this takes less time than sending the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -24,7 +22,6 @@ from .gptq import (
     round_in_order,
     split_into_parts,
 )
-from .scale_fit import fit_and_round
 
 # The fewest tokens per input with which GPTQ was measured: it had less error than the clip search and plain rounding.
 TOKENS_PER_INPUT = 1 / 32
@@ -64,65 +61,32 @@ def round_group(
     The clip search minimizes the output error: weighted by the pivots if GPTQ rounds, else by the diagonal blocks of H.
     Without data it minimizes the error of the weight.
     """
-    results: dict[str, QuantizedLinear] = {}
-    is_last, checks = checks is None, checks or WeightChecks()
-
-    def searched() -> Iterator[tuple[str, torch.Tensor, RoundPart]]:
-        """The weights whose rounding takes long enough to share."""
-        for name, weight in weights:
-            checks.name = name
-            with _name_in_errors(name):
-                if schemes[name].weight_method == "minmax":
-                    results[name] = quantize_weight(weight, schemes[name], checks=checks)
-                    continue
-                importance = _clip_importance(schemes[name], gram, cholesky)
-                yield name, weight, partial(_round_part, weight, schemes[name], importance, cholesky, checks)
-
-    results |= _shared(searched(), schemes, team)
-    if is_last:
-        checks.raise_fault()
-    return results
-
-
-RoundPart = Callable[[slice], QuantizedLinear]
-
-
-def _shared(
-    tasks: Iterable[tuple[str, torch.Tensor, RoundPart]], schemes: Mapping[str, QuantScheme], team: Team
-) -> dict[str, QuantizedLinear]:
-    """Round named weights part by part, each by the function that comes with it; the processes share the parts."""
-    counts: dict[str, int] = {}
+    results: dict[str, QuantizedLinear | int] = {}  # an int is the number of parts that the processes share
     owners: list[int] = []
     own_parts: list[list[torch.Tensor | None]] = []
-    for name, weight, round_part in tasks:
-        parts = split_into_parts(weight)
+    is_last, checks = checks is None, checks or WeightChecks()
+    for name, weight in weights:
+        checks.name = name
         with _name_in_errors(name):
-            for rows in parts:
-                owners.append(len(owners) % team.size)
-                if owners[-1] == team.rank:
-                    rounded = round_part(rows)
-                    own_parts.append([rounded.qweight, rounded.scales, rounded.zeros])
-        counts[name] = len(parts)
+            if schemes[name].weight_method == "minmax":
+                results[name] = quantize_weight(weight, schemes[name], checks=checks)
+                continue
+            parts = [weight[rows] for rows in split_into_parts(weight)]
+            part_owners = [(len(owners) + number) % team.size for number in range(len(parts))]
+            own = [part for part, owner in zip(parts, part_owners, strict=True) if owner == team.rank]
+            rounded = round_parts(own, schemes[name], _clip_importance(schemes[name], gram, cholesky), cholesky, checks)
+            own_parts += [[part.qweight, part.scales, part.zeros] for part in rounded]
+            results[name] = len(parts)
+            owners += part_owners
+    if is_last:
+        checks.raise_fault()
     all_parts = iter(Split(team, tuple(owners)).gather(own_parts))
-    return {name: _join_parts([next(all_parts) for _ in range(count)], schemes[name]) for name, count in counts.items()}
-
-
-def fit_group(
-    weights: Iterable[tuple[str, torch.Tensor]],
-    rounded: Mapping[str, QuantizedLinear],
-    gram: Gram,
-    cholesky: CholeskyFactor,
-    team: Team = SINGLE_PROCESS,
-) -> dict[str, QuantizedLinear]:
-    """Fit the scales of int4 Linears that GPTQ has rounded, see scale_fit.py. Arguments: see round_group."""
-
-    def fit_part(weight: torch.Tensor, q: QuantizedLinear, rows: slice) -> QuantizedLinear:
-        zeros = None if q.zeros is None else q.zeros[rows]
-        part = replace(q, qweight=q.qweight[rows], scales=q.scales[rows], zeros=zeros, squares=None)
-        return fit_and_round(weight[rows], part, gram, cholesky)
-
-    tasks = ((name, weight, partial(fit_part, weight, rounded[name])) for name, weight in weights)
-    return _shared(tasks, {name: q.scheme for name, q in rounded.items()}, team)
+    return {
+        name: _join_parts([next(all_parts) for _ in range(result)], schemes[name])
+        if isinstance(result, int)
+        else result
+        for name, result in results.items()
+    }
 
 
 def _clip_importance(scheme: QuantScheme, gram: Gram | None, cholesky: CholeskyFactor | None) -> torch.Tensor | None:
@@ -138,19 +102,18 @@ def _clip_importance(scheme: QuantScheme, gram: Gram | None, cholesky: CholeskyF
     return torch.where(torch.isfinite(blocks).all(), blocks, identity)
 
 
-def _round_part(
-    weight: torch.Tensor,
+def round_parts(
+    parts: Sequence[torch.Tensor],
     scheme: QuantScheme,
     importance: torch.Tensor | None,
     cholesky: CholeskyFactor | None,
-    checks: WeightChecks,
-    rows: slice,
-) -> QuantizedLinear:
-    """Round some output channels (see split_into_parts): their bits do not depend on the others."""
-    grid = quantize_weight(weight[rows], scheme, importance, checks)
+    checks: WeightChecks | None = None,
+) -> list[QuantizedLinear]:
+    """Round each part of a weight (see split_into_parts) independently: its bits do not depend on the other parts."""
+    grids = [quantize_weight(part, scheme, importance, checks) for part in parts]
     if cholesky is None or scheme.weight_method != "gptq":
-        return grid
-    return round_in_order(weight[rows], grid, cholesky)
+        return grids
+    return [round_in_order(part, grid, cholesky) for part, grid in zip(parts, grids, strict=True)]
 
 
 def _join_parts(parts: Sequence[Sequence[torch.Tensor | None]], scheme: QuantScheme) -> QuantizedLinear:

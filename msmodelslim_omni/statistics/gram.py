@@ -71,16 +71,6 @@ class Gram:
             return ((delta @ self.matrix) * delta).sum(dim=1)
         return (delta @ self._stored.T).square().sum(dim=1)
 
-    def times(self, delta: torch.Tensor) -> torch.Tensor:
-        """δ H for each row δ of `delta` [rows, in] -> [rows, in]. H is a matrix, in memory or on disk."""
-        if self.spilled is None:
-            assert self.matrix is not None
-            return delta @ self.matrix
-        total = torch.zeros_like(delta)
-        for rows, h in self._strips():
-            total.addmm_(delta[:, rows], h)
-        return total
-
     def diagonal(self) -> torch.Tensor:
         """diag(H), [in]: the sum of squares of each channel."""
         if self.spilled is not None:

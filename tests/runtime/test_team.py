@@ -16,11 +16,10 @@ from command import WORK, change_recipe, command, files, int4_recipe, mixed_inde
 from make_tiny_omni import make_tiny_omni
 
 from msmodelslim_omni.calibration.samples import CalibSample, prepare_sample
-from msmodelslim_omni.numerics.arithmetic import QuantizedLinear
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import gptq
 from msmodelslim_omni.processors.gptq import factorize, split_into_parts
-from msmodelslim_omni.processors.rounding import round_group
+from msmodelslim_omni.processors.rounding import round_parts
 from msmodelslim_omni.runtime import team
 from msmodelslim_omni.runtime.packing import pack, unpack
 from msmodelslim_omni.runtime.team import SINGLE_PROCESS, Split, Team
@@ -100,17 +99,13 @@ def test_parts_of_a_linear_round_like_the_full_linear(method: str, monkeypatch: 
     builder = GramBuilder(64, None, CPU)
     builder.add(x)
     gram = builder.finish()
-    cholesky = factorize(gram)
-    parts = split_into_parts(weight)
-    assert [rows.stop - rows.start for rows in parts] == [204] * 3
-
-    def rounded(rows: slice) -> QuantizedLinear:
-        return round_group([("q", weight[rows])], {"q": scheme}, None, cholesky)["q"]
-
-    full = rounded(slice(None))
-    for rows in parts:
-        part = rounded(rows)
-        assert torch.equal(full.qweight[rows], part.qweight) and torch.equal(full.scales[rows], part.scales)
+    blocks = [weight[rows] for rows in split_into_parts(weight)]
+    importance, cholesky = gram.diagonal_blocks(32), factorize(gram)
+    full = round_parts(blocks, scheme, importance, cholesky)
+    ends = round_parts([blocks[0], blocks[-1]], scheme, importance, cholesky)
+    assert [len(block) for block in blocks] == [204] * 3
+    for expected, actual in zip([full[0], full[-1]], ends, strict=True):
+        assert torch.equal(expected.qweight, actual.qweight) and torch.equal(expected.scales, actual.scales)
 
 
 def test_stop_of_a_peer_is_not_an_error_of_the_current_sample() -> None:
