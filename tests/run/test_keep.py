@@ -192,6 +192,7 @@ def test_stopped_run_makes_the_same_bytes(model: Path, index: Path, kept: Path, 
     assert files(tmp_path / "out") == files(kept / "out")
 
 
+@pytest.mark.full
 def test_w8a16_beside_w8a8_in_the_limit_of_weights(model: Path, index: Path, tmp_path: Path) -> None:
     recipe = keep_recipe(tmp_path, {"max_extra_bytes": "1%", "as": "w8a16", "max_share": "40%"})
     quant(model, tmp_path / "out", "--config_path", recipe, "--dataset", index).done()
