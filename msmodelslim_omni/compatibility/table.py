@@ -188,7 +188,7 @@ _ON_CPU: dict[str, Loads] = {
 }
 
 _OMNI_CPU = {"fp8": Loads("yes", "run", "FP8 per channel, with activations rounded per token")}
-_OMNI_LOADED = ((OMNI, "fp8"),)
+_OMNI_LOADED = ((OMNI, "fp8"), (OMNI, "w8a16"))
 
 # Qwen3: what was run, by family and scheme; where nothing is said, the family was not run.
 _CPU_EXPERTS_INT8 = "needs AMX for experts; without it, the test replaced their product"
