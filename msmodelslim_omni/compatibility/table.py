@@ -196,6 +196,7 @@ _CPU_EXPERTS_INT4 = "has no product for experts in groups of 32; with a replaced
 _QWEN3_CPU: dict[tuple[str, str, str], Loads] = {
     (VL3, "compressed_tensors", "w8a8"): Loads("yes", "run", _CPU_INT8),
     (VL3, "compressed_tensors", "w4a16_sym"): Loads("yes", "run", _CPU_INT4),
+    (VL3, "awq", "w4a16"): Loads("yes", "run", _CPU_INT4),
     (OMNI3, "compressed_tensors", "w8a8"): Loads("yes", "loaded", _CPU_EXPERTS_INT8),
     (OMNI3, "compressed_tensors", "w4a16_sym"): _no(_CPU_EXPERTS_INT4),
 }
