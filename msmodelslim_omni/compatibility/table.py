@@ -197,6 +197,7 @@ _QWEN3_CPU: dict[tuple[str, str, str], Loads] = {
     (VL3, "compressed_tensors", "w8a8"): Loads("yes", "run", _CPU_INT8),
     (VL3, "compressed_tensors", "w4a16_sym"): Loads("yes", "run", _CPU_INT4),
     (VL3, "awq", "w4a16"): Loads("yes", "run", _CPU_INT4),
+    (OMNI3, "awq", "w4a16"): Loads("yes", "run", _CPU_EXPERTS_INT8),
     (OMNI3, "compressed_tensors", "w8a8"): Loads("yes", "loaded", _CPU_EXPERTS_INT8),
     (OMNI3, "compressed_tensors", "w4a16_sym"): _no(_CPU_EXPERTS_INT4),
 }
