@@ -11,6 +11,7 @@ Thinking and Captioner, they are not.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -172,7 +173,12 @@ def qwen3_omni_config(shape: Qwen3OmniShape, dtype: str) -> Json:
         "user_token_id": USER_TOKEN_ID,
         "initializer_range": 0.02,
         "text_config": {**text_block(shape.text, "qwen3_omni_moe_text", 1000000), **_MOE},
-        "vision_config": vision_block(shape.vision, "qwen3_omni_moe_vision_encoder"),
+        "vision_config": {
+            **vision_block(shape.vision, "qwen3_omni_moe_vision_encoder"),
+            # Only vLLM reads these: position embeddings of a picture of that size, one per patch.
+            "apply_vit_abs_pos_embed": True,
+            "image_size": 16 * math.isqrt(shape.vision["num_position_embeddings"]),
+        },
         "audio_config": audio,
         "dtype": dtype,
     }

@@ -169,12 +169,47 @@ def _transformers(
 
 
 _UNCOMPRESSED_RUN = _transformers(
-    "5.17.0 with compressed-tensors 0.19.0 was run; dequantized when loaded", "dequantized", proof="loaded"
+    "compressed-tensors 0.20.0; dequantized when loaded, activations stay float", "dequantized"
 )
 
-_NVFP4_RUN = _transformers(
-    "compressed-tensors 0.20.0; dequantized when loaded, activations stay float", "dequantized", proof="loaded"
-)
+_OMNI_IN_4 = {
+    "w8a16": _transformers("compressed-tensors 0.20.0", "dequantized"),
+    "nvfp4a16": _unknown("fails in float32 (Float and BFloat16); not compared in bfloat16"),
+    "nvfp4": _unknown("fails in float32 (Float and BFloat16); not compared in bfloat16"),
+    "fp8": _transformers("compressed-tensors 0.20.0, which rounds the activations to FP8", "dequantized"),
+}
+
+_LAYOUT_LOADED = Loads("yes", "emulated", "vLLM's own loader read a tiny model in the CPU build")
+_ON_CPU: dict[str, Loads] = {
+    "w8a16": _no("has no product of 8-bit weights and float activations"),
+    "w8a16+w8a8": _no("has no product of 8-bit weights and float activations"),
+    "nvfp4a16": _no("has NVFP4 products for cards only"),
+    "nvfp4": _no("has NVFP4 products for cards only"),
+}
+
+_OMNI_CPU = {"fp8": Loads("yes", "run", "FP8 per channel, with activations rounded per token")}
+_OMNI_LOADED = ((OMNI, "fp8"), (OMNI, "w8a16"))
+
+# Qwen3: what was run, by family and scheme; where nothing is said, the family was not run.
+_CPU_EXPERTS_INT8 = "needs AMX for experts; without it, the test replaced their product"
+_CPU_EXPERTS_INT4 = "has no product for experts in groups of 32; with a replaced one the answers were right"
+_QWEN3_CPU: dict[tuple[str, str, str], Loads] = {
+    (VL3, "compressed_tensors", "w8a8"): Loads("yes", "run", _CPU_INT8),
+    (VL3, "compressed_tensors", "w4a16_sym"): Loads("yes", "run", _CPU_INT4),
+    (VL3, "awq", "w4a16"): Loads("yes", "run", _CPU_INT4),
+    (OMNI3, "awq", "w4a16"): Loads("yes", "run", _CPU_EXPERTS_INT8),
+    (OMNI3, "compressed_tensors", "w8a8"): Loads("yes", "loaded", _CPU_EXPERTS_INT8),
+    (OMNI3, "compressed_tensors", "w4a16_sym"): _no(_CPU_EXPERTS_INT4),
+}
+
+
+def _of_family(family: str, output_format: str, scheme: str, known: dict[str, Loads]) -> dict[str, Loads]:
+    """The loads of a Qwen3 family: those of the format, except where the family was not run."""
+    loads = {runtime: entry if entry.verdict == "no" else _FAMILY_NOT_RUN for runtime, entry in known.items()}
+    if output_format == "compressed_tensors" and scheme in _ON_CPU:
+        loads["vllm_cpu"] = _ON_CPU[scheme]
+    run = _QWEN3_CPU.get((family, output_format, scheme))
+    return loads if run is None else loads | {"vllm": _LAYOUT_LOADED, "vllm_cpu": run}
 
 
 # --- the table -----------------------------------------------------------------------------------------------
@@ -287,15 +322,11 @@ TABLE: tuple[Entry, ...] = (
             "compressed_tensors",
             scheme,
             {
-                "vllm": _LAYOUT_NOT_RUN,
-                "vllm_cpu": _LAYOUT_NOT_RUN,
+                "vllm": _LAYOUT_LOADED if (family, scheme) in _OMNI_LOADED else _LAYOUT_NOT_RUN,
+                "vllm_cpu": (_OMNI_CPU if family == OMNI else {}).get(scheme, _ON_CPU.get(scheme, _LAYOUT_NOT_RUN)),
                 **({"vllm_ascend": _LAYOUT_NOT_RUN} if scheme in _INT8_FLOAT else _NO_FLOAT8),
-                "transformers_4": _LAYOUT_NOT_RUN,
-                "transformers_5": _LAYOUT_NOT_RUN
-                if family != OMNI or scheme == "w8a16+w8a8"
-                else _NVFP4_RUN
-                if scheme == "nvfp4"
-                else _UNCOMPRESSED_RUN,
+                "transformers_4": (_OMNI_IN_4 if family == OMNI else {}).get(scheme, _LAYOUT_NOT_RUN),
+                "transformers_5": _LAYOUT_NOT_RUN if family != OMNI or scheme == "w8a16+w8a8" else _UNCOMPRESSED_RUN,
             },
         )
         for family in (OMNI, VL)
@@ -309,7 +340,7 @@ TABLE: tuple[Entry, ...] = (
             family,
             output_format,
             scheme,
-            {runtime: loads if loads.verdict == "no" else _FAMILY_NOT_RUN for runtime, loads in known.items()},
+            _of_family(family, output_format, scheme, known),
         )
         for family in (VL3, OMNI3)
         for output_format, scheme, known in (

@@ -1,4 +1,4 @@
-"""Load a compressed_tensors checkpoint (W8A8, W4A16 or both) in transformers, and compare with plain PyTorch.
+"""Load a compressed_tensors checkpoint in transformers, and compare with plain PyTorch: W8A8, W4A16, both, or others.
 
     python check_transformers.py QUANTIZED_DIR [--run_compressed true|false|default|dequantize] [--class full|thinker]
                                  [--dtype float32|bfloat16] [--activations int8|float|any] [--float_model DIR]
@@ -13,9 +13,10 @@ Linear is replaced by one of two emulations:
 - `int8`: activations rounded per token, exact integer product, multiplied by the two scales;
 - `float`: dequantized weight, float activations (as transformers 5 computes with `run_compressed=False`).
 
-W4A16 does not round activations. Its emulations are `float`, which dequantizes in the dtype of the stored scale, and
-`exact`, which dequantizes in float32. Clients that load into float32 do one or the other. A checkpoint with both
-schemes has four pairs of emulations.
+W4A16 and W8A16 do not round activations, and the clients do not round those of NVFP4. The emulations of these are
+`float`, which dequantizes in the dtype of the stored scale, and `exact`, which dequantizes in float32. Clients that
+load into float32 do one or the other. FP8 has a third one, `float8`, which rounds activations too. A checkpoint with
+both int8 and packed Linears has four pairs of emulations.
 
 The client must agree with one emulation; `--activations` selects it. With `--float_model`, the logits must also be
 close to those of the float checkpoint.
@@ -49,13 +50,19 @@ from torch import Tensor, nn
 from transformers.utils.quantization_config import CompressedTensorsConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from dequantizers import dequantize_packed, plain_codes
+from dequantizers import (
+    dequantize_float8,
+    dequantize_nvfp4,
+    dequantize_packed,
+    dequantize_packed_bytes,
+    plain_codes,
+)
 
 Tensors = dict[str, Tensor]
 Inputs = dict[str, dict[str, Tensor]]
 
-LINEARS_PER_LAYER = 7  # q, k, v, o, gate, up, down
-LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+GLOBAL_SCALES = ("weight_global_scale", "input_global_scale")
+LINEAR_PARTS = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", *GLOBAL_SCALES)
 TOWERS = ("visual", "audio_tower", "talker", "token2wav", "lm_head")
 
 # Largest |client - reference| / |reference| of a Linear's input or output, or of the logits, in lockstep.
@@ -93,9 +100,27 @@ class Checkpoint:
         """Names on disk of the quantized Linears."""
         return sorted(name.removesuffix(".weight_scale") for name in self.tensors if name.endswith(".weight_scale"))
 
+    @property
+    def expected_linears(self) -> int:
+        """Number of Linears of the decoder: attention, and one MLP or several experts."""
+        text = self.answering_config.text_config
+        return text.num_hidden_layers * (4 + 3 * getattr(text, "num_experts", 1))
+
     def is_packed(self, name: str) -> bool:
-        """Whether the Linear is stored as 4-bit integers, packed eight to a word."""
-        return f"{name}.weight_packed" in self.tensors
+        """Whether the Linear is stored as packed integers, eight or four to a word."""
+        return f"{name}.weight_packed" in self.tensors and not self.is_nvfp4(name)
+
+    def is_nvfp4(self, name: str) -> bool:
+        return f"{name}.weight_global_scale" in self.tensors
+
+    def is_float8(self, name: str) -> bool:
+        stored = self.tensors.get(f"{name}.weight")
+        return stored is not None and stored.dtype == torch.float8_e4m3fn
+
+    def bits(self, name: str) -> int:
+        """Bits of a packed integer."""
+        columns = int(self.tensors[f"{name}.weight_shape"][1])
+        return 32 * self.tensors[f"{name}.weight_packed"].shape[1] // columns
 
     @property
     def float_names(self) -> list[str]:
@@ -105,9 +130,18 @@ class Checkpoint:
     def dense(self, name: str) -> Tensor:
         """The dequantized weight of a quantized Linear, float32 [out, in], not rounded."""
         scale = self.tensors[f"{name}.weight_scale"].float()
+        if self.is_float8(name):
+            codes = self.tensors[f"{name}.weight"].view(torch.uint8)
+            return torch.from_numpy(dequantize_float8(codes.numpy(), scale.numpy()))
+        if self.is_nvfp4(name):
+            packed, scales = self.tensors[f"{name}.weight_packed"], self.tensors[f"{name}.weight_scale"]
+            divisor = float(self.tensors[f"{name}.weight_global_scale"])
+            return torch.from_numpy(dequantize_nvfp4(packed.numpy(), scales.view(torch.uint8).numpy(), divisor))
         if not self.is_packed(name):
             return self.tensors[f"{name}.weight"].float() * scale
         packed, shape = self.tensors[f"{name}.weight_packed"], self.tensors[f"{name}.weight_shape"]
+        if self.bits(name) == 8:
+            return torch.from_numpy(dequantize_packed_bytes(packed.numpy(), scale.numpy(), shape.numpy()))
         zero_point = self.tensors.get(f"{name}.weight_zero_point")
         zeros = None if zero_point is None else zero_point.numpy()
         return torch.from_numpy(dequantize_packed(packed.numpy(), scale.numpy(), shape.numpy(), zeros))
@@ -142,6 +176,10 @@ FAMILIES = {
         "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration", "thinker"
     ),
     "qwen2_5_vl": Family("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    "qwen3_vl": Family("Qwen3VLForConditionalGeneration", "Qwen3VLForConditionalGeneration"),
+    "qwen3_omni_moe": Family(
+        "Qwen3OmniMoeForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration", "thinker"
+    ),
 }
 
 
@@ -203,6 +241,7 @@ class FloatActLinear(nn.Module):
     def __init__(self, checkpoint: Checkpoint, name: str, bias: Tensor | None) -> None:
         super().__init__()
         dtype = checkpoint.tensors[f"{name}.weight_scale"].dtype
+        dtype = torch.bfloat16 if checkpoint.is_nvfp4(name) else dtype  # that scale is an 8-bit float
         self._weight, self._bias = self._rounded(checkpoint.dense(name), dtype), bias
 
     @staticmethod
@@ -222,14 +261,32 @@ class ExactFloatActLinear(FloatActLinear):
         return weight
 
 
+class Float8ActLinear(ExactFloatActLinear):
+    """y = x̂ @ Ŵ^T + b with x̂ rounded to e4m3, per token, or per token and 128 inputs for FP8 in blocks."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, bias: Tensor | None) -> None:
+        super().__init__(checkpoint, name, bias)
+        self._group = 128 if checkpoint.tensors[f"{name}.weight_scale"].shape[1] > 1 else self._weight.shape[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        grouped = x.unflatten(-1, (-1, self._group))  # [..., groups, group]
+        scale = (grouped.abs().amax(-1, keepdim=True) / 448).clamp_min(torch.finfo(x.dtype).eps)
+        rounded = (grouped / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
+        return super().forward(rounded.flatten(-2))
+
+
 REFERENCES: dict[str, type[nn.Module]] = {"int8": Int8ActLinear, "float": FloatActLinear}
 PACKED_REFERENCES: dict[str, type[nn.Module]] = {"float": FloatActLinear, "exact": ExactFloatActLinear}
+FLOAT8_REFERENCES: dict[str, type[nn.Module]] = {**PACKED_REFERENCES, "float8": Float8ActLinear}
 
 
 def references(checkpoint: Checkpoint) -> dict[str, Callable[[str], type[nn.Module]]]:
     """The possible emulations: a name, and the class for each quantized Linear by its name on disk."""
     packed = {checkpoint.is_packed(name) for name in checkpoint.quantized}
-    if packed == {True}:
+    others = {checkpoint.is_float8(name) or checkpoint.is_nvfp4(name) for name in checkpoint.quantized}
+    if all(checkpoint.is_float8(name) for name in checkpoint.quantized):
+        return {name: lambda _, cls=cls: cls for name, cls in FLOAT8_REFERENCES.items()}
+    if packed == {True} or others == {True}:
         return {name: lambda _, cls=cls: cls for name, cls in PACKED_REFERENCES.items()}
     if packed == {False}:
         return {name: lambda _, cls=cls: cls for name, cls in REFERENCES.items()}
@@ -283,14 +340,24 @@ def _check_layout(name: str, tensors: Tensors, shape: torch.Size) -> None:
     layout = {part: (tensor.dtype, tuple(tensor.shape)) for part, tensor in stored.items()}
     groups = stored["weight_scale"].shape[1]
     expected = {"weight_scale": (stored["weight_scale"].dtype, (shape[0], groups))}
-    if "weight_packed" in stored:
-        expected["weight_packed"] = (torch.int32, (shape[0], shape[1] // 8))
+    if "weight_global_scale" in stored:
+        expected["weight_packed"] = (torch.uint8, (shape[0], shape[1] // 2))
+        expected |= {part: (torch.float32, (1,)) for part in GLOBAL_SCALES if part in stored}
+    elif "weight_packed" in stored:
+        per_word = 4 if 4 * stored["weight_packed"].shape[1] == shape[1] else 8
+        expected["weight_packed"] = (torch.int32, (shape[0], shape[1] // per_word))
         expected["weight_shape"] = (torch.int64, (2,))
         if "weight_zero_point" in stored:
             expected["weight_zero_point"] = (torch.int32, (shape[0] // 8, groups))
+    elif stored["weight"].dtype == torch.float8_e4m3fn:
+        expected["weight"] = (torch.float8_e4m3fn, tuple(shape))
+        if groups > 1 or stored["weight_scale"].shape[0] != shape[0]:
+            blocks = (-(-shape[0] // 128), -(-shape[1] // 128))
+            expected["weight_scale"] = (stored["weight_scale"].dtype, blocks)
     else:
         expected["weight"] = (torch.int8, tuple(shape))
-    if layout != expected or ("weight" in stored and groups != 1):
+    is_int8 = "weight" in stored and stored["weight"].dtype == torch.int8
+    if layout != expected or (is_int8 and groups != 1):
         raise CheckError(f"{name}: {layout}, not {expected}")
 
 
@@ -321,9 +388,8 @@ def check_tree(model: nn.Module, checkpoint: Checkpoint, prefix: str) -> dict[st
         if inside is None:
             raise CheckError(f"the client has no {name}")
         expected[inside] = name
-    layers = checkpoint.answering_config.text_config.num_hidden_layers
-    if len(expected) != LINEARS_PER_LAYER * layers:
-        raise CheckError(f"{len(expected)} Linears are quantized in the files, not {LINEARS_PER_LAYER} x {layers}")
+    if len(expected) != checkpoint.expected_linears:
+        raise CheckError(f"{len(expected)} Linears are quantized in the files, not {checkpoint.expected_linears}")
     with_scheme = {name for name, module in modules.items() if getattr(module, "quantization_scheme", None)}
     if with_scheme and with_scheme != set(expected):
         raise CheckError(f"quantized Linears differ from the files: {sorted(with_scheme ^ set(expected))[:5]}")
@@ -349,9 +415,9 @@ def _check_weight(module: Any, name: str, checkpoint: Checkpoint) -> bool:
         raise CheckError(f"{name}: weight_scale differs from the files")
     held = {part: tensor for part in LINEAR_PARTS if (tensor := getattr(module, part, None)) is not None}
     weight = held.get("weight")
-    if weight is None or weight.dtype == torch.int8:
+    if weight is None or weight.dtype in (torch.int8, torch.float8_e4m3fn):
         for part in set(held) - {"weight_scale", "weight_shape"}:
-            if not torch.equal(held[part], tensors[f"{name}.{part}"]):
+            if not torch.equal(held[part].float(), tensors[f"{name}.{part}"].float()):
                 raise CheckError(f"{name}: {part} differs from the files")
         if held_scale is None or set(held) < {part for part in LINEAR_PARTS if f"{name}.{part}" in tensors}:
             raise CheckError(f"{name}: integers without all their parts: {sorted(held)}")
@@ -378,6 +444,11 @@ def check_words(checkpoint: Checkpoint) -> int:
         for part, size, axis in (("weight_packed", shape, 1), ("weight_zero_point", (shape[0], groups), 0)):
             words = tensors.get(f"{name}.{part}")
             if words is None:
+                continue
+            if checkpoint.bits(name) == 8:
+                codes = library.unpack_from_int32(words, 8, torch.Size(size), packed_dim=axis)
+                if not torch.equal(library.pack_to_int32(codes, 8, packed_dim=axis), words):
+                    raise CheckError(f"{name}.{part}: compressed-tensors packs these integers differently")
                 continue
             codes = library.unpack_from_int32(words, 4, torch.Size(size), packed_dim=axis)
             along = words.numpy() if axis == 1 else words.numpy().T.copy()

