@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from ties import LOGIT_DISTANCE
 from tiny_omni import harden, massive, render, score, tasks, text, towers, train
 from tiny_omni import model as omni
+from tiny_samples import samples, tones, write_first_turn
 
 from msmodelslim_omni.calibration.samples import load_calib_set, parse_sample, prepare_sample
 from msmodelslim_omni.models import MODEL_TYPES
@@ -24,25 +24,6 @@ from msmodelslim_omni.models.qwen2_5_omni_media import open_media_processor
 HERE = Path(train.__file__).parent
 MODEL = HERE / "model"
 needs_model = pytest.mark.skipif(not (MODEL / "model.safetensors").exists(), reason="the checkpoint is missing")
-
-
-def tones() -> list[render.Utterance]:
-    """One tone per spoken word, because espeak-ng need not be installed."""
-    times = np.arange(int(0.3 * render.RATE)) / render.RATE
-    waves = [np.sin(2 * np.pi * (200 + 60 * n) * times) for n in range(len(render.SPOKEN))]
-    return [render.Utterance(w, "tone", s.astype(np.float16)) for w, s in zip(render.SPOKEN, waves, strict=True)]
-
-
-def samples(seed: int) -> dict[str, tasks.Sample]:
-    """One sample of each kind."""
-    rng = random.Random(seed)
-    return {
-        "text": tasks.text_sample(rng, 1),
-        "picture": tasks.scene_sample(rng, 3, 1),
-        "sound": tasks.speech_sample(rng, tones(), 3, (5, 20)),
-        "clip": tasks.clip_sample(rng, "blink"),
-        "talking clip": tasks.clip_sample(rng, "move", tones()),
-    }
 
 
 def test_media_depend_on_the_seed_only() -> None:
@@ -88,16 +69,7 @@ def test_batches_equal_the_package_on_files(name: str, tmp_path: Path) -> None:
     """
     sample = samples(1)[name]
     sample = tasks.Sample(sample.turns[:1], sample.picture, sample.frames, sample.sound)
-    entry = {"text": sample.turns[0].question, "answer": sample.turns[0].answer}
-    if sample.picture is not None:
-        Image.fromarray(sample.picture).save(tmp_path / "a.png")
-        entry["image"] = "a.png"
-    elif sample.frames is not None:
-        render.write_clip(tmp_path / "a.mkv", sample.frames, sample.sound, lossless=True)
-        entry["video"] = "a.mkv"
-    elif sample.sound is not None:
-        render.write_sound(tmp_path / "a.flac", sample.sound)
-        entry["audio"] = "a.flac"
+    entry = write_first_turn(sample, tmp_path)
     assert MODEL_TYPES["Qwen2.5-Omni-3B"].system == omni.SYSTEM
     processor = open_media_processor(MODEL, score.LIMITS, False)
     inputs = prepare_sample(parse_sample("a", entry, tmp_path, "", MODEL_TYPES["Qwen2.5-Omni-3B"]), processor)

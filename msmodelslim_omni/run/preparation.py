@@ -17,7 +17,7 @@ from ..errors import QuantError
 from ..files import file_digest, find_model_folder, value_digest
 from ..models import ModelSpec, derive_model_type, find_model_type
 from ..plan import QuantPlan, card_memory, fit_budget, fit_card, make_plan, refuse_quantized
-from ..recipe import Recipe, find_recipe, resolve_recipe
+from ..recipe import LinearQuantConfig, ProcessorConfig, Recipe, find_recipe, resolve_recipe
 from ..report import human_bytes
 from ..runtime import (
     FLOAT32,
@@ -149,13 +149,20 @@ def _default_formats(request: QuantRequest, recipe: Recipe, device: Device, prog
     """The format of a run that names neither a format nor a recipe; empty: the recipe's.
 
     The shipped W8A8 recipes save for vLLM-Ascend, which only Ascend devices run. Elsewhere the same integers are saved
-    for vLLM and transformers.
+    for vLLM and transformers. W4A8 has no other format.
     """
     of_ascend = [saver.type for saver in recipe.spec.save] == [ASCEND_FORMAT] and recipe.spec.kv_cache is None
+    of_ascend = of_ascend and not any(_rounds_to_w4a8(config) for _, config in recipe.processors())
     if request.config_path is not None or device.is_ascend or not of_ascend:
         return ()
     progress.say(f"format {ELSEWHERE_FORMAT}, for vLLM and transformers; --save_format {ASCEND_FORMAT}: vLLM-Ascend")
     return (ELSEWHERE_FORMAT,)
+
+
+def _rounds_to_w4a8(config: ProcessorConfig) -> bool:
+    if not isinstance(config, LinearQuantConfig):
+        return False
+    return config.qconfig.weight.dtype == "int4" and config.qconfig.weight.scope == "per_channel"
 
 
 def _load_calibration(plan: QuantPlan) -> CalibSet | None:

@@ -171,6 +171,12 @@ def test_dense_linears_are_refused(tiny: Path, model: Path, tmp_path: Path) -> N
     assert "would be W8A16, which vLLM-Ascend has for dense Linears only" in fault
 
 
+def test_quant_type_alone_saves_for_ascend(model: Path, tmp_path: Path) -> None:
+    """On a machine without an NPU too: no other format has W4A8."""
+    shown = command("quant", model, tmp_path / "out", "--quant_type", "w4a8", "--device", "cpu", "--dry_run").done().out
+    assert ASCEND in shown and "W4A8_DYNAMIC" in shown
+
+
 def test_recipes() -> None:
     assert find_recipe("Qwen3-Omni-30B-A3B-Instruct", "w4a8").metadata.config_id == "qwen3_omni_w4a8"
     text = RECIPE.replace("FLOAT_LINEAR", "x")
