@@ -294,7 +294,7 @@ def layer_for(small: Path, folder: Path) -> tuple[Any, LayerWork, LayerProbe]:
     index = write_index(folder / "data", {"text": "One sentence."})
     plan = prepare(QuantRequest(small, device="cpu", config_path=str(int4_recipe(folder)), dataset=str(index))).plan
     layer = plan.layers[0]
-    weights = layers._load(plan, layer)
+    weights = layers.load_layer(plan, layer)
     loaded = LayerWork(0, plan.layer_spec, layer.schemes, weights, importance=token_importance("tokens", [40, 0, 0, 0]))
     module = layers._module(plan, loaded)
     probe = LayerProbe(module, {"self_attn", "mlp"}, loaded.importance)
