@@ -11,9 +11,8 @@ import torch
 from command import command, quant
 from safetensors.torch import load_file
 from tiny_moe import model as moe
-from tiny_omni import model as omni
 from tiny_omni import score
-from tiny_samples import samples, write_first_turn
+from tiny_samples import assert_trains_on_the_true_logits, samples, write_first_turn
 
 from msmodelslim_omni.calibration.samples import parse_sample, prepare_sample
 from msmodelslim_omni.models import MODEL_TYPES, qwen3_omni
@@ -45,13 +44,7 @@ def test_batches_equal_the_package_on_files(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(batch.mels[..., :-1], features[..., :-1], atol=1e-3, rtol=0)
         torch.testing.assert_close(batch.mels, features, atol=0.5, rtol=0)
         batch.mels = features
-    thinker = moe.build_thinker(MODEL, 0).eval()
-    with torch.no_grad():
-        expected = thinker(**inputs.tensors, use_audio_in_video=inputs.use_audio_in_video).logits
-        moe.speed_up_towers(thinker)
-        actual, _ = moe.answer_logits(thinker, batch)
-    answer = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
-    torch.testing.assert_close(actual, expected[0, answer], atol=1e-4, rtol=0)
+    assert_trains_on_the_true_logits(moe, moe.build_thinker(MODEL, 0).eval(), inputs, batch, atol=1e-4)
 
 
 def media(sample: Any) -> tuple[Any, Any, Any]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ties import LOGIT_DISTANCE
 from tiny_omni import harden, massive, render, score, tasks, text, towers, train
 from tiny_omni import model as omni
-from tiny_samples import samples, tones, write_first_turn
+from tiny_samples import assert_trains_on_the_true_logits, samples, tones, write_first_turn
 
 from msmodelslim_omni.calibration.samples import load_calib_set, parse_sample, prepare_sample
 from msmodelslim_omni.models import MODEL_TYPES
@@ -86,13 +86,7 @@ def test_batches_equal_the_package_on_files(name: str, tmp_path: Path) -> None:
         features = inputs.tensors["input_features"][:, :, inputs.tensors["feature_attention_mask"][0].bool()]
         torch.testing.assert_close(batch.mels, features, atol=1e-3, rtol=0)
         batch.mels = features
-    thinker = omni.build_thinker(MODEL, 0).eval()
-    with torch.no_grad():
-        expected = thinker(**inputs.tensors, use_audio_in_video=inputs.use_audio_in_video).logits
-        omni.speed_up_towers(thinker)
-        actual, _ = omni.answer_logits(thinker, batch)
-    answer = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
-    torch.testing.assert_close(actual, expected[0, answer], atol=2e-5, rtol=0)
+    assert_trains_on_the_true_logits(omni, omni.build_thinker(MODEL, 0).eval(), inputs, batch, atol=2e-5)
 
 
 @needs_model

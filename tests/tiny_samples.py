@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from tiny_omni import model as omni
 from tiny_omni import render, tasks
 
 
@@ -43,3 +45,16 @@ def write_first_turn(sample: tasks.Sample, folder: Path) -> dict[str, Any]:
         render.write_sound(folder / "a.flac", sample.sound)
         entry["audio"] = "a.flac"
     return entry
+
+
+def assert_trains_on_the_true_logits(maker: Any, thinker: Any, inputs: Any, batch: Any, *, atol: float) -> None:
+    """Training computes the logits of the answer that the library's forward has for the processor's inputs.
+
+    maker: the module `model` of a tiny model. inputs: of one sample, by the processor; batch: the same, by training.
+    """
+    with torch.no_grad():
+        expected = thinker(**inputs.tensors, use_audio_in_video=inputs.use_audio_in_video).logits
+        maker.speed_up_towers(thinker)
+        actual, _ = maker.answer_logits(thinker, batch)
+    answer = (batch.labels[0, 1:] != omni.IGNORED).nonzero()[:, 0]
+    torch.testing.assert_close(actual, expected[0, answer], atol=atol, rtol=0)
