@@ -6,12 +6,13 @@ mappings the pipeline traces one graph for all layers, so that AWQ only warns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from datasets import Dataset
-from driver import read_job, record, timed
+from driver import Job, read_job, record, timed
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -30,11 +31,13 @@ def recipe(method: str, group_size: int) -> list[Any]:
     return [GPTQModifier(**scheme)] if method == "gptq" else [AWQModifier(), QuantizationModifier(**scheme)]
 
 
-def main() -> None:
-    job = read_job(method="awq")
-    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(job.model, dtype=torch.float32)
+def quantize_text_model(
+    job: Job, thinker: Any, modifiers: list[Any], note: str, prepare: Callable[[Any], Any] = lambda text: None
+) -> None:
+    """Run modifiers on the text model of a thinker, which `prepare` changes first; save it, and record the run."""
     text = getattr(thinker.model, "language_model", thinker.model)
     text.config._name_or_path = str(job.model)  # the config is read from there; a submodule has no path
+    prepare(text)
     # llm-compressor pins memory for an accelerator, which a CPU run does not have.
     IntermediatesCache.pin_memory = lambda *args, **kwargs: None
     samples = Dataset.from_dict(
@@ -45,13 +48,19 @@ def main() -> None:
             model=text,
             processor=AutoTokenizer.from_pretrained(job.model),
             dataset=samples,
-            recipe=recipe(job.options.method, job.options.group_size),
+            recipe=modifiers,
             max_seq_length=job.tokens.shape[1],
             num_calibration_samples=len(job.tokens),
         )
     )
     text.save_pretrained(job.out / "weights", save_compressed=True)
-    record(job, "llmcompressor", seconds, "weights", f"text model only (thinker.model); {job.options.method}")
+    record(job, "llmcompressor", seconds, "weights", f"text model only (thinker.model); {note}")
+
+
+def main() -> None:
+    job = read_job(method="awq")
+    thinker = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(job.model, dtype=torch.float32)
+    quantize_text_model(job, thinker, recipe(job.options.method, job.options.group_size), job.options.method)
 
 
 if __name__ == "__main__":
