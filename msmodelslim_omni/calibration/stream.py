@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..errors import QuantError
-from ..models import MODALITIES, LayerInput, LayerSpec
+from ..models import MODALITIES, LayerInput, LayerSpec, can_join, join_samples
 from ..numerics import reduced_products, relative_error
 from ..plan import QuantPlan, refit_budget
-from ..runtime import SINGLE_PROCESS, Budget, Progress, Team
+from ..runtime import SINGLE_PROCESS, Budget, Progress, Split, Team
 from ..statistics import InputRecorder, InputStats, run_layer
+from .batches import join_batches
 from .ends import SampleEnds
 from .layer_probe import Errors, LayerProbe, add_sums, squared_errors, sums_by_modality
 from .sample_store import HiddenStates, refuse_nonfinite_states
@@ -23,6 +25,9 @@ from .token_roles import assign_roles
 # Shares of a layer's time that the forwards of the samples take, to estimate the time that is left in the first layer.
 # From the table of phases in benchmarks/README.md. With H, the other phases take as long as this many tokens.
 _FORWARD_SHARE, _TOKENS_OF_SEARCH = 0.44, 20_000
+
+# Runs the layer on the samples at these positions, joined, and returns the output.
+_Record = Callable[[range, LayerInput], torch.Tensor]
 
 _BOUNDARIES = 3  # before a layer, after the float layer, and after the quantized layer
 
@@ -53,8 +58,9 @@ class Captured:
 class CalibrationStream:
     """All samples at one boundary between decoder layers; `capture` and then `advance` move them to the next one.
 
-    In a run of several processes, each process runs its own samples and keeps their hidden states in its own files.
-    Results of `capture` and `advance` cover the samples of all processes.
+    Short samples run through a layer joined, see join_batches. In a run of several processes, each process runs its own
+    samples and keeps their hidden states in its own files. Results of `capture` and `advance` cover the samples of all
+    processes.
     """
 
     def __init__(
@@ -76,9 +82,13 @@ class CalibrationStream:
         self._device = device
         self._team = team
         self._progress = progress or Progress()
-        self._split = team.split(stems.lengths)
         self._store = stems.store(self.budget.arguments)
         self._roles = assign_roles(stems.modalities, plan.calibration.modality_weights)
+        can = can_join(self._store.arguments(stems.numbers[0], torch.device("cpu")))
+        self._batches = join_batches(stems.lengths, self._roles.probe_samples if can else range(len(stems)))
+        self._batch_split = team.split([sum(self._lengths(batch)) for batch in self._batches])
+        owners = zip(self._batches, self._batch_split.owners, strict=True)
+        self._split = Split(team, tuple(owner for batch, owner in owners for _ in batch))
 
     @property
     def budget(self) -> Budget:
@@ -125,16 +135,25 @@ class CalibrationStream:
         for path in self._folder.glob(f"hidden-{layer:04d}*.safetensors"):
             path.unlink()
 
-    def _inputs(self, layer: int, forward: str, shares: tuple[float, float]) -> Iterator[tuple[int, LayerInput]]:
-        """Position and input of a layer of each of this process' samples.
+    def _inputs(
+        self, layer: int, forward: str, shares: tuple[float, float]
+    ) -> Iterator[tuple[range, list[LayerInput]]]:
+        """Positions and inputs of a layer of each batch of this process.
 
         forward: which forward it is, for the progress. shares: of the layer's work, before it and after it.
         """
-        count, (before, after) = len(self._split.local_items), shares
-        for own, position in enumerate(self._split.local_items):
-            self._progress.doing(f"{forward}, sample {own + 1}/{count}", before + (after - before) * own / count)
-            number = self.stems.numbers[position]
-            yield position, self._store.layer_input(number, layer, self._hidden.read(own), self._device)
+        done, count, (before, after) = 0, len(self._split.local_items), shares
+        for batch in (self._batches[item] for item in self._batch_split.local_items):
+            self._progress.doing(f"{forward}, sample {done + 1}/{count}", before + (after - before) * done / count)
+            samples = []
+            for position in batch:
+                number, hidden = self.stems.numbers[position], self._hidden.read(done)
+                samples.append(self._store.layer_input(number, layer, hidden, self._device))
+                done += 1
+            yield batch, samples
+
+    def _lengths(self, batch: range) -> list[int]:
+        return self.stems.lengths[batch.start : batch.stop]
 
     def _forward_share(self) -> float:
         """The share of a layer's time that one forward of all samples takes, from measured runs."""
@@ -153,7 +172,7 @@ class CalibrationStream:
         """
         uses_gram, roles = self._plan.statistics == "gram", self._roles
         tokens = list(roles.gram_counts) if uses_gram else None
-        recorder = InputRecorder(module, spec, tokens, self.budget, self._split, roles.importance, self._folder)
+        recorder = InputRecorder(module, spec, tokens, self.budget, self._batch_split, roles.importance, self._folder)
         # Only a search on H tries its candidates in the blocks themselves.
         blocks = {group.block for group in spec.groups} if uses_gram or watch_blocks else set()
         probe = LayerProbe(module, blocks, roles.importance, self._split.subset(sorted(roles.probe_samples)))
@@ -173,34 +192,55 @@ class CalibrationStream:
         self._exact.write(self._plain_outputs(layer, module))
 
     def _plain_outputs(self, layer: int, module: torch.nn.Module) -> Iterator[torch.Tensor]:
-        for position, inputs in self._inputs(layer, "float forward", (0.0, 1.0)):
-            out = run_layer(module, inputs).cpu()
-            refuse_nonfinite_states(out, f"layer {layer}", self.stems.samples[position].where)
-            yield out
+        for batch, samples in self._inputs(layer, "float forward", (0.0, 1.0)):
+            yield from self._finite(layer, batch, run_layer(module, join_samples(samples)).cpu())
+
+    def _finite(self, layer: int, batch: range, out: torch.Tensor) -> Sequence[torch.Tensor]:
+        """The output of each sample of a batch, [1, tokens, hidden]. Raises QuantError if one holds NaN or Inf."""
+        outputs = torch.split(out, self._lengths(batch), dim=1)
+        for position, of_sample in zip(batch, outputs, strict=True):
+            refuse_nonfinite_states(of_sample, f"layer {layer}", self.stems.samples[position].where)
+        return outputs
 
     def _float_outputs(
         self, layer: int, module: torch.nn.Module, recorder: InputRecorder, probe: LayerProbe
     ) -> Iterator[torch.Tensor]:
-        roles, modalities = self._roles, self.stems.modalities
-        for position, inputs in self._inputs(layer, "float forward", (0.0, self._forward_share())):
-            sample = self.stems.samples[position]
-            recorder.begin(
-                modalities[position],
-                roles.rows[position],
-                in_gram=position not in roles.held_out,
-                gram_offsets=list(roles.gram_offsets[position]),
-            )
+        record = partial(self._record, module, recorder, probe)
+        for batch, samples in self._inputs(layer, "float forward", (0.0, self._forward_share())):
             try:
-                if position in roles.probe_samples:
-                    out = probe.watch(inputs, modalities[position])
-                else:
-                    with reduced_products(module):
-                        out = run_layer(module, inputs)
-                on_cpu = recorder.end(out)
+                out = record(batch, join_samples(samples))
             except QuantError as error:
-                raise QuantError(f"layer {layer}, {error.message} with sample {sample.where}", error.hint) from error
-            refuse_nonfinite_states(on_cpu, f"layer {layer}", sample.where)
-            yield on_cpu
+                where = self._culprit(record, batch, samples)
+                raise QuantError(f"layer {layer}, {error.message} with sample {where}", error.hint) from error
+            yield from self._finite(layer, batch, out)
+
+    def _record(
+        self, module: torch.nn.Module, recorder: InputRecorder, probe: LayerProbe, batch: range, inputs: LayerInput
+    ) -> torch.Tensor:
+        """Run the float layer on a batch, with statistics. Returns its output on the CPU."""
+        roles, lengths = self._roles, self._lengths(batch)
+        firsts = [sum(lengths[:i]) for i in range(len(batch))]
+        recorder.begin(
+            torch.cat([self.stems.modalities[position] for position in batch]),
+            torch.cat([roles.rows[position] + first for position, first in zip(batch, firsts, strict=True)]),
+            in_gram=batch.start not in roles.held_out,
+            gram_offsets=list(roles.gram_offsets[batch.start]),
+        )
+        if batch.start in roles.probe_samples:
+            out = probe.watch(inputs, self.stems.modalities[batch.start])
+        else:
+            with reduced_products(module):
+                out = run_layer(module, inputs)
+        return recorder.end(out, inputs.lengths)
+
+    def _culprit(self, record: _Record, batch: range, samples: Sequence[LayerInput]) -> str:
+        """The sample of a batch that cannot be recorded. The run is over, so statistics may count samples twice."""
+        for position, inputs in zip(batch, samples, strict=True):
+            try:
+                record(range(position, position + 1), inputs)
+            except QuantError:
+                return self.stems.samples[position].where
+        return ", ".join(self.stems.samples[position].where for position in batch)
 
     def advance(self, layer: int, module: Callable[[], torch.nn.Module], probe_errors: Errors) -> OutputError:
         """Move to the next layer's inputs. Returns the error of the quantized layer's outputs against the float layer.
@@ -236,9 +276,12 @@ class CalibrationStream:
         self, layer: int, module: torch.nn.Module, errors: list[tuple[torch.Tensor, torch.Tensor]]
     ) -> Iterator[torch.Tensor]:
         """errors: receives the squares of each of this process' samples by token, and the tokens' modality."""
-        shares = (1.0 - self._forward_share(), 1.0)
-        for own, (position, inputs) in enumerate(self._inputs(layer, "quantized forward", shares)):
-            out = run_layer(module, inputs)
-            exact = self._exact.read(own).to(self._device)
-            errors.append((squared_errors(inputs.hidden, exact, out), self.stems.modalities[position]))
-            yield out
+        shares, own = (1.0 - self._forward_share(), 1.0), 0
+        for batch, samples in self._inputs(layer, "quantized forward", shares):
+            joined = run_layer(module, join_samples(samples))
+            outputs = torch.split(joined, self._lengths(batch), dim=1)
+            for position, inputs, out in zip(batch, samples, outputs, strict=True):
+                exact = self._exact.read(own).to(self._device)
+                errors.append((squared_errors(inputs.hidden, exact, out), self.stems.modalities[position]))
+                own += 1
+                yield out

@@ -8,14 +8,27 @@ Not here: quantization. A ModelSpec names the Linears; the recipe decides how to
 
 from __future__ import annotations
 
-from .attention import AttentionRecord, pass_cache_through
-from .inputs import MODALITIES, ClipSize, FrameChoice, LayerInput, MediaLimits, MediaProcessor, ModelInputs, Stem
+from .attention import AttentionRecord, attention_apart, pass_cache_through
+from .inputs import (
+    JOINED_TOKENS,
+    MODALITIES,
+    ClipSize,
+    FrameChoice,
+    LayerInput,
+    MediaLimits,
+    MediaProcessor,
+    ModelInputs,
+    Stem,
+    can_join,
+    join_samples,
+)
 from .log_mel import log_mel
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
 from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport, Spoken
 from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock, apply_renaming, is_recomputed_buffer
 
 __all__ = [
+    "JOINED_TOKENS",
     "MODALITIES",
     "MODEL_TYPES",
     "AttentionRecord",
@@ -38,9 +51,12 @@ __all__ = [
     "Spoken",
     "Stem",
     "apply_renaming",
+    "attention_apart",
+    "can_join",
     "derive_model_type",
     "find_model_type",
     "is_recomputed_buffer",
+    "join_samples",
     "log_mel",
     "pass_cache_through",
 ]

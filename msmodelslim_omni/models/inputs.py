@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,12 @@ if TYPE_CHECKING:
     import torch
 
 MODALITIES = ("text", "image", "audio", "video")
+
+# Samples are joined up to so many tokens: enough that the products of a Linear run at full speed.
+JOINED_TOKENS = 1024
+
+# The dimension of the tokens in the arguments of a decoder layer.
+_TOKENS_AT = {"position_embeddings": -2, "position_ids": -1, "cache_position": -1}
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,40 @@ class LayerInput:
     """Input of a decoder layer for one sample: hidden states, float32 [1, tokens, hidden], and the other arguments.
 
     deepstack: what the model adds after the first layers; only a stem returns it.
+    lengths, masks: of samples that are joined, the tokens and the attention mask of each; see join_samples.
     """
 
     hidden: torch.Tensor
     arguments: dict[str, Any]
     deepstack: Deepstack | None = None
+    lengths: tuple[int, ...] = ()
+    masks: tuple[torch.Tensor | None, ...] = ()
+
+
+def can_join(arguments: Collection[str]) -> bool:
+    """Whether samples with these arguments of a decoder layer can be joined: whether all of them are known."""
+    return {*arguments} <= {*_TOKENS_AT, "attention_mask"}
+
+
+def join_samples(samples: Sequence[LayerInput]) -> LayerInput:
+    """The inputs of several samples one after the other, in one. Their attention is to be kept apart."""
+    import torch
+
+    if len(samples) == 1:
+        return samples[0]
+    arguments: dict[str, Any] = {}
+    for name in samples[0].arguments.keys() - {"attention_mask"}:
+        values = [sample.arguments[name] for sample in samples]
+        if isinstance(values[0], tuple):
+            arguments[name] = tuple(torch.cat(parts, dim=_TOKENS_AT[name]) for parts in zip(*values, strict=True))
+        else:
+            arguments[name] = torch.cat(values, dim=_TOKENS_AT[name])
+    return LayerInput(
+        torch.cat([sample.hidden for sample in samples], dim=1),
+        arguments | {"attention_mask": None},
+        lengths=tuple(sample.hidden.shape[1] for sample in samples),
+        masks=tuple(sample.arguments.get("attention_mask") for sample in samples),
+    )
 
 
 class Stem(Protocol):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..errors import QuantError
-from ..models import LinearGroup
+from ..models import JOINED_TOKENS, LinearGroup
 from ..runtime import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
 from ..statistics import GramForm, choose_form, rows_per_modality
 from .plan import QuantPlan
@@ -134,7 +134,8 @@ def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: E
     probe = ((24 if searching else 8) * layer.hidden + _ARGUMENT_BYTES) * probed
     # layer.integers: the previous layer, which is still being written.
     common = _PROCESS_WITH_MEDIA + layer.stored + next_read + layer.integers + rows + stores + probe + _BLOCKS
-    activations = 4 * longest * (3 * layer.inner + 8 * layer.hidden)
+    together = max(longest, min(tokens, JOINED_TOKENS))
+    activations = 4 * together * (3 * layer.inner + 8 * layer.hidden)
     grams = [_gram_bytes(plan.budget, width, extent) for width in layer.inputs.values()] if searching else []
     if searching and layer.routed_inputs:
         grams.append(_routed_gram_bytes(layer, tokens))

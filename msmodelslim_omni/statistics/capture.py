@@ -7,6 +7,7 @@ modality, so that modalities can be weighted later without another forward pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from ..errors import QuantError
-from ..models import MODALITIES, AttentionRecord, LayerInput, LayerSpec, LinearGroup, RoutedBlock
+from ..models import MODALITIES, AttentionRecord, LayerInput, LayerSpec, LinearGroup, RoutedBlock, attention_apart
 from ..runtime import DEFAULT_BUDGET, UNSPLIT, Budget, Split, Team, float64_device, to_cpu
 from .gram import (
     Gram,
@@ -238,8 +239,8 @@ class InputRecorder:
     tokens: the number of tokens of each modality in the samples that enter H, or None if H is not collected.
     importance: the weight of one token of each modality, with which H of all modalities may be summed at once; None if
     H is needed per modality. budget: the memory budget of H. folder: for an H that does not fit.
-    split: the assignment of samples to processes. Maxima, counts and rows of several processes are bit-identical to
-    those of a single process; sums of |x| are added in another order, in float32.
+    split: the assignment of samples to processes; joined samples are one here. Maxima, counts and rows of several
+    processes are bit-identical to those of a single process; sums of |x| are added in another order, in float32.
     """
 
     def __init__(
@@ -292,7 +293,7 @@ class InputRecorder:
         in_gram: bool = True,
         gram_offsets: Sequence[int] | None = None,
     ) -> None:
-        """Prepare for the next sample. Run the layer on it next, then call `end`.
+        """Prepare for the next sample, or the next joined samples. Run the layer on it next, then call `end`.
 
         modality: int8 [tokens]. chosen: indices of rows to keep. in_gram: whether the sample enters H.
         gram_offsets: the number of tokens of each modality in H from all samples before this one, in all processes;
@@ -300,11 +301,15 @@ class InputRecorder:
         """
         self._modality, self._chosen, self._in_gram, self._gram_offsets = modality, chosen, in_gram, gram_offsets
         self._begun += 1
+        self._waiting, self._faults = {}, {}
+        if self._attention is not None:
+            self._attention.forget()
 
-    def end(self, out: torch.Tensor) -> torch.Tensor:
+    def end(self, out: torch.Tensor, lengths: Sequence[int] = ()) -> torch.Tensor:
         """Complete H with the sample that has run through the layer. out: the layer's output, [1, tokens, hidden].
 
-        Returns `out` on the CPU. Raises QuantError if an input of a Linear held NaN or Inf.
+        lengths: tokens of each of joined samples. Returns `out` on the CPU. Raises QuantError if an input of a Linear
+        held NaN or Inf.
         """
         *faults, out_on_cpu = to_cpu([*(fault.to(out.dtype) for fault in self._faults.values()), out])
         for name, fault in zip(self._faults, faults, strict=True):
@@ -315,7 +320,7 @@ class InputRecorder:
                 )
         self._faults = {}
         if self._waiting:
-            by_length = relative_weights(out[0])
+            by_length = torch.cat([relative_weights(part) for part in torch.split(out[0], [*lengths] or len(out[0]))])
             for group, (x, tokens) in self._waiting.items():
                 of_tokens = self._of_values() if group == self._value_group else by_length
                 of_tokens = (of_tokens if tokens is None else of_tokens[tokens.to(of_tokens.device)]).sqrt()[:, None]
@@ -425,7 +430,8 @@ def _gram_builders(
 
 def run_layer(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:
     """Run one layer. Returns its output hidden states, [1, tokens, hidden]."""
-    with torch.inference_mode():
+    apart = attention_apart(layer, inputs.lengths, inputs.masks) if inputs.lengths else nullcontext()
+    with torch.inference_mode(), apart:
         out = layer(inputs.hidden, **inputs.arguments)
     hidden: torch.Tensor = out[0] if isinstance(out, tuple) else out  # transformers 4 returns a tuple
     return hidden

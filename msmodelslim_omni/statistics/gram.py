@@ -19,7 +19,7 @@ from ..runtime import SINGLE_PROCESS, Team
 from .spilled import Spill, SpilledMatrix
 
 _FLUSH_ROWS = 1024  # tokens to collect before each matrix product
-_TILE = 512  # columns of H per matrix product; only the upper triangle is computed, then mirrored
+_TILE = 256  # columns of H per matrix product; only the upper triangle is computed, then mirrored
 
 
 @dataclass(frozen=True)

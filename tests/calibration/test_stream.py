@@ -13,6 +13,8 @@ from omni_layers import difference, float_layer, float_weights, open_stream
 from safetensors.torch import load_file
 from ties import assert_rounded
 
+from msmodelslim_omni.calibration.batches import join_batches
+from msmodelslim_omni.calibration.layer_probe import zero_errors
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.models.inputs import LayerInput
@@ -148,6 +150,35 @@ def test_second_moments_are_collected_if_the_recipe_needs_them(text_run: Prepare
         assert gram.factor is None or len(gram.factor) == gram.tokens
     assert sum(captured.importance.values()) * gram.tokens == pytest.approx(1.0)
     assert captured.probe.weighted_error(captured.probe.errors(module)) == 0.0
+
+
+def test_joined_samples_give_what_they_give_alone(
+    text_run: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states, statistics, kept rows and H, with the rows of both in the same order."""
+    captured, hidden = {}, {}
+    for name, most in (("joined", 1024), ("alone", 0)):
+        monkeypatch.setattr("msmodelslim_omni.calibration.batches.JOINED_TOKENS", most)
+        stream = open_stream(text_run, tmp_path / name)
+        assert max(map(len, stream._batches)) == (2 if most else 1)
+        captured[name] = stream.capture(0, float_layer(text_run), text_run.plan.layer_spec).stats
+        stream.advance(0, partial(float_layer, text_run), zero_errors())
+        hidden[name] = load_file(tmp_path / name / "hidden-0001.safetensors")
+    torch.testing.assert_close(hidden["joined"], hidden["alone"])
+    for group, alone in captured["alone"].items():
+        joined = captured["joined"][group]
+        for field in ("absmax", "abssum", "count", "rows", "row_modality"):
+            torch.testing.assert_close(getattr(joined, field), getattr(alone, field))
+        (one,), (other,) = joined.grams.values(), alone.grams.values()
+        torch.testing.assert_close(one.diagonal(), other.diagonal())
+        assert one.tokens == other.tokens and one.kind == other.kind
+
+
+def test_batches_are_consecutive_samples_up_to_a_limit() -> None:
+    lengths = [500, 500, 24, 1, 2000, 3, 4, 5, 1024, 6]
+    batches = [range(3), range(3, 4), range(4, 5), range(5, 6), range(6, 7), range(7, 8), range(8, 9), range(9, 10)]
+    assert join_batches(lengths, alone={6}) == batches
+    assert join_batches([1024, 1, 1023, 1], alone=()) == [range(1), range(1, 3), range(3, 4)]
 
 
 def test_error_on_nan_names_layer_linear_and_sample(text_run: Prepared, tmp_path: Path) -> None:

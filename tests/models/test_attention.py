@@ -9,6 +9,7 @@ from tiny_layer import received_attention as received_attention_of_library
 
 from msmodelslim_omni.models import attention
 from msmodelslim_omni.models.attention import AttentionRecord, received_attention
+from msmodelslim_omni.models.inputs import LayerInput, can_join, join_samples
 from msmodelslim_omni.statistics.capture import run_layer
 
 
@@ -43,6 +44,35 @@ def test_record_agrees_with_the_library(layer: torch.nn.Module, monkeypatch: pyt
         torch.testing.assert_close(record.received(), expected)
         record.remove()
     assert layer.self_attn.config._attn_implementation == "sdpa"
+
+
+def test_joined_samples_do_not_see_each_other(layer: torch.nn.Module) -> None:
+    """The outputs and the attention received are those of each sample alone; one of them has a mask of its own."""
+    samples = [sample(tokens=tokens, seed=tokens).inputs for tokens in (9, 1, 14)]
+    mask = torch.ones(14, 14, dtype=torch.bool).tril() & (torch.arange(14) != 3)[None]
+    samples[2] = LayerInput(samples[2].hidden, samples[2].arguments | {"attention_mask": mask[None, None]})
+    alone = [run_layer(layer, each) for each in samples]
+    received = torch.cat([received_attention_of(layer, each) for each in samples])
+    joined = join_samples(samples)
+    assert joined.lengths == (9, 1, 14)
+    torch.testing.assert_close(run_layer(layer, joined), torch.cat(alone, dim=1))
+    torch.testing.assert_close(received_attention_of(layer, joined), received)
+    assert layer.self_attn.config._attn_implementation == "sdpa"
+    unlike = run_layer(layer, LayerInput(joined.hidden, joined.arguments))
+    assert float((unlike[:, 9:] - torch.cat(alone[1:], dim=1)).abs().max()) > 1e-3  # a test that can fail
+
+
+def received_attention_of(layer: torch.nn.Module, inputs: LayerInput) -> torch.Tensor:
+    record = AttentionRecord(layer)
+    run_layer(layer, inputs)
+    received = record.received()
+    record.remove()
+    return received
+
+
+def test_samples_with_unknown_arguments_are_not_joined() -> None:
+    assert can_join(["position_embeddings", "attention_mask", "position_ids", "cache_position"])
+    assert not can_join(["position_embeddings", "something_new"])
 
 
 def test_value_group_is_the_input_of_v_proj() -> None:
