@@ -25,7 +25,8 @@ from ..statistics import InputStats, evenly_spaced, relative_weights
 
 _WEIGHT_ROWS = 128  # output rows of each Linear for their maxima
 _NUMBERS = 1 << 23  # maximum numbers of the inputs that are used
-_STEPS, _RATE = 100, 0.05  # of Adam, on the logarithms of the factors; the rate falls to zero
+# Of Adam, on the logarithms of the factors; the rate falls to zero. 100 steps at 0.05 gain another 0.1 % of the loss.
+_STEPS, _RATE = 60, 0.08
 _PARTS = 16  # of the numbers whose maximum is searched
 _LIMIT = 14.0  # of |log2 s|, which keeps norms in the range of float16
 

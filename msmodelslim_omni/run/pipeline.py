@@ -62,7 +62,7 @@ def quantize(
     on_bad_sample: Literal["fail", "skip"] | None = None,
     effort: Literal["fast", "best"] | None = None,
     compute_dtype: ComputeDtype | None = None,
-    save_format: Sequence[str] = (),
+    save_format: str | Sequence[str] = (),
     seed: int = 0,
     trust_remote_code: bool = False,
     overwrite: bool = False,
@@ -72,7 +72,7 @@ def quantize(
     """Quantize a checkpoint by a recipe and write it in every format that the recipe names.
 
     The arguments are the fields of QuantRequest, which describes them. overwrite: replace an earlier output in
-    save_path. max_memory: bytes, or a text such as "6GiB". Raises QuantError for every error that the user can fix. A
+    save_path. max_memory: bytes, or a text such as "6GiB". save_format: one or several. Raises QuantError for every error that the user can fix. A
     run that was stopped at any moment resumes when called again. Processes started by torchrun share one run; each of
     them returns the report.
     """
@@ -87,7 +87,7 @@ def quantize(
         on_bad_sample=on_bad_sample,
         effort=effort,
         compute_dtype=compute_dtype,
-        save_format=tuple(save_format),
+        save_format=(save_format,) if isinstance(save_format, str) else tuple(save_format),
         seed=seed,
         trust_remote_code=trust_remote_code,
         max_memory=parse_size(max_memory) if isinstance(max_memory, str) else max_memory,

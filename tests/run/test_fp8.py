@@ -227,7 +227,7 @@ def refused(tiny: Path, tmp_path: Path, text: str, **arguments: Any) -> str:
 def test_formats_without_fp8(tiny: Path, tmp_path: Path) -> None:
     text = RECIPE.replace("QCONFIG", FP8)
     assert "Ascend A2 and A3" in refused(tiny, tmp_path, text, save_format=["ascendv1_saver"])
-    assert "awq cannot store" in refused(tiny, tmp_path, text, save_format=["awq"])
+    assert "awq cannot store" in refused(tiny, tmp_path, text, save_format="awq")
     both = text.replace(
         "[{type: linear", f'[{{type: linear_quant, qconfig: {FP8_BLOCK}, include: ["*o_proj"]}}, {{type: linear'
     )
