@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,6 +60,7 @@ LAZY = {
 }  # fmt: skip
 
 
+@cache
 def parsed(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
@@ -81,7 +83,8 @@ def running_nodes(node: ast.AST) -> Iterator[ast.AST]:
         yield from running_nodes(child)
 
 
-def own_imports(module: str, *, for_types: bool = False) -> set[str]:
+@cache
+def own_imports(module: str, *, for_types: bool = False) -> frozenset[str]:
     """Modules of this package that a module imports, also inside functions.
 
     for_types: include imports under `if TYPE_CHECKING`.
@@ -97,7 +100,7 @@ def own_imports(module: str, *, for_types: bool = False) -> set[str]:
         for alias in node.names:
             inner = f"{target}.{alias.name}".lstrip(".")
             imported.add(inner if inner in MODULES and not is_reexported(target, alias.name) else target)
-    return imported
+    return frozenset(imported)
 
 
 def is_reexported(package: str, name: str) -> bool:
