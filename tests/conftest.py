@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -23,6 +24,14 @@ from outputs import quantize_all
 from msmodelslim_omni.commands.shell import quiet_libraries
 
 quiet_libraries()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_objects() -> None:
+    """Leave the objects of libraries and of earlier modules to no garbage collection: each takes as long as a layer."""
+    gc.set_threshold(20_000)  # as the command does
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
