@@ -22,6 +22,7 @@ from make_tiny_vl import make_tiny_vl
 from outputs import quantize_all
 
 from msmodelslim_omni.commands.shell import quiet_libraries
+from msmodelslim_omni.processors import expected_error
 
 quiet_libraries()
 
@@ -40,6 +41,28 @@ def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_report_html", "test_model_card", "test_analysis_page"):
             patch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
+        yield
+
+
+# Modules that check the quality of refined scales, or compare with runs in processes of their own.
+REFINED = ("test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_team")
+STEPS = expected_error._STEPS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _refine_in_few_steps(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Refine scales in 10 steps of gradient descent, because 100 take half of a tiny run; in `full` tests in 100."""
+    with pytest.MonkeyPatch.context() as patch:
+        if pytestconfig.option.markexpr == "not full":
+            patch.setattr(expected_error, "_STEPS", 10)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _refine_in_all_steps(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ in REFINED:
+            patch.setattr(expected_error, "_STEPS", STEPS)
         yield
 
 
