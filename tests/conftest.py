@@ -45,7 +45,10 @@ def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Modules that check the quality of refined scales, or compare with runs in processes of their own.
-REFINED = ("test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_team")
+REFINED = (
+    "test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_end_to_end",
+    "test_team",
+)  # fmt: skip
 STEPS = expected_error._STEPS
 
 
@@ -64,6 +67,12 @@ def _refine_in_all_steps(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.module.__name__ in REFINED:
             patch.setattr(expected_error, "_STEPS", STEPS)
         yield
+
+
+@pytest.fixture
+def all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refine scales in all steps in one test."""
+    monkeypatch.setattr(expected_error, "_STEPS", STEPS)
 
 
 @pytest.fixture(scope="session")
