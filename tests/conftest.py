@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 # Before torch is imported. Processes that tests start inherit both.
@@ -20,9 +21,9 @@ from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 from make_tiny_qwen3_vl import make_tiny_qwen3_vl
 from make_tiny_vl import make_tiny_vl
 from outputs import quantize_all
+from refinement import ALL_STEPS, FEW_STEPS, steps
 
 from msmodelslim_omni.commands.shell import quiet_libraries
-from msmodelslim_omni.processors import expected_error
 
 quiet_libraries()
 
@@ -45,34 +46,26 @@ def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Modules that check the quality of refined scales, or compare with runs in processes of their own.
-REFINED = (
-    "test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_end_to_end",
-    "test_team",
-)  # fmt: skip
-STEPS = expected_error._STEPS
+REFINED = ("test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_team")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _refine_in_few_steps(pytestconfig: pytest.Config) -> Iterator[None]:
-    """Refine scales in 10 steps of gradient descent, because 100 take half of a tiny run; in `full` tests in 100."""
-    with pytest.MonkeyPatch.context() as patch:
-        if pytestconfig.option.markexpr == "not full":
-            patch.setattr(expected_error, "_STEPS", 10)
+def _few_steps(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Refine scales in few steps where nothing depends on their quality; `full` tests refine in all steps."""
+    with steps(FEW_STEPS if pytestconfig.option.markexpr == "not full" else ALL_STEPS):
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _refine_in_all_steps(request: pytest.FixtureRequest) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ in REFINED:
-            patch.setattr(expected_error, "_STEPS", STEPS)
+def _all_steps_in_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    with steps(ALL_STEPS) if request.module.__name__ in REFINED else nullcontext():
         yield
 
 
 @pytest.fixture
-def all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refine scales in all steps in one test."""
-    monkeypatch.setattr(expected_error, "_STEPS", STEPS)
+def all_steps() -> Iterator[None]:
+    with steps(ALL_STEPS):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -22,9 +22,9 @@ from make_tiny_omni import make_tiny_omni
 from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 from make_tiny_qwen3_vl import make_tiny_qwen3_vl
 from make_tiny_vl import make_tiny_vl
+from refinement import steps
 
 from msmodelslim_omni import quantize
-from msmodelslim_omni.processors import expected_error
 from simulated_card.card import Kind, simulated_card
 
 ROOT = Path(__file__).parents[2]
@@ -112,15 +112,15 @@ def compared(name: str, outs: list[Any]) -> list[str]:
 
 
 def main(folder: str, kind: Kind, *recipes: str) -> None:
-    expected_error._STEPS = 3  # of gradient descent
     chosen = list(recipes) or sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
     with simulated_card(kind):  # before the first gradient of the process
         import torch
 
         start = torch.ones(1, device=kind).requires_grad_()
         torch.autograd.grad(start.sum(), [start])
-    for name, different in runs(Path(folder), kind, chosen):
-        print(name, "differs: " + ", ".join(different) if different else "equal", flush=True)
+    with steps(3):
+        for name, different in runs(Path(folder), kind, chosen):
+            print(name, "differs: " + ", ".join(different) if different else "equal", flush=True)
 
 
 if __name__ == "__main__":
