@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 # Before torch is imported. Processes that tests start inherit both.
@@ -19,10 +21,19 @@ from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 from make_tiny_qwen3_vl import make_tiny_qwen3_vl
 from make_tiny_vl import make_tiny_vl
 from outputs import quantize_all
+from refinement import ALL_STEPS, FEW_STEPS, steps
 
 from msmodelslim_omni.commands.shell import quiet_libraries
 
 quiet_libraries()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_objects() -> None:
+    """Leave the objects of libraries and of earlier modules to no garbage collection: each takes as long as a layer."""
+    gc.set_threshold(20_000)  # as the command does
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,6 +42,29 @@ def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_report_html", "test_model_card", "test_analysis_page"):
             patch.setitem(sys.modules, "matplotlib", None)  # makes the import fail
+        yield
+
+
+# Modules that check the quality of refined scales, or compare with runs in processes of their own.
+REFINED = ("test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_team")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_steps(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Refine scales in few steps where nothing depends on their quality; `full` tests refine in all steps."""
+    with steps(FEW_STEPS if pytestconfig.option.markexpr == "not full" else ALL_STEPS):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_steps_in_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    with steps(ALL_STEPS) if request.module.__name__ in REFINED else nullcontext():
+        yield
+
+
+@pytest.fixture
+def all_steps() -> Iterator[None]:
+    with steps(ALL_STEPS):
         yield
 
 

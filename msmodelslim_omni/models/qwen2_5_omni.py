@@ -17,6 +17,7 @@ from .qwen2_5 import (
     DecoderStem,
     TextBlock,
     build_with_weights,
+    layer_settings,
     load_transformers,
     with_changes,
 )
@@ -139,11 +140,15 @@ def _thinker_config(config: dict[str, Any]) -> Any:
     return built
 
 
+def _layer_config(config: dict[str, Any]) -> Any:
+    return _thinker_config(config).text_config
+
+
 def _layer(config: dict[str, Any], index: int) -> Any:
     load_transformers()
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniDecoderLayer
 
-    return Qwen2_5OmniDecoderLayer(_thinker_config(config).text_config, index)
+    return Qwen2_5OmniDecoderLayer(layer_settings(_layer_config, config), index)
 
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:

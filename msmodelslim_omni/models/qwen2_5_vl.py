@@ -22,6 +22,7 @@ from .qwen2_5 import (
     DecoderStem,
     TextBlock,
     build_with_weights,
+    layer_settings,
     load_transformers,
     with_changes,
 )
@@ -152,11 +153,15 @@ def _transformers_config(config: dict[str, Any]) -> Any:
     return built
 
 
+def _layer_config(config: dict[str, Any]) -> Any:
+    return _transformers_config(config).text_config
+
+
 def _layer(config: dict[str, Any], index: int) -> Any:
     load_transformers()
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
-    return Qwen2_5_VLDecoderLayer(_transformers_config(config).text_config, index)
+    return Qwen2_5_VLDecoderLayer(layer_settings(_layer_config, config), index)
 
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import qwen2_5, qwen3, qwen3_omni_generate
 from .inputs import MediaLimits, ModelInputs
-from .qwen2_5 import DecoderStem, build_with_weights, load_transformers, with_changes
+from .qwen2_5 import DecoderStem, build_with_weights, layer_settings, load_transformers, with_changes
 from .qwen2_5_media import open_processor
 from .qwen2_5_omni_media import OmniMediaProcessor
 from .qwen3_experts import NO_EXPERTS, experts_of, sparse_mlp, thinker_text
@@ -182,13 +182,17 @@ def _thinker_config(config: dict[str, Any]) -> Any:
     return built
 
 
+def _layer_config(config: dict[str, Any]) -> Any:
+    return _thinker_config(config).text_config
+
+
 def _layer(config: dict[str, Any], index: int) -> Any:
     """The library's decoder layer without experts."""
     load_transformers()
     from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import Qwen3OmniMoeThinkerTextDecoderLayer
 
     layer: Any = Qwen3OmniMoeThinkerTextDecoderLayer  # untyped in transformers
-    return layer(_thinker_config(_one_layer(config)).text_config, index)
+    return layer(layer_settings(_layer_config, _one_layer(config)), index)
 
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from .qwen2_5 import (
     DecoderStem,
     TextBlock,
     build_with_weights,
+    layer_settings,
     load_transformers,
     with_changes,
 )
@@ -160,11 +161,15 @@ def _transformers_config(config: dict[str, Any]) -> Any:
     return built
 
 
+def _layer_config(config: dict[str, Any]) -> Any:
+    return _transformers_config(config).text_config
+
+
 def _layer(config: dict[str, Any], index: int) -> Any:
     load_transformers()
     from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
-    return Qwen3VLTextDecoderLayer(_transformers_config(config).text_config, index)
+    return Qwen3VLTextDecoderLayer(layer_settings(_layer_config, config), index)
 
 
 def build_layer(config: dict[str, Any], index: int, weights: dict[str, Any]) -> Any:

@@ -194,6 +194,7 @@ def test_probe_does_not_change_the_layer(weights: dict[str, torch.Tensor], captu
 
 @pytest.mark.parametrize("group", SPEC.groups, ids=lambda group: group.name)
 @pytest.mark.parametrize("kind", ["awq", "iter_smooth"])
+@pytest.mark.usefixtures("all_steps")
 def test_scaled_and_smoothed_modules_take_unscaled_inputs(
     weights: dict[str, torch.Tensor], captured: Captured, group: LinearGroup, kind: str
 ) -> None:

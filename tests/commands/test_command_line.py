@@ -128,42 +128,47 @@ def test_spellings_of_formats() -> None:
 # --- answers before torch is imported ------------------------------------------------------------------------
 
 WITHOUT_TORCH = """
-import sys
+import contextlib, io, json, sys
 from msmodelslim_omni.cli import main
-try:
-    main()
-except SystemExit as end:
-    print(end.code, "torch" in sys.modules)
+answers = []
+for words in json.load(sys.stdin):
+    sys.argv[1:] = words
+    with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            main()
+        except SystemExit as end:
+            answers.append([end.code, stderr.getvalue(), "torch" in sys.modules])
+print(json.dumps(answers))
 """
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["quant", "nowhere", "out"], "does not exist"),
-        (["quant", "Qwen/Qwen2.5-Omni-7B", "out"], "hf download Qwen/Qwen2.5-Omni-7B --local-dir Qwen2.5-Omni-7B"),
-        (["quant", "MODEL", "MODEL/out"], "lie inside one another"),
-        (["quant", "MODEL", "out", "--dataset", "none"], "dataset 'none' does not exist"),
-        (["quant", "MODEL", "out", "--dataset", "MODEL/cat.png"], "is not an index: its suffix is '.png'"),
-        (["quant", "MODEL", "out", "--quant_type", "w4a15"], "Did you mean 'w4a16'?"),
-        (["quant", "MODEL", "out", "--config_path", "none"], "recipe 'none' does not exist"),
-        (["quant", "MODEL", "out", "--max_memory", "6X"], "'6X' is not a size"),
-        (["analyze", "MODEL", "MODEL"], "lie inside one another"),
-        (["export", "nowhere", "out", "--save_format", "awq"], "does not exist"),
-        (["eval", "nowhere", "--float", "MODEL", "--dataset", "calibVideos"], "does not exist"),
-        (["generate", "nowhere", "--text", "Hi"], "does not exist"),
-    ],
+TYPING_ERRORS = (
+    ("quant nowhere out", "does not exist"),
+    ("quant Qwen/Qwen2.5-Omni-7B out", "hf download Qwen/Qwen2.5-Omni-7B --local-dir Qwen2.5-Omni-7B"),
+    ("quant MODEL MODEL/out", "lie inside one another"),
+    ("quant MODEL out --dataset none", "dataset 'none' does not exist"),
+    ("quant MODEL out --dataset MODEL/cat.png", "is not an index: its suffix is '.png'"),
+    ("quant MODEL out --quant_type w4a15", "Did you mean 'w4a16'?"),
+    ("quant MODEL out --config_path none", "recipe 'none' does not exist"),
+    ("quant MODEL out --max_memory 6X", "'6X' is not a size"),
+    ("analyze MODEL MODEL", "lie inside one another"),
+    ("export nowhere out --save_format awq", "does not exist"),
+    ("eval nowhere --float MODEL --dataset calibVideos", "does not exist"),
+    ("generate nowhere --text Hi", "does not exist"),
 )
-def test_typing_errors_are_answered_without_torch(words: list[str], expected: str, tmp_path: Path) -> None:
+
+
+def test_typing_errors_are_answered_without_torch(tmp_path: Path) -> None:
+    """One after the other in a process of their own."""
     (tmp_path / "MODEL").mkdir()
     (tmp_path / "MODEL" / "config.json").write_text("{}")
     (tmp_path / "MODEL" / "cat.png").write_bytes(b"\x89PNG")
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *words],
-        capture_output=True, text=True, cwd=tmp_path, check=True, env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        [sys.executable, "-c", WITHOUT_TORCH], input=json.dumps([line.split() for line, _ in TYPING_ERRORS]),
+        capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1] == "1 False", done.stdout + done.stderr
-    assert expected in " ".join(done.stderr.split())
+    assert done.returncode == 0, done.stderr
+    for (line, expected), (code, message, torch) in zip(TYPING_ERRORS, json.loads(done.stdout), strict=True):
+        assert (code, torch) == (1, False), (line, message)
+        assert expected in " ".join(message.split()), line
 
 
 def test_an_error_is_json_too(tmp_path: Path) -> None:

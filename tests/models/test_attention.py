@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_layer import SPEC, build, layer_weights, sample
 from tiny_layer import received_attention as received_attention_of_library
 
-from msmodelslim_omni.models import attention
+from msmodelslim_omni.models import attention, qwen2_5_omni, qwen2_5_vl, qwen3_omni, qwen3_vl
 from msmodelslim_omni.models.attention import AttentionRecord, received_attention
 from msmodelslim_omni.models.inputs import LayerInput, can_join, join_samples
 from msmodelslim_omni.statistics.capture import run_layer
+from msmodelslim_omni.storage.checkpoint import open_checkpoint
 
 
 @pytest.fixture
@@ -73,6 +76,19 @@ def received_attention_of(layer: torch.nn.Module, inputs: LayerInput) -> torch.T
 def test_samples_with_unknown_arguments_are_not_joined() -> None:
     assert can_join(["position_embeddings", "attention_mask", "position_ids", "cache_position"])
     assert not can_join(["position_embeddings", "something_new"])
+
+
+@pytest.mark.parametrize(
+    ("model", "family"),
+    [("tiny", qwen2_5_omni), ("tiny_vl", qwen2_5_vl), ("tiny_qwen3_vl", qwen3_vl), ("tiny_qwen3_omni", qwen3_omni)],
+)
+def test_record_of_one_layer_changes_no_other(model: str, family: Any, request: pytest.FixtureRequest) -> None:
+    config = open_checkpoint(request.getfixturevalue(model)).config
+    before = family._layer(config, 0)
+    AttentionRecord(before)
+    after = family._layer(config, 1)
+    names = [layer.self_attn.config._attn_implementation for layer in (before, after)]
+    assert names == ["msmodelslim_recorded", "sdpa"] and after.self_attn.layer_idx == 1
 
 
 def test_value_group_is_the_input_of_v_proj() -> None:

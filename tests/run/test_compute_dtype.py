@@ -14,7 +14,7 @@ from msmodelslim_omni import QuantError, quantize
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    texts = ({"text": f"Sentence {'very ' * n}long."} for n in range(0, 240, 10))
+    texts = ({"text": f"Sentence {'very ' * n}long."} for n in range(0, 240, 40))
     return write_index(tmp_path_factory.mktemp("data"), *texts)
 
 

@@ -27,6 +27,7 @@ from command import (
     write_index,
 )
 from make_tiny_omni import make_tiny_omni
+from refinement import ALL_STEPS, steps
 from safetensors.torch import load_file
 
 from msmodelslim_omni.models import qwen2_5_omni as omni
@@ -54,7 +55,8 @@ def smoothed(tiny: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The default recipe in both formats, written by one run."""
     save = tmp_path_factory.mktemp("runs") / "smoothed"
     formats = ("--save_format", ASCEND, "--save_format", COMPRESSED)
-    quant(tiny, save, "--quant_type", "w8a8", "--dataset", index, *formats).done()
+    with steps(ALL_STEPS):
+        quant(tiny, save, "--quant_type", "w8a8", "--dataset", index, *formats).done()
     return save
 
 
@@ -408,6 +410,7 @@ def test_report_of_a_data_free_run(plain: Path) -> None:
 # --- determinism, and other sources --------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("all_steps")
 def test_two_runs_give_the_same_bytes(tiny: Path, smoothed: Path, index: Path, tmp_path: Path) -> None:
     formats = ("--save_format", ASCEND, "--save_format", COMPRESSED)
     quant(tiny, tmp_path / "again", "--dataset", index, *formats).done()

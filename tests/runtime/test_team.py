@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -137,11 +138,9 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_one(model: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Output files of W8A8 with its search, run by one process."""
-    save = tmp_path_factory.mktemp("one") / "out"
-    quant(model, save, "--dataset", index).done()
-    return files(save)
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """W8A8 with its search, and small images."""
+    return change_recipe(tmp_path_factory.mktemp("recipe"), "max_pixels: 200704 ", "max_pixels: 12544 ")
 
 
 def launch(logs: Path, *words: object) -> subprocess.Popen[bytes]:
@@ -166,13 +165,38 @@ def messages(logs: Path, rank: int) -> str:
     return file.read_text(encoding="utf-8")
 
 
+@dataclass
+class Killed:
+    """A run of W8A8 of which one process was killed after the first layer, while another was computed."""
+
+    save: Path
+    code: int
+    seconds: float  # until the other process ended too
+    messages: str  # of that process
+    refusal: str  # of one process that would resume the run of two
+
+
 @pytest.fixture(scope="module")
-def by_two(model: Path, index: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two commands run by two processes: W4A16, and one with a sample that is too long, on rank 1."""
+def killed(model: Path, index: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Killed:
+    folder = tmp_path_factory.mktemp("killed")
+    save, words = folder / "out", ("--dataset", index, "--config_path", recipe)
+    run = launch(folder / "logs", "-m", "msmodelslim_omni", *quant_arguments(model, save, *words))
+    wait_for_layer(run, save)
+    (victim,) = (int(pid) for pid in children(run.pid) if environment_of(int(pid)).get("RANK") == "1")
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    code, seconds = run.wait(100), time.monotonic() - killed_at
+    return Killed(save, code, seconds, messages(folder / "logs", 0), quant(model, save, *words).fault())
+
+
+@pytest.fixture(scope="module")
+def by_two(model: Path, index: Path, recipe: Path, killed: Killed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three commands run by two processes: W8A8 resumed, W4A16, and one with a sample that is too long, on rank 1."""
     folder = tmp_path_factory.mktemp("two")
     long_sample = write_index(folder / "long", {"text": "short"}, {"text": "long " * 200})
     token_limit = change_recipe(folder, "calibration:", "calibration:\n    max_tokens: 50")
     commands = [
+        quant_arguments(model, killed.save, "--dataset", index, "--config_path", recipe),
         quant_arguments(model, folder / "w4a16", "--dataset", index, "--config_path", w4a16_recipe(folder)),
         quant_arguments(model, folder / "fault", "--dataset", long_sample, "--config_path", token_limit),
     ]
@@ -199,7 +223,7 @@ def test_w4a16_matches_one_process(model: Path, index: Path, by_two: Path, tmp_p
         json.loads((f / "compressed_tensors" / "quant_report.json").read_text())["layers"]
         for f in (tmp_path / "out", by_two / "w4a16")
     )
-    leader, follower = outputs(by_two, 0)
+    leader, follower = outputs(by_two, 1)
     assert "Relative output error" in leader and leader.endswith("exit 0\n")
     assert "layers" not in follower and follower.endswith("exit 0\n")
     same_choices = []
@@ -231,33 +255,28 @@ def differing_integers(first: Path, second: Path, prefixes: tuple[str, ...]) -> 
 
 
 def test_error_is_reported_once_by_the_process_that_has_it(by_two: Path) -> None:
-    leader, other = outputs(by_two, 1)
+    leader, other = outputs(by_two, 2)
     assert leader.endswith("exit 1\n") and other.endswith("exit 1\n")
     assert "error" not in leader and "Traceback" not in leader + other
     assert other.count("error:") == 1 and "max_tokens" in other
 
 
-def test_w8a8_bytes_equal_one_process_after_kill_and_resume(
-    model: Path, index: Path, by_one: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_kill_of_one_process_ends_the_other_with_a_message(killed: Killed) -> None:
     """A run can be resumed only with the same number of processes."""
-    save, words = tmp_path / "out", quant_arguments(model, tmp_path / "out", "--dataset", index)
-    run = launch(tmp_path / "first", "-m", "msmodelslim_omni", *words)
-    wait_for_layer(run, save)
-    (victim,) = (int(pid) for pid in children(run.pid) if environment_of(int(pid)).get("RANK") == "1")
-    os.kill(victim, signal.SIGKILL)
-    killed_at = time.monotonic()
-    assert run.wait(100) != 0
-    assert time.monotonic() - killed_at < 60
-    assert "Traceback" not in messages(tmp_path / "first", 0)
-    assert messages(tmp_path / "first", 0).count("error: another process of this run stopped") == 1
-    assert "run the same command again" in messages(tmp_path / "first", 0)
+    assert killed.code != 0 and killed.seconds < 60
+    assert "Traceback" not in killed.messages
+    assert killed.messages.count("error: another process of this run stopped") == 1
+    assert "run the same command again" in killed.messages
+    assert "processes was 2, is 1" in killed.refusal
 
-    assert "processes was 2, is 1" in quant(model, save, "--dataset", index).fault()
-    again = launch(tmp_path / "second", "-m", "msmodelslim_omni", *words)
-    assert again.wait(400) == 0, messages(tmp_path / "second", 0) + messages(tmp_path / "second", 1)
-    assert "resuming at layer" in messages(tmp_path / "second", 0)
-    assert files(save) == by_one
+
+def test_w8a8_bytes_equal_one_process_after_kill_and_resume(
+    model: Path, index: Path, recipe: Path, killed: Killed, by_two: Path, tmp_path: Path
+) -> None:
+    leader, _ = outputs(by_two, 0)
+    assert "resuming at layer" in leader and leader.endswith("exit 0\n")
+    quant(model, tmp_path / "one", "--dataset", index, "--config_path", recipe).done()
+    assert files(killed.save) == files(tmp_path / "one")
 
 
 def wait_for_layer(run: subprocess.Popen[bytes], save: Path) -> None:

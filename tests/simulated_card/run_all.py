@@ -22,6 +22,7 @@ from make_tiny_omni import make_tiny_omni
 from make_tiny_qwen3_omni import make_tiny_qwen3_omni
 from make_tiny_qwen3_vl import make_tiny_qwen3_vl
 from make_tiny_vl import make_tiny_vl
+from refinement import steps
 
 from msmodelslim_omni import quantize
 from simulated_card.card import Kind, simulated_card
@@ -117,8 +118,9 @@ def main(folder: str, kind: Kind, *recipes: str) -> None:
 
         start = torch.ones(1, device=kind).requires_grad_()
         torch.autograd.grad(start.sum(), [start])
-    for name, different in runs(Path(folder), kind, chosen):
-        print(name, "differs: " + ", ".join(different) if different else "equal", flush=True)
+    with steps(3):
+        for name, different in runs(Path(folder), kind, chosen):
+            print(name, "differs: " + ", ".join(different) if different else "equal", flush=True)
 
 
 if __name__ == "__main__":
