@@ -128,12 +128,14 @@ class QuantPlan:
 
     def kept_parts(self) -> list[tuple[Part, int]]:
         """Return the parts of the checkpoint outside the decoder layers, with their sizes in bytes."""
-        sizes: dict[Part, int] = {}
+        parts: dict[str, Part] = {}
+        sizes: dict[str, int] = {}
         for name, info in self.checkpoint.tensors.items():
             part = self.model.part_of(name)
-            sizes[part] = sizes.get(part, 0) + info.nbytes
+            parts[part.name] = part
+            sizes[part.name] = sizes.get(part.name, 0) + info.nbytes
         layers = self.model.part_of(self.linears[0].name)
-        return [(part, size) for part, size in sizes.items() if part != layers]
+        return [(parts[name], size) for name, size in sizes.items() if name != layers.name]
 
 
 def make_plan(

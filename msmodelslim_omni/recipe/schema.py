@@ -7,6 +7,7 @@ Checks that need the checkpoint (patterns match, the model type supports the pro
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from itertools import takewhile
@@ -652,9 +653,16 @@ def _check_keep(recipe: Recipe) -> None:
             )
 
 
+@functools.cache
+def _load_shipped(path: Path, modified: int) -> Recipe:
+    """A shipped recipe, parsed once. modified: the time of its last change."""
+    return _load_file(path)
+
+
 def shipped_recipes() -> list[Recipe]:
     """Load all recipes in configs/, highest score first."""
-    recipes = [_load_file(path) for path in sorted(shipped_folder("configs").glob("*.yaml"))]
+    paths = sorted(shipped_folder("configs").glob("*.yaml"))
+    recipes = [_load_shipped(path, path.stat().st_mtime_ns) for path in paths]
     return sorted(recipes, key=lambda recipe: (-recipe.metadata.score, recipe.metadata.config_id))
 
 
