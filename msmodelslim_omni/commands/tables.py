@@ -24,8 +24,8 @@ def table(
     """Build a table whose columns from index `numeric` on are aligned right. No columns: a table without header.
 
     width: of the terminal; default: that of `results`. Names (first column) and numbers are not wrapped, unless the
-    table would be wider than the terminal. cut: the column whose texts are cut with an ellipsis, not wrapped. framed: whether a wide
-    terminal shows lines around the table and between columns.
+    table would be wider than the terminal. cut: the column whose texts are cut with an ellipsis, not wrapped.
+    framed: whether a wide terminal shows lines around the table and between columns.
     """
     from .shell import results
 

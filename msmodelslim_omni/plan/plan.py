@@ -32,6 +32,10 @@ from .admission import check_all_tensors, check_layers, check_type, refuse_quant
 from .keep import Keep, plan_keep
 from .schemes import scheme_of
 
+# A layer with experts takes a minute and more, and reading it a second or two, for which another layer's memory is too
+# much. A data-free run reads one Linear ahead.
+_BUDGET_OF_EXPERTS = replace(DEFAULT_BUDGET, read_ahead=False)
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -219,6 +223,7 @@ def make_plan(
         trust_remote_code=trust_remote_code,
         warnings=(*(check_all_tensors(model, checkpoint) if checked else ()), *warnings),
         checked=checked,
+        budget=DEFAULT_BUDGET if data_free or layer_spec.experts is None else _BUDGET_OF_EXPERTS,
         kv_cache=kv_cache,
         keep=keep,
     )

@@ -264,7 +264,11 @@ def test_layers_with_equal_decisions_share_a_row() -> None:
 
 
 def test_parts_that_stay_float_for_one_reason_share_a_row() -> None:
-    parts = [Part("talker", "talker.", "speech"), Part("lm_head", "lm_head.", "output"), Part("vocoder", "v.", "speech")]
+    parts = [
+        Part("talker", "talker.", "speech"),
+        Part("lm_head", "lm_head.", "output"),
+        Part("vocoder", "v.", "speech"),
+    ]
     assert kept_rows([(part, 2**20 * size) for part, size in zip(parts, (3, 1, 2), strict=True)]) == [
         ["talker 3.00 MiB, vocoder 2.00 MiB: speech"],
         ["lm_head 1.00 MiB: output"],
