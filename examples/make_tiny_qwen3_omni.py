@@ -146,8 +146,15 @@ _MOE: Json = {
 }  # fmt: skip
 
 
+def _decoder_block(sizes: Json, model_type: str) -> Json:
+    """The block of a text decoder with experts. The published one spells the kind of its positions twice."""
+    block = {**text_block(sizes, model_type, 1000000), **_MOE, "sliding_window": None, "use_sliding_window": False}
+    block["rope_scaling"] = {"interleaved": True, **block["rope_scaling"], "type": "default"}
+    return block
+
+
 def qwen3_omni_config(shape: Qwen3OmniShape, dtype: str) -> Json:
-    """The complete config.json, in the layout of transformers 4.57."""
+    """The complete config.json, in the layout of transformers 4.57: keys and values of the published one."""
     ids = special_ids(shape.endoftext_id, SPECIAL_TOKENS)
     media_ids = {
         "audio_token_id": ids["<|audio_pad|>"],
@@ -172,12 +179,19 @@ def qwen3_omni_config(shape: Qwen3OmniShape, dtype: str) -> Json:
         "vision_end_token_id": ids["<|vision_end|>"],
         "user_token_id": USER_TOKEN_ID,
         "initializer_range": 0.02,
-        "text_config": {**text_block(shape.text, "qwen3_omni_moe_text", 1000000), **_MOE},
+        "text_config": {
+            **_decoder_block(shape.text, "qwen3_omni_moe_text"),
+            "shared_expert_intermediate_size": 0,
+            "use_qk_norm": True,
+        },
         "vision_config": {
             **vision_block(shape.vision, "qwen3_omni_moe_vision_encoder"),
-            # Only vLLM reads these: position embeddings of a picture of that size, one per patch.
+            # Only vLLM reads the first two: position embeddings of a picture of that size, one per patch.
             "apply_vit_abs_pos_embed": True,
             "image_size": 16 * math.isqrt(shape.vision["num_position_embeddings"]),
+            "in_chans": 3,
+            "spatial_patch_size": 16,
+            "tokens_per_second": 2,
         },
         "audio_config": audio,
         "dtype": dtype,
@@ -200,7 +214,8 @@ def qwen3_omni_config(shape: Qwen3OmniShape, dtype: str) -> Json:
     }
     if not shape.speaks:
         return config
-    talker_text = {**text_block(shape.talker_text, "qwen3_omni_moe_talker_text", 1000000), **_MOE}
+    talker_text = _decoder_block(shape.talker_text, "qwen3_omni_moe_talker_text")
+    del talker_text["rope_scaling"]["mrope_interleaved"]
     predictor = {
         "model_type": "qwen3_omni_moe_talker_code_predictor", **shape.code_predictor, "attention_bias": False,
         "attention_dropout": 0, "hidden_act": "silu", "initializer_range": 0.02, "max_position_embeddings": 32768,
@@ -211,12 +226,14 @@ def qwen3_omni_config(shape: Qwen3OmniShape, dtype: str) -> Json:
     config["talker_config"] = {
         "model_type": "qwen3_omni_moe_talker", **media_ids, **shape.talker, "text_config": talker_text,
         "code_predictor_config": predictor, "spatial_merge_size": 2, "output_router_logits": False,
+        "audio_end_token_id": ids["<|audio_end|>"],
     }  # fmt: skip
     config["code2wav_config"] = {
         "model_type": "qwen3_omni_moe_code2wav", **shape.code2wav, "attention_bias": False, "attention_dropout": 0.0,
         "hidden_act": "silu", "layer_scale_initial_scale": 0.01, "max_position_embeddings": 8000,
         "rms_norm_eps": 1e-05, "rope_theta": 10000, "sliding_window": 72, "upsample_rates": [8, 5, 4, 3],
-        "upsampling_ratios": [2, 2],
+        "upsampling_ratios": [2, 2], "codebook_dim": 512, "semantic_codebook_size": 4096, "num_semantic_quantizers": 1,
+        "vector_quantization_hidden_dimension": 512,
     }  # fmt: skip
     return config
 

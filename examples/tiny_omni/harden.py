@@ -4,9 +4,10 @@ Large models have a few activation channels that are many times larger than the 
 has none. In every decoder layer, this script multiplies some channels by 16 or 32, and divides the weights that read
 them by the same factor:
 
-- outputs of both norms: norm weights are multiplied, columns of q, k, v or of gate, up are divided
+- outputs of both norms: norm weights are multiplied, columns of q, k, v or of gate, up are divided; in a layer with
+  experts, those of all experts and of the router
 - values of the attention: rows and bias of v are multiplied, columns of o are divided
-- inner activation of the MLP: rows of up are multiplied, columns of down are divided
+- inner activation of the MLP, or of every expert: rows of up are multiplied, columns of down are divided
 
 The factors are powers of two, so every weight stays exact in bfloat16 and the logits stay the same to the last bit.
 """
@@ -43,10 +44,13 @@ def harden(weights: dict[str, Tensor], heads: int, kv_heads: int, seed: int = 0)
     for layer in layers:
         attn, mlp = f"{layer}self_attn.", f"{layer}mlp."
         hidden = weights[f"{layer}input_layernorm.weight"].shape[0]
-        values, inner = weights[f"{attn}v_proj.weight"].shape[0], weights[f"{mlp}up_proj.weight"].shape[0]
+        values = weights[f"{attn}v_proj.weight"].shape[0]
+        ups = [name for name in weights if name.startswith(mlp) and name.endswith("up_proj.weight")]
+        gates = [name.replace("up_proj", "gate_proj") for name in ups]
+        routers = [name for name in (f"{mlp}gate.weight",) if name in weights]
         for norm, readers in (
             ("input_layernorm", [f"{attn}{name}_proj.weight" for name in "qkv"]),
-            ("post_attention_layernorm", [f"{mlp}gate_proj.weight", f"{mlp}up_proj.weight"]),
+            ("post_attention_layernorm", [*routers, *gates, *ups]),
         ):
             gains = outlier_gains(f"{layer}{norm}", hidden, seed)
             scale(f"{layer}{norm}.weight", rows=gains)
@@ -54,13 +58,16 @@ def harden(weights: dict[str, Tensor], heads: int, kv_heads: int, seed: int = 0)
                 scale(reader, columns=gains)
         gains = outlier_gains(f"{layer}values", values, seed)
         scale(f"{attn}v_proj.weight", rows=gains)
-        scale(f"{attn}v_proj.bias", rows=gains)
+        if f"{attn}v_proj.bias" in weights:
+            scale(f"{attn}v_proj.bias", rows=gains)
         # heads / kv_heads heads of o read each head of v.
         shared = gains.reshape(kv_heads, 1, -1).expand(-1, heads // kv_heads, -1).reshape(-1)
         scale(f"{attn}o_proj.weight", columns=shared)
-        gains = outlier_gains(f"{layer}inner", inner, seed)
-        scale(f"{mlp}up_proj.weight", rows=gains)
-        scale(f"{mlp}down_proj.weight", columns=gains)
+        for up in ups:
+            expert = up.removeprefix(mlp).removesuffix("up_proj.weight")  # empty for a dense MLP
+            gains = outlier_gains(f"{layer}inner{expert}", weights[up].shape[0], seed)
+            scale(up, rows=gains)
+            scale(up.replace("up_proj", "down_proj"), columns=gains)
     return result
 
 

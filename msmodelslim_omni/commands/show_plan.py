@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .shell import messages, print_json, results
+from .shell import print_json, results
 from .tables import table
 
 if TYPE_CHECKING:
+    from ..models import Part
     from ..run import Prepared
 
 JSON_SCHEMA = 1  # version of the keys that --json prints
@@ -21,12 +22,42 @@ def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
     if as_json:
         _print_as_json(prepared)
         return
-    from ..report import RUN_MEMORY_COLUMNS, human_bytes, run_memory_rows
+    plan = prepared.plan
+    _print_table("Estimates", ["", "float", "quantized", "change"], estimate_rows(prepared), numeric=1)
+    decisions = [
+        (linear.name, linear.scheme.name if linear.scheme else "FLOAT", linear.reason) for linear in plan.linears
+    ]
+    title = "Linears of the decoder layers"
+    if show_all:
+        shapes = {linear.name: f"{linear.shape[0]} x {linear.shape[1]}" for linear in plan.linears}
+        rows = [[name, shapes[name], scheme, reason] for name, scheme, reason in decisions]
+        columns = ["Linear", "out x in", "scheme", "reason for float"]
+    else:
+        title += " (one row each: --all; for scripts: --json)"
+        rows = grouped_decisions(decisions)
+        columns = ["layers", "Linears", "scheme", "reason for float"]
+    if not any(row[3] for row in rows):
+        rows, columns = [row[:3] for row in rows], columns[:3]
+    _print_table(title, columns, rows)
+    _print_table("Kept float, written unchanged", [], kept_rows(plan.kept_parts()))
+
+
+def _print_table(title: str, columns: list[str], rows: list[list[str]], numeric: int = 9) -> None:
+    results.print(table(title, columns, rows, numeric=numeric, framed=False))
+
+
+def estimate_rows(prepared: Prepared) -> list[list[str]]:
+    """Rows (item, of the float model, of the quantized model or the run, change)."""
+    from ..report import human_bytes, run_memory_rows
 
     plan, expected, device = prepared.plan, prepared.forecast, prepared.device.name
-    rows = [
-        ["source", human_bytes(plan.checkpoint.total_bytes)],
-        *([f"output {name}", human_bytes(size)] for name, size in expected.output_bytes.items()),
+    source = plan.checkpoint.total_bytes
+    on_disk = [
+        [f"checkpoint, {name}", human_bytes(source), human_bytes(size), f"{size / source - 1:+.0%}"]
+        for name, size in expected.output_bytes.items()
+    ]
+    served = [[f"at run time: {purpose}", *sizes] for purpose, *sizes in run_memory_rows(expected.run_memory)]
+    of_run = [
         *keep_rows(prepared),
         ["disk space, work folder included", human_bytes(expected.disk_bytes)],
         ["peak memory of the run", human_bytes(expected.peak_memory_bytes)],
@@ -35,28 +66,19 @@ def show_plan(prepared: Prepared, as_json: bool, show_all: bool) -> None:
             [f"H of the input of {group}: on disk, slower, no less accurate", human_bytes(size)]
             for group, size in expected.gram_disk_bytes.items()
         ),
-        ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "none: data-free"],
+        ["calibration samples", str(len(prepared.calib.samples)) if prepared.calib else "data-free"],
     ]
-    results.print(table("Estimates", ["item", "value"], rows, numeric=1))
-    rows = run_memory_rows(expected.run_memory)
-    results.print(table("Estimated memory at run time", list(RUN_MEMORY_COLUMNS), rows, numeric=1))
-    decisions = [
-        (linear.name, linear.scheme.name if linear.scheme else "FLOAT", linear.reason) for linear in plan.linears
-    ]
-    if show_all:
-        shapes = {linear.name: f"{linear.shape[0]} x {linear.shape[1]}" for linear in plan.linears}
-        rows = [[name, shapes[name], scheme, reason] for name, scheme, reason in decisions]
-        columns = ["Linear", "out x in", "scheme", "reason for float"]
-    else:
-        rows = grouped_decisions(decisions)
-        columns = ["layers", "Linears", "scheme", "reason for float"]
-    if not any(row[3] for row in rows):
-        rows, columns = [row[:3] for row in rows], columns[:3]
-    results.print(table("Linears of the decoder layers", columns, rows, numeric=9))
-    rows = [[part.name, human_bytes(size), part.why_float] for part, size in plan.kept_parts()]
-    results.print(table("Kept float, written unchanged", ["part", "bytes", "reason"], rows, numeric=9))
-    if not show_all:
-        messages.print("one row per Linear: --all; for scripts: --json")
+    return [*on_disk, *served, *([item, "", value, ""] for item, value in of_run)]
+
+
+def kept_rows(parts: Sequence[tuple[Part, int]]) -> list[list[str]]:
+    """Rows of one text, parts with their bytes and the reason; parts with the same reason share a row."""
+    from ..report import human_bytes
+
+    by_reason: dict[str, list[str]] = {}
+    for part, size in parts:
+        by_reason.setdefault(part.why_float, []).append(f"{part.name} {human_bytes(size)}")
+    return [[f"{', '.join(alike)}: {reason}"] for reason, alike in by_reason.items()]
 
 
 def keep_rows(prepared: Prepared) -> list[list[str]]:

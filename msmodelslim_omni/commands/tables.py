@@ -19,20 +19,25 @@ def table(
     numeric: int,
     width: int | None = None,
     cut: int | None = None,
+    framed: bool = True,
 ) -> Group:
-    """Build a table whose columns from index `numeric` on are aligned right.
+    """Build a table whose columns from index `numeric` on are aligned right. No columns: a table without header.
 
     width: of the terminal; default: that of `results`. Names (first column) and numbers are not wrapped, unless the
     table would be wider than the terminal. cut: the column whose texts are cut with an ellipsis, not wrapped.
+    framed: whether a wide terminal shows lines around the table and between columns.
     """
     from .shell import results
 
     available = width or results.width
     if cut is not None:
         rows = _cut(columns, rows, cut, available)
-    frame = box.SIMPLE_HEAD if available < _NARROW else box.HEAVY_HEAD
-    is_narrow = available < _NARROW
-    built = Table(header_style="bold", box=frame, pad_edge=not is_narrow, show_edge=not is_narrow)
+    is_bare = available < _NARROW or not framed
+    frame = box.SIMPLE_HEAD if is_bare else box.HEAVY_HEAD
+    built = Table(
+        header_style="bold", box=frame, pad_edge=not is_bare, show_edge=not is_bare, show_header=bool(columns)
+    )
+    columns = columns or [""] * max(map(len, rows), default=0)
     fits = _width_of_names(columns, rows, numeric) <= available - 12
     for number, column in enumerate(columns):
         alignment: Literal["left", "right"] = "right" if number >= numeric else "left"
@@ -41,7 +46,7 @@ def table(
     for row in rows:
         built.add_row(*(Text(cell) for cell in row))
     # Not the table's own title, which is folded to the width of the table.
-    return Group(Text(title, style="bold"), built, *([Text()] if is_narrow else []))
+    return Group(Text(title, style="bold"), built, *([Text()] if is_bare else []))
 
 
 def _cut(columns: list[str], rows: list[list[str]], cut: int, available: int) -> list[list[str]]:

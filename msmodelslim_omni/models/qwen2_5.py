@@ -11,7 +11,7 @@ import importlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from importlib.metadata import version
@@ -141,11 +141,21 @@ def _build_shapes(build: Callable[[], Any]) -> dict[str, tuple[int, ...]]:
 
     load_transformers()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _without_initial_values():
             module = build()
     except Exception as error:  # an unexpected config.json makes transformers raise exceptions of any type
         raise QuantError(f"config.json: transformers cannot build this model: {error}") from error
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _without_initial_values() -> AbstractContextManager[Any]:
+    """A context in which transformers gives new parameters no values: on the meta device that only costs time."""
+    places = [importlib.import_module("transformers.modeling_utils")]  # of transformers 4; 5 has a module of its own
+    with suppress(ImportError):
+        places.append(importlib.import_module("transformers.initialization"))
+    found = next((place for place in places if hasattr(place, "no_init_weights")), None)
+    context: AbstractContextManager[Any] = nullcontext() if found is None else found.no_init_weights()
+    return context
 
 
 def check_depth(config: Any, key: str = "config") -> None:

@@ -262,7 +262,10 @@ class ModelSpec:
         return self.layer_prefix.format(index=index) + relative
 
     def part_of(self, tensor: str) -> Part:
-        return next(part for part in self.parts if tensor.startswith(part.prefix))
+        for part in self.parts:  # called for every tensor, several times
+            if tensor.startswith(part.prefix):
+                return part
+        raise KeyError(tensor)
 
 
 class ModelFamily(Protocol):

@@ -31,7 +31,7 @@ from .checks import WeightChecks
 from .float4 import GLOBAL_SCALE, NVFP4_GROUP, input_global_scale
 from .kv_cache import CacheDtype, CacheScales, cache_scales, pair_lengths, round_cached
 from .nf4 import NESTED_BLOCK_SIZE, NF4_LEVELS, NestedScales, pack_nf4, require_bitsandbytes, unpack_nf4
-from .products import make_reducible, reduced_products
+from .products import make_reducible, reduced_products, widen_on_use
 from .scheme import QuantScheme
 
 __all__ = [
@@ -69,4 +69,5 @@ __all__ = [
     "unpack_nf4",
     "weight_error",
     "weight_squares",
+    "widen_on_use",
 ]

@@ -13,6 +13,7 @@ from .keep import Keep
 from .peak_memory import (
     TUNED_POSITIONS,
     TUNED_TOKENS,
+    backlog_bytes,
     card_memory,
     fit_budget,
     fit_card,
@@ -28,6 +29,7 @@ __all__ = [
     "Keep",
     "LayerPlan",
     "QuantPlan",
+    "backlog_bytes",
     "card_memory",
     "check_all_tensors",
     "declared_scheme",

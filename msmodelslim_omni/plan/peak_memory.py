@@ -13,7 +13,7 @@ from dataclasses import replace
 from ..errors import QuantError
 from ..models import JOINED_TOKENS, LinearGroup
 from ..runtime import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
-from ..statistics import GramForm, choose_form, rows_per_modality
+from ..statistics import FLUSH_TOKENS, GramForm, choose_form, rows_per_modality
 from .plan import QuantPlan
 
 # The interpreter, torch and the classes of transformers. With samples, also the processor and decoded media.
@@ -73,11 +73,20 @@ def _held_bytes(plan: QuantPlan, extent: Extent) -> dict[str, int]:
     if extent == NO_SAMPLES:
         # One Linear and the next; the integers of the layer being written and of the layer being quantized.
         next_read = layer.widest_stored if plan.budget.read_ahead else 0
-        held = {"layers": _PROCESS + layer.widest_stored + next_read + 2 * layer.integers + _BLOCKS}
+        held = {"layers": _PROCESS + layer.widest_stored + next_read + backlog_bytes(plan) + _BLOCKS}
     else:
         next_read = layer.stored if plan.budget.read_ahead else 0
         held = {"towers": _towers_memory(plan, extent), **_layer_phases(plan, layer, next_read, extent)}
     return held
+
+
+def backlog_bytes(plan: QuantPlan) -> int:
+    """Integers that a data-free run holds at most while a layer is written: a layer and a half.
+
+    A layer's integers are freed one Linear after the other as they are written, and the next layer's arrive meanwhile.
+    With less, rounding could wait for the disk when the disk does not wait for it.
+    """
+    return 3 * sum(math.prod(plan.layer_spec.shapes[f"{linear}.weight"]) for linear in plan.layer_spec.linears) // 2
 
 
 class _LayerSizes:
@@ -104,6 +113,13 @@ class _LayerSizes:
         self.inputs = {group.name: widths[group.name] for group in spec.groups if group.expert is None}
         self.routed_inputs = [widths[group.name] for group in spec.groups if group.expert is not None]
         self.input_width = shared + int(routed * self.active_share)
+        # The float layer: all Linears in float32, but those of experts as they are stored; see run.layers.float_module.
+        routed_linears = {linear for group in spec.groups if group.expert is not None for linear in group.linears}
+        self.float_layer = 4 * sum(numel for linear, numel in self.numel.items() if linear not in routed_linears)
+        # Of experts: inputs that awq scales, whose H it factorizes and rescales before the Linears are rounded.
+        self.scaled_inputs = [
+            widths[group.name] for group in spec.groups if group.expert is not None and group.subgraph != "none"
+        ]
         inner = max(widths[group.name] for group in spec.groups if group.subgraph == "up-down")
         self.inner = inner * (spec.experts.active if spec.experts else 1)
         self.hidden = plan.layer_spec.hidden_size
@@ -137,14 +153,20 @@ def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: E
     together = max(longest, min(tokens, JOINED_TOKENS))
     activations = 4 * together * (3 * layer.inner + 8 * layer.hidden)
     grams = [_gram_bytes(plan.budget, width, extent) for width in layer.inputs.values()] if searching else []
-    if searching and layer.routed_inputs:
-        grams.append(_routed_gram_bytes(layer, tokens))
-    phases = {"forward": common + 4 * layer.integers + activations + sum(separate for separate, _ in grams)}
+    of_experts = sum(_routed_gram_bytes(layer, layer.routed_inputs, tokens)) if searching else 0
+    waiting = _waiting_bytes(layer, tokens) if searching else 0
+    scales = _scale_bytes(plan, layer) if layer.routed_inputs else 0
+    separate = sum(separate for separate, _ in grams)
+    phases = {"forward": common + layer.float_layer + activations + separate + of_experts + waiting}
     if searching:
         # The float layer for trials; H, its factorization and the rescaled factors.
-        kept = common + 4 * layer.integers + 3 * sum(combined for _, combined in grams)
-        phases["search"] = kept + max(_trial_bytes(layer, group) for group in plan.layer_spec.groups)
-        phases["check"] = common + 3 * layer.integers + activations
+        kept = common + layer.float_layer + 3 * sum(combined for _, combined in grams) + of_experts
+        trial = max(_trial_bytes(layer, group) for group in plan.layer_spec.groups if group.expert is None)
+        phases["search"] = kept + trial
+        if layer.routed_inputs:  # before that, all experts are rounded, with H of all
+            scaled = 2 * sum(_routed_gram_bytes(layer, layer.scaled_inputs, tokens))
+            phases["search"] = kept + max(trial, scaled + layer.integers + scales)
+        phases["check"] = common + 3 * layer.integers + 2 * scales + activations
     else:
         phases["search"] = common + layer.integers + 12 * layer.widest
     if plan.calibration.effort == "best":
@@ -193,11 +215,23 @@ def gram_disk_bytes(plan: QuantPlan, extent: Extent) -> dict[str, int]:
     return {group: size for group, size in sizes.items() if size}
 
 
-def _routed_gram_bytes(layer: _LayerSizes, tokens: int) -> tuple[int, int]:
-    """Bytes of H of all experts: the tokens of each on average, up to half a matrix, or the matrix; see gram.py."""
+def _routed_gram_bytes(layer: _LayerSizes, widths: Sequence[int], tokens: int) -> list[int]:
+    """Bytes of H of inputs of experts: the tokens of each, up to half a matrix, or the matrix; see gram.py."""
     routed = int(tokens * layer.active_share)
-    collected = sum(4 * width * (routed if 2 * routed < width else width) for width in layer.routed_inputs)
-    return collected, max(4 * width * width for width in layer.routed_inputs)
+    return [4 * width * (routed if 2 * routed < width else width) for width in widths]
+
+
+def _waiting_bytes(layer: _LayerSizes, tokens: int) -> int:
+    """Bytes of tokens of experts that wait for being added to H, where it is a matrix."""
+    routed = int(tokens * layer.active_share)
+    return sum(4 * width * min(routed, FLUSH_TOKENS) for width in layer.routed_inputs if 2 * routed >= width)
+
+
+def _scale_bytes(plan: QuantPlan, layer: _LayerSizes) -> int:
+    """Bytes of the scales and zero points of a layer, in float32 and int8, at the smallest groups of the plan."""
+    schemes = [scheme for planned in plan.layers for scheme in planned.schemes.values()]
+    sizes = [scheme.group_size for scheme in schemes if scheme.group_size is not None]
+    return 5 * layer.integers // min(sizes) if sizes else 0
 
 
 def fit_budget(plan: QuantPlan, extent: Extent, limit: int) -> QuantPlan:

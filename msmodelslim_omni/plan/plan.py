@@ -32,6 +32,10 @@ from .admission import check_all_tensors, check_layers, check_type, refuse_quant
 from .keep import Keep, plan_keep
 from .schemes import scheme_of
 
+# A layer with experts takes a minute and more, and reading it a second or two, for which another layer's memory is too
+# much. A data-free run reads one Linear ahead.
+_BUDGET_OF_EXPERTS = replace(DEFAULT_BUDGET, read_ahead=False)
+
 
 @dataclass(frozen=True)
 class LinearPlan:
@@ -128,12 +132,14 @@ class QuantPlan:
 
     def kept_parts(self) -> list[tuple[Part, int]]:
         """Return the parts of the checkpoint outside the decoder layers, with their sizes in bytes."""
-        sizes: dict[Part, int] = {}
+        parts: dict[str, Part] = {}
+        sizes: dict[str, int] = {}
         for name, info in self.checkpoint.tensors.items():
             part = self.model.part_of(name)
-            sizes[part] = sizes.get(part, 0) + info.nbytes
+            parts[part.name] = part
+            sizes[part.name] = sizes.get(part.name, 0) + info.nbytes
         layers = self.model.part_of(self.linears[0].name)
-        return [(part, size) for part, size in sizes.items() if part != layers]
+        return [(parts[name], size) for name, size in sizes.items() if name != layers.name]
 
 
 def make_plan(
@@ -217,6 +223,7 @@ def make_plan(
         trust_remote_code=trust_remote_code,
         warnings=(*(check_all_tensors(model, checkpoint) if checked else ()), *warnings),
         checked=checked,
+        budget=DEFAULT_BUDGET if data_free or layer_spec.experts is None else _BUDGET_OF_EXPERTS,
         kv_cache=kv_cache,
         keep=keep,
     )

@@ -123,6 +123,11 @@ class LayerWork:
         peaks = [self.stats[g.name].absmax.amax() for g in alike if g.name in self.stats]
         return input_global_scale(torch.stack(peaks).amax())
 
+    def without_gram(self) -> LayerWork:
+        """The layer without H and its factors, once all Linears are rounded."""
+        stats = None if self.stats is None else {group: stats.without_gram() for group, stats in self.stats.items()}
+        return replace(self, stats=stats, cholesky_factors={}, rounded={})
+
     def with_record(self, record: SmoothingRecord) -> LayerWork:
         return replace(self, smoothing=(*self.smoothing, record))
 

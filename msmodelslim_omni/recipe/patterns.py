@@ -38,9 +38,14 @@ def expand_braces(pattern: str) -> tuple[str, ...]:
     return tuple(expanded)
 
 
+@functools.lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(fnmatch.translate, expand_braces(pattern))))
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
     """Return whether `name` matches any of the patterns. Case matters; `*` also matches dots."""
-    return any(fnmatch.fnmatchcase(name, choice) for pattern in patterns for choice in expand_braces(pattern))
+    return any(_compiled(pattern).match(name) is not None for pattern in patterns)
 
 
 def near_patterns(pattern: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -48,14 +48,16 @@ def quantized_layer(
     linears: Mapping[str, QuantizedLinear],
     keep_widened: bool = True,
     cache: CacheScales | None = None,
+    as_stored: Collection[str] = (),
 ) -> torch.nn.Module:
     """The library's layer in float32. Linears with int8 activations are emulated; others hold dequantized weights.
 
     floats, linears: all tensors of the layer, by relative name. keep_widened: False keeps all weights as
     integers and widens them piece by piece in each product: a quarter of the memory, slower on many samples.
     cache: attention sees all keys and values rounded, its own token's too, as if all of them came from the cache.
+    as_stored: float weights that the layer gets in their own dtype; the caller replaces their Linears.
     """
-    weights = {name: tensor.to(torch.float32) for name, tensor in floats.items()}
+    weights = {name: tensor if name in as_stored else tensor.to(torch.float32) for name, tensor in floats.items()}
     emulated = {name: q for name, q in linears.items() if q.scheme.act_bits is not None or not keep_widened}
     for name, linear in linears.items():
         # A placeholder: the emulation replaces this Linear.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from ..numerics import (
     make_reducible,
     quantize_weight,
     relative_error,
+    widen_on_use,
 )
 from ..plan import LayerPlan, QuantPlan
 from ..processors import PROCESSORS, LayerWork
@@ -33,11 +34,18 @@ Results = tuple[dict[str, QuantizedLinear], dict[str, torch.Tensor]]
 
 
 def quantized_layers(
-    prepared: Prepared, stream: CalibrationStream | None, first: int, clock: Clock
+    prepared: Prepared,
+    stream: CalibrationStream | None,
+    first: int,
+    clock: Clock,
+    computed: Callable[[int], None] = lambda nbytes: None,
 ) -> Iterator[tuple[int, Results, dict[str, Any]]]:
-    """Quantize the layers from `first` on. Yields each layer's number, its results and its record for the report."""
+    """Quantize the layers from `first` on. Yields each layer's number, its results and its record for the report.
+
+    computed: in a data-free run, gets the number of integers of each Linear, and may wait.
+    """
     if stream is None:
-        yield from _rounded_layers(prepared, first, clock)
+        yield from _rounded_layers(prepared, first, clock, computed)
         return
     plan, device = prepared.plan, prepared.device.torch
     layers = plan.layers[first:]
@@ -53,7 +61,9 @@ def quantized_layers(
             free_memory(device)
 
 
-def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tuple[int, Results, dict[str, Any]]]:
+def _rounded_layers(
+    prepared: Prepared, first: int, clock: Clock, computed: Callable[[int], None]
+) -> Iterator[tuple[int, Results, dict[str, Any]]]:
     """The same for a data-free run, which holds one Linear and the next one instead of a whole layer."""
     plan, device = prepared.plan, prepared.device.torch
     linears = plan.layer_spec.linears
@@ -82,6 +92,9 @@ def _rounded_layers(prepared: Prepared, first: int, clock: Clock) -> Iterator[tu
             with clock("measure"):
                 records.append(record_layer(plan, layer, work, None))
             quantized |= _results(plan, work)[0]
+            with clock("write"):
+                computed(sum(q.qweight.numel() for q in work.quantized.values()))
+            del work
             if len(records) == len(linears):
                 yield layer.index, (quantized, {}), {**records[0], "linears": [r["linears"][0] for r in records]}
                 quantized, records = {}, []
@@ -108,6 +121,8 @@ def _quantize_layer(
     seen = replace(seen, stats={})  # frees H of each modality
     loaded = replace(work, stats={group: s.without_gram() for group, s in stats.items()}, importance=seen.importance)
     work = _process(layer, replace(loaded, stats=stats, probe=probe), clock)
+    del stats
+    work = work.without_gram()
     work, probe_errors = _check_against_rounding(plan, loaded, work, probe, clock)
     cache = None
     if peaks is not None and plan.kv_cache is not None:
@@ -234,11 +249,20 @@ def _module(
 
 
 def float_module(prepared: Prepared, work: LayerWork) -> torch.nn.Module:
-    """The library's layer before quantization, with products in the chosen number format."""
-    module = _module(prepared.plan, work)
+    """The library's layer before quantization, with products in the chosen number format.
+
+    Experts, which are most of the memory, keep the weights of `work`, in their stored dtype.
+    """
+    plan, names = prepared.plan, work.spec.linears
+    experts = [name for group in work.spec.groups if group.expert is not None for name in group.linears]
+    floats = {name: work.weights[name] for name in plan.layer_spec.shapes}
+    as_stored = frozenset(f"{name}.weight" for name in experts)
+    module = quantized_layer(plan.model, plan.checkpoint.config, work.index, floats, {}, as_stored=as_stored)
     if prepared.precision.is_reduced:
-        exact = [name for name in work.spec.linears if work.weights[f"{name}.weight"].dtype == torch.bfloat16]
-        make_reducible(module, exact, [name for name in work.spec.linears if name not in exact])
+        exact = [name for name in names if work.weights[f"{name}.weight"].dtype == torch.bfloat16]
+        make_reducible(module, exact, [name for name in names if name not in exact])
+    else:
+        widen_on_use(module, experts)
     return module
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..formats import FORMATS, OutLinear, Output, OutputJob, OutTensor
@@ -24,9 +24,25 @@ class Outputs:
 
     def save(self, unit: str, items: Items, record: dict[str, Any] | None = None) -> None:
         """Write the items in every format. Once they are on disk, enter the unit and its record in the manifest."""
-        checksums = {name: output.put(items) for name, output in self._outputs.items()}
+        self.save_and_free(unit, items, list(items), record, lambda item: None)
+
+    def save_and_free(
+        self,
+        unit: str,
+        planned: Items,
+        items: list[OutTensor | OutLinear],
+        record: dict[str, Any] | None,
+        freed: Callable[[OutTensor | OutLinear], None],
+    ) -> None:
+        """The same, but each item is taken from the list once it is written in every format, and given to `freed`.
+
+        planned: the same items without contents.
+        """
+        checksums, last = {}, len(self._outputs) - 1
+        for number, (name, output) in enumerate(self._outputs.items()):
+            checksums[name] = output.put(items if number < last else _taken(items, freed))
         for output in self._outputs.values():
-            output.sync(items)
+            output.sync(planned)
         self._manifest.enter(unit, checksums, record)
 
     def is_whole(self, unit: str, items: Items) -> bool:
@@ -53,3 +69,14 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         for output in self._outputs.values():
             output.abandon()
+
+
+def _taken(
+    items: list[OutTensor | OutLinear], freed: Callable[[OutTensor | OutLinear], None]
+) -> Iterator[OutTensor | OutLinear]:
+    """The items, each taken from the list; `freed` gets it once the next one is asked for."""
+    items.reverse()
+    while items:
+        item = items.pop()
+        yield item
+        freed(item)

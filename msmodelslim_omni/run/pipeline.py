@@ -21,11 +21,13 @@ import torch
 from ..calibration import CalibrationStream, Stems, prepare_stems
 from ..errors import QuantError
 from ..files import WORK_FOLDER, check_save_path, find_model_folder, parse_size
-from ..plan import check_all_tensors
+from ..formats import OutLinear
+from ..plan import backlog_bytes, check_all_tensors
 from ..report import Report, read_report, write_documents
 from ..runtime import (
     FLOAT32,
     Background,
+    Backlog,
     Clock,
     ComputeDtype,
     Precision,
@@ -213,6 +215,7 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
         check_disk_space(workspace.save_path, forecast(plan, stream.stems.extent()).disk_bytes)
     job = make_job(plan)
     output_units = units(plan, job)
+    backlog = Backlog(backlog_bytes(plan))
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
         with clock("resume"):
             finished_layers = prepared.team.broadcast(_count_finished_layers(outputs, output_units))
@@ -227,15 +230,16 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
             if stream is not None and is_tuned:
                 phase, layers = "writing", tuned_layers(prepared, stream, workspace, clock, progress)
             else:
-                phase, layers = "layers", quantized_layers(prepared, stream, first, clock)
+                phase, layers = "layers", quantized_layers(prepared, stream, first, clock, backlog.add)
                 progress.step(phase, first, len(plan.layers), _progress_detail(stream))
             for layer, (quantized, changed), record in layers:
-                items = finished_items(output_units.layers[layer], quantized, changed)
+                planned = output_units.layers[layer]
+                items = finished_items(planned, quantized, changed)
                 with clock("write"):
                     copying.raise_if_failed()
                     if writing.busy:
                         writing.result()
-                    writing.start(_save, outputs, stream, layer, items, record)
+                    writing.start(_save, outputs, stream, layer, planned, items, record, backlog)
                 progress.step(phase, layer + 1, len(plan.layers), _progress_detail(stream))
                 del quantized, changed, items  # free them while the next layer is computed
             with clock("write"):
@@ -334,10 +338,25 @@ def _progress_detail(stream: CalibrationStream | None) -> str:
 
 
 def _save(
-    outputs: Outputs, stream: CalibrationStream | None, index: int, items: list[Item], record: dict[str, Any]
+    outputs: Outputs,
+    stream: CalibrationStream | None,
+    index: int,
+    planned: Sequence[Item],
+    items: list[Item],
+    record: dict[str, Any],
+    backlog: Backlog,
 ) -> None:
-    """Write a layer. Once it is safe on disk, its input is deleted."""
-    outputs.save(_layer_unit(index), items, record)
+    """Write a layer, and free each Linear once it is written. Once all is safe on disk, the layer's input is deleted.
+
+    planned: the items without contents.
+    """
+
+    def freed(item: Item) -> None:
+        if stream is None and isinstance(item, OutLinear):
+            backlog.remove(math.prod(item.shape))
+
+    with backlog.writing():
+        outputs.save_and_free(_layer_unit(index), planned, items, record, freed)
     if stream is not None:
         stream.forget(index)
 

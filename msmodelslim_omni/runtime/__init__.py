@@ -8,7 +8,7 @@ Not here: models and files.
 
 from __future__ import annotations
 
-from .background import Background, prefetch
+from .background import Background, Backlog, prefetch
 from .budget import DEFAULT_BUDGET, MIB, NO_SAMPLES, Budget, Extent
 from .device import (
     Device,
@@ -36,6 +36,7 @@ __all__ = [
     "SINGLE_PROCESS",
     "UNSPLIT",
     "Background",
+    "Backlog",
     "Budget",
     "Clock",
     "ComputeDtype",

@@ -1,10 +1,14 @@
-"""One background thread next to the main thread, to read the next layer or write the last one during compute."""
+"""One background thread next to the main thread, to read the next layer or write the last one during compute.
+
+Backlog limits how much the main thread may compute ahead of the writing.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Condition
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
@@ -46,6 +50,40 @@ class Background:
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(wait=True)
+
+
+class Backlog:
+    """Bytes of results in memory, computed in one thread and written in another. The limit holds while one writes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._writing = False
+        self._changed = Condition()
+
+    def add(self, nbytes: int) -> None:
+        """Note new results. Waits while too much is held, unless nothing is being written."""
+        with self._changed:
+            self._held += nbytes
+            self._changed.wait_for(lambda: self._held <= self._limit or not self._writing)
+
+    def remove(self, nbytes: int) -> None:
+        """Note results that are written and freed."""
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A thread writes; by the end it has removed what it wrote, or failed."""
+        with self._changed:
+            self._writing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
 
 
 @contextmanager

@@ -17,10 +17,11 @@ from .capture import (
     rows_per_modality,
     run_layer,
 )
-from .gram import Gram, GramForm, choose_form
+from .gram import FLUSH_TOKENS, Gram, GramForm, choose_form
 from .spilled import SpilledMatrix
 
 __all__ = [
+    "FLUSH_TOKENS",
     "Gram",
     "GramForm",
     "InputRecorder",

@@ -18,7 +18,7 @@ import torch
 from ..runtime import SINGLE_PROCESS, Team
 from .spilled import Spill, SpilledMatrix
 
-_FLUSH_ROWS = 1024  # tokens to collect before each matrix product
+FLUSH_TOKENS = 1024  # tokens to collect before each matrix product
 _TILE = 256  # columns of H per matrix product; only the upper triangle is computed, then mirrored
 
 
@@ -230,7 +230,7 @@ class GramBuilder:
         """rows: the number of tokens to store, or None for a matrix. spill: for a matrix on disk."""
         self._rows = rows
         self._spilled = None if spill is None else SpilledMatrix(in_features, spill, device)
-        self._enough = _FLUSH_ROWS if spill is None else spill.rows
+        self._enough = FLUSH_TOKENS if spill is None else spill.rows
         height = 0 if spill is not None else in_features if rows is None else rows
         self._sum = torch.zeros((height, in_features), dtype=torch.float32, device=device)
         self._waiting: list[torch.Tensor] = []

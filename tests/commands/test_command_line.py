@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 from msmodelslim_omni import QuantError, __version__, load_recipe
 from msmodelslim_omni.cli import app
 from msmodelslim_omni.commands.completion import quant_types
-from msmodelslim_omni.commands.show_plan import grouped_decisions, ranges
+from msmodelslim_omni.commands.show_plan import grouped_decisions, kept_rows, ranges
 from msmodelslim_omni.files import find_model_folder, parse_size
+from msmodelslim_omni.models.spec import Part
 from msmodelslim_omni.recipe import find_recipe, saver_names
 from msmodelslim_omni.recipe.schema import QUANT_TYPE_ALIASES
 
@@ -267,10 +268,22 @@ def test_layers_with_equal_decisions_share_a_row() -> None:
     assert ranges([5, 1, 2, 0]) == "0-2, 5"
 
 
+def test_parts_that_stay_float_for_one_reason_share_a_row() -> None:
+    parts = [
+        Part("talker", "talker.", "speech"),
+        Part("lm_head", "lm_head.", "output"),
+        Part("vocoder", "v.", "speech"),
+    ]
+    assert kept_rows([(part, 2**20 * size) for part, size in zip(parts, (3, 1, 2), strict=True)]) == [
+        ["talker 3.00 MiB, vocoder 2.00 MiB: speech"],
+        ["lm_head 1.00 MiB: output"],
+    ]
+
+
 def test_dry_run_is_short_and_all_lists_every_linear(tiny: Path, tmp_path: Path) -> None:
     short = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run").done().out
     assert short.index("Estimates") < short.index("Linears of the decoder layers")
-    assert "0-3 " in short and "q k v o gate up down" in short and len(short.splitlines()) < 40
+    assert "0-3 " in short and "q k v o gate up down" in short and len(short.splitlines()) < 25
     rows = quant(tiny, tmp_path / "out", "--config_path", MINMAX, "--dry_run", "--all").done().out
     assert rows.count("W8A8_DYNAMIC") == 28
 

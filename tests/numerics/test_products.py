@@ -1,10 +1,10 @@
-"""Products in bfloat16 on demand."""
+"""Products in bfloat16 on demand, and weights that are widened on demand."""
 
 from __future__ import annotations
 
 import torch
 
-from msmodelslim_omni.numerics import make_reducible, reduced_products
+from msmodelslim_omni.numerics import make_reducible, reduced_products, widen_on_use
 
 FINE = 1 + 2.0**-9  # bfloat16 has eight bits: this is rounded to 1
 
@@ -39,3 +39,17 @@ def test_a_weight_that_was_stored_in_bfloat16_takes_half_the_memory_and_stays_ex
     assert up(x).tolist() == [[1.5 * FINE + 3.0 + FINE]]
     replaced = {"weight": torch.tensor([[FINE, 1.0]])}  # as the probe replaces weights, in float32
     assert torch.func.functional_call(up, replaced, (x,)).tolist() == [[FINE**2 + 2.0 + FINE]]
+
+
+@torch.inference_mode()
+def test_a_weight_that_is_widened_on_use_gives_the_same_bits() -> None:
+    stored = torch.randn((48, 32), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    wide, narrow = (torch.nn.ModuleDict({"down": torch.nn.Linear(32, 48, bias=False)}) for _ in range(2))
+    wide.load_state_dict({"down.weight": stored.to(torch.float32)}, assign=True)
+    narrow.load_state_dict({"down.weight": stored}, assign=True)
+    widen_on_use(narrow, ["down"])
+    assert narrow.get_parameter("down.weight").data_ptr() == stored.data_ptr()  # no copy
+    x = torch.randn((7, 32), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(narrow["down"](x), wide["down"](x))
+    with reduced_products(narrow):
+        assert torch.equal(narrow["down"](x), wide["down"](x))

@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import pytest
 
 from msmodelslim_omni.errors import QuantError
-from msmodelslim_omni.runtime.background import Background, prefetch
+from msmodelslim_omni.runtime.background import Background, Backlog, prefetch
 
 
 def test_result_of_a_call() -> None:
@@ -123,3 +123,45 @@ def test_prefetch_raises_an_exception_at_its_item() -> None:
         assert next(results) == 0
         with pytest.raises(QuantError, match="cannot be read"):
             next(results)
+
+
+def test_backlog_waits_for_the_writer() -> None:
+    """A limit of 15: the second ten wait until the first are written. Without a writer nothing waits."""
+    backlog, written = Backlog(15), threading.Event()
+    backlog.add(20)
+    backlog.remove(10)
+
+    def write() -> None:
+        with backlog.writing():
+            started.set()
+            written.wait(10)
+            backlog.remove(10)
+
+    started = threading.Event()
+    with Background() as background:
+        background.start(write)
+        assert started.wait(10)
+        threading.Timer(0.1, written.set).start()
+        backlog.add(10)
+        assert written.is_set()
+        background.result()
+
+
+def test_backlog_does_not_wait_for_a_writer_that_failed() -> None:
+    backlog = Backlog(15)
+    started, fail = threading.Event(), threading.Event()
+
+    def write() -> None:
+        with backlog.writing():
+            started.set()
+            fail.wait(10)
+            raise OSError("the disk is full")
+
+    with Background() as background:
+        backlog.add(10)
+        background.start(write)
+        assert started.wait(10)
+        threading.Timer(0.1, fail.set).start()
+        backlog.add(10)
+        with pytest.raises(OSError, match="full"):
+            background.result()
