@@ -49,6 +49,11 @@ RECIPES = {
     f"{THIS_TOOL}-fp8": ["--quant_type", "fp8"],
     f"{THIS_TOOL}-fp8-block": ["--quant_type", "fp8_block"],
     f"{THIS_TOOL}-nvfp4a16": ["--quant_type", "nvfp4a16"],
+    f"{THIS_TOOL}-w8a8-c8": ["--quant_type", "w8a8_c8"],
+    f"{THIS_TOOL}-fp8-smoothed": ["--quant_type", "fp8_smoothed"],
+    f"{THIS_TOOL}-fp8-kv": ["--quant_type", "fp8_kv"],
+    f"{THIS_TOOL}-nvfp4": ["--quant_type", "nvfp4"],
+    f"{THIS_TOOL}-nvfp4-smoothed": ["--config_path", str(HERE / "recipes" / "nvfp4_smoothed.yaml")],
     f"{THIS_TOOL}-nf4": ["--quant_type", "nf4"],
     f"{THIS_TOOL}-nf4-awq": ["--config_path", "qwen2_5_omni_nf4_awq"],
 }
