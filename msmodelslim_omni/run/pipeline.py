@@ -74,9 +74,9 @@ def quantize(
     """Quantize a checkpoint by a recipe and write it in every format that the recipe names.
 
     The arguments are the fields of QuantRequest, which describes them. overwrite: replace an earlier output in
-    save_path. max_memory: bytes, or a text such as "6GiB". save_format: one or several. Raises QuantError for every error that the user can fix. A
-    run that was stopped at any moment resumes when called again. Processes started by torchrun share one run; each of
-    them returns the report.
+    save_path. max_memory: bytes, or a text such as "6GiB". save_format: one or several. Raises QuantError for every
+    error that the user can fix. A run that was stopped at any moment resumes when called again. Processes started by
+    torchrun share one run; each of them returns the report.
     """
     request = QuantRequest(
         model_path=find_model_folder(model_path),
