@@ -46,7 +46,7 @@ def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Modules that check the quality of refined scales, or compare with runs in processes of their own.
-REFINED = ("test_expected_error", "test_awq", "test_smooth", "test_trained", "test_tiny_moe_trained", "test_team")
+REFINED = ("test_expected_error", "test_smooth", "test_team")
 
 
 @pytest.fixture(scope="session", autouse=True)
