@@ -39,10 +39,10 @@ demo: install
 	$(RUN) examples/demo.py demo-out --max_samples 320
 
 test: install
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-isa: install
-	set -e; for setting in $(ISA_SETTINGS); do echo "== $$setting"; env $$setting $(RUN) -m pytest -n 2 --dist loadfile; done
+	set -e; for setting in $(ISA_SETTINGS); do echo "== $$setting"; env $$setting $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder; done
 
 test-full: install
 	$(RUN) -m pytest -m full

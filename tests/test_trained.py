@@ -18,9 +18,9 @@ TINY = ROOT / "examples" / "tiny_omni"
 MEDIA = ("image", "audio", "video")
 
 
-@pytest.fixture(scope="module", params=[40, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
+@pytest.fixture(scope="module", params=[80, pytest.param(1, marks=[pytest.mark.full, pytest.mark.timeout(1800)])])
 def step(request: pytest.FixtureRequest) -> int:
-    """Every how many held-out samples one is used: 40 is enough to compare hidden states, 1 uses all."""
+    """Every how many held-out samples one is used: 80 is enough to compare hidden states, 1 uses all."""
     return int(request.param)
 
 
@@ -47,7 +47,7 @@ def reports(step: int, questions: Path, tmp_path_factory: pytest.TempPathFactory
         "rounded": ("--config_path", ROOT / "benchmarks" / "recipes" / "w4a16_rounded.yaml"),
     }
     results = {}
-    limit = ("--max_samples", 16) if step == 40 else ()
+    limit = ("--max_samples", 16) if step == 80 else ()
     for name, flags in recipes.items():
         quant(TINY / "model", folder / name, "--dataset", TINY / "calib", *limit, *flags).done()
         results[name] = evaluated(folder / name, questions)
@@ -103,7 +103,7 @@ def test_small_memory_budget_costs_no_accuracy(
 ) -> None:
     """Each form that H can be given by a small budget is the same H up to its last bits."""
     request = QuantRequest(TINY / "model", device="cpu", quant_type="w4a16", dataset=str(TINY / "calib"))
-    prepared = prepare(replace(request, max_samples=16 if step == 40 else None))
+    prepared = prepare(replace(request, max_samples=16 if step == 80 else None))
     budget = replace(prepared.plan.budget, **FORMS[form])
     small = replace(prepared, plan=replace(prepared.plan, budget=budget))
     report = run_prepared(small, tmp_path / "out", overwrite=False, progress=Progress())

@@ -111,6 +111,7 @@ def weights_in_h(weights: dict[str, torch.Tensor], group: LinearGroup) -> torch.
         lengths = run_layer(layer, watched.inputs)[0].norm(dim=1)
         by_group = {True: 1 / lengths, False: torch.ones_like(lengths)}[group.adds_to_residual]
         parts.append(1 + attention.received() if group == SPEC.value_group else by_group)
+        attention.forget()
     attention.remove()
     return torch.cat(parts)
 

@@ -375,11 +375,12 @@ def test_finished_run_is_not_done_again(formats: tuple[str, ...], tiny: Path, tm
     assert "is not empty\n" in quant(tiny, tmp_path / "out", *words).fault()
 
 
-def test_output_goes_to_head_without_an_error(tiny: Path, tmp_path: Path) -> None:
-    line = f"{sys.executable} -m msmodelslim_omni quant {tiny} {tmp_path / 'out'} --config_path {MINMAX} --dry_run"
-    pipe = f"set -o pipefail; {line} --all --device cpu | head -1"
-    done = subprocess.run(["bash", "-c", pipe], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0 and "Estimates" in done.stdout and "Traceback" not in done.stderr
+@pytest.mark.parametrize("words", ["recipes list", "inspect {model}"])
+def test_reader_that_has_enough_is_no_error(words: str, tiny: Path) -> None:
+    """As with `| head`; here the reader has gone before the first line."""
+    line = f"{sys.executable} -m msmodelslim_omni {words.format(model=tiny)}"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line} | true"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_log_file_has_the_messages_and_the_error(tiny: Path, tmp_path: Path) -> None:

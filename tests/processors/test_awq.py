@@ -336,6 +336,7 @@ def group_error(work: LayerWork, quantized: Mapping[str, Any], group: LinearGrou
 
 @METHODS
 @pytest.mark.parametrize("name", GROUPS)
+@pytest.mark.usefixtures("all_steps")
 def test_outlier_channels_are_scaled_and_the_error_falls(name: str, scheme: QuantScheme) -> None:
     group, work = GROUPS[name], outlier_work(scheme)
     scaled = awq.apply(work, config(group.subgraph), frozenset(group.linears))

@@ -27,14 +27,14 @@ from msmodelslim_omni.run.manifest import sealed
 from msmodelslim_omni.storage.safetensors_io import read_header
 
 ROOT = Path(__file__).parents[2]
-LAYERS = 6
+LAYERS = 5
 FORMATS = ("--save_format", "ascendv1_saver", "--save_format", "compressed_tensors")
 WEIGHTS = "quant_model_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_omni(tmp_path_factory.mktemp("models") / "six", layers=LAYERS)
+    return make_tiny_omni(tmp_path_factory.mktemp("models") / "model", layers=LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,16 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(model: Path, index: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def finished(model: Path, index: Path, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run in both formats that is never stopped."""
     save = tmp_path_factory.mktemp("runs") / "uninterrupted"
     resume_run(model, save, index, recipe, *FORMATS).done()
-    return files(save)
+    return save
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished: Path) -> dict[str, bytes]:
+    return files(finished)
 
 
 @pytest.fixture(scope="module")
@@ -444,16 +449,15 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], None]) -> Non
     path.write_text(json.dumps(sealed(manifest)))
 
 
-def killed_in_commit(model: Path, index: Path, recipe: Path, save: Path, *formats: str) -> Path:
+def killed_in_commit(model: Path, index: Path, recipe: Path, finished: Path, save: Path, *formats: str) -> Path:
     """Leave `save` as if the run was killed before its first move. Returns the folder of finished outputs."""
     stop_at("layers", 1, model, save, index, config_path=str(recipe), save_format=formats)
     path = save / WORK / "manifest.json"
     change_manifest(path, lambda manifest: manifest.update(committing=formats))
-    finished, output = save.with_name("finished"), save / WORK / "output"
-    words = [word for name in formats for word in ("--save_format", name)]
-    resume_run(model, finished, index, recipe, *words).done()
+    output = save / WORK / "output"
     shutil.rmtree(output)
-    shutil.copytree(finished, output if len(formats) > 1 else output / formats[0])
+    for name in formats:
+        shutil.copytree(finished / name, output / name)
     return output
 
 
@@ -465,28 +469,28 @@ def finish_moving(model: Path, index: Path, recipe: Path, save: Path, *words: st
 
 
 def test_killed_while_moving_one_format(
-    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+    model: Path, index: Path, recipe: Path, finished: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    output = killed_in_commit(model, index, recipe, save, "ascendv1_saver")
+    output = killed_in_commit(model, index, recipe, finished, save, "ascendv1_saver")
     (output / "ascendv1_saver" / WEIGHTS).rename(save / WEIGHTS)
     assert finish_moving(model, index, recipe, save) == ascend
 
 
 def test_killed_between_two_formats(
-    model: Path, index: Path, recipe: Path, uninterrupted: dict[str, bytes], tmp_path: Path
+    model: Path, index: Path, recipe: Path, finished: Path, uninterrupted: dict[str, bytes], tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    output = killed_in_commit(model, index, recipe, save, "ascendv1_saver", "compressed_tensors")
+    output = killed_in_commit(model, index, recipe, finished, save, "ascendv1_saver", "compressed_tensors")
     (output / "ascendv1_saver").rename(save / "ascendv1_saver")
     assert finish_moving(model, index, recipe, save, *FORMATS) == uninterrupted
 
 
 def test_killed_while_the_work_folder_was_removed(
-    model: Path, index: Path, recipe: Path, ascend: dict[str, bytes], tmp_path: Path
+    model: Path, index: Path, recipe: Path, finished: Path, ascend: dict[str, bytes], tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    output = killed_in_commit(model, index, recipe, save, "ascendv1_saver")
+    output = killed_in_commit(model, index, recipe, finished, save, "ascendv1_saver")
     for file in (output / "ascendv1_saver").iterdir():
         file.rename(save / file.name)
     for folder in ("stem", "output"):
@@ -495,10 +499,10 @@ def test_killed_while_the_work_folder_was_removed(
 
 
 def test_resume_of_a_killed_commit_in_another_format_is_refused(
-    model: Path, index: Path, recipe: Path, tmp_path: Path
+    model: Path, index: Path, recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    killed_in_commit(model, index, recipe, save, "ascendv1_saver")
+    killed_in_commit(model, index, recipe, finished, save, "ascendv1_saver")
     message = resume_run(model, save, index, recipe, "--save_format", "compressed_tensors").fault()
     assert "belongs to another run: --save_format was ascendv1_saver, is compressed_tensors\n" in message
     assert (save / WORK / "output" / "ascendv1_saver" / WEIGHTS).exists()
