@@ -11,7 +11,7 @@ import torch
 from command import command, quant
 from safetensors.torch import load_file
 from tiny_moe import model as moe
-from tiny_omni import score
+from tiny_omni import harden, score
 from tiny_samples import assert_trains_on_the_true_logits, samples, write_first_turn
 
 from msmodelslim_omni.calibration.samples import parse_sample, prepare_sample
@@ -56,6 +56,26 @@ def test_checkpoint_is_small_and_in_bfloat16() -> None:
     weights = load_file(MODEL / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert sum(value.numel() for name, value in weights.items() if name.startswith("thinker.")) < 10e6
+
+
+def test_outlier_channels_keep_the_function_of_experts() -> None:
+    """Those of the norm in front of the experts: the router's columns are divided too, so the routing is the same."""
+    config = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))
+    weights = load_file(MODEL / "model.safetensors")
+    hardened = harden.harden(weights, heads=4, kv_heads=2)
+    prefix = "thinker.model.layers.0."
+    plain, hard = (
+        qwen3_omni.build_layer(
+            config, 0, {name.removeprefix(prefix): w[name].float() for name in w if name.startswith(prefix)}
+        )
+        for w in (weights, hardened)
+    )
+    x = torch.randn((1, 50, 256), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        peaks = hard.post_attention_layernorm(x).abs().amax() / plain.post_attention_layernorm(x).abs().amax()
+        assert peaks > 4
+        assert torch.equal(*(layer.mlp(layer.post_attention_layernorm(x)) for layer in (plain, hard)))
+        assert [t.tolist() for t in hard.mlp.routed] == [t.tolist() for t in plain.mlp.routed]
 
 
 @pytest.fixture(scope="module")
