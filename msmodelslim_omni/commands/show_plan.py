@@ -88,7 +88,7 @@ def keep_rows(prepared: Prepared) -> list[list[str]]:
 
     return [
         [
-            f"more for what keep will choose, as {keep.scheme_name}",
+            f"more for keep, as {keep.scheme_name}",
             f"at most {keep.limits.max_share} of the weights"
             if keep.is_free
             else f"at most {human_bytes(keep_budget(prepared.plan, keep))}",

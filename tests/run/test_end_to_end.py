@@ -322,7 +322,7 @@ def test_emulation_equals_integer_arithmetic(tiny: Path, smoothed: Path, samples
 def test_reported_layer_errors_match_the_written_layers(
     tiny: Path, smoothed: Path, samples: list[dict[str, Any]]
 ) -> None:
-    """A layer's error is measured on inputs that come from the float layers before it."""
+    """A layer's error is measured on inputs that come from the float layers before it, of the probe samples only."""
     floating, integers = (
         load_thinker(tiny),
         with_quantized_layers(tiny, load_checkpoint(smoothed / ASCEND), integer_linear),
@@ -346,7 +346,7 @@ def test_reported_layer_errors_match_the_written_layers(
     logits(floating, samples)
     report = load_json(smoothed / ASCEND / "quant_report.json")
     for number, layer in enumerate(report["layers"]):
-        assert layer["output_error"] == pytest.approx((error[number] / signal[number]) ** 0.5, rel=0.02)
+        assert layer["output_error"] == pytest.approx((error[number] / signal[number]) ** 0.5, rel=0.03)
 
 
 # --- report --------------------------------------------------------------------------------------------------

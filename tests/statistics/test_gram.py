@@ -137,7 +137,7 @@ def test_matrix_is_summed_over_samples_of_any_length(lengths: list[int], seed: i
 
 @pytest.mark.parametrize("width", [gram_module._TILE - 1, 2 * gram_module._TILE, 2 * gram_module._TILE + 40])
 def test_matrix_with_several_tiles_and_flushes(width: int) -> None:
-    count = gram_module._FLUSH_ROWS + 300
+    count = gram_module.FLUSH_TOKENS + 300
     x = normal(count, width)
     gram = build_gram(list(torch.split(x, 700)), None)
     assert_near(gram.matrix, x.double().T @ x.double())
