@@ -13,7 +13,7 @@ from msmodelslim_omni import quantize
 from msmodelslim_omni.calibration.samples import load_calib_set, prepare_sample
 from msmodelslim_omni.cli import app
 from msmodelslim_omni.models import qwen2_5_omni as omni
-from msmodelslim_omni.models.inputs import MediaLimits
+from msmodelslim_omni.models.inputs import MediaLimits, ModelInputs
 from msmodelslim_omni.runtime.progress import Progress
 
 DATA = Path(__file__).parent.parent / "lab_calib" / "calibVideos"
@@ -149,7 +149,11 @@ def fast_recipe(folder: Path) -> Path:
 
 def thinker_inputs(model: Path, index: Path, max_pixels: int) -> list[dict[str, Any]]:
     """Return the samples of an index as keyword arguments of the thinker."""
+    prepared = prepared_samples(model, index, max_pixels)
+    return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in prepared]
+
+
+def prepared_samples(model: Path, index: Path, max_pixels: int) -> list[ModelInputs]:
     media = omni.open_media_processor(model, MediaLimits(8192, max_pixels, 2.0), False)
     calib_set = load_calib_set(str(index), "Describe.", omni.model_spec("Qwen2.5-Omni-7B"))
-    prepared = [prepare_sample(sample, media) for sample in calib_set.samples]
-    return [{**p.tensors, "use_audio_in_video": p.use_audio_in_video} for p in prepared]
+    return [prepare_sample(sample, media) for sample in calib_set.samples]

@@ -318,7 +318,6 @@ class InputRecorder:
                     f"{name}: NaN or Inf in the input activations",
                     "check the checkpoint with the float model, or remove the sample",
                 )
-        self._faults = {}
         if self._waiting:
             by_length = torch.cat([relative_weights(part) for part in torch.split(out[0], [*lengths] or len(out[0]))])
             for group, (x, tokens) in self._waiting.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from omni_layers import difference
 from tiny_layer import SPEC, build, layer_weights, sample
 from tiny_layer import received_attention as received_attention_of_library
 
@@ -58,7 +59,7 @@ def test_joined_samples_do_not_see_each_other(layer: torch.nn.Module) -> None:
     received = torch.cat([received_attention_of(layer, each) for each in samples])
     joined = join_samples(samples)
     assert joined.lengths == (9, 1, 14)
-    torch.testing.assert_close(run_layer(layer, joined), torch.cat(alone, dim=1))
+    assert difference(run_layer(layer, joined), torch.cat(alone, dim=1)) < 5e-6
     torch.testing.assert_close(received_attention_of(layer, joined), received)
     assert layer.self_attn.config._attn_implementation == "sdpa"
     unlike = run_layer(layer, LayerInput(joined.hidden, joined.arguments))

@@ -22,6 +22,7 @@ from command import (
     fast_recipe,
     files,
     mixed_index,
+    prepared_samples,
     quant,
     thinker_inputs,
     write_index,
@@ -30,6 +31,7 @@ from make_tiny_omni import make_tiny_omni
 from refinement import ALL_STEPS, steps
 from safetensors.torch import load_file
 
+from msmodelslim_omni.calibration.token_roles import assign_roles
 from msmodelslim_omni.models import qwen2_5_omni as omni
 from msmodelslim_omni.numerics.arithmetic import QuantizedLinear
 from msmodelslim_omni.numerics.scheme import QuantScheme
@@ -320,7 +322,7 @@ def test_emulation_equals_integer_arithmetic(tiny: Path, smoothed: Path, samples
 
 
 def test_reported_layer_errors_match_the_written_layers(
-    tiny: Path, smoothed: Path, samples: list[dict[str, Any]]
+    tiny: Path, smoothed: Path, index: Path, samples: list[dict[str, Any]]
 ) -> None:
     """A layer's error is measured on inputs that come from the float layers before it, of the probe samples only."""
     floating, integers = (
@@ -343,10 +345,11 @@ def test_reported_layer_errors_match_the_written_layers(
     quantized = decoder(integers).layers
     for number, layer in enumerate(decoder(floating).layers):
         layer.register_forward_hook(compare(number), with_kwargs=True)
-    logits(floating, samples)
+    roles = assign_roles([p.modality for p in prepared_samples(tiny, index, 200704)], "tokens")
+    logits(floating, [samples[position] for position in roles.probe_samples])
     report = load_json(smoothed / ASCEND / "quant_report.json")
     for number, layer in enumerate(report["layers"]):
-        assert layer["output_error"] == pytest.approx((error[number] / signal[number]) ** 0.5, rel=0.03)
+        assert layer["output_error"] == pytest.approx((error[number] / signal[number]) ** 0.5, rel=0.001)
 
 
 # --- report --------------------------------------------------------------------------------------------------
