@@ -2,9 +2,10 @@
 
 Smoothing folds a factor s per input channel: the module before a group of Linears is divided by s, and the columns of
 the Linears are multiplied by s. If this changes a norm's weight n to n', the Linears after the norm are compared with
-W[:, c] * n[c] / n'[c]. Between v and o, and between up and down, the factors are not stored. They are estimated by
-least squares, per row of the first Linear (a) and per column of the second (g). Each g must cancel the division: it
-must equal n / n', or 1 / a of the row that the column reads.
+W[:, c] * n[c] / n'[c]; a Linear after it that stays float, such as a router, must equal that to the last bit. Between v
+and o, and between up and down, the factors are not stored. They are estimated by least squares, per row of the first
+Linear (a) and per column of the second (g). Each g must cancel the division: it must equal n / n', or 1 / a of the row
+that the column reads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import QuantError
-from ..models import LinearGroup, ModelSpec
+from ..models import LinearGroup, ModelSpec, Subgraph
 from ..numerics import (
     QuantizedLinear,
     dequantize,
@@ -25,6 +26,7 @@ from ..numerics import (
     relative_error,
 )
 from ..storage import (
+    FLOAT_DTYPES,
     TORCH_DTYPES,
     Checkpoint,
     TensorInfo,
@@ -96,18 +98,19 @@ def check_source(
     layers = range(model.family.num_layers(config))
     changeable: set[str] = set()
     for index in layers:
-        for group in spec.groups:
-            changeable |= _changeable(model, index, group, linears)
+        for part in spec.subgraphs:
+            changeable |= _changeable(model, index, part, linears)
     tuned: set[str] = set()
     if _was_tuned(path):
         tuned = {f"{name}.bias" for name, linear in linears.items() if linear.quantized}
-        previous = ((index, group) for index in layers for group in spec.groups if group.subgraph == "norm-linear")
-        for index, group in previous:
-            if any(f"{model.layer_name(index, linear)}.bias" in tuned for linear in group.linears):
-                changeable.add(f"{model.layer_name(index, group.previous)}.weight")
+        for index, part in ((index, part) for index in layers for part in spec.subgraphs if part.is_tunable):
+            if any(f"{model.layer_name(index, linear)}.bias" in tuned for linear in part.linears):
+                changeable.add(f"{model.layer_name(index, part.previous)}.weight")
     yield from _check_floats(folder, original, linears, changeable, tuned - changeable)
     for index in layers:
         yield from _check_layer(model, index, spec.groups, folder, original, linears)
+        for part in spec.subgraphs:
+            yield from _check_float_readers(model, index, part, folder, original)
 
 
 def _describe_mismatch(config: dict[str, Any], original: Checkpoint, linears: dict[str, StoredLinear]) -> str:
@@ -166,13 +169,14 @@ def _has_same_bytes(file: Path, other: Path) -> bool:
 # --- float tensors -------------------------------------------------------------------------------------------
 
 
-def _changeable(model: ModelSpec, index: int, group: LinearGroup, linears: dict[str, StoredLinear]) -> set[str]:
-    """Return the float tensors that folding may change: none unless all Linears of the group are quantized."""
-    names = [model.layer_name(index, linear) for linear in group.linears]
+def _changeable(model: ModelSpec, index: int, part: Subgraph, linears: dict[str, StoredLinear]) -> set[str]:
+    """Return the float tensors that folding may change: none unless all Linears of the subgraph are quantized."""
+    names = [model.layer_name(index, linear) for linear in part.linears]
     if not all(name in linears and linears[name].quantized for name in names):
         return set()
-    previous = model.layer_name(index, group.previous)
-    return {f"{previous}.weight", f"{previous}.bias"}
+    previous = model.layer_name(index, part.previous)
+    readers = {f"{model.layer_name(index, reader)}.weight" for reader in part.float_readers}
+    return {f"{previous}.weight", f"{previous}.bias", *readers}
 
 
 def _was_tuned(path: Path) -> bool:
@@ -242,9 +246,8 @@ def _check_layer(
                 continue
             ones = torch.ones(weight.shape[0])
             rows_unknown, from_norm = relative in divided, group.subgraph == "norm-linear"
-            unscaled = group.subgraph == "none"
             columns, energy = torch.ones(weight.shape[1]), ones
-            if linear.quantized and not from_norm and not unscaled:
+            if linear.quantized and not from_norm:
                 columns, energy = _estimated_columns(stored, weight, ones)
             elif linear.quantized and expected is not None and expected.shape == columns.shape:
                 columns = expected
@@ -268,18 +271,43 @@ def _expected_columns(
     previous: str, group: LinearGroup, folder: Folder, original: Checkpoint, factors: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """Return the column factors that cancel the scaling before the group, or None if they are unknown."""
-    if group.subgraph == "none":
-        return None  # _check_layer compares with the unscaled columns
     if group.subgraph != "norm-linear":
         if group.previous not in factors:
             return None
         rows = factors[group.previous].view(-1, 1, group.head_dim)
         return 1 / rows.expand(-1, group.repeat, -1).flatten()
-    before, after = original.tensors.get(f"{previous}.weight"), folder.tensors.get(f"{previous}.weight")
+    return _factors_of_norm(previous, folder, original)
+
+
+def _factors_of_norm(norm: str, folder: Folder, original: Checkpoint) -> torch.Tensor | None:
+    """Return n / n', 1 where n' is 0, or None if a weight is missing or their shapes differ."""
+    before, after = original.tensors.get(f"{norm}.weight"), folder.tensors.get(f"{norm}.weight")
     if before is None or after is None or before.shape != after.shape:
         return None
     n, changed = load_tensor(before).to(torch.float32), load_tensor(after).to(torch.float32)
     return torch.where(changed != 0, n / changed, torch.ones_like(n))
+
+
+def _check_float_readers(
+    model: ModelSpec, index: int, part: Subgraph, folder: Folder, original: Checkpoint
+) -> Iterator[Finding]:
+    """Check that the columns of float Linears cancel the scaling of the norm to the last bit."""
+    if not part.float_readers:
+        return
+    norm = model.layer_name(index, part.previous)
+    factors = _factors_of_norm(norm, folder, original)
+    for reader in (model.layer_name(index, name) for name in part.float_readers):
+        before, after = original.tensors.get(f"{reader}.weight"), folder.tensors.get(f"{reader}.weight")
+        if factors is None or before is None or after is None or before.shape != after.shape:
+            continue
+        if before.shape[1:] != factors.shape or after.dtype not in FLOAT_DTYPES:
+            continue
+        stored = load_tensor(after)
+        expected = (load_tensor(before).to(torch.float32) * factors).to(stored.dtype)
+        if not torch.equal(stored, expected):
+            columns = (stored != expected).any(dim=0).nonzero().flatten().tolist()
+            what = f"{len(columns)} columns do not cancel the scaling of the norm, e.g. {columns[0]}"
+            yield make_finding("scaling_inconsistent", f"{reader} and {norm}", what)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,17 @@ from .inputs import (
 from .log_mel import log_mel
 from .registry import MODEL_TYPES, derive_model_type, find_model_type
 from .running import ModelRunner, RunnableModel, SpeakingModel, SpeechSupport, Spoken
-from .spec import LayerSpec, LinearGroup, ModelSpec, Part, Renaming, RoutedBlock, apply_renaming, is_recomputed_buffer
+from .spec import (
+    LayerSpec,
+    LinearGroup,
+    ModelSpec,
+    Part,
+    Renaming,
+    RoutedBlock,
+    Subgraph,
+    apply_renaming,
+    is_recomputed_buffer,
+)
 
 __all__ = [
     "JOINED_TOKENS",
@@ -50,6 +60,7 @@ __all__ = [
     "SpeechSupport",
     "Spoken",
     "Stem",
+    "Subgraph",
     "apply_renaming",
     "attention_apart",
     "can_join",

@@ -70,8 +70,8 @@ def num_layers(config: dict[str, Any]) -> int:
 def layer_spec(config: dict[str, Any]) -> LayerSpec:
     """Attention, the router, and for each expert a SwiGLU MLP. Every layer must have experts, as the published ones.
 
-    The norm in front of the experts feeds the router too and is not scaled: group `none`. Between up and down of an
-    expert, factors are exact and concern this expert alone.
+    The norm in front of the experts feeds the router and gate and up of all experts: they share its factors. Between up
+    and down of an expert, factors concern this expert alone.
     """
     text = thinker_text(config)
     hidden, inter = text.size("hidden_size"), text.size("moe_intermediate_size")
@@ -83,7 +83,7 @@ def layer_spec(config: dict[str, Any]) -> LayerSpec:
         prefix = experts.prefix.format(expert=number)
         gate, up, down = (f"{prefix}{name}_proj" for name in ("gate", "up", "down"))
         expert_groups += [
-            LinearGroup(f"{prefix}gate_up", (gate, up), "", "none", expert=number),
+            LinearGroup(f"{prefix}gate_up", (gate, up), "post_attention_layernorm", "norm-linear", expert=number),
             LinearGroup(f"{prefix}down", (down,), up, "up-down", expert=number),
         ]
         shapes |= {f"{name}.weight": (inter, hidden) for name in (gate, up)}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .inputs import MediaLimits, MediaProcessor, Stem
     from .running import ModelRunner, SpeechSupport
 
-Subgraph = Literal["norm-linear", "ov", "up-down", "none"]
+SubgraphType = Literal["norm-linear", "ov", "up-down"]
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,13 @@ class LinearGroup:
     previous: a norm (`norm-linear`), or the Linear that outputs these channels (`ov`, `up-down`).
     repeat: number of consecutive query heads that read one head of `previous` (GQA; otherwise 1).
     head_dim: channels of one head; used only with `repeat`.
-    subgraph: `none` if no factors can be folded into what produces the input; `previous` is then empty.
     expert: the number of the expert that the Linears belong to; they read only the tokens routed to it.
     """
 
     name: str
     linears: tuple[str, ...]
     previous: str
-    subgraph: Subgraph
+    subgraph: SubgraphType
     repeat: int = 1
     head_dim: int = 1
     expert: int | None = None
@@ -49,7 +48,38 @@ class LinearGroup:
     @property
     def adds_to_residual(self) -> bool:
         """Whether the output of the group's Linear is added to the residual stream, as those of o and down are."""
-        return self.subgraph not in ("norm-linear", "none")
+        return self.subgraph != "norm-linear"
+
+
+@dataclass(frozen=True)
+class Subgraph:
+    """A module and all Linears that read its output, which therefore share one vector of factors.
+
+    groups: one, or those of all experts behind their norm. float_readers: Linears that read the output too and stay
+    float, as the router does. Their columns get the factors as well, which are then powers of two: no bit of their
+    output changes.
+    """
+
+    name: str
+    groups: tuple[LinearGroup, ...]
+    float_readers: tuple[str, ...] = ()
+
+    @property
+    def previous(self) -> str:
+        return self.groups[0].previous
+
+    @property
+    def type(self) -> SubgraphType:
+        return self.groups[0].subgraph
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        return tuple(linear for group in self.groups for linear in group.linears)
+
+    @property
+    def is_tunable(self) -> bool:
+        """Whether a norm feeds the groups alone, so that its weight may be tuned after rounding."""
+        return self.type == "norm-linear" and not self.float_readers
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,18 @@ class LayerSpec:
     @property
     def linears(self) -> tuple[str, ...]:
         return tuple(linear for group in self.groups for linear in group.linears)
+
+    @property
+    def subgraphs(self) -> tuple[Subgraph, ...]:
+        """The groups in forward order, those of the experts behind their norm as one."""
+        behind_norm = tuple(g for g in self.groups if g.expert is not None and g.subgraph == "norm-linear")
+        if self.experts is None or not behind_norm:
+            return tuple(Subgraph(group.name, (group,)) for group in self.groups)
+        name = self.experts.prefix.format(expert="*") + behind_norm[0].name.rpartition(".")[2]
+        shared = Subgraph(name, behind_norm, (self.experts.router,))
+        first = self.groups.index(behind_norm[0])
+        before, after = self.groups[:first], [g for g in self.groups[first:] if g not in behind_norm]
+        return (*(Subgraph(g.name, (g,)) for g in before), shared, *(Subgraph(g.name, (g,)) for g in after))
 
     @property
     def units(self) -> tuple[tuple[LinearGroup, ...], ...]:

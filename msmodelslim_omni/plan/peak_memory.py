@@ -116,9 +116,9 @@ class _LayerSizes:
         # The float layer: all Linears in float32, but those of experts as they are stored; see run.layers.float_module.
         routed_linears = {linear for group in spec.groups if group.expert is not None for linear in group.linears}
         self.float_layer = 4 * sum(numel for linear, numel in self.numel.items() if linear not in routed_linears)
-        # Of experts: inputs that awq scales, whose H it factorizes and rescales before the Linears are rounded.
+        # Of experts: inputs that awq scales alone, whose H it factorizes and rescales before the Linears are rounded.
         self.scaled_inputs = [
-            widths[group.name] for group in spec.groups if group.expert is not None and group.subgraph != "none"
+            widths[group.name] for group in spec.groups if group.expert is not None and group.subgraph != "norm-linear"
         ]
         inner = max(widths[group.name] for group in spec.groups if group.subgraph == "up-down")
         self.inner = inner * (spec.experts.active if spec.experts else 1)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from ..models import LinearGroup
+from ..models import LinearGroup, Subgraph
 from ..numerics import (
     QuantizedLinear,
     QuantScheme,
@@ -34,12 +34,13 @@ from ..numerics import (
     row_blocks,
 )
 from ..recipe import AwqConfig
-from ..runtime import SINGLE_PROCESS, Team
-from ..statistics import Gram, evenly_spaced
+from ..runtime import SINGLE_PROCESS, Team, to_floats
+from ..statistics import Gram, evenly_spaced, mean_abs
 from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
     fold_factors,
+    known_groups,
     mean_over_query_heads,
     reason_to_skip,
     repeat_for_query_heads,
@@ -51,7 +52,7 @@ from .work import LayerWork, SmoothingRecord
 _FINALISTS = 2  # compared with the identity by the output of the block
 
 # The search rounds about _SEARCH_WEIGHTS weights of each Linear per grid point, but at least _MIN_ROWS output channels.
-_SEARCH_WEIGHTS = 1 << 17
+_SEARCH_WEIGHTS, _SEARCH_WEIGHTS_OF_ALL = 1 << 17, 1 << 23
 _MIN_ROWS = 32
 
 
@@ -76,35 +77,68 @@ def needs(config: AwqConfig) -> Literal["gram"]:
 
 
 def apply(work: LayerWork, config: AwqConfig, linears: frozenset[str]) -> LayerWork:
-    """Scale every group that the recipe selects. A group stays unchanged if the identity has the least error.
+    """Scale every subgraph that the recipe selects. One stays unchanged if the identity has the least error.
 
-    Runs from the last group to the first: scaling a group that follows another Linear divides the rows of that Linear,
-    so it must happen before that Linear is scaled itself.
+    Runs from the last to the first: scaling what follows another Linear divides the rows of that Linear, so it must
+    happen before that Linear is scaled itself.
     """
-    for group in reversed(work.spec.groups):
-        reason = reason_to_skip(work, group, config.enable_subgraph_type, linears)
+    for part in reversed(work.spec.subgraphs):
+        reason = reason_to_skip(work, part, config.enable_subgraph_type, linears)
         if reason is None:
-            work = _scale_group(work, group, config)
+            work = _scale_shared(work, part, config) if len(part.groups) > 1 else _scale_group(work, part, config)
         elif reason:
-            work = work.with_record(SmoothingRecord(group.name, None, 1.0, reason))
+            work = work.with_record(SmoothingRecord(part.name, None, 1.0, reason))
     return work
 
 
-def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> LayerWork:
+def _scale_shared(work: LayerWork, part: Subgraph, config: AwqConfig) -> LayerWork:
+    """Scale what gate and up of all experts read. The factors are powers of two; see fold.py.
+
+    The errors of all experts are added, each with diag(H) of its own tokens.
+    """
+    assert work.stats is not None
+    scheme, checks = work.schemes[part.linears[0]], WeightChecks()
+    sampled = []
+    for group in known_groups(work, part):
+        gram = work.stats[group.name].gram(work.importance)
+        rows = _sample_rows(work, group, _SEARCH_WEIGHTS_OF_ALL // len(part.linears))
+        sampled.append((gram.diagonal(), rows, squared_outputs(gram, rows)))
+    signals = torch.stack([of_group for *_, of_group in sampled]).sum(dim=0).clamp_min(1e-30)  # [Linears of a group]
+
+    def error(candidate: Candidate) -> torch.Tensor:
+        factors, total = candidate.factors, torch.zeros_like(signals)
+        for importance, weights, _ in sampled:
+            changes = (grouped_rounding_error(weight * factors, scheme, checks).div_(factors) for weight in weights)
+            total += torch.stack([(change.square() @ importance).sum() for change in changes])
+        return (total / signals).sum()
+
+    candidates = list(_grid(work, part, scheme, config.n_grid))
+    losses = to_floats(checks.checked(work.team.map(error, candidates)))
+    best = min(range(len(candidates)), key=lambda i: (losses[i], i))
+    if best == 0:
+        return work.with_record(SmoothingRecord(part.name, None, 1.0, "the identity is best"))
+    chosen = candidates[best]
+    note = f"{chosen.name}; measured on the Linears of all experts"
+    record = SmoothingRecord(part.name, chosen.ratio, relative_error(losses[best], losses[0]), note)
+    return fold_factors(work, part, chosen.factors).with_record(record)
+
+
+def _scale_group(work: LayerWork, part: Subgraph, config: AwqConfig) -> LayerWork:
     assert work.stats is not None  # the plan runs calibration for this processor
+    (group,) = part.groups
     gram = work.stats[group.name].gram(work.importance)
     cholesky = cholesky_for_gptq({linear: work.schemes[linear] for linear in group.linears}, gram)
     if cholesky is not None:
         work = replace(work, cholesky_factors={**work.cholesky_factors, group.name: cholesky})
     scheme = work.schemes[group.linears[0]]
-    candidates = list(_grid(work, group, scheme, config.n_grid))
+    candidates = list(_grid(work, part, scheme, config.n_grid))
     sampled = _sample_rows(work, group)
     signals = squared_outputs(gram, sampled)
-    losses = search_losses(candidates, group, sampled, signals, scheme, gram, cholesky, work.team)
+    losses = search_losses(candidates, part, sampled, signals, scheme, gram, cholesky, work.team)
     if scheme.codebook is None:
         start = candidates[min(losses, key=lambda i: (losses[i], i))]
-        candidates.append(_refined(work, group, start, sampled, signals, scheme, gram, cholesky))
-        last = search_losses(candidates[-1:], group, sampled, signals, scheme, gram, cholesky)
+        candidates.append(_refined(work, part, start, sampled, signals, scheme, gram, cholesky))
+        last = search_losses(candidates[-1:], part, sampled, signals, scheme, gram, cholesky)
         (losses[len(losses)],) = last.values()
     ranked = sorted(range(len(candidates)), key=lambda i: (losses[i], i))
     best, compared_by, best_rounded = ranked[0], "the Linears", {}
@@ -112,8 +146,8 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
         finalists = list(dict.fromkeys([0, *ranked[:_FINALISTS]]))
         losses, best, compared_by, checks = {}, -1, group.block, WeightChecks()
         for i in finalists:  # only the integers of the best finalist so far stay in memory
-            rounded = _round_candidate(work, group, gram, cholesky, candidates[i], checks)
-            losses[i] = _block_error(work, group, rounded, candidates[i])
+            rounded = _round_candidate(work, part, gram, cholesky, candidates[i], checks)
+            losses[i] = _block_error(work, part, rounded, candidates[i])
             if best < 0 or (losses[i], i) < (losses[best], best):
                 best, best_rounded = i, rounded
         checks.raise_fault()
@@ -123,13 +157,13 @@ def _scale_group(work: LayerWork, group: LinearGroup, config: AwqConfig) -> Laye
         chosen, gain = candidates[best], relative_error(losses[best], losses[0])
         note = f"{chosen.name}; measured on the output of {compared_by}; H: {gram.kind}"
         record = SmoothingRecord(group.name, chosen.ratio, gain, note)
-        work = fold_factors(work, group, chosen.factors)
+        work = fold_factors(work, part, chosen.factors)
     return replace(work, rounded={**work.rounded, **best_rounded}).with_record(record)
 
 
 def _refined(
     work: LayerWork,
-    group: LinearGroup,
+    part: Subgraph,
     start: Candidate,
     weights: list[torch.Tensor],
     signals: torch.Tensor,
@@ -142,18 +176,19 @@ def _refined(
     expected = ExpectedErrors.of_importance(importance, weights, signals, scheme)
 
     def search(candidate: Candidate) -> torch.Tensor:
-        return refine(expected, candidate.factors, lambda s: repeat_for_query_heads(s, group))
+        return refine(expected, candidate.factors, lambda s: repeat_for_query_heads(s, part))
 
     (factors,) = work.team.map(search, [start])
-    exact = exact_factors(work, group, factors.to(start.factors.device))[0]
+    exact = exact_factors(work, part, factors.to(start.factors.device))[0]
     return replace(start, factors=exact, refined=True)
 
 
-def _grid(work: LayerWork, group: LinearGroup, scheme: QuantScheme, n_grid: int) -> Iterator[Candidate]:
+def _grid(work: LayerWork, part: Subgraph, scheme: QuantScheme, n_grid: int) -> Iterator[Candidate]:
     """Yield the identity, then the ratios from 0 to 1 in n_grid steps with and without duo scaling."""
     assert work.stats is not None
-    x = mean_over_query_heads(work.stats[group.name].mean_abs(work.importance), group)
-    w = mean_over_query_heads(_relative_magnitude(work, group, scheme), group)
+    inputs = [work.stats[group.name] for group in known_groups(work, part)]
+    x = mean_over_query_heads(mean_abs(inputs, work.importance), part)
+    w = mean_over_query_heads(_relative_magnitude(work, part, scheme), part)
     yield Candidate(0.0, False, torch.ones_like(x))
     for step in range(n_grid + 1):
         ratio = step / n_grid
@@ -162,14 +197,14 @@ def _grid(work: LayerWork, group: LinearGroup, scheme: QuantScheme, n_grid: int)
             s = s.clamp_min(1e-4)
             s = s / (s.max() * s.min()).sqrt()
             s = torch.where(torch.isfinite(s) & (x > 0), s, torch.ones_like(s))
-            yield Candidate(ratio, duo, exact_factors(work, group, s)[0])
+            yield Candidate(ratio, duo, exact_factors(work, part, s)[0])
 
 
-def _relative_magnitude(work: LayerWork, group: LinearGroup, scheme: QuantScheme) -> torch.Tensor:
+def _relative_magnitude(work: LayerWork, part: Subgraph, scheme: QuantScheme) -> torch.Tensor:
     """The mean over the output channels of |w| / (largest |w| of its quantization group): [in]."""
     assert scheme.group_size is not None
     sums, count = [], 0
-    for linear in group.linears:
+    for linear in part.linears:
         stored = work.weights[f"{linear}.weight"]
         for rows in row_blocks(stored):
             magnitude = work.weight(linear, rows).to(torch.float32).abs()
@@ -186,7 +221,7 @@ def squared_outputs(gram: Gram, weights: list[torch.Tensor]) -> torch.Tensor:
 
 def search_losses(
     candidates: list[Candidate],
-    group: LinearGroup,
+    part: Subgraph,
     weights: list[torch.Tensor],
     signals: torch.Tensor,
     scheme: QuantScheme,
@@ -204,7 +239,7 @@ def search_losses(
     pivots = cholesky.pivots() if cholesky is not None else None
 
     def errors(candidate: Candidate) -> torch.Tensor:
-        factors, of_linears = repeat_for_query_heads(candidate.factors, group), []
+        factors, of_linears = repeat_for_query_heads(candidate.factors, part), []
         for weight in weights:
             change = grouped_rounding_error(weight * factors, scheme, checks).div_(factors)
             error = gram.output_error(change) if pivots is None else change.square() @ pivots
@@ -221,43 +256,42 @@ def _sum_of_ratios(errors: list[float], signals: list[float]) -> float:
     return total if math.isfinite(total) else math.inf
 
 
-def _sample_rows(work: LayerWork, group: LinearGroup) -> list[torch.Tensor]:
-    """Evenly spaced rows of the weight of each Linear, about _SEARCH_WEIGHTS numbers each, in float32."""
+def _sample_rows(work: LayerWork, group: LinearGroup, numbers: int = _SEARCH_WEIGHTS) -> list[torch.Tensor]:
+    """Evenly spaced rows of the weight of each Linear, about `numbers` numbers each, in float32."""
     sampled = []
     for linear in group.linears:
         out_features, in_features = work.weights[f"{linear}.weight"].shape
         stored = work.weights[f"{linear}.weight"]
-        rows = evenly_spaced(out_features, max(_MIN_ROWS, _SEARCH_WEIGHTS // in_features)).to(stored.device)
+        rows = evenly_spaced(out_features, max(_MIN_ROWS, numbers // in_features)).to(stored.device)
         sampled.append(work.weight(linear, rows).to(torch.float32))
     return sampled
 
 
 def _round_candidate(
     work: LayerWork,
-    group: LinearGroup,
+    part: Subgraph,
     gram: Gram,
     cholesky: CholeskyFactor | None,
     candidate: Candidate,
     checks: WeightChecks,
 ) -> dict[str, QuantizedLinear]:
     """Scale the group by the candidate and round it as linear_quant does."""
-    factors = repeat_for_query_heads(candidate.factors, group)
-    scaled = ((linear, work.scaled_weight(linear, factors)) for linear in group.linears)
-    schemes = {linear: work.schemes[linear] for linear in group.linears}
+    factors = repeat_for_query_heads(candidate.factors, part)
+    scaled = ((linear, work.scaled_weight(linear, factors)) for linear in part.linears)
+    schemes = {linear: work.schemes[linear] for linear in part.linears}
     if cholesky is None:
         return round_group(scaled, schemes, gram.rescaled(factors), None, work.team, checks)
     return round_group(scaled, schemes, None, cholesky.rescaled(factors), work.team, checks)
 
 
-def _block_error(
-    work: LayerWork, group: LinearGroup, rounded: dict[str, QuantizedLinear], candidate: Candidate
-) -> float:
+def _block_error(work: LayerWork, part: Subgraph, rounded: dict[str, QuantizedLinear], candidate: Candidate) -> float:
     """The squared error of the output of the block if the group is scaled and rounded and everything else is float."""
     assert work.probe is not None
-    factors = repeat_for_query_heads(candidate.factors, group)
+    block = part.groups[0].block
+    factors = repeat_for_query_heads(candidate.factors, part)
     # The columns of the next Linear undo factors folded into the rows of this group, so they need their current values.
-    inside = [name for name in work.changed if name.startswith(f"{group.block}.")]
+    inside = [name for name in work.changed if name.startswith(f"{block}.")]
     weights = {n: work.tensor(n).to(torch.float32) for n in inside if n.removesuffix(".weight") not in rounded}
     weights |= {f"{linear}.weight": dequantize(quantized).div_(factors) for linear, quantized in rounded.items()}
-    (error,) = work.probe.block_errors(group.block, [weights])
+    (error,) = work.probe.block_errors(block, [weights])
     return error

@@ -23,7 +23,8 @@ import torch
 from ..numerics import QuantScheme, row_blocks
 from ..statistics import InputStats, evenly_spaced, relative_weights
 
-_WEIGHT_ROWS = 128  # output rows of each Linear for their maxima
+# Output rows of each Linear for their maxima: at most, at least, and of all Linears together.
+_WEIGHT_ROWS, _FEWEST_ROWS, _ALL_ROWS = 128, 16, 2048
 _NUMBERS = 1 << 23  # maximum numbers of the inputs that are used
 # Of Adam, on the logarithms of the factors; the rate falls to zero. 100 steps at 0.05 gain another 0.1 % of the loss.
 _STEPS, _RATE = 60, 0.08
@@ -96,7 +97,7 @@ class ExpectedErrors:
         self._act_qmax = None if scheme.act_bits is None else 2 ** (scheme.act_bits - 1) - 1
         low, high = scheme.weight_range
         self._weight_qmax = high if scheme.symmetric else (high - low) / 2
-        self._weights = [_weight(weight, scheme) for weight in weights]
+        self._weights = [_weight(weight, scheme, _rows_of_each(weights)) for weight in weights]
         shares = torch.zeros((len(members), len(weights), len(magnitude)), device=magnitude.device)
         for of_modality, tokens in zip(shares, members, strict=True):
             for of_linear, token_weight in zip(of_modality, token_weights, strict=True):
@@ -108,19 +109,33 @@ class ExpectedErrors:
         self._plain = self._by_modality(torch.ones_like(magnitude[0]))
 
     @classmethod
-    def of_tokens(cls, stats: InputStats, weights: Sequence[torch.Tensor], scheme: QuantScheme) -> ExpectedErrors:
-        """The errors on the kept rows."""
-        chosen = evenly_spaced(len(stats.rows), max(1, _NUMBERS // stats.rows.shape[1]))
-        x = stats.rows[chosen.to(stats.rows.device)].clone()  # an inference tensor has no gradient
-        modality = stats.row_modality[chosen]
-        members = [(modality == m).nonzero().flatten().to(x.device) for m in stats.sampled_of(modality)]
-        token_weights = []  # 1 / |y|, divided by the mean |y| of the tokens
-        for weight in weights:
-            y = x @ _some_rows(weight).T  # some outputs
-            inverse = relative_weights(y)
-            signal = (y.square().sum(dim=1) * inverse).mean() * (len(weight) / max(1, y.shape[1]))
-            token_weights.append(inverse / signal.clamp_min(1e-30))
-        return cls(x.abs(), members, weights, token_weights, scheme)
+    def of_tokens(
+        cls, inputs: Sequence[tuple[InputStats, Sequence[torch.Tensor]]], scheme: QuantScheme
+    ) -> ExpectedErrors:
+        """The errors on the kept rows. inputs: one, or those of several groups that share the factors.
+
+        Each with the weights of its Linears, which read no other input.
+        """
+        total, all_weights = sum(len(stats.rows) for stats, _ in inputs), [w for _, weights in inputs for w in weights]
+        rows_of_each, most = _rows_of_each(all_weights), max(1, _NUMBERS // all_weights[0].shape[1])
+        magnitudes: list[torch.Tensor] = []
+        modalities, token_weights = [], []
+        for stats, weights in inputs:
+            chosen = evenly_spaced(len(stats.rows), max(1, most * len(stats.rows) // total))
+            x = stats.rows[chosen.to(stats.rows.device)].clone()  # an inference tensor has no gradient
+            before = sum(len(part) for part in magnitudes)
+            magnitudes.append(x.abs())
+            modalities.append(stats.row_modality[chosen])
+            for weight in weights:  # 1 / |y|, divided by the mean |y| of the tokens
+                y = x @ _some_rows(weight, rows_of_each).T  # some outputs
+                inverse = relative_weights(y)
+                signal = (y.square().sum(dim=1) * inverse).mean() * (len(weight) / max(1, y.shape[1]))
+                token_weights.append((before, inverse / signal.clamp_min(1e-30)))
+        magnitude, modality = torch.cat(magnitudes), torch.cat(modalities)
+        present = sorted({m for stats, _ in inputs for m in stats.sampled_of(modality)})
+        members = [(modality == m).nonzero().flatten().to(magnitude.device) for m in present]
+        of_all = [_placed(weights, before, len(magnitude)) for before, weights in token_weights]
+        return cls(magnitude, members, all_weights, of_all, scheme)
 
     @classmethod
     def of_importance(
@@ -184,14 +199,23 @@ def refine(errors: ExpectedErrors, start: torch.Tensor, spread: Callable[[torch.
     return best.clamp(2.0**-_LIMIT, 2.0**_LIMIT)
 
 
-def _weight(weight: torch.Tensor, scheme: QuantScheme) -> _Weight:
+def _placed(values: torch.Tensor, first: int, count: int) -> torch.Tensor:
+    """`count` numbers: `values` from position `first` on, and zeros."""
+    return torch.nn.functional.pad(values, (first, count - first - len(values)))
+
+
+def _rows_of_each(weights: Sequence[torch.Tensor]) -> int:
+    return min(_WEIGHT_ROWS, max(_FEWEST_ROWS, _ALL_ROWS // len(weights)))
+
+
+def _weight(weight: torch.Tensor, scheme: QuantScheme, most: int) -> _Weight:
     columns = torch.stack([weight[r].to(torch.float32).square().sum(dim=0) for r in row_blocks(weight)]).sum(dim=0)
-    rows = _some_rows(weight)
+    rows = _some_rows(weight, most)
     rows = rows.abs() if scheme.symmetric else rows
     size = scheme.group_size or rows.shape[1]
     return _Weight(columns, rows.view(len(rows), -1, size), len(rows) / len(weight), scheme.symmetric)
 
 
-def _some_rows(weight: torch.Tensor) -> torch.Tensor:
-    """At most _WEIGHT_ROWS evenly spaced rows of a weight, float32."""
-    return weight[evenly_spaced(len(weight), _WEIGHT_ROWS).to(weight.device)].to(torch.float32)
+def _some_rows(weight: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` evenly spaced rows of a weight, float32."""
+    return weight[evenly_spaced(len(weight), most).to(weight.device)].to(torch.float32)

@@ -120,7 +120,7 @@ def factorize(gram: Gram) -> CholeskyFactor:
     if not math.isfinite(mean):
         raise NotFactorizable("H exceeds float32")
     order = torch.argsort(diagonal, stable=True)
-    attempt = _try_cholesky_of_rows if gram.factor is not None else _try_cholesky
+    attempt = _try_cholesky_of_rows if gram.rows is not None else _try_cholesky
     attempt = attempt if gram.spilled is None else _try_cholesky_on_disk
     dampings = [relative_damping(gram.tokens, gram.in_features) * mean]
     while (cholesky := attempt(gram, order, dampings)) is None:  # float32 lost the smallest eigenvalues
@@ -135,11 +135,11 @@ def _try_cholesky(gram: Gram, order: torch.Tensor, dampings: list[float]) -> Cho
 
     Needs memory for one more matrix: rows are sorted block by block, and LAPACK factorizes in place.
     """
-    assert gram.matrix is not None
-    lower = torch.empty_like(gram.matrix)
+    assert gram.whole is not None
+    lower = torch.empty_like(gram.whole)
     for first in range(0, len(order), _SORTED_ROWS):
         rows = slice(first, first + _SORTED_ROWS)
-        lower[rows] = gram.matrix[order[rows]][:, order]
+        lower[rows] = gram.rows_of_matrix(order[rows])[:, order]
     for damping in dampings:
         lower.diagonal().add_(damping)
     failed = torch.zeros((), dtype=torch.int32, device=lower.device)
@@ -161,7 +161,7 @@ def _try_cholesky_on_disk(gram: Gram, order: torch.Tensor, dampings: list[float]
     inner: list[torch.Tensor] = []
     for strip in upper.strips(_BLOCK):
         rest, size = slice(strip.start, None), strip.stop - strip.start
-        h = gram.spilled_rows(order[strip])[:, order[rest]]  # [size, in - start]
+        h = gram.rows_of_matrix(order[strip])[:, order[rest]]  # [size, in - start]
         h.diagonal().add_(sum(dampings))
         for earlier in upper.strips(_BLOCK):
             if earlier.start >= strip.start:
@@ -180,8 +180,9 @@ def _try_cholesky_on_disk(gram: Gram, order: torch.Tensor, dampings: list[float]
 
 def _try_cholesky_of_rows(gram: Gram, order: torch.Tensor, dampings: list[float]) -> CholeskyFactor | None:
     """The same for H = RᵀR."""
-    assert gram.factor is not None
-    r = gram.factor[:, order].contiguous()  # [rows, in]
+    factor = gram.factor
+    assert factor is not None
+    r = factor[:, order].contiguous()  # [rows, in]
     p = torch.eye(r.shape[0], dtype=torch.float32, device=r.device)
     inner, below = [], []
     failed = torch.zeros((), dtype=torch.int32, device=r.device)

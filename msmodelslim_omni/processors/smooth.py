@@ -13,13 +13,13 @@ X / s, and the columns W * s compensate for it. Differences from the paper:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from ..models import LinearGroup
+from ..models import LinearGroup, Subgraph
 from ..numerics import (
     QuantScheme,
     WeightChecks,
@@ -34,6 +34,7 @@ from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
     fold_factors,
+    known_groups,
     max_over_query_heads,
     reason_to_skip,
     repeat_for_query_heads,
@@ -53,14 +54,14 @@ def needs(config: SmoothConfig) -> Literal["inputs"]:
 
 
 def apply(work: LayerWork, config: SmoothConfig, linears: frozenset[str]) -> LayerWork:
-    """Smooth every group that the recipe selects. A group that no candidate improves is recorded and unchanged."""
-    for group in work.spec.groups:
+    """Smooth every subgraph that the recipe selects. One that no candidate improves is recorded and unchanged."""
+    for part in work.spec.subgraphs:
         enabled = config.enable_subgraph_type if isinstance(config, IterSmoothConfig) else ("norm-linear",)
-        reason = reason_to_skip(work, group, enabled, linears)
+        reason = reason_to_skip(work, part, enabled, linears)
         if reason is None:
-            work = _smooth_group(work, group, config)
+            work = _smooth(work, part, config)
         elif reason:
-            work = work.with_record(SmoothingRecord(group.name, None, 1.0, reason))
+            work = work.with_record(SmoothingRecord(part.name, None, 1.0, reason))
     return work
 
 
@@ -74,67 +75,71 @@ class _Candidate:
     factors: torch.Tensor  # [channels of `previous`]
 
 
-def _smooth_group(work: LayerWork, group: LinearGroup, config: SmoothConfig) -> LayerWork:
+def _smooth(work: LayerWork, part: Subgraph, config: SmoothConfig) -> LayerWork:
     assert work.stats is not None  # the plan runs calibration for this processor
-    stats = work.stats[group.name]
-    scheme = work.schemes[group.linears[0]]
+    inputs = {group.name: work.stats[group.name] for group in known_groups(work, part)}
+    scheme = work.schemes[part.linears[0]]
     alphas = ALPHA_GRID if config.alpha == "auto" else (config.alpha,)
     scale_min = config.scale_min if isinstance(config, IterSmoothConfig) else 1e-5
 
-    expected = ExpectedErrors.of_tokens(stats, [work.weight(linear) for linear in group.linears], scheme)
+    groups = [group for group in part.groups if group.name in inputs]
+    expected = ExpectedErrors.of_tokens(
+        [(inputs[group.name], [work.weight(linear) for linear in group.linears]) for group in groups], scheme
+    )
     candidates = [
-        replace(c, factors=exact_factors(work, group, c.factors)[0])
-        for c in _candidates(stats, _column_peaks(work, group), group, alphas, scale_min)
+        replace(c, factors=exact_factors(work, part, c.factors)[0])
+        for c in _candidates(list(inputs.values()), _column_peaks(work, part), part, alphas, scale_min)
     ]
     ratios = to_floats(
-        work.team.map(lambda c: expected.worst_ratio(repeat_for_query_heads(c.factors, group)), candidates)
+        work.team.map(lambda c: expected.worst_ratio(repeat_for_query_heads(c.factors, part)), candidates)
     )
     best = candidates[min(range(len(candidates)), key=lambda i: (ratios[i], i))]
     finalists = [best]
     if config.alpha == "auto":
-        finalists.append(_refined(work, group, expected, best, scale_min))
+        finalists.append(_refined(work, part, expected, best, scale_min))
     full_ratio, best = min(
-        zip(_worst_ratios_of_all_rows(work, group, finalists), finalists, strict=True), key=lambda pair: pair[0]
+        zip(_worst_ratios_of_all_rows(work, groups, part, finalists), finalists, strict=True), key=lambda pair: pair[0]
     )
     if not full_ratio < 1.0:
         reason = f"the best candidate (alpha {best.alpha}) has {full_ratio:.3f}x the error of plain rounding; unchanged"
-        return work.with_record(SmoothingRecord(group.name, None, 1.0, reason))
-    record = SmoothingRecord(group.name, best.alpha, full_ratio, f"A: {best.source}")
-    return fold_factors(work, group, best.factors).with_record(record)
+        return work.with_record(SmoothingRecord(part.name, None, 1.0, reason))
+    record = SmoothingRecord(part.name, best.alpha, full_ratio, f"A: {best.source}")
+    return fold_factors(work, part, best.factors).with_record(record)
 
 
 def _refined(
-    work: LayerWork, group: LinearGroup, expected: ExpectedErrors, start: _Candidate, scale_min: float
+    work: LayerWork, part: Subgraph, expected: ExpectedErrors, start: _Candidate, scale_min: float
 ) -> _Candidate:
     """The candidate with factors refined from `start`. One process computes them for all."""
 
     def search(candidate: _Candidate) -> torch.Tensor:
-        return refine(expected, candidate.factors, lambda s: repeat_for_query_heads(s, group)).clamp_min(scale_min)
+        return refine(expected, candidate.factors, lambda s: repeat_for_query_heads(s, part)).clamp_min(scale_min)
 
     (factors,) = work.team.map(search, [start])
-    exact = exact_factors(work, group, factors.to(start.factors.device))[0]
+    exact = exact_factors(work, part, factors.to(start.factors.device))[0]
     return replace(start, source=f"{start.source}, then refined", factors=exact)
 
 
 def _candidates(
-    stats: InputStats,
+    inputs: Sequence[InputStats],
     column_peaks: torch.Tensor,
-    group: LinearGroup,
+    part: Subgraph,
     alphas: tuple[float, ...],
     scale_min: float,
 ) -> Iterator[_Candidate]:
     """Yield factors for each alpha, with A as the maximum over the modalities and, if there are several, balanced.
 
-    column_peaks: [in], the largest |weight| of each input over the Linears of the group.
+    inputs: of each group. column_peaks: [in], the largest |weight| of each input over all Linears.
     """
-    w = max_over_query_heads(column_peaks, group)  # [channels]
-    per_modality = stats.absmax[stats.present()]  # [present, in]
+    w = max_over_query_heads(column_peaks, part)  # [channels]
+    present = torch.stack([stats.count for stats in inputs]).sum(dim=0).nonzero().flatten().tolist()
+    per_modality = torch.stack([stats.absmax for stats in inputs]).amax(dim=0)[present]  # [present, in]
     sources = {"peak over modalities": per_modality.amax(dim=0)}
     if len(per_modality) > 1:
         mean = per_modality.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
         sources["peak over modalities, each scaled to the same mean"] = (per_modality / mean).amax(dim=0)
     for source, absmax in sources.items():
-        a = max_over_query_heads(absmax, group)
+        a = max_over_query_heads(absmax, part)
         alive = (a > 0) & (w > 0)
         for alpha in alphas:
             s = (a.clamp_min(1e-30).pow(alpha) / w.clamp_min(1e-30).pow(1 - alpha)).clamp_min(scale_min)
@@ -143,41 +148,54 @@ def _candidates(
             yield _Candidate(alpha, source, torch.where(alive, s, torch.ones_like(s)))
 
 
-def _column_peaks(work: LayerWork, group: LinearGroup) -> torch.Tensor:
-    """The largest |weight| of each input over the Linears of the group: [in] float32."""
+def _column_peaks(work: LayerWork, part: Subgraph) -> torch.Tensor:
+    """The largest |weight| of each input over the Linears: [in] float32."""
     peaks = []
-    for linear in group.linears:
+    for linear in part.linears:
         stored = work.weights[f"{linear}.weight"]
         peaks += [work.weight(linear, rows).to(torch.float32).abs().amax(dim=0) for rows in row_blocks(stored)]
     return torch.stack(peaks).amax(dim=0)
 
 
-def _worst_ratios_of_all_rows(work: LayerWork, group: LinearGroup, finalists: list[_Candidate]) -> list[float]:
-    """The _worst_ratio of each candidate on all rows of the weights.
+@dataclass(frozen=True)
+class _Piece:
+    """Some rows of a Linear. place: its place in its group, whose counterparts in other experts are added to it."""
+
+    linear: str
+    place: int
+    input: InputStats
+    rows: slice
+
+
+def _worst_ratios_of_all_rows(
+    work: LayerWork, groups: Sequence[LinearGroup], part: Subgraph, finalists: list[_Candidate]
+) -> list[float]:
+    """The _worst_ratio of each candidate on all rows of the weights of these groups.
 
     The team shares pieces whose bounds do not depend on its size.
     """
     assert work.stats is not None
-    stats, scheme = work.stats[group.name], work.schemes[group.linears[0]]
-    all_factors = [repeat_for_query_heads(candidate.factors, group) for candidate in finalists]
-    counts = [len(work.weights[f"{linear}.weight"]) for linear in group.linears]
+    scheme = work.schemes[part.linears[0]]
+    all_factors = [repeat_for_query_heads(candidate.factors, part) for candidate in finalists]
+    counts = {linear: len(work.weights[f"{linear}.weight"]) for linear in part.linears}
     pieces = [
-        (number, slice(first, min(first + _PIECE_ROWS, count)))
-        for number, count in enumerate(counts)
-        for first in range(0, count, _PIECE_ROWS)
+        _Piece(linear, place, work.stats[group.name], slice(first, min(first + _PIECE_ROWS, counts[linear])))
+        for group in groups
+        for place, linear in enumerate(group.linears)
+        for first in range(0, counts[linear], _PIECE_ROWS)
     ]
     checks = WeightChecks()
 
-    def errors(piece: tuple[int, slice]) -> torch.Tensor:
-        number, rows = piece
-        weight = work.weight(group.linears[number], rows).to(torch.float32)
-        return output_errors(stats.rows, weight, scheme, all_factors, checks)
+    def errors(piece: _Piece) -> torch.Tensor:
+        weight = work.weight(piece.linear, piece.rows).to(torch.float32)
+        return output_errors(piece.input.rows, weight, scheme, all_factors, checks)
 
-    piece_errors = work.team.map(errors, pieces, [float(rows.stop - rows.start) for _, rows in pieces])
-    members = [stats.row_modality == m for m in stats.sampled()]
-    totals = [torch.zeros(2 + len(finalists), len(members), dtype=torch.float64) for _ in group.linears]
-    for (number, _), of_rows in zip(pieces, checks.checked(piece_errors), strict=True):
-        totals[number] += sums_by_modality(of_rows, members)
+    piece_errors = work.team.map(errors, pieces, [float(piece.rows.stop - piece.rows.start) for piece in pieces])
+    sampled = sorted({m for piece in pieces for m in piece.input.sampled()})
+    totals = [torch.zeros(2 + len(finalists), len(sampled), dtype=torch.float64) for _ in groups[0].linears]
+    for piece, of_rows in zip(pieces, checks.checked(piece_errors), strict=True):
+        members = [piece.input.row_modality == m for m in sampled]
+        totals[piece.place] += sums_by_modality(of_rows, members)
     return [worst_ratio([total[[2 + i, 1, 0]] for total in totals]) for i in range(len(finalists))]
 
 

@@ -101,13 +101,6 @@ class InputStats:
     def without_gram(self) -> InputStats:
         return replace(self, grams={}, weighted=None)
 
-    def mean_abs(self, importance: Mapping[int, float]) -> torch.Tensor:
-        """The mean |x| of each channel, [in], each token weighted by the importance of its modality."""
-        weights = [importance[m] for m in self.present()]
-        total = sum(weight * float(self.count[m]) for weight, m in zip(weights, self.present(), strict=True))
-        sums = torch.stack([self.abssum[m] * weight for weight, m in zip(weights, self.present(), strict=True)])
-        return sums.sum(dim=0) / total
-
     def divided(self, factors: torch.Tensor) -> InputStats:
         """The statistics of the input divided by `factors` [in]."""
         return replace(
@@ -118,6 +111,15 @@ class InputStats:
             grams={m: gram.rescaled(factors) for m, gram in self.grams.items()},
             weighted=None if self.weighted is None else self.weighted.rescaled(factors),
         )
+
+
+def mean_abs(inputs: Sequence[InputStats], importance: Mapping[int, float]) -> torch.Tensor:
+    """The mean |x| of each channel over all inputs, [in], each token weighted by the importance of its modality."""
+    counts = torch.stack([stats.count for stats in inputs]).sum(dim=0)
+    sums = torch.stack([stats.abssum for stats in inputs]).sum(dim=0)
+    present = [int(m) for m in torch.nonzero(counts).flatten()]
+    total = sum(importance[m] * float(counts[m]) for m in present)
+    return torch.stack([sums[m] * importance[m] for m in present]).sum(dim=0) / total
 
 
 def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -> InputStats:
@@ -349,11 +351,16 @@ class InputRecorder:
         return record
 
     def _tokens_of(self, expert: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Modality of each token of the current input, and indices of the rows to keep: of an expert, its tokens'."""
+        """Modality of each token of the current input, and indices of the rows to keep.
+
+        Of an expert, those of its tokens; its first token if none of them is chosen, as a rarely used expert may get no
+        chosen token of any sample.
+        """
         if expert is None:
             return self._modality, self._chosen
         tokens = self._routed_tokens(expert)
-        return self._modality[tokens], torch.isin(tokens, self._chosen).nonzero().flatten()
+        kept = torch.isin(tokens, self._chosen).nonzero().flatten()
+        return self._modality[tokens], kept if len(kept) else torch.zeros(1, dtype=torch.int64)
 
     def _routed_tokens(self, expert: int) -> torch.Tensor:
         assert self._block is not None  # a layer with experts has a block that routes

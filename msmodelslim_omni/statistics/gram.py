@@ -24,77 +24,100 @@ _TILE = 256  # columns of H per matrix product; only the upper triangle is compu
 
 @dataclass(frozen=True)
 class Gram:
-    """H of one input, float32. One of the fields is set: `matrix` H [in, in], `factor` R [tokens, in], or `spilled`.
+    """H of one input, float32, in one of three forms.
 
-    tokens: the number of tokens in H. divisors: [in], by which the input of a spilled H is divided on reading.
+    whole: H [in, in]. rows: the tokens R [tokens, in], with RᵀR = H. spilled: H on disk. tokens: their number in H.
+    divisors: [in], by which the input is divided when H is read, so that no second H is in memory.
     """
 
-    matrix: torch.Tensor | None
-    factor: torch.Tensor | None
+    whole: torch.Tensor | None
+    rows: torch.Tensor | None
     tokens: int
     spilled: SpilledMatrix | None = None
     divisors: torch.Tensor | None = None
 
     @property
     def in_features(self) -> int:
-        return self.spilled.size if self.spilled is not None else int(self._stored.shape[1])
+        if self.spilled is not None:
+            return self.spilled.size
+        stored = self.whole if self.whole is not None else self.rows
+        assert stored is not None
+        return int(stored.shape[1])
 
     @property
-    def _stored(self) -> torch.Tensor:
-        stored = self.matrix if self.matrix is not None else self.factor
-        assert stored is not None
-        return stored
+    def matrix(self) -> torch.Tensor | None:
+        """H [in, in] of the divided input, a copy if it is divided; None in the other forms."""
+        if self.whole is None or self.divisors is None:
+            return self.whole
+        return self.whole / self.divisors / self.divisors[:, None]
+
+    @property
+    def factor(self) -> torch.Tensor | None:
+        """R [tokens, in] of the divided input, a copy if it is divided; None in the other forms."""
+        return self.rows if self.rows is None or self.divisors is None else self.rows / self.divisors
 
     @property
     def kind(self) -> str:
         """How H is stored, for the report."""
         if self.spilled is not None:
             return f"matrix of {self.tokens} tokens, on disk"
-        return f"matrix of {self.tokens} tokens" if self.matrix is not None else f"{self.tokens} tokens"
+        return f"matrix of {self.tokens} tokens" if self.whole is not None else f"{self.tokens} tokens"
 
-    def spilled_rows(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """Some rows of a spilled H, [rows, in]."""
-        assert self.spilled is not None
+    def rows_of_matrix(self, rows: slice | torch.Tensor) -> torch.Tensor:
+        """Some rows of H in memory or on disk, a copy if it is divided: [rows, in]."""
+        if self.spilled is None:
+            assert self.whole is not None
+            part = self.whole[rows]
+            return part if self.divisors is None else (part / self.divisors).div_(self.divisors[rows, None])
         part = self.spilled.read(rows)
         return part if self.divisors is None else part.div_(self.divisors).div_(self.divisors[rows, None])
 
     def _strips(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The rows of a spilled H, a strip after the other."""
         assert self.spilled is not None
-        return ((rows, self.spilled_rows(rows)) for rows in self.spilled.strips())
+        return ((rows, self.rows_of_matrix(rows)) for rows in self.spilled.strips())
 
     def output_error(self, delta: torch.Tensor) -> torch.Tensor:
         """δ H δᵀ for each row δ of `delta` [rows, in] -> [rows]."""
         if self.spilled is not None:
             return torch.stack([((delta[:, rows] @ h) * delta).sum(dim=1) for rows, h in self._strips()]).sum(dim=0)
-        if self.matrix is not None:
-            return ((delta @ self.matrix) * delta).sum(dim=1)
-        return (delta @ self._stored.T).square().sum(dim=1)
+        if (matrix := self.matrix) is not None:
+            return ((delta @ matrix) * delta).sum(dim=1)
+        factor = self.factor
+        assert factor is not None
+        return (delta @ factor.T).square().sum(dim=1)
 
     def diagonal(self) -> torch.Tensor:
         """diag(H), [in]: the sum of squares of each channel."""
         if self.spilled is not None:
             return torch.cat([h[:, rows].diagonal() for rows, h in self._strips()])
-        return self.matrix.diagonal() if self.matrix is not None else self._stored.square().sum(dim=0)
+        if self.whole is not None:
+            diagonal = self.whole.diagonal()
+            return diagonal if self.divisors is None else diagonal / self.divisors / self.divisors
+        factor = self.factor
+        assert factor is not None
+        return factor.square().sum(dim=0)
 
     def diagonal_blocks(self, size: int) -> torch.Tensor:
         """H of each group of `size` consecutive channels, [in / size, size, size]."""
         if self.spilled is not None:
             groups = (slice(first, first + size) for first in range(0, self.in_features, size))
-            return torch.stack([self.spilled_rows(group)[:, group] for group in groups])
-        if self.matrix is not None:
-            tiles = self.matrix.reshape(-1, size, self.in_features // size, size)  # [groups, size, groups, size]
-            return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
-        parts = self._stored.reshape(len(self._stored), -1, size).transpose(0, 1)  # [groups, rows, size]
+            return torch.stack([self.rows_of_matrix(group)[:, group] for group in groups])
+        if self.whole is not None:
+            tiles = self.whole.reshape(-1, size, self.in_features // size, size)  # [groups, size, groups, size]
+            blocks = tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+            if self.divisors is None:
+                return blocks
+            divisors = self.divisors.view(-1, size)
+            return (blocks / divisors[:, None, :]).div_(divisors[:, :, None])
+        factor = self.factor
+        assert factor is not None
+        parts = factor.reshape(len(factor), -1, size).transpose(0, 1)  # [groups, rows, size]
         return torch.bmm(parts.transpose(1, 2), parts)
 
     def rescaled(self, factors: torch.Tensor) -> Gram:
         """H of the input divided by `factors` [in]."""
-        if self.spilled is not None:
-            return replace(self, divisors=factors if self.divisors is None else self.divisors * factors)
-        if self.matrix is not None:
-            return replace(self, matrix=self.matrix / factors / factors[:, None])
-        return replace(self, factor=self._stored / factors)
+        return replace(self, divisors=factors if self.divisors is None else self.divisors * factors)
 
 
 def weighted_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
@@ -102,13 +125,15 @@ def weighted_sum(grams: Sequence[Gram], weights: Sequence[float]) -> Gram:
     tokens = sum(gram.tokens for gram in grams)
     if grams[0].spilled is not None:
         return Gram(None, None, tokens, _weighted_sum_on_disk(grams, weights))
-    if grams[0].matrix is not None:
-        total = torch.zeros_like(grams[0].matrix)
+    if grams[0].whole is not None:
+        total = torch.zeros_like(grams[0].whole)
         for gram, weight in zip(grams, weights, strict=True):
             assert gram.matrix is not None
             total.add_(gram.matrix, alpha=weight)
         return Gram(total, None, tokens)
-    factors = [gram._stored * weight**0.5 for gram, weight in zip(grams, weights, strict=True)]
+    factors = [
+        gram.factor * weight**0.5 for gram, weight in zip(grams, weights, strict=True) if gram.factor is not None
+    ]
     return Gram(None, torch.cat(factors), tokens)
 
 
@@ -118,7 +143,7 @@ def _weighted_sum_on_disk(grams: Sequence[Gram], weights: Sequence[float]) -> Sp
     for rows in total.strips():
         strip = total.read(rows)
         for gram, weight in zip(grams, weights, strict=True):
-            strip.add_(gram.spilled_rows(rows), alpha=weight)
+            strip.add_(gram.rows_of_matrix(rows), alpha=weight)
         total.write(rows, slice(None), strip)
     return total
 

@@ -60,9 +60,9 @@ def neutral_factors(layer: SolvedLayer, spec: LayerSpec, device: torch.device) -
     """Factors of 1 for every tunable Linear and for every norm in front of one, and nothing added to biases."""
     tunable = [name for name, linear in layer.linears.items() if is_tunable(linear)]
     norms = {
-        group.previous
-        for group in spec.groups
-        if group.subgraph == "norm-linear" and any(linear in tunable for linear in group.linears)
+        part.previous
+        for part in spec.subgraphs
+        if part.is_tunable and any(linear in tunable for linear in part.linears)
     }
     sizes = {norm: layer.floats[f"{norm}.weight"].shape[0] for norm in norms}
     return Factors(

@@ -24,7 +24,7 @@ from tiny_layer import (
 
 from msmodelslim_omni.calibration.layer_probe import LayerProbe
 from msmodelslim_omni.models.inputs import MODALITIES
-from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
+from msmodelslim_omni.models.spec import LayerSpec, LinearGroup, Subgraph
 from msmodelslim_omni.numerics.arithmetic import dequantize
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import awq, gptq, linear_quant
@@ -72,6 +72,10 @@ def outlier_work(
     for name, channels in (("self_attn.v_proj", (5, 20)), ("mlp.up_proj", (7, 61))):
         weights[f"{name}.weight"][list(channels)] *= 64
     return work_of(weights, samples, scheme)
+
+
+def alone(group: LinearGroup) -> Subgraph:
+    return Subgraph(group.name, (group,))
 
 
 def records(work: LayerWork) -> dict[str, SmoothingRecord]:
@@ -180,9 +184,9 @@ def test_search_finds_the_minimum_of_a_direct_loop_over_the_grid(name: str, sche
     group, work = GROUPS[name], outlier_work(scheme, torch.float32)
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
-    candidates = list(awq._grid(work, group, scheme, 10))
+    candidates = list(awq._grid(work, alone(group), scheme, 10))
     gram = work.stats[name].gram(work.importance)
-    losses = search_losses(candidates, group, weights, squared_outputs(gram, weights), scheme, gram, None)
+    losses = search_losses(candidates, alone(group), weights, squared_outputs(gram, weights), scheme, gram, None)
 
     x, modality = tokens_of(work.weights, group)
     doubles, share = [weight.double() for weight in weights], balanced(modality)
@@ -191,7 +195,7 @@ def test_search_finds_the_minimum_of_a_direct_loop_over_the_grid(name: str, sche
     of_errors = error_weights(work.weights, group, modality)
     expected_losses = [direct_loss(x, of_errors, doubles, s, scheme) for s in scales]
     for number, expected in enumerate(scales):
-        factors = awq.repeat_for_query_heads(candidates[number].factors, group).double()
+        factors = awq.repeat_for_query_heads(candidates[number].factors, alone(group)).double()
         torch.testing.assert_close(factors, expected, rtol=1e-4, atol=0)
         assert losses[number] == pytest.approx(expected_losses[number], rel=0.02)
 
@@ -214,10 +218,10 @@ def test_search_with_gptq_weights_errors_by_the_pivots() -> None:
     group, work = GROUPS["gate_up"], outlier_work(GPTQ, torch.float32)
     assert work.stats is not None
     weights = [work.weights[f"{linear}.weight"].float() for linear in group.linears]
-    candidates = list(awq._grid(work, group, GPTQ, 5))
+    candidates = list(awq._grid(work, alone(group), GPTQ, 5))
     gram = work.stats["gate_up"].gram(work.importance)
     cholesky = factorize(gram)
-    losses = search_losses(candidates, group, weights, squared_outputs(gram, weights), GPTQ, gram, cholesky)
+    losses = search_losses(candidates, alone(group), weights, squared_outputs(gram, weights), GPTQ, gram, cholesky)
 
     x, modality = tokens_of(work.weights, group)
     h = (x * balanced(modality)[:, None]).T @ x
@@ -226,7 +230,7 @@ def test_search_with_gptq_weights_errors_by_the_pivots() -> None:
     pivots = torch.empty(len(h), dtype=torch.float64)
     pivots[order] = torch.linalg.cholesky(damped[order][:, order]).diagonal().square()
     for number, candidate in enumerate(candidates):
-        scales, total = awq.repeat_for_query_heads(candidate.factors, group).double(), 0.0
+        scales, total = awq.repeat_for_query_heads(candidate.factors, alone(group)).double(), 0.0
         for weight in (w.double() for w in weights):
             change = fake_quantized(weight * scales, GPTQ) / scales - weight
             total += float((change.square() @ pivots).sum() / ((weight @ h) * weight).sum())
@@ -237,7 +241,7 @@ def test_search_with_gptq_weights_errors_by_the_pivots() -> None:
 def test_identity_is_always_in_the_grid(n_grid: int) -> None:
     work = outlier_work(MINMAX)
     for group in SPEC.groups:
-        candidates = list(awq._grid(work, group, MINMAX, n_grid))
+        candidates = list(awq._grid(work, alone(group), MINMAX, n_grid))
         assert torch.equal(candidates[0].factors, torch.ones_like(candidates[0].factors))
         assert candidates[0].name == "identity"
         assert len(candidates) == 2 + 2 * n_grid
@@ -253,7 +257,7 @@ def test_search_over_sampled_rows_estimates_the_loss_of_all_rows() -> None:
     weights = [normal(8192, 64, seed=2)]
     group = LinearGroup("g", ("a",), "norm", "norm-linear")
     candidates = [awq.Candidate(r, False, x.abs().mean(0).pow(r)) for r in (0.0, 0.25, 0.5, 0.75)]
-    losses = search_losses(candidates, group, weights, squared_outputs(gram, weights), MINMAX, gram, None)
+    losses = search_losses(candidates, alone(group), weights, squared_outputs(gram, weights), MINMAX, gram, None)
     doubles = weights[0].double()
     for number, candidate in enumerate(candidates):
         scales = candidate.factors.double()
@@ -509,8 +513,8 @@ def test_factors_folded_into_rows_do_not_count_as_block_error(
     errors_of: dict[str, list[float]] = {}
     real = awq._block_error
 
-    def recording(work: LayerWork, group: LinearGroup, *rest: Any) -> float:
-        errors_of.setdefault(group.name, []).append(error := real(work, group, *rest))
+    def recording(work: LayerWork, part: Subgraph, *rest: Any) -> float:
+        errors_of.setdefault(part.name, []).append(error := real(work, part, *rest))
         return error
 
     monkeypatch.setattr(awq, "_block_error", recording)

@@ -24,7 +24,7 @@ def test_w8a8_by_hand() -> None:
     # Without factors: 8² * (1 + 4) = 320; (36 + 64) * 2² = 400. Sum 720.
     x = torch.tensor([[6.0, 8.0]])
     stats = input_stats(x, torch.zeros(1, dtype=torch.int8), torch.arange(1))
-    errors = ExpectedErrors.of_tokens(stats, [torch.tensor([[1.0, 2.0]])], W8A8)
+    errors = ExpectedErrors.of_tokens([(stats, [torch.tensor([[1.0, 2.0]])])], W8A8)
     assert errors.ratios(torch.tensor([2.0, 1.0])).tolist() == pytest.approx([804 / 720])
     assert float(errors.worst_ratio(torch.tensor([2.0, 1.0]))) == pytest.approx((804 / 720) ** 0.5)
     assert float(errors.worst_ratio(torch.ones(2))) == 1.0
@@ -46,7 +46,7 @@ def test_expected_error_is_near_the_measured_one() -> None:
     factors = torch.ones(96)
     factors[5] = 12.0
     stats = input_stats(x, torch.zeros(400, dtype=torch.int8), torch.arange(400))
-    errors = ExpectedErrors.of_tokens(stats, [weight], W8A8)
+    errors = ExpectedErrors.of_tokens([(stats, [weight])], W8A8)
 
     def measured(s: torch.Tensor) -> float:
         exact = x @ weight.T
@@ -81,7 +81,7 @@ def test_modalities_are_separate_and_the_worst_one_counts() -> None:
     x[30:, 0] *= 50
     modality = torch.zeros(60, dtype=torch.int8)
     modality[30:] = 1
-    errors = ExpectedErrors.of_tokens(input_stats(x, modality, torch.arange(60)), [weight], W8A8)
+    errors = ExpectedErrors.of_tokens([(input_stats(x, modality, torch.arange(60)), [weight])], W8A8)
     factors = torch.ones(32)
     factors[0] = 4.0
     without, with_outlier = errors.ratios(factors).tolist()

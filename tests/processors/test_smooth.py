@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny_layer import CONFIG, HEAD_DIM, SPEC, W8A8, build, layer_work, output, record, sample, tensors
 
 from msmodelslim_omni.models.inputs import MODALITIES
-from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
+from msmodelslim_omni.models.spec import LayerSpec, LinearGroup, Subgraph
 from msmodelslim_omni.numerics.arithmetic import quantize_weight, quantized_matmul
 from msmodelslim_omni.numerics.checks import WeightChecks
 from msmodelslim_omni.processors import fold, smooth
@@ -31,6 +31,10 @@ AUDIO, VIDEO = MODALITIES.index("audio"), MODALITIES.index("video")
 def iter_smooth(*kinds: str, alpha: float | str = 0.5) -> IterSmoothConfig:
     kinds = kinds or KINDS[-1]
     return IterSmoothConfig.model_validate({"type": "iter_smooth", "alpha": alpha, "enable_subgraph_type": kinds})
+
+
+def alone(group: LinearGroup) -> Subgraph:
+    return Subgraph(group.name, (group,))
 
 
 def records(work: LayerWork) -> dict[str, SmoothingRecord]:
@@ -123,12 +127,12 @@ def test_query_head_helpers_by_hand() -> None:
     # 2 key-value heads of 2 channels, each read by 2 query heads: 8 inputs of o_proj, 4 channels of v_proj.
     group = LinearGroup("o", ("o",), "v", "ov", repeat=2, head_dim=2)
     per_input = torch.tensor([1.0, 5.0, 3.0, 2.0, 7.0, 0.0, 6.0, 9.0])
-    assert fold.max_over_query_heads(per_input, group).tolist() == [3.0, 5.0, 7.0, 9.0]
+    assert fold.max_over_query_heads(per_input, alone(group)).tolist() == [3.0, 5.0, 7.0, 9.0]
     factors = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    assert repeat_for_query_heads(factors, group).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
+    assert repeat_for_query_heads(factors, alone(group)).tolist() == [1.0, 2.0, 1.0, 2.0, 3.0, 4.0, 3.0, 4.0]
     plain = LinearGroup("g", ("a",), "norm", "norm-linear")
-    assert fold.max_over_query_heads(per_input, plain).tolist() == per_input.tolist()
-    assert repeat_for_query_heads(factors, plain).tolist() == factors.tolist()
+    assert fold.max_over_query_heads(per_input, alone(plain)).tolist() == per_input.tolist()
+    assert repeat_for_query_heads(factors, alone(plain)).tolist() == factors.tolist()
 
 
 def test_zero_norm_weights_and_dead_channels() -> None:
@@ -306,10 +310,10 @@ def test_rejection_is_due_to_audio() -> None:
     assert both.stats is not None
     stats = both.stats["g"]
     members = [stats.row_modality == m for m in stats.sampled()]
-    candidates = list(smooth._candidates(stats, weight.abs().amax(0), group, (0.5,), 1e-5))
+    candidates = list(smooth._candidates([stats], weight.abs().amax(0), alone(group), (0.5,), 1e-5))
     assert len(candidates) == 2  # A as the maximum, and balanced over the modalities
     for candidate in candidates:
-        factors = repeat_for_query_heads(candidate.factors, group)
+        factors = repeat_for_query_heads(candidate.factors, alone(group))
         of_rows = smooth.output_errors(stats.rows, weight, W8A8, [factors], WeightChecks())
         signals, plain, errors = sums = smooth.sums_by_modality(of_rows, members)
         assert (signals > 0).all()
@@ -335,7 +339,9 @@ def test_alpha_by_hand() -> None:
     weight = torch.tensor([[1.0, 0.5], [-0.5, -4.0]])
     work = norm_layer(x, torch.zeros(2, dtype=torch.int8), weight)
     assert work.stats is not None
-    candidates = smooth._candidates(work.stats["g"], weight.abs().amax(0), work.spec.groups[0], (0.0, 0.5, 1.0), 1e-5)
+    candidates = smooth._candidates(
+        [work.stats["g"]], weight.abs().amax(0), work.spec.subgraphs[0], (0.0, 0.5, 1.0), 1e-5
+    )
     for candidate, expected in zip(candidates, ([2.0, 0.5], [1.0, 1.0], [0.5, 2.0]), strict=True):
         assert candidate.factors.tolist() == pytest.approx(expected, rel=FACTOR_ERROR)
 
@@ -344,8 +350,8 @@ def test_factors_use_the_weights_of_all_linears_of_a_group() -> None:
     group = LinearGroup("g", ("a", "b"), "norm", "norm-linear")
     stats = input_stats(torch.ones(1, 2), torch.zeros(1, dtype=torch.int8), torch.arange(1))
     weights = {"a.weight": torch.tensor([[1.0, 1.0]]), "b.weight": torch.tensor([[16.0, 0.5]])}
-    peaks = smooth._column_peaks(LayerWork(0, SPEC, {}, weights), group)
-    (candidate,) = smooth._candidates(stats, peaks, group, (0.5,), 1e-5)
+    peaks = smooth._column_peaks(LayerWork(0, SPEC, {}, weights), alone(group))
+    (candidate,) = smooth._candidates([stats], peaks, alone(group), (0.5,), 1e-5)
     # 1 / sqrt(16) and 1, divided by their geometric mean 1/2
     assert candidate.factors.tolist() == pytest.approx([0.5, 2.0], rel=FACTOR_ERROR)
 

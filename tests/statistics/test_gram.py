@@ -65,7 +65,7 @@ def build_gram(parts: list[torch.Tensor], rows: int | None) -> Gram:
 def full_matrix(gram: Gram) -> torch.Tensor:
     """H as a float64 matrix [in, in], for every form."""
     if gram.spilled is not None:
-        return gram.spilled_rows(slice(None)).double()
+        return gram.rows_of_matrix(slice(None)).double()
     return gram.matrix.double() if gram.matrix is not None else gram.factor.double().T @ gram.factor.double()
 
 
