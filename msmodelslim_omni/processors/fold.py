@@ -84,8 +84,11 @@ def _nearest_powers(factors: torch.Tensor) -> torch.Tensor:
 
 
 def _exact_powers(factors: torch.Tensor, norm: torch.Tensor, readers: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The nearest powers of two; 1 for a channel in which a norm or a reader would leave the range of its dtype."""
-    powers = _nearest_powers(factors)
+    """The nearest powers of two; 1 for a channel in which a norm or a reader would leave the range of its dtype.
+
+    A common factor has no effect, so that of the median channel is 1.
+    """
+    powers = _nearest_powers(factors / factors.median())
     exact = _is_exact(norm, 1 / powers)
     for weight in readers:
         exact &= _is_exact(weight, powers).all(dim=0)

@@ -84,5 +84,6 @@ def test_divergences_are_those_of_whole_models_also_after_a_stop(plan: QuantPlan
         unchanged, first, last = copies.divergences()
         assert unchanged == pytest.approx(0, abs=1e-9)
         assert first == pytest.approx(whole_kl(plan, stream, 0, 1.05), rel=1e-3)
-        assert last == pytest.approx(whole_kl(plan, stream, 2, 1.2), rel=1e-3, abs=1e-9)
+        # The final norm removes the factor: what is left is the float32 rounding of log_softmax.
+        assert last == pytest.approx(whole_kl(plan, stream, 2, 1.2), rel=1e-3, abs=1e-7)
         assert first > 1e-7
