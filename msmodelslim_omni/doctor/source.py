@@ -108,9 +108,9 @@ def check_source(
                 changeable.add(f"{model.layer_name(index, part.previous)}.weight")
     yield from _check_floats(folder, original, linears, changeable, tuned - changeable)
     for index in layers:
-        yield from _check_layer(model, index, spec.groups, folder, original, linears)
         for part in spec.subgraphs:
             yield from _check_float_readers(model, index, part, folder, original)
+        yield from _check_layer(model, index, spec.groups, folder, original, linears)
 
 
 def _describe_mismatch(config: dict[str, Any], original: Checkpoint, linears: dict[str, StoredLinear]) -> str:
