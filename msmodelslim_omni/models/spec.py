@@ -121,14 +121,14 @@ class LayerSpec:
     @property
     def subgraphs(self) -> tuple[Subgraph, ...]:
         """The groups in forward order, those of the experts behind their norm as one."""
-        behind_norm = tuple(g for g in self.groups if g.expert is not None and g.subgraph == "norm-linear")
-        if self.experts is None or not behind_norm:
-            return tuple(Subgraph(group.name, (group,)) for group in self.groups)
-        name = self.experts.prefix.format(expert="*") + behind_norm[0].name.rpartition(".")[2]
-        shared = Subgraph(name, behind_norm, (self.experts.router,))
-        first = self.groups.index(behind_norm[0])
-        before, after = self.groups[:first], [g for g in self.groups[first:] if g not in behind_norm]
-        return (*(Subgraph(g.name, (g,)) for g in before), shared, *(Subgraph(g.name, (g,)) for g in after))
+        alone = [Subgraph(group.name, (group,)) for group in self.groups]
+        shared = [n for n, g in enumerate(self.groups) if g.expert is not None and g.subgraph == "norm-linear"]
+        if self.experts is None or not shared:
+            return tuple(alone)
+        name = self.experts.prefix.format(expert="*") + alone[shared[0]].name.rpartition(".")[2]
+        alone[shared[0]] = Subgraph(name, tuple(self.groups[n] for n in shared), (self.experts.router,))
+        others = set(shared[1:])
+        return tuple(part for number, part in enumerate(alone) if number not in others)
 
     @property
     def units(self) -> tuple[tuple[LinearGroup, ...], ...]:

@@ -28,7 +28,8 @@ def reason_to_skip(work: LayerWork, part: Subgraph, enabled: Sequence[str], line
         experts = "this expert" if len(part.groups) == 1 else "any expert"
         return f"fewer than {FEWEST_EXPERT_TOKENS} tokens reached {experts}"
     floats = [linear for linear in part.linears if linear not in work.schemes]
-    return f"{', '.join(floats)} stays float, and scaling would round it" if floats else None
+    named = ", ".join(floats) if len(part.groups) == 1 else part.name
+    return f"{named} stays float, and scaling would round it" if floats else None
 
 
 def known_groups(work: LayerWork, part: Subgraph) -> list[LinearGroup]:

@@ -228,6 +228,10 @@ def test_partly_selected_experts_are_recorded_and_unchanged(
     (record,) = done.smoothing
     assert record.alpha is None and record.reason == "the recipe selects only some Linears of the group"
     assert done.changed == frozenset()
+    schemes = {name: W8A8 for name in spec.linears if name not in shared.groups[3].linears}
+    done = smooth.apply(replace(work, schemes=schemes), iter_smooth(), frozenset(shared.linears))
+    (record,) = done.smoothing
+    assert record.reason == f"{NAME} stays float, and scaling would round it" and done.changed == frozenset()
 
 
 def test_channels_that_leave_the_range_of_a_dtype_stay() -> None:
