@@ -57,7 +57,7 @@ def _hide_matplotlib(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 # Modules that check the quality of refined scales, or compare with runs in processes of their own.
-REFINED = ("test_expected_error", "test_smooth", "test_team")
+REFINED = ("test_expected_error", "test_massive_tokens", "test_shared_norm", "test_smooth", "test_team")
 
 
 @pytest.fixture(scope="session", autouse=True)
