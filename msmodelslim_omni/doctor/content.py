@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from ..formats import (
@@ -147,8 +148,12 @@ def _scale_faults(info: TensorInfo, allow_zero: bool) -> Iterator[Finding]:
     """allow_zero: whether a scale may be zero, like the absmax of a block of zeros."""
     scales = load_tensor(info)
     scales = scales.to(torch.float32) if info.dtype == "F8_E4M3" else scales  # all its values are normal in float32
-    magnitude = scales.to(torch.float32).abs()
     tiny = torch.finfo(scales.dtype).tiny
+    if scales.numel():
+        smallest, largest = (value.item() for value in torch.aminmax(scales))  # NaN if any scale is
+        if smallest >= tiny and largest < math.inf:
+            return
+    magnitude = scales.to(torch.float32).abs()
     denormal = "scale_subnormal" if info.dtype == "F16" else "scale_denormal"
     kinds = {
         "scale_nan": torch.isnan(magnitude),
@@ -197,12 +202,10 @@ def _integer_faults(name: str, linear: QuantizedLinear) -> Iterator[Finding]:
         return
     zero = 0 if linear.scheme.codebook is None else NF4_LEVELS.index(0.0)
     tally, bits, blocks = _Tally(zero), linear.scheme.weight_bits, row_blocks(linear.qweight)
-    # All blocks share these buffers: a new allocation for each block takes longer than the arithmetic.
+    # All blocks share this buffer: a new allocation for each block takes longer than the arithmetic.
     floats = torch.empty(linear.qweight[blocks[0]].shape)
-    marks = torch.empty_like(floats)
     for rows in blocks:
-        count = linear.qweight[rows].shape[0]
-        _add_rows(tally, linear, rows, floats[:count], marks[:count])
+        _add_rows(tally, linear, rows, floats[: linear.qweight[rows].shape[0]])
     if tally.low == tally.high:
         code = "integers_all_zero" if abs(tally.squares) < 0.5 else "integers_constant"
         yield make_finding(code, name, f"every integer is {tally.low}")
@@ -233,8 +236,8 @@ def _nan_codes(codes: torch.Tensor) -> int:
     return int((codes.view(torch.uint8) & 0x7F).eq(0x7F).sum())
 
 
-def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor, marks: torch.Tensor) -> None:
-    """Add a block of rows. q, marks: float32 buffers with the shape of the block; their content is overwritten."""
+def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tensor) -> None:
+    """Add a block of rows. q: a float32 buffer with the shape of the block; its content is overwritten."""
     integers = linear.qweight[rows] - tally.zero if tally.zero else linear.qweight[rows]
     integers = q.copy_(integers) if linear.scheme.number == "e4m3" else integers
     q.copy_(integers)
@@ -242,7 +245,8 @@ def _add_rows(tally: _Tally, linear: QuantizedLinear, rows: slice, q: torch.Tens
     tally.low, tally.high = min(tally.low, int(low.min())), max(tally.high, int(high.max()))
     bottom, top = (end - tally.zero for end in linear.scheme.weight_range)
     tally.count += q.numel()
-    tally.at_ends += int(torch.ge(q, top, out=marks).sum()) + int(torch.le(q, bottom, out=marks).sum())
+    values = integers.numpy()  # numpy counts ten times faster than torch
+    tally.at_ends += int(np.count_nonzero(values >= top)) + int(np.count_nonzero(values <= bottom))
     sums = q.view(q.shape[0], linear.scales.shape[1], -1).sum(dim=2)  # [rows, groups]; sums of integers are exact
     size = q.shape[1] // linear.scales.shape[1]
     total = float(sums.sum(dtype=torch.float64))

@@ -10,10 +10,10 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import QuantError
 from ..models import ModelSpec, derive_model_type
@@ -51,13 +51,16 @@ from .verdict import verdicts
 
 __all__ = ["Diagnosis", "Finding", "examine"]
 
+T = TypeVar("T")
+
 
 def examine(
     path: str | Path, source: str | Path | None = None, on_check: Callable[[str], None] = lambda check: None
 ) -> Diagnosis:
     """Run all checks on the checkpoint in `path`; with the float checkpoint `source`, also compare the weights.
 
-    on_check is called with the name of each check before the check starts. Raises QuantError if `path` or `source` is
+    on_check is called with the name of each check before the check starts, and with its progress while it reads
+    weights. Raises QuantError if `path` or `source` is
     not a folder.
     """
     path = _require_folder(path)
@@ -107,7 +110,8 @@ def examine(
     if is_float:
         finding = make_finding("float_checkpoint", "all Linears", "this is a float checkpoint: no Linear is quantized")
         collector.run("linears", iter([finding]), "", "all")
-        collector.run("floats", check_floats(folder.tensors.values()), "no NaN, no Inf", "all")
+        floats = check_floats(_counted("floats", list(folder.tensors.values()), on_check))
+        collector.run("floats", floats, "no NaN, no Inf", "all")
         return Diagnosis(str(path), "float", tuple(collector.findings), collector.unlisted)
     collector.run("linears", check_linears(linears, declared), f"{len(quantized)} quantized, with all tensors", "all")
     if model is not None:
@@ -127,10 +131,15 @@ def examine(
         collector.run(
             "names", lists, f"{declared.format} loaders convert exactly these {len(quantized)} Linears", "config.json"
         )
-    scales = chain(check_scales(linears.values()), check_cache_fields(settings), check_cache(folder, caches))
+    every = list(linears.values())
+    scales = chain(
+        check_scales(_counted("scales", every, on_check)), check_cache_fields(settings), check_cache(folder, caches)
+    )
     collector.run("scales", scales, "finite, positive, no denormals", "all")
-    collector.run("integers", check_integers(linears.values()), "no constant rows, zero points match", "all")
-    collector.run("floats", check_floats(folder.tensors.values()), "no NaN, no Inf", "all")
+    integers = check_integers(_counted("integers", every, on_check))
+    collector.run("integers", integers, "no constant rows, zero points match", "all")
+    floats = check_floats(_counted("floats", list(folder.tensors.values()), on_check))
+    collector.run("floats", floats, "no NaN, no Inf", "all")
     if source is not None:
         if model is not None and expected:
             comparison = check_source(path, source, config, model, folder, linears)
@@ -139,6 +148,14 @@ def examine(
         collector.run("source", comparison, "floats unchanged, weights near the source's after folding", str(source))
     loads = verdicts(model, declared.format, settings, folder, collector.findings, "")
     return Diagnosis(str(path), declared.format, tuple(collector.findings), collector.unlisted, loads)
+
+
+def _counted(check: str, items: Sequence[T], on_check: Callable[[str], None]) -> Iterator[T]:
+    """Yield the items, and report every hundredth to on_check."""
+    for number, item in enumerate(items):
+        if number and number % 100 == 0:
+            on_check(f"{check}, {number} of {len(items)}")
+        yield item
 
 
 # Faults after which the rest of the checkpoint is not there to be examined.

@@ -21,9 +21,10 @@ def check_experts(model: ModelSpec, config: dict[str, Any], linears: Mapping[str
     if spec.experts is None:
         return
     routed = [linear for group in spec.groups if group.expert is not None for linear in group.linears]
+    leaves = {name.rpartition(".")[2] for name in routed}
     for index in range(model.family.num_layers(config)):
         prefix = model.layer_name(index, spec.experts.prefix)
-        incomplete = [e for e in range(spec.experts.count) if not _is_stored(linears, prefix.format(expert=e), routed)]
+        incomplete = [e for e in range(spec.experts.count) if not _is_stored(linears, prefix.format(expert=e), leaves)]
         if incomplete:
             listed = ", ".join(map(str, incomplete[:_LISTED])) + (", ..." if len(incomplete) > _LISTED else "")
             what = f"{len(incomplete)} of {spec.experts.count} experts are missing or incomplete: {listed}"
@@ -51,9 +52,8 @@ def describe_parallel(model: ModelSpec, config: dict[str, Any], linears: Mapping
     return f"; experts can be shared by {', '.join(map(str, cards))} cards"
 
 
-def _is_stored(linears: Mapping[str, StoredLinear], expert: str, routed: list[str]) -> bool:
+def _is_stored(linears: Mapping[str, StoredLinear], expert: str, leaves: set[str]) -> bool:
     """Whether every Linear of an expert is there with all its tensors. expert: prefix of its Linears."""
-    leaves = {name.rpartition(".")[2] for name in routed}
     return all((linear := linears.get(expert + leaf)) is not None and linear.sound for leaf in leaves)
 
 

@@ -34,6 +34,7 @@ MAX_NAME = 200
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 FUSED_VISUAL = {"qkv": ("q", "k", "v")}
+_FUSED_OF_PART = {part: fused for fused, parts in FUSED.items() for part in parts}
 
 
 # --- renamings -----------------------------------------------------------------------------------------------
@@ -54,8 +55,11 @@ def vllm_name(model: ModelSpec, name: str) -> str | None:
 
 def fused_name(name: str) -> str:
     """Return the name of the fused vLLM module that contains the vLLM Linear, or `name` if it is not fused."""
-    name = re.sub(r"\b[qkv]_proj$", "qkv_proj", re.sub(r"\b(gate|up)_proj$", "gate_up_proj", name))
-    return re.sub(r"^(visual\..*\.attn)\.[qkv]$", r"\1.qkv", name)
+    parent, dot, leaf = name.rpartition(".")
+    fused = _FUSED_OF_PART.get(leaf, leaf)
+    if leaf in FUSED_VISUAL["qkv"] and parent.startswith("visual.") and parent.endswith(".attn"):
+        fused = "qkv"
+    return parent + dot + fused
 
 
 # --- rules ---------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import json
 import os
 import stat
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 # Real files need far fewer levels; Python's recursion limit is far higher.
 MAX_JSON_DEPTH = 64
+
+# Objects and lists of one JSON text. Each takes about 90 bytes, even an empty one of two characters; the header of a
+# checkpoint with 100,000 tensors has 300,000.
+MAX_JSON_CONTAINERS = 2_000_000
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -50,10 +55,13 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
-    """Parse JSON of at most MAX_JSON_DEPTH levels. Raises ValueError if the text is invalid or nested deeper.
+    """Parse JSON of at most MAX_JSON_DEPTH levels and MAX_JSON_CONTAINERS objects and lists.
 
+    Raises ValueError if the text is invalid or exceeds a limit. Brackets within strings count too.
     unique: also raise ValueError if a key appears twice in an object. Otherwise the last one wins.
     """
+    if (count := text.count("{") + text.count("[")) > MAX_JSON_CONTAINERS:
+        raise ValueError(f"has {count} objects and lists; the limit is {MAX_JSON_CONTAINERS}")
     try:
         value = json.loads(text, object_pairs_hook=_dict_of_unique_keys if unique else None)
     except RecursionError as error:
@@ -95,9 +103,8 @@ def _children(container: Any) -> Iterable[Any]:
 
 
 def _dict_of_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {key[:80]!r} appears twice")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
     return result

@@ -32,9 +32,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# One process, so that the model can be inspected; no network access; the log goes to stderr.
+# One process, so that the model can be inspected; no network access; the log goes to stderr. On a processor with AMX,
+# vLLM would round the activations of Linears with 4-bit weights to 8 bits.
 os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_INT4_W4A8="0",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_NO_USAGE_STATS="1",
     VLLM_LOGGING_LEVEL="WARNING",
