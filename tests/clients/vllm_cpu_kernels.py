@@ -11,8 +11,8 @@ these kernels still tests a checkpoint against vLLM. A kernel that works is not 
 - Experts with int4 groups of 32 have none at all: the class for AMX accepts other groups only.
 - FP8 in blocks, and int8 and int4 experts, have CPU kernels for AMX only. The product of the FP8 kernel leaves
   activations float.
-- The kernel of int4 experts for AMX rounds activations to 8 bits, which moves the output by 2.6 % in the tiny model. It is
-  replaced on every processor by one with float activations, as on cards.
+- The kernel of int4 experts for AMX rounds activations to 8 bits, which moves the output by 2.6 % in the tiny model. It
+  is replaced on every processor by one with float activations, as on cards.
 """
 
 from __future__ import annotations
