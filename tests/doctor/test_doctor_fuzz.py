@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni import quantize
 from msmodelslim_omni.doctor import examine
-from msmodelslim_omni.doctor.headers import MAX_JSON_BYTES
+from msmodelslim_omni.doctor.headers import MAX_JSON_BYTES, read_json
 
 SEED = 20261122
 ROUNDS = 200
@@ -258,6 +258,16 @@ def test_malicious_json(copy: Path, name: str) -> None:
         before = reset_peak_memory()
         examined_codes(copy, name)
         assert peak_memory() - before < len(content) + FIXED_BYTES
+
+
+def test_index_of_a_large_mixture(tmp_path: Path) -> None:
+    """NVFP4 of Qwen3-Omni-30B-A3B has 83,882 tensors and an index of 8.9 MB."""
+    names = [f"thinker.model.layers.{n // 2000}.mlp.experts.{n % 2000}.gate_proj.weight_scale" for n in range(100_000)]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00010.safetensors")}
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+    assert path.stat().st_size > 8.9e6
+    assert read_json(path) == index
 
 
 def test_malicious_lists(copy: Path) -> None:

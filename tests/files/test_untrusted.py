@@ -26,6 +26,7 @@ from msmodelslim_omni.calibration.samples import load_calib_set
 from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.files.atomic_write import write_atomically
 from msmodelslim_omni.files.untrusted import (
+    MAX_JSON_CONTAINERS,
     MAX_JSON_DEPTH,
     call_with_timeout,
     open_regular,
@@ -112,6 +113,12 @@ def test_json_depth_limit() -> None:
     for levels in (MAX_JSON_DEPTH + 1, 500, 990, 100_000):
         with pytest.raises(ValueError, match="nested too deeply"):
             parse_json('{"a":' * levels + "1" + "}" * levels)
+
+
+def test_json_container_limit() -> None:
+    """Two characters of an empty object take 90 bytes of memory."""
+    with pytest.raises(ValueError, match=f"has {MAX_JSON_CONTAINERS + 1} objects and lists"):
+        parse_json("[" + "{}," * (MAX_JSON_CONTAINERS - 1) + "{}]")
 
 
 def test_duplicate_key_is_refused(tmp_path: Path) -> None:
