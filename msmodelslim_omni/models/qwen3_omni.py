@@ -1,8 +1,8 @@
 """Qwen3-Omni-30B-A3B: names, shapes, and the transformers classes for layers, towers and media.
 
 The thinker's layers have experts: a router assigns every token to a few of them. Attention and experts are quantized;
-routers, towers, talker (which has experts too) and code2wav stay unchanged. Thinking and Captioner hold the thinker
-alone. On disk every expert has its own tensors; transformers 5 fuses them in memory, see qwen3_experts.py.
+routers stay float; towers, talker (which has experts too) and code2wav stay unchanged. Thinking and Captioner hold the
+thinker alone. On disk every expert has its own tensors; transformers 5 fuses them in memory, see qwen3_experts.py.
 """
 
 from __future__ import annotations
