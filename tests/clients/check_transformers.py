@@ -71,8 +71,8 @@ TOWERS = ("visual", "audio_tower", "talker", "token2wav", "lm_head")
 # mantissa (2^-9 = 2e-3 each), 6e-3 in the logits. The outputs of the emulations differ by 2e-2.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 # Largest relative difference of the logits to the float model. Activation outliers of the tiny random model cost 0.23
-# without smoothing and 0.03 with it; plain rounding to 4 bits costs the tiny VL up to 0.60. Weights of another model, or
-# wrongly assigned weights, give at least 1.
+# without smoothing and 0.03 with it; plain rounding to 4 bits costs the tiny VL up to 0.60. Weights of another model,
+# or wrongly assigned weights, give at least 1.
 FLOAT_TOLERANCE = 0.75
 
 
