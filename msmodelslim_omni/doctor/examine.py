@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -60,8 +60,7 @@ def examine(
     """Run all checks on the checkpoint in `path`; with the float checkpoint `source`, also compare the weights.
 
     on_check is called with the name of each check before the check starts, and with its progress while it reads
-    weights. Raises QuantError if `path` or `source` is
-    not a folder.
+    weights. Raises QuantError if `path` or `source` is not a folder.
     """
     path = _require_folder(path)
     source = None if source is None else _require_folder(source)
@@ -110,7 +109,7 @@ def examine(
     if is_float:
         finding = make_finding("float_checkpoint", "all Linears", "this is a float checkpoint: no Linear is quantized")
         collector.run("linears", iter([finding]), "", "all")
-        floats = check_floats(_counted("floats", list(folder.tensors.values()), on_check))
+        floats = check_floats(_counted("floats", folder.tensors.values(), on_check))
         collector.run("floats", floats, "no NaN, no Inf", "all")
         return Diagnosis(str(path), "float", tuple(collector.findings), collector.unlisted)
     collector.run("linears", check_linears(linears, declared), f"{len(quantized)} quantized, with all tensors", "all")
@@ -131,14 +130,15 @@ def examine(
         collector.run(
             "names", lists, f"{declared.format} loaders convert exactly these {len(quantized)} Linears", "config.json"
         )
-    every = list(linears.values())
     scales = chain(
-        check_scales(_counted("scales", every, on_check)), check_cache_fields(settings), check_cache(folder, caches)
+        check_scales(_counted("scales", linears.values(), on_check)),
+        check_cache_fields(settings),
+        check_cache(folder, caches),
     )
     collector.run("scales", scales, "finite, positive, no denormals", "all")
-    integers = check_integers(_counted("integers", every, on_check))
+    integers = check_integers(_counted("integers", linears.values(), on_check))
     collector.run("integers", integers, "no constant rows, zero points match", "all")
-    floats = check_floats(_counted("floats", list(folder.tensors.values()), on_check))
+    floats = check_floats(_counted("floats", folder.tensors.values(), on_check))
     collector.run("floats", floats, "no NaN, no Inf", "all")
     if source is not None:
         if model is not None and expected:
@@ -150,7 +150,7 @@ def examine(
     return Diagnosis(str(path), declared.format, tuple(collector.findings), collector.unlisted, loads)
 
 
-def _counted(check: str, items: Sequence[T], on_check: Callable[[str], None]) -> Iterator[T]:
+def _counted(check: str, items: Collection[T], on_check: Callable[[str], None]) -> Iterator[T]:
     """Yield the items, and report every hundredth to on_check."""
     for number, item in enumerate(items):
         if number and number % 100 == 0:

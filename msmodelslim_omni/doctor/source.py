@@ -108,9 +108,7 @@ def check_source(
                 changeable.add(f"{model.layer_name(index, part.previous)}.weight")
     yield from _check_floats(folder, original, linears, changeable, tuned - changeable)
     for index in layers:
-        for part in spec.subgraphs:
-            yield from _check_float_readers(model, index, part, folder, original)
-        yield from _check_layer(model, index, spec.groups, folder, original, linears)
+        yield from _check_layer(model, index, spec.subgraphs, folder, original, linears)
 
 
 def _describe_mismatch(config: dict[str, Any], original: Checkpoint, linears: dict[str, StoredLinear]) -> str:
@@ -226,17 +224,20 @@ def _has_same_values(info: TensorInfo, source_info: TensorInfo) -> bool:
 def _check_layer(
     model: ModelSpec,
     index: int,
-    groups: tuple[LinearGroup, ...],
+    parts: tuple[Subgraph, ...],
     folder: Folder,
     original: Checkpoint,
     linears: dict[str, StoredLinear],
 ) -> Iterator[Finding]:
-    """Compare every quantized Linear of a layer, and float Linears whose rows may have been divided."""
-    divided = {group.previous for group in groups if group.subgraph != "norm-linear"}
+    """Compare every quantized Linear of a layer, and float Linears whose rows or columns may have been scaled."""
+    divided = {part.previous for part in parts if part.type != "norm-linear"}
     factors: dict[str, torch.Tensor] = {}
-    for group in groups:
-        expected = _expected_columns(model.layer_name(index, group.previous), group, folder, original, factors)
-        for relative in group.linears:
+    for part in parts:
+        previous = model.layer_name(index, part.previous)
+        expected = _expected_columns(previous, part.groups[0], folder, original, factors)
+        for reader in part.float_readers:
+            yield from _check_float_reader(model.layer_name(index, reader), previous, expected, folder, original)
+        for relative in part.linears:
             name = model.layer_name(index, relative)
             weight, linear = original.tensors.get(f"{name}.weight"), linears.get(name)
             if linear is None or weight is None or weight.shape != linear.shape:
@@ -245,7 +246,7 @@ def _check_layer(
             if stored is None or (not linear.quantized and relative not in divided):
                 continue
             ones = torch.ones(weight.shape[0])
-            rows_unknown, from_norm = relative in divided, group.subgraph == "norm-linear"
+            rows_unknown, from_norm = relative in divided, part.type == "norm-linear"
             columns, energy = torch.ones(weight.shape[1]), ones
             if linear.quantized and not from_norm:
                 columns, energy = _estimated_columns(stored, weight, ones)
@@ -257,7 +258,7 @@ def _check_layer(
             if linear.quantized and from_norm:
                 columns, energy = _estimated_columns(stored, weight, result.factors)
             if linear.quantized and expected is not None and expected.shape == columns.shape:
-                yield from _factor_faults(f"{name} and {group.previous}", columns, expected, energy, stored.bits)
+                yield from _factor_faults(f"{name} and {part.previous}", columns, expected, energy, stored.bits)
             factors[relative] = result.factors
             yield from _weight_faults(name, result, stored.bits)
             if result.slopes is not None and stored.scales is not None:
@@ -276,42 +277,32 @@ def _expected_columns(
             return None
         rows = factors[group.previous].view(-1, 1, group.head_dim)
         return 1 / rows.expand(-1, group.repeat, -1).flatten()
-    return _factors_of_norm(previous, folder, original)
-
-
-def _factors_of_norm(norm: str, folder: Folder, original: Checkpoint) -> torch.Tensor | None:
-    """Return n / n', 1 where n' is 0, or None if a weight is missing or their shapes differ."""
-    before, after = original.tensors.get(f"{norm}.weight"), folder.tensors.get(f"{norm}.weight")
+    before, after = original.tensors.get(f"{previous}.weight"), folder.tensors.get(f"{previous}.weight")
     if before is None or after is None or before.shape != after.shape:
         return None
     n, changed = load_tensor(before).to(torch.float32), load_tensor(after).to(torch.float32)
     return torch.where(changed != 0, n / changed, torch.ones_like(n))
 
 
-def _check_float_readers(
-    model: ModelSpec, index: int, part: Subgraph, folder: Folder, original: Checkpoint
+def _check_float_reader(
+    name: str, norm: str, factors: torch.Tensor | None, folder: Folder, original: Checkpoint
 ) -> Iterator[Finding]:
-    """Check that the columns of float Linears cancel the scaling of the norm to the last bit."""
-    if not part.float_readers:
+    """Check that the columns of a float Linear cancel the factors of the norm in front of it to the last bit."""
+    before, after = original.tensors.get(f"{name}.weight"), folder.tensors.get(f"{name}.weight")
+    if factors is None or before is None or after is None or before.shape != after.shape:
         return
-    norm = model.layer_name(index, part.previous)
-    factors = _factors_of_norm(norm, folder, original)
-    for reader in (model.layer_name(index, name) for name in part.float_readers):
-        before, after = original.tensors.get(f"{reader}.weight"), folder.tensors.get(f"{reader}.weight")
-        if factors is None or before is None or after is None or before.shape != after.shape:
-            continue
-        if before.shape[1:] != factors.shape or after.dtype not in FLOAT_DTYPES:
-            continue
-        stored = load_tensor(after)
-        expected = (load_tensor(before).to(torch.float32) * factors).to(stored.dtype)
-        if torch.equal(stored, expected):
-            continue
-        if bool((factors == 1).all()):
-            yield make_finding("float_changed", f"{reader}.weight", "differs from the source")
-        else:
-            columns = (stored != expected).any(dim=0).nonzero().flatten().tolist()
-            what = f"{len(columns)} columns do not cancel the scaling of the norm, e.g. {columns[0]}"
-            yield make_finding("scaling_inconsistent", f"{reader} and {norm}", what)
+    if before.shape[1:] != factors.shape or after.dtype not in FLOAT_DTYPES:
+        return
+    stored = load_tensor(after)
+    expected = (load_tensor(before).to(torch.float32) * factors).to(stored.dtype)
+    if torch.equal(stored, expected):
+        return
+    if bool((factors == 1).all()):
+        yield make_finding("float_changed", f"{name}.weight", "differs from the source")
+    else:
+        columns = (stored != expected).any(dim=0).nonzero().flatten().tolist()
+        what = f"{len(columns)} columns do not cancel the scaling of the norm, e.g. {columns[0]}"
+        yield make_finding("scaling_inconsistent", f"{name} and {norm}", what)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ from ..numerics import (
     row_blocks,
 )
 from ..recipe import AwqConfig
-from ..runtime import SINGLE_PROCESS, Team, to_floats
-from ..statistics import Gram, evenly_spaced, mean_abs
+from ..runtime import SINGLE_PROCESS, Team
+from ..statistics import Gram, evenly_spaced, merge_stats
 from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
@@ -103,17 +103,18 @@ def _scale_shared(work: LayerWork, part: Subgraph, config: AwqConfig) -> LayerWo
         gram = work.stats[group.name].gram(work.importance)
         rows = _sample_rows(work, group, _SEARCH_WEIGHTS_OF_ALL // len(part.linears))
         sampled.append((gram.diagonal(), rows, squared_outputs(gram, rows)))
-    signals = torch.stack([of_group for *_, of_group in sampled]).sum(dim=0).clamp_min(1e-30)  # [Linears of a group]
+    signals = torch.stack([of_group for *_, of_group in sampled]).sum(dim=0)  # [Linears of a group]
 
-    def error(candidate: Candidate) -> torch.Tensor:
+    def errors(candidate: Candidate) -> torch.Tensor:
         factors, total = candidate.factors, torch.zeros_like(signals)
         for importance, weights, _ in sampled:
             changes = (grouped_rounding_error(weight * factors, scheme, checks).div_(factors) for weight in weights)
             total += torch.stack([(change.square() @ importance).sum() for change in changes])
-        return (total / signals).sum()
+        return total
 
     candidates = list(_grid(work, part, scheme, config.n_grid))
-    losses = to_floats(checks.checked(work.team.map(error, candidates)))
+    *all_errors, on_cpu = checks.checked([*work.team.map(errors, candidates), signals])
+    losses = [_sum_of_ratios(of_linears.tolist(), on_cpu.tolist()) for of_linears in all_errors]
     best = min(range(len(candidates)), key=lambda i: (losses[i], i))
     if best == 0:
         return work.with_record(SmoothingRecord(part.name, None, 1.0, "the identity is best"))
@@ -186,8 +187,8 @@ def _refined(
 def _grid(work: LayerWork, part: Subgraph, scheme: QuantScheme, n_grid: int) -> Iterator[Candidate]:
     """Yield the identity, then the ratios from 0 to 1 in n_grid steps with and without duo scaling."""
     assert work.stats is not None
-    inputs = [work.stats[group.name] for group in known_groups(work, part)]
-    x = mean_over_query_heads(mean_abs(inputs, work.importance), part)
+    stats = merge_stats([work.stats[group.name] for group in known_groups(work, part)])
+    x = mean_over_query_heads(stats.mean_abs(work.importance), part)
     w = mean_over_query_heads(_relative_magnitude(work, part, scheme), part)
     yield Candidate(0.0, False, torch.ones_like(x))
     for step in range(n_grid + 1):

@@ -29,7 +29,7 @@ from ..numerics import (
 )
 from ..recipe import IterSmoothConfig, SmoothQuantConfig
 from ..runtime import to_floats
-from ..statistics import InputStats, relative_weights
+from ..statistics import InputStats, merge_stats, relative_weights
 from .expected_error import ExpectedErrors, refine
 from .fold import (
     exact_factors,
@@ -77,18 +77,17 @@ class _Candidate:
 
 def _smooth(work: LayerWork, part: Subgraph, config: SmoothConfig) -> LayerWork:
     assert work.stats is not None  # the plan runs calibration for this processor
-    inputs = {group.name: work.stats[group.name] for group in known_groups(work, part)}
+    groups = known_groups(work, part)
+    inputs = [work.stats[group.name] for group in groups]
     scheme = work.schemes[part.linears[0]]
     alphas = ALPHA_GRID if config.alpha == "auto" else (config.alpha,)
     scale_min = config.scale_min if isinstance(config, IterSmoothConfig) else 1e-5
 
-    groups = [group for group in part.groups if group.name in inputs]
-    expected = ExpectedErrors.of_tokens(
-        [(inputs[group.name], [work.weight(linear) for linear in group.linears]) for group in groups], scheme
-    )
+    weights = [[work.weight(linear) for linear in group.linears] for group in groups]
+    expected = ExpectedErrors.of_tokens(list(zip(inputs, weights, strict=True)), scheme)
     candidates = [
         replace(c, factors=exact_factors(work, part, c.factors)[0])
-        for c in _candidates(list(inputs.values()), _column_peaks(work, part), part, alphas, scale_min)
+        for c in _candidates(merge_stats(inputs), _column_peaks(work, part), part, alphas, scale_min)
     ]
     ratios = to_floats(
         work.team.map(lambda c: expected.worst_ratio(repeat_for_query_heads(c.factors, part)), candidates)
@@ -121,7 +120,7 @@ def _refined(
 
 
 def _candidates(
-    inputs: Sequence[InputStats],
+    stats: InputStats,
     column_peaks: torch.Tensor,
     part: Subgraph,
     alphas: tuple[float, ...],
@@ -129,11 +128,10 @@ def _candidates(
 ) -> Iterator[_Candidate]:
     """Yield factors for each alpha, with A as the maximum over the modalities and, if there are several, balanced.
 
-    inputs: of each group. column_peaks: [in], the largest |weight| of each input over all Linears.
+    stats: of all groups together. column_peaks: [in], the largest |weight| of each input over all Linears.
     """
     w = max_over_query_heads(column_peaks, part)  # [channels]
-    present = torch.stack([stats.count for stats in inputs]).sum(dim=0).nonzero().flatten().tolist()
-    per_modality = torch.stack([stats.absmax for stats in inputs]).amax(dim=0)[present]  # [present, in]
+    per_modality = stats.absmax[stats.present()]  # [present, in]
     sources = {"peak over modalities": per_modality.amax(dim=0)}
     if len(per_modality) > 1:
         mean = per_modality.mean(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)

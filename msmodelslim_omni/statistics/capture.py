@@ -101,6 +101,16 @@ class InputStats:
     def without_gram(self) -> InputStats:
         return replace(self, grams={}, weighted=None)
 
+    def without_rows(self) -> InputStats:
+        return replace(self, rows=self.rows[:0].clone(), row_modality=self.row_modality[:0].clone())
+
+    def mean_abs(self, importance: Mapping[int, float]) -> torch.Tensor:
+        """The mean |x| of each channel, [in], each token weighted by the importance of its modality."""
+        weights = [importance[m] for m in self.present()]
+        total = sum(weight * float(self.count[m]) for weight, m in zip(weights, self.present(), strict=True))
+        sums = torch.stack([self.abssum[m] * weight for weight, m in zip(weights, self.present(), strict=True)])
+        return sums.sum(dim=0) / total
+
     def divided(self, factors: torch.Tensor) -> InputStats:
         """The statistics of the input divided by `factors` [in]."""
         return replace(
@@ -113,13 +123,9 @@ class InputStats:
         )
 
 
-def mean_abs(inputs: Sequence[InputStats], importance: Mapping[int, float]) -> torch.Tensor:
-    """The mean |x| of each channel over all inputs, [in], each token weighted by the importance of its modality."""
-    counts = torch.stack([stats.count for stats in inputs]).sum(dim=0)
-    sums = torch.stack([stats.abssum for stats in inputs]).sum(dim=0)
-    present = [int(m) for m in torch.nonzero(counts).flatten()]
-    total = sum(importance[m] * float(counts[m]) for m in present)
-    return torch.stack([sums[m] * importance[m] for m in present]).sum(dim=0) / total
+def merge_stats(inputs: Sequence[InputStats]) -> InputStats:
+    """The statistics of all inputs together, without rows and H."""
+    return reduce(InputStats.merged, [stats.without_rows() for stats in inputs])
 
 
 def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -> InputStats:
@@ -203,7 +209,7 @@ class _RunningStats:
         """Add the statistics of one sample, given by its position among all samples."""
         if len(new.rows):
             self._rows[sample] = (new.rows, new.row_modality)
-        alone = replace(new, rows=new.rows[:0].clone(), row_modality=new.row_modality[:0].clone())
+        alone = new.without_rows()
         self._total = self._total.merged(alone) if self._total else alone
 
     def finish(self, team: Team) -> InputStats | None:

@@ -310,7 +310,7 @@ def test_rejection_is_due_to_audio() -> None:
     assert both.stats is not None
     stats = both.stats["g"]
     members = [stats.row_modality == m for m in stats.sampled()]
-    candidates = list(smooth._candidates([stats], weight.abs().amax(0), alone(group), (0.5,), 1e-5))
+    candidates = list(smooth._candidates(stats, weight.abs().amax(0), alone(group), (0.5,), 1e-5))
     assert len(candidates) == 2  # A as the maximum, and balanced over the modalities
     for candidate in candidates:
         factors = repeat_for_query_heads(candidate.factors, alone(group))
@@ -340,7 +340,7 @@ def test_alpha_by_hand() -> None:
     work = norm_layer(x, torch.zeros(2, dtype=torch.int8), weight)
     assert work.stats is not None
     candidates = smooth._candidates(
-        [work.stats["g"]], weight.abs().amax(0), work.spec.subgraphs[0], (0.0, 0.5, 1.0), 1e-5
+        work.stats["g"], weight.abs().amax(0), work.spec.subgraphs[0], (0.0, 0.5, 1.0), 1e-5
     )
     for candidate, expected in zip(candidates, ([2.0, 0.5], [1.0, 1.0], [0.5, 2.0]), strict=True):
         assert candidate.factors.tolist() == pytest.approx(expected, rel=FACTOR_ERROR)
@@ -351,7 +351,7 @@ def test_factors_use_the_weights_of_all_linears_of_a_group() -> None:
     stats = input_stats(torch.ones(1, 2), torch.zeros(1, dtype=torch.int8), torch.arange(1))
     weights = {"a.weight": torch.tensor([[1.0, 1.0]]), "b.weight": torch.tensor([[16.0, 0.5]])}
     peaks = smooth._column_peaks(LayerWork(0, SPEC, {}, weights), alone(group))
-    (candidate,) = smooth._candidates([stats], peaks, alone(group), (0.5,), 1e-5)
+    (candidate,) = smooth._candidates(stats, peaks, alone(group), (0.5,), 1e-5)
     # 1 / sqrt(16) and 1, divided by their geometric mean 1/2
     assert candidate.factors.tolist() == pytest.approx([0.5, 2.0], rel=FACTOR_ERROR)
 

@@ -23,7 +23,6 @@ from msmodelslim_omni.statistics.capture import (
     InputStats,
     choose_rows,
     input_stats,
-    mean_abs,
     relative_weights,
     run_layer,
 )
@@ -302,10 +301,10 @@ def test_h_weighted_by_importance() -> None:
 def test_mean_magnitude_weighted_by_importance() -> None:
     # Sums of |x|: text (4, 2) over 2 tokens, video (4, 1) over 1.
     stats = small_stats()
-    assert mean_abs([stats], {0: 1 / 3, 3: 1 / 3}).tolist() == pytest.approx([8 / 3, 1.0])
-    assert mean_abs([stats], {0: 0.25, 3: 0.5}).tolist() == pytest.approx([3.0, 1.0])  # the mean of the two means
-    assert mean_abs([stats], {0: 0.0, 3: 1.0}).tolist() == [4.0, 1.0]
-    assert mean_abs([stats], {0: 5.0, 3: 5.0}).tolist() == pytest.approx([8 / 3, 1.0])  # only their ratio matters
+    assert stats.mean_abs({0: 1 / 3, 3: 1 / 3}).tolist() == pytest.approx([8 / 3, 1.0])
+    assert stats.mean_abs({0: 0.25, 3: 0.5}).tolist() == pytest.approx([3.0, 1.0])  # the mean of the two means
+    assert stats.mean_abs({0: 0.0, 3: 1.0}).tolist() == [4.0, 1.0]
+    assert stats.mean_abs({0: 5.0, 3: 5.0}).tolist() == pytest.approx([8 / 3, 1.0])  # only their ratio matters
 
 
 def test_statistics_of_divided_inputs() -> None:
