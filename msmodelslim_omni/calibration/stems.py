@@ -29,6 +29,7 @@ class Stems:
 
     folder: holds one file per sample. numbers: the samples' numbers in that folder. modalities: int8 [tokens] per
     sample, indices into MODALITIES. warnings: one per sample that was skipped.
+    own_texts: how many of the samples, at the end, the model has written itself; see tuning.own_texts.
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Stems:
     numbers: tuple[int, ...]
     modalities: tuple[torch.Tensor, ...]
     warnings: tuple[str, ...] = ()
+    own_texts: int = 0
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -83,7 +83,7 @@ class CalibrationStream:
         self._team = team
         self._progress = progress or Progress()
         self._store = stems.store(self.budget.arguments)
-        self._roles = assign_roles(stems.modalities, plan.calibration.modality_weights)
+        self._roles = assign_roles(stems.modalities, plan.calibration.modality_weights, stems.own_texts)
         can = can_join(self._store.arguments(stems.numbers[0], torch.device("cpu")))
         self._batches = join_batches(stems.lengths, self._roles.probe_samples if can else range(len(stems)))
         self._batch_split = team.split([sum(self._lengths(batch)) for batch in self._batches])

@@ -38,11 +38,17 @@ class TokenRoles:
     gram_offsets: tuple[tuple[int, ...], ...]
 
 
-def assign_roles(modalities: Sequence[torch.Tensor], weights: str | Mapping[Modality, float]) -> TokenRoles:
-    """Roles for samples of these modalities, int8 [tokens] each. weights: calibration.modality_weights."""
-    probe_samples = choose_probe_samples(modalities)
+def assign_roles(
+    modalities: Sequence[torch.Tensor], weights: str | Mapping[Modality, float], own_texts: int = 0
+) -> TokenRoles:
+    """Roles for samples of these modalities, int8 [tokens] each. weights: calibration.modality_weights.
+
+    own_texts: how many samples, at the end, the model has written itself; they judge nothing.
+    """
+    given = modalities[: len(modalities) - own_texts]
+    probe_samples = choose_probe_samples(given)
     held_out = choose_held_out(probe_samples, modalities)
-    if not held_out and (shorter := choose_held_out(choose_probe_samples(modalities, typical=False), modalities)):
+    if not held_out and (shorter := choose_held_out(choose_probe_samples(given, typical=False), modalities)):
         probe_samples = held_out = shorter
     in_gram = torch.stack(
         [

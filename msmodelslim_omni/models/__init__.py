@@ -20,6 +20,7 @@ from .inputs import (
     ModelInputs,
     Stem,
     can_join,
+    cut_arguments,
     join_samples,
 )
 from .log_mel import log_mel
@@ -64,6 +65,7 @@ __all__ = [
     "apply_renaming",
     "attention_apart",
     "can_join",
+    "cut_arguments",
     "derive_model_type",
     "find_model_type",
     "is_recomputed_buffer",

@@ -73,6 +73,19 @@ def can_join(arguments: Collection[str]) -> bool:
     return {*arguments} <= {*_TOKENS_AT, "attention_mask"}
 
 
+def cut_arguments(arguments: dict[str, Any], position: int) -> dict[str, Any]:
+    """The other arguments of a decoder layer for one token of a sample, which attends to all tokens before it."""
+
+    def cut(name: str, value: torch.Tensor) -> torch.Tensor:
+        return value.narrow(_TOKENS_AT[name], position, 1)
+
+    known = {name: value for name, value in arguments.items() if name != "attention_mask"}
+    return {"attention_mask": None} | {
+        name: tuple(cut(name, part) for part in value) if isinstance(value, tuple) else cut(name, value)
+        for name, value in known.items()
+    }
+
+
 def join_samples(samples: Sequence[LayerInput]) -> LayerInput:
     """The inputs of several samples one after the other, in one. Their attention is to be kept apart."""
     import torch
@@ -139,6 +152,10 @@ class MediaProcessor(Protocol):
     def prepare(self, messages: list[dict[str, Any]], use_audio_in_video: bool) -> ModelInputs:
         """Parts of pictures hold a function that decodes the picture; parts of clips hold a Clip, and under `sound`
         their sound track if it is used; parts of sounds hold a float32 array at 16 kHz."""
+        ...
+
+    def text_tokens(self) -> list[int]:
+        """The tokens that a text can have: all but special and added ones."""
         ...
 
     def decode(self, tokens: list[int]) -> str:

@@ -64,6 +64,10 @@ class VisionProcessor:
 
     # --- shared by all models ---
 
+    def text_tokens(self) -> list[int]:
+        tokenizer = self._processor.tokenizer
+        return sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
+
     def decode(self, tokens: list[int]) -> str:
         return str(self._processor.tokenizer.decode(tokens, skip_special_tokens=True))
 

@@ -83,6 +83,7 @@ def model_spec(model_type: str) -> ModelSpec:
         stem_prefixes=(*_TOWERS, "model.embed_tokens."),
         norm="model.norm.weight",
         head=_HEAD,
+        embedding=_EMBEDDING,
         family=cast(ModelFamily, module),
         runner=cast(ModelRunner, module),
         speech_support=None,

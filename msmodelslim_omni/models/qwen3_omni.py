@@ -51,6 +51,7 @@ def model_spec(model_type: str) -> ModelSpec:
         stem_prefixes=(*TOWERS, "thinker.model.embed_tokens."),
         norm="thinker.model.norm.weight",
         head="thinker.lm_head.weight",
+        embedding=EMBEDDING,
         family=cast(ModelFamily, sys.modules[__name__]),
         runner=qwen3_omni_generate,
         speech_support=qwen3_omni_generate if model_type == INSTRUCT else None,

@@ -91,6 +91,7 @@ def model_spec(model_type: str) -> ModelSpec:
         stem_prefixes=(*_TOWERS, "model.language_model.embed_tokens."),
         norm="model.language_model.norm.weight",
         head=_HEAD,
+        embedding=_EMBEDDING,
         family=cast(ModelFamily, module),
         runner=cast(ModelRunner, module),
         speech_support=None,

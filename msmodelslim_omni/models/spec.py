@@ -269,6 +269,7 @@ class ModelSpec:
     stem_prefixes: tuple[str, ...]  # tensors before the decoder layers: towers and embedding
     norm: str  # weight of the final norm, after the decoder layers
     head: str  # weight of lm_head, [vocabulary, hidden]
+    embedding: str  # weight of the embedding, [vocabulary, hidden]
     family: ModelFamily
     runner: ModelRunner
     speech_support: SpeechSupport | None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from .admission import check_all_tensors, declared_scheme, quantization_of, refuse_quantized
 from .keep import Keep
 from .peak_memory import (
+    OWN_TEXT_TOKENS,
     TUNED_POSITIONS,
     TUNED_TOKENS,
     backlog_bytes,
@@ -18,12 +19,16 @@ from .peak_memory import (
     fit_budget,
     fit_card,
     gram_disk_bytes,
+    own_texts,
     peak_memory,
     refit_budget,
+    room_for_layers,
+    with_own_texts,
 )
 from .plan import LayerPlan, QuantPlan, make_plan
 
 __all__ = [
+    "OWN_TEXT_TOKENS",
     "TUNED_POSITIONS",
     "TUNED_TOKENS",
     "Keep",
@@ -37,8 +42,11 @@ __all__ = [
     "fit_card",
     "gram_disk_bytes",
     "make_plan",
+    "own_texts",
     "peak_memory",
     "quantization_of",
     "refit_budget",
     "refuse_quantized",
+    "room_for_layers",
+    "with_own_texts",
 ]

@@ -29,6 +29,9 @@ _HEADROOM = 0.05  # freed memory that the C library does not return
 # Of `tuning`: the least tokens of a batch, and the positions whose logits are in memory at once.
 TUNED_TOKENS, TUNED_POSITIONS = 1024, 256
 
+# Of tuning.own_texts: tokens of a text, the most texts, the most for each given token, and tokens that are enough.
+OWN_TEXT_TOKENS, _OWN_TEXTS, _OWN_PER_GIVEN, _ENOUGH_TOKENS = 256, 64, 4, 20_000
+
 # Share of the user's limit to plan for. Estimates have been up to a tenth below the measured peak.
 _USABLE_SHARE = 0.9
 
@@ -46,6 +49,24 @@ _BUDGET_OPTIONS = (
 def peak_memory(plan: QuantPlan, extent: Extent) -> int:
     """Return the estimated peak memory in bytes: that of the largest phase."""
     return max(phase_memory(plan, extent).values())
+
+
+def own_texts(tokens: int) -> int:
+    """How many texts the model writes for `--effort best`, in addition to samples of so many tokens."""
+    tokens_to_write = min(_ENOUGH_TOKENS - tokens, _OWN_PER_GIVEN * tokens)
+    return max(0, min(_OWN_TEXTS, tokens_to_write // OWN_TEXT_TOKENS))
+
+
+def with_own_texts(plan: QuantPlan, extent: Extent) -> Extent:
+    """The extent of the samples with the model's own texts, if the plan has any."""
+    count = own_texts(extent.tokens) if plan.calibration.effort == "best" else 0
+    length = min(OWN_TEXT_TOKENS, plan.calibration.max_tokens) if count else 0
+    return replace(extent, tokens=extent.tokens + count * length, longest=max(extent.longest, length))
+
+
+def room_for_layers(plan: QuantPlan) -> int:
+    """Bytes of float layers that stay in memory while the model writes: as much as its towers may take otherwise."""
+    return DEFAULT_BUDGET.towers if plan.budget.limit is None else plan.budget.towers
 
 
 def phase_memory(plan: QuantPlan, extent: Extent) -> dict[str, int]:
@@ -171,6 +192,8 @@ def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: E
         phases["search"] = common + layer.integers + 12 * layer.widest
     if plan.calibration.effort == "best":
         phases["tuning"] = _tuning_memory(plan, layer, stores, longest)
+        if tokens <= _ENOUGH_TOKENS:
+            phases["own texts"] = _own_texts_memory(plan, layer, tokens)
     propagating = 4 * layer.integers if plan.calibration.propagate_error else 0
     phases["propagate"] = common + layer.integers + propagating + activations
     return phases
@@ -183,6 +206,17 @@ def _tuning_memory(plan: QuantPlan, layer: _LayerSizes, stores: int, longest: in
     activations = 4 * longest * (8 * layer.inner + 24 * layer.hidden)
     logits = 4 * 4 * TUNED_POSITIONS * lm_head.shape[0]
     return _PROCESS_WITH_MEDIA + 6 * layer.integers + boundaries + stores + max(activations, logits) + _BLOCKS
+
+
+def _own_texts_memory(plan: QuantPlan, layer: _LayerSizes, tokens: int) -> int:
+    """A layer as stored and in float32, others that stay, keys and values in bfloat16, and the logits of a token."""
+    count = min(_OWN_TEXTS, tokens // OWN_TEXT_TOKENS)
+    values = [linear for linear in plan.layer_spec.linears if linear.endswith((".k_proj", ".v_proj"))]
+    width = sum(plan.layer_spec.shapes[f"{linear}.weight"][0] for linear in values)
+    cached = 2 * width * OWN_TEXT_TOKENS * count * len(plan.layers)
+    vocabulary = plan.checkpoint.tensors[plan.model.lm_head_tensor(plan.checkpoint.config)].shape[0]
+    kept = min(room_for_layers(plan), len(plan.layers) * layer.float_layer)
+    return _PROCESS_WITH_MEDIA + layer.stored + layer.float_layer + kept + cached + 12 * vocabulary * count + _BLOCKS
 
 
 def _trial_bytes(layer: _LayerSizes, group: LinearGroup) -> int:
@@ -274,7 +308,7 @@ def _fit_options(plan: QuantPlan, extent: Extent, limit: int, options: Sequence[
         needed = phase_memory(replace(plan, budget=minimum), extent)
         if max(needed.values()) <= _USABLE_SHARE * limit:
             left = {phase: int((_USABLE_SHARE * limit - size) / (1 + _HEADROOM)) for phase, size in needed.items()}
-            towers = left.pop("towers", 0)
+            towers = min((left.pop(phase) for phase in ("towers", "own texts") if phase in left), default=0)
             arguments = min(left.values()) // 4
             hidden = min(left.values()) - arguments
             budget = replace(minimum, hidden=hidden, arguments=arguments, towers=towers, limit=limit)

@@ -73,13 +73,15 @@ class TuningRecord:
     """Tuning of the whole model after rounding, for `--effort best`.
 
     kl: mean KL(float || quantized) per position of the samples kept out of it, in nats, before tuning and after each
-    epoch. epoch: the one that was taken; 0 for none. samples, held_out: samples that it was tuned and judged on.
+    epoch. epoch: the one that was taken; 0 for none. samples, held_out: samples that it was tuned and judged on;
+    own_texts of the former the model has written itself.
     """
 
     kl: tuple[float, ...]
     epoch: int
     samples: int
     held_out: int
+    own_texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -285,10 +287,11 @@ def _calibration_text(report: Report) -> str:
 
 def tuning_text(tuning: TuningRecord) -> str:
     """What tuning did, in two sentences."""
+    own = f", {tuning.own_texts} of them texts that the float model wrote itself" if tuning.own_texts else ""
     epochs = ", ".join(f"{kl:.4g}" for kl in tuning.kl[1:])
     taken = f"epoch {tuning.epoch} was taken" if tuning.epoch else "none was better, so the model is as it was rounded"
     return (
-        f"Scales, norms and biases were tuned on {tuning.samples} samples. On {tuning.held_out} others, KL to the float"
+        f"Scales, norms and biases were tuned on {tuning.samples} samples{own}. On {tuning.held_out} others, KL to the float"
         f" model per position was {tuning.kl[0]:.4g} before and {epochs} after the epochs; {taken}."
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..calibration import CalibSample, CalibSet, MediaFacts
 from ..formats import FORMATS, format_tensors
-from ..plan import QuantPlan, card_memory, gram_disk_bytes, peak_memory
+from ..plan import QuantPlan, card_memory, gram_disk_bytes, peak_memory, with_own_texts
 from ..report import RunMemory
 from ..runtime import NO_SAMPLES, Extent
 from .assembly import make_job
@@ -62,7 +62,7 @@ def assumed_extent(plan: QuantPlan, calib: CalibSet | None) -> Extent:
     )
     modalities = {kind for sample in calib.samples for kind in sample.modalities()}
     media = max((_media_bytes(plan, found) for sample in calib.samples for found in sample.media), default=0)
-    return Extent(sum(tokens), max(longest), len(modalities), media)
+    return with_own_texts(plan, Extent(sum(tokens), max(longest), len(modalities), media))
 
 
 def _sample_media_tokens(plan: QuantPlan, sample: CalibSample, guess: int) -> int:

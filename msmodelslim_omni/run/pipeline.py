@@ -37,6 +37,7 @@ from ..runtime import (
     out_of_memory_as_error,
     peak_rss,
 )
+from ..tuning import add_own_texts
 from .assembly import Item, Units, finished_items, make_job, units
 from .forecast import forecast
 from .keep import resolve_keep
@@ -262,6 +263,9 @@ def _open_samples(
         return prepared, None
     with clock("towers"):
         stems = prepare_stems(prepared.plan, prepared.calib, folder, prepared.device.torch, progress, prepared.team)
+    if prepared.plan.calibration.effort == "best":
+        with clock("own texts"):
+            stems = add_own_texts(prepared.plan, stems, prepared.device.torch, progress)
     return resolve_keep(prepared, stems, folder, manifest, clock, progress), stems
 
 

@@ -24,7 +24,7 @@ from .factors import Factors, SolvedLayer, fold_factors, neutral_factors
 from .head import Head
 from .walk import Chain
 
-EPOCHS = 4
+EPOCHS, EPOCHS_WITH_OWN_TEXTS = 4, 2  # a sample set with texts of the model itself is several times as large
 LEARNING_RATE = 1e-3  # of the logarithms: about a thousandth of each factor per step, falling to zero (cosine)
 _HELD_OUT_SHARE = 8  # one of so many samples, where calibration keeps none out of H
 _TEXT = 0  # index into MODALITIES
@@ -35,13 +35,15 @@ class Tuning:
     """What tuning did, for the report.
 
     kl: mean KL per position of the samples kept out, in nats, before tuning and after each epoch, with the tensors
-    rounded as they are stored. epoch: the one that was taken; 0: the model as it was rounded.
+    rounded as they are stored. epoch: the one that was taken; 0: the model as it was rounded. samples: tuned on;
+    own_texts of them the model has written itself.
     """
 
     kl: tuple[float, ...]
     epoch: int
     samples: int
     held_out: int
+    own_texts: int = 0
 
 
 def refuse_untunable(plan: QuantPlan, processes: int) -> None:
@@ -105,13 +107,15 @@ class _Run:
         self._chain = Chain(plan, solved, samples, device)
         self._head = Head(plan, device)
         self._device = device
-        self._held_out = sorted(samples.held_out) or list(range(_HELD_OUT_SHARE - 1, len(samples), _HELD_OUT_SHARE))
+        given = len(samples) - samples.stems.own_texts
+        self._epochs = EPOCHS_WITH_OWN_TEXTS if samples.stems.own_texts else EPOCHS
+        self._held_out = sorted(samples.held_out) or list(range(_HELD_OUT_SHARE - 1, given, _HELD_OUT_SHARE))
         kept_out = set(self._held_out)
         self._training = [n for n in range(len(samples)) if n not in kept_out and len(self._positions(n))]
         self._held_out = [n for n in self._held_out if len(self._positions(n))]
         if not self._training or not self._held_out:
             raise QuantError(
-                f"--effort best: {len(samples)} samples are too few to tune on some and to judge on others",
+                f"--effort best: {given} samples are too few to tune on some and to judge on others",
                 f"give at least {_HELD_OUT_SHARE} samples with text",
             )
         spec = plan.layer_spec
@@ -126,14 +130,16 @@ class _Run:
         self._resume()
         if not self._kl:
             self._kl.append(self._judge())
-        for epoch in range(len(self._kl), EPOCHS + 1):
+        for epoch in range(len(self._kl), self._epochs + 1):
             self._train(epoch)
             self._kl.append(self._judge())
             if self._kl[-1] == min(self._kl):
                 self._best = [factors.copied() for factors in self.factors]
             self._save()
         taken = self._kl.index(min(self._kl))
-        return self._best, Tuning(tuple(self._kl), taken, len(self._training), len(self._held_out))
+        return self._best, Tuning(
+            tuple(self._kl), taken, len(self._training), len(self._held_out), self._samples.stems.own_texts
+        )
 
     # --- one epoch ---
 
@@ -141,15 +147,15 @@ class _Run:
         order = torch.randperm(len(self._training), generator=torch.Generator().manual_seed(epoch)).tolist()
         batches = list(self._batches([self._training[n] for n in order]))
         for number, batch in enumerate(batches):
-            self._progress.step(f"tuning, epoch {epoch} of {EPOCHS}", number, len(batches), self._detail())
-            part = (epoch - 1 + number / len(batches)) / EPOCHS
+            self._progress.step(f"tuning, epoch {epoch} of {self._epochs}", number, len(batches), self._detail())
+            part = (epoch - 1 + number / len(batches)) / self._epochs
             self._optimizer.param_groups[0]["lr"] = LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * part))
             self._optimizer.zero_grad()
             boundaries = self._chain.forward(batch, self.factors)
             _, gradients = self._loss(batch, boundaries[-1], gradient=True)
             self._chain.backward(batch, boundaries, gradients, self.factors)
             self._optimizer.step()
-        self._progress.step(f"tuning, epoch {epoch} of {EPOCHS}", len(batches), len(batches), self._detail())
+        self._progress.step(f"tuning, epoch {epoch} of {self._epochs}", len(batches), len(batches), self._detail())
 
     def _judge(self) -> float:
         """Mean KL of the samples kept out, with every tensor rounded as it is stored."""

@@ -49,6 +49,11 @@ class Head:
                 gradients[rows] = leaf.grad
         return total, gradients
 
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Of hidden states after the last layer, [n, hidden]: float32 [n, vocabulary]."""
+        with torch.inference_mode():
+            return self._logits(self._norm(states[None])[0])
+
     def divergences(self, exact: torch.Tensor, changed: Callable[[], Iterable[torch.Tensor]]) -> list[float]:
         """Sums of KL over positions, in nats, of several models that are compared with one float model.
 

@@ -39,7 +39,7 @@ class Chain:
         boundaries = [[self.samples.first(position).to(self.device) for position in batch]]
         with torch.no_grad():
             for index in range(len(self)):
-                module = self._module(self.solved(index), None if factors is None else factors[index])
+                module = build_module(self.plan, self.solved(index), None if factors is None else factors[index])
                 boundaries.append(
                     [
                         _run(module, self.samples.layer_input(position, index, hidden, self.device))
@@ -63,7 +63,7 @@ class Chain:
         Each layer is run again with the factors as leaves. Only the hidden states between layers were kept.
         """
         for index in reversed(range(len(self))):
-            module = self._module(self.solved(index), factors[index])
+            module = build_module(self.plan, self.solved(index), factors[index])
             for item, position in enumerate(batch):
                 inputs = self.samples.layer_input(position, index, boundaries[index][item], self.device)
                 leaf = inputs.hidden.detach().clone().requires_grad_()
@@ -74,20 +74,20 @@ class Chain:
                 gradients[item] = leaf.grad  # what is added between layers does not depend on the factors
             boundaries[index + 1] = []  # no longer needed
 
-    def _module(self, layer: SolvedLayer, factors: Factors | None) -> torch.nn.Module:
-        """The library's layer in float32 with dequantized weights; the factors act on the outputs of its modules."""
-        config = self.plan.checkpoint.config
-        weights = {name: tensor.to(torch.float32) for name, tensor in layer.floats.items()}
-        weights |= {f"{name}.weight": dequantize(linear) for name, linear in layer.linears.items()}
-        module = self.plan.model.family.build_layer(config, layer.index, weights).requires_grad_(False)
-        if factors is not None:
-            for name, logarithms in factors.rows.items():
-                module.get_submodule(name).register_forward_hook(partial(_scale_rows, logarithms))
-            for name, added in factors.biases.items():
-                module.get_submodule(name).register_forward_hook(partial(_add, added))
-            for name, logarithms in factors.norms.items():
-                module.get_submodule(name).register_forward_hook(partial(_scale_norm, logarithms))
-        return module
+
+def build_module(plan: QuantPlan, layer: SolvedLayer, factors: Factors | None = None) -> torch.nn.Module:
+    """The library's layer in float32 with dequantized weights; the factors act on the outputs of its modules."""
+    weights = {name: tensor.to(torch.float32) for name, tensor in layer.floats.items()}
+    weights |= {f"{name}.weight": dequantize(linear) for name, linear in layer.linears.items()}
+    module = plan.model.family.build_layer(plan.checkpoint.config, layer.index, weights).requires_grad_(False)
+    if factors is not None:
+        for name, logarithms in factors.rows.items():
+            module.get_submodule(name).register_forward_hook(partial(_scale_rows, logarithms))
+        for name, added in factors.biases.items():
+            module.get_submodule(name).register_forward_hook(partial(_add, added))
+        for name, logarithms in factors.norms.items():
+            module.get_submodule(name).register_forward_hook(partial(_scale_norm, logarithms))
+    return module
 
 
 def _scale_rows(logarithms: torch.Tensor, linear: torch.nn.Module, _args: Any, out: torch.Tensor) -> torch.Tensor:
