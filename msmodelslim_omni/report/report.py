@@ -291,8 +291,8 @@ def tuning_text(tuning: TuningRecord) -> str:
     epochs = ", ".join(f"{kl:.4g}" for kl in tuning.kl[1:])
     taken = f"epoch {tuning.epoch} was taken" if tuning.epoch else "none was better, so the model is as it was rounded"
     return (
-        f"Scales, norms and biases were tuned on {tuning.samples} samples{own}. On {tuning.held_out} others, KL to the float"
-        f" model per position was {tuning.kl[0]:.4g} before and {epochs} after the epochs; {taken}."
+        f"Scales, norms and biases were tuned on {tuning.samples} samples{own}. On {tuning.held_out} others, KL to the"
+        f" float model per position was {tuning.kl[0]:.4g} before and {epochs} after the epochs; {taken}."
     )
 
 

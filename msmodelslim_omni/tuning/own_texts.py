@@ -25,8 +25,6 @@ from .factors import SolvedLayer
 from .head import Head
 from .walk import build_module
 
-_QUESTION = ({"role": "user", "content": [{"type": "text", "text": ""}]},)
-
 
 def add_own_texts(plan: QuantPlan, stems: Stems, device: torch.device, progress: Progress) -> Stems:
     """The samples, and behind them as many texts of the model itself as `plan.own_texts` says.
@@ -47,7 +45,7 @@ def add_own_texts(plan: QuantPlan, stems: Stems, device: torch.device, progress:
             store.write(number, LayerInput(hidden[None], prompt.inputs.arguments), modality)
     return replace(
         stems,
-        samples=(*stems.samples, *(CalibSample(f"own text {n}", _QUESTION, False) for n in range(1, count + 1))),
+        samples=(*stems.samples, *(_empty_question(plan, f"own text {n}") for n in range(1, count + 1))),
         numbers=(*stems.numbers, *numbers),
         modalities=(*stems.modalities, *(store.modality(number) for number in numbers)),
         own_texts=count,
@@ -65,10 +63,16 @@ class _Prompt:
         self.inputs, self.tokens, self.allowed = inputs, tokens, allowed
 
 
+def _empty_question(plan: QuantPlan, where: str) -> CalibSample:
+    turns = [("system", plan.model.system)] if plan.model.system else []
+    messages = ({"role": r, "content": [{"type": "text", "text": text}]} for r, text in [*turns, ("user", "")])
+    return CalibSample(where, tuple(messages), False)
+
+
 def _open_prompt(plan: QuantPlan, length: int, device: torch.device) -> _Prompt:
     limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
     processor = plan.model.family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
-    sample = CalibSample("an empty question", _QUESTION, False)
+    sample = _empty_question(plan, "an empty question")
     ids = prepare_sample(sample, processor).tensors["input_ids"]  # [1, tokens]
     if ids.shape[1] >= length:
         raise QuantError(

@@ -21,6 +21,7 @@ from msmodelslim_omni.calibration import CalibrationStream, SampleEnds, prepare_
 from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.numerics import QuantizedLinear, QuantScheme, dequantize, quantize_weight
 from msmodelslim_omni.plan import QuantPlan
+from msmodelslim_omni.quantized import load_linear, open_source
 from msmodelslim_omni.report.report import read_report
 from msmodelslim_omni.run.manifest import Manifest, new_state
 from msmodelslim_omni.run.preparation import prepare
@@ -35,7 +36,7 @@ from msmodelslim_omni.tuning.walk import Chain
 CPU = torch.device("cpu")
 LAYERS = 2
 W4 = QuantScheme(4, None, group_size=32, symmetric=False)
-TUNED = {".scales", "layernorm.weight", "_proj.bias"}  # what tuning changes
+TUNED = {"layernorm.weight", "_proj.bias"}  # the float tensors that tuning changes
 
 
 @pytest.fixture(scope="module")
@@ -176,15 +177,28 @@ def test_tuning_lowers_kl_and_changes_scales_norms_and_biases_alone(
     report = read_report(tuned / "awq")
     assert report.tuning is not None
     assert report.tuning.kl[report.tuning.epoch] == min(report.tuning.kl) < report.tuning.kl[0]
-    assert report.tuning.samples + report.tuning.held_out == 12
+    assert report.tuning.samples + report.tuning.held_out == 12 + report.tuning.own_texts > 12
     text = (tuned / "awq" / "quant_report.md").read_text(encoding="utf-8")
     assert f"epoch {report.tuning.epoch} was taken" in text and "All of it before tuning." in text
-    fast = tmp_path / "fast"
-    quant(model, fast, "--config_path", recipe, "--dataset", index, "--save_format", "awq").done()
-    before, after = load_file(fast / "model.safetensors"), load_file(tuned / "awq" / "model.safetensors")
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(any(kind in name for kind in TUNED) for name in changed), changed
-    assert {kind for kind in TUNED if any(kind in name for name in changed)} == TUNED
+    assert f"{report.tuning.own_texts} of them texts that the float model wrote itself" in text
+    save = tmp_path / "stopped"
+    stop_at("tuning, epoch 1 of 2", 0, model, save, index, config_path=str(recipe), effort="best")
+    (work,) = save.iterdir()
+    source, after = open_source(tuned / "awq"), load_file(tuned / "awq" / "model.safetensors")
+    changed = set()
+    for layer in range(LAYERS):
+        before, prefix = load_file(work / f"untuned-{layer:04d}.safetensors"), f"thinker.model.layers.{layer}."
+        for linear in (name.removeprefix("qweight.") for name in before if name.startswith("qweight.")):
+            tuned_linear = load_linear(source.linears[prefix + linear])
+            assert tuned_linear.zeros is not None
+            assert torch.equal(tuned_linear.qweight, before[f"qweight.{linear}"])
+            assert torch.equal(tuned_linear.zeros, before[f"zeros.{linear}"])
+            changed |= {"scales"} if not torch.equal(tuned_linear.scales, before[f"scales.{linear}"]) else set()
+        floats = (name.removeprefix("float.") for name in before if name.startswith("float."))
+        different = {name for name in floats if not torch.equal(after[prefix + name], before[f"float.{name}"])}
+        assert all(any(kind in name for kind in TUNED) for name in different), different
+        changed |= {kind for kind in TUNED if any(kind in name for name in different)}
+    assert changed == {"scales", *TUNED}
 
 
 def test_doctor_knows_that_biases_were_tuned(model: Path, tuned: Path, tmp_path: Path) -> None:
@@ -204,11 +218,11 @@ def test_doctor_knows_that_biases_were_tuned(model: Path, tuned: Path, tmp_path:
     assert name in changed() and len(changed()) > 1
 
 
-def test_stopped_three_times_and_resumed_gives_the_same_bytes(
+def test_stopped_four_times_and_resumed_gives_the_same_bytes(
     model: Path, index: Path, recipe: Path, tuned: Path, tmp_path: Path
 ) -> None:
     save = tmp_path / "out"
-    for phase, done in (("layers", 1), ("tuning, epoch 3 of 4", 0), ("writing", 1)):
+    for phase, done in (("own texts", 20), ("layers", 1), ("tuning, epoch 2 of 2", 0), ("writing", 1)):
         stop_at(phase, done, model, save, index, config_path=str(recipe), effort="best")
         assert len(list(save.iterdir())) == 1, "partly written output"
     quant(model, save, "--config_path", recipe, "--dataset", index, "--effort", "best").done()
