@@ -10,13 +10,12 @@ All texts are written together, one layer in memory at a time unless several fit
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..calibration import CalibSample, Stems, prepare_sample, run_stem
-from ..errors import QuantError
 from ..models import LayerInput, MediaLimits, ModelInputs, can_join, cut_arguments, pass_cache_through
 from ..plan import OWN_TEXT_TOKENS, QuantPlan, own_texts, room_for_layers
 from ..runtime import Progress, free_modules
@@ -38,8 +37,8 @@ def add_own_texts(plan: QuantPlan, stems: Stems, device: torch.device, progress:
     numbers = tuple(range(first, first + count))
     if not all(store.is_whole(number) for number in numbers):
         prompt = _open_prompt(plan, length, device)
-        if not can_join(prompt.inputs.arguments):
-            return stems  # arguments of which it is not known how to cut them to one token
+        if prompt is None or not can_join(prompt.inputs.arguments):
+            return stems  # the latter: arguments of which it is not known how to cut them to one token
         for number, hidden in zip(numbers, _Writer(plan, prompt, count, device).write(progress), strict=True):
             modality = torch.zeros(length, dtype=torch.int8)
             store.write(number, LayerInput(hidden[None], prompt.inputs.arguments), modality)
@@ -52,6 +51,7 @@ def add_own_texts(plan: QuantPlan, stems: Stems, device: torch.device, progress:
     )
 
 
+@dataclass(frozen=True)
 class _Prompt:
     """The empty question in front of the first layer, continued to the length of a text.
 
@@ -59,8 +59,9 @@ class _Prompt:
     question. allowed: bool [vocabulary], the tokens that a text may have.
     """
 
-    def __init__(self, inputs: LayerInput, tokens: int, allowed: torch.Tensor) -> None:
-        self.inputs, self.tokens, self.allowed = inputs, tokens, allowed
+    inputs: LayerInput
+    tokens: int
+    allowed: torch.Tensor
 
 
 def _empty_question(plan: QuantPlan, where: str) -> CalibSample:
@@ -69,16 +70,13 @@ def _empty_question(plan: QuantPlan, where: str) -> CalibSample:
     return CalibSample(where, tuple(messages), False)
 
 
-def _open_prompt(plan: QuantPlan, length: int, device: torch.device) -> _Prompt:
+def _open_prompt(plan: QuantPlan, length: int, device: torch.device) -> _Prompt | None:
     limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
     processor = plan.model.family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
     sample = _empty_question(plan, "an empty question")
     ids = prepare_sample(sample, processor).tensors["input_ids"]  # [1, tokens]
-    if ids.shape[1] >= length:
-        raise QuantError(
-            f"--effort best: the chat template alone has {ids.shape[1]} tokens, and a text of the model {length}",
-            "raise calibration.max_tokens, or leave --effort out",
-        )
+    if ids.shape[1] + 1 >= length:
+        return None  # max_tokens leaves no room for a text
     filled = torch.cat([ids, ids[:, -1:].expand(1, length - ids.shape[1])], dim=1)
     tensors = {"input_ids": filled, "attention_mask": torch.ones_like(filled)}
     stem = plan.model.family.open_stem(plan.checkpoint, device, plan.budget.towers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,13 @@ def test_enough_samples_get_no_texts(plan: QuantPlan, tmp_path: Path) -> None:
     )
     added = add_own_texts(plan, long, CPU, Progress())
     assert added.own_texts == 0 and len(added) == len(long)
+
+
+def test_no_room_for_texts(plan: QuantPlan, tmp_path: Path) -> None:
+    """The chat template has 47 tokens, and a sample may have 48."""
+    calibration = plan.calibration.model_copy(update={"max_tokens": 48})
+    stems = stems_of(plan, tmp_path)
+    assert add_own_texts(replace(plan, calibration=calibration), stems, CPU, Progress()) is stems
 
 
 def test_own_texts_judge_nothing() -> None:
