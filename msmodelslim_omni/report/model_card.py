@@ -40,6 +40,7 @@ from .kept import KeptUnit
 from .report import (
     LEFT_OUT,
     Report,
+    count_samples,
     human_bytes,
     markdown_table,
     part_errors,
@@ -440,7 +441,8 @@ def _provenance(report: Report, has_recipe: bool) -> list[str]:
     if not report.data_free:
         name = f" of `{_plain(report.dataset)}`" if report.dataset else ""
         digest = f" (SHA-256 of its index `{_plain(report.dataset_digest)[:16]}`)" if report.dataset_digest else ""
-        data = f"{report.samples} samples{name}{digest}, {total} tokens ({shares})"
+        given, own = count_samples(report)
+        data = f"{given}{name}{digest}{own}, {total} tokens ({shares})"
     versions = ", ".join(f"{_plain(name)} {_plain(number)}" for name, number in report.versions.items())
     lines = [" ".join(_word(word) for word in command) for command in report.commands]
     commands = "\n".join(lines)

@@ -274,6 +274,12 @@ def as_markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def count_samples(report: Report) -> tuple[str, str]:
+    """The number of given samples, and of the model's own texts beside them: `16 samples` and ` and 58 texts...`."""
+    own = report.tuning.own_texts if report.tuning is not None else 0
+    return f"{report.samples - own} samples", f" and {own} texts of the model itself" if own else ""
+
+
 def _calibration_text(report: Report) -> str:
     if report.data_free:
         return "None. The recipe is data-free: the run read no dataset and ran no tower."
@@ -282,7 +288,8 @@ def _calibration_text(report: Report) -> str:
     data = f" of {report.dataset}, index SHA-256 {report.dataset_digest[:16]}" if report.dataset else ""
     files = ", ".join(f"{count} {kind}" for kind, count in report.distinct_media.items())
     media = f" Distinct files: {files}." if files else ""
-    return f"{report.samples} samples{data}, {total} tokens: {shares}.{media}"
+    given, own = count_samples(report)
+    return f"{given}{data}{own}, {total} tokens: {shares}.{media}"
 
 
 def tuning_text(tuning: TuningRecord) -> str:

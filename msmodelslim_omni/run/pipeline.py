@@ -265,7 +265,8 @@ def _open_samples(
         stems = prepare_stems(prepared.plan, prepared.calib, folder, prepared.device.torch, progress, prepared.team)
     if prepared.plan.calibration.effort == "best":
         with clock("own texts"):
-            stems = add_own_texts(prepared.plan, stems, prepared.device.torch, progress)
+            first = len(prepared.calib.samples)
+            stems = add_own_texts(prepared.plan, stems, first, prepared.device.torch, progress)
     return resolve_keep(prepared, stems, folder, manifest, clock, progress), stems
 
 

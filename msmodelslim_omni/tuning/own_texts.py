@@ -25,15 +25,15 @@ from .head import Head
 from .walk import build_module
 
 
-def add_own_texts(plan: QuantPlan, stems: Stems, device: torch.device, progress: Progress) -> Stems:
+def add_own_texts(plan: QuantPlan, stems: Stems, first: int, device: torch.device, progress: Progress) -> Stems:
     """The samples, and behind them as many texts of the model itself as `plan.own_texts` says.
 
-    Texts that an earlier, stopped run has written are used again.
+    first: the number of the first text's file, behind those of all samples, skipped ones included. Texts that an
+    earlier, stopped run has written are used again.
     """
     length = min(OWN_TEXT_TOKENS, plan.calibration.max_tokens)
     count = own_texts(sum(stems.lengths))
     store = stems.store(0)
-    first = stems.numbers[-1] + 1
     numbers = tuple(range(first, first + count))
     if not all(store.is_whole(number) for number in numbers):
         prompt = _open_prompt(plan, length, device)

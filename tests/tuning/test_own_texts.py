@@ -63,7 +63,7 @@ def stems_of(plan: QuantPlan, folder: Path) -> Stems:
 
 @pytest.fixture(scope="module")
 def with_texts(plan: QuantPlan, tmp_path_factory: pytest.TempPathFactory) -> Stems:
-    return add_own_texts(plan, stems_of(plan, tmp_path_factory.mktemp("work")), CPU, Progress())
+    return add_own_texts(plan, stems_of(plan, tmp_path_factory.mktemp("work")), 9, CPU, Progress())
 
 
 def tokens_of(plan: QuantPlan, stems: Stems) -> torch.Tensor:
@@ -111,12 +111,12 @@ def test_each_token_is_drawn_from_the_logits_of_the_whole_model(
 def test_texts_that_are_written_already_are_used_again(plan: QuantPlan, with_texts: Stems, tmp_path: Path) -> None:
     """The same texts in another folder; there, after one of them is damaged, all are written again."""
     stems = stems_of(plan, tmp_path)
-    again = add_own_texts(plan, stems, CPU, Progress())
+    again = add_own_texts(plan, stems, 9, CPU, Progress())
     assert torch.equal(tokens_of(plan, again), tokens_of(plan, with_texts))
     file = tmp_path / "stem" / f"{again.numbers[-1]:06d}.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-8] + bytes(8))
-    add_own_texts(plan, stems, CPU, Progress())
+    add_own_texts(plan, stems, 9, CPU, Progress())
     assert file.read_bytes() == whole
 
 
@@ -125,7 +125,7 @@ def test_enough_samples_get_no_texts(plan: QuantPlan, tmp_path: Path) -> None:
     long = Stems(
         stems.folder, stems.samples, stems.numbers, tuple(torch.zeros(2_500, dtype=torch.int8) for _ in "8" * 8)
     )
-    added = add_own_texts(plan, long, CPU, Progress())
+    added = add_own_texts(plan, long, 64, CPU, Progress())
     assert added.own_texts == 0 and len(added) == len(long)
 
 
@@ -133,7 +133,7 @@ def test_no_room_for_texts(plan: QuantPlan, tmp_path: Path) -> None:
     """The chat template has 47 tokens, and a sample may have 48."""
     calibration = plan.calibration.model_copy(update={"max_tokens": 48})
     stems = stems_of(plan, tmp_path)
-    assert add_own_texts(replace(plan, calibration=calibration), stems, CPU, Progress()) is stems
+    assert add_own_texts(replace(plan, calibration=calibration), stems, 9, CPU, Progress()) is stems
 
 
 def test_own_texts_judge_nothing() -> None:

@@ -14,6 +14,7 @@ from ..report import (
     LayerRecord,
     LinearRecord,
     Report,
+    count_samples,
     human_bytes,
     peak_text,
     run_memory_rows,
@@ -156,7 +157,7 @@ def _calibration(report: Report) -> Section:
         "Share of each modality in the calibration data.",
         "; ".join(f"{n}: {c} tokens, {t}" for n, c, t in zip(names, counts, texts, strict=True)),
     )
-    return Section("Calibration data", f"{report.samples} samples, {total:,} tokens.", (chart,))
+    return Section("Calibration data", f"{''.join(count_samples(report))}, {total:,} tokens.", (chart,))
 
 
 # --- errors --------------------------------------------------------------------------------------------------
