@@ -25,8 +25,9 @@ from .samples import (
     prepare_sample,
     run_stem,
     same_media_warnings,
+    with_system,
 )
-from .stems import Stems, prepare_stems
+from .stems import Stems, open_processor, prepare_stems
 from .stream import CalibrationStream, Captured, OutputError
 
 __all__ = [
@@ -49,11 +50,13 @@ __all__ = [
     "load_calib_set",
     "load_image",
     "missing_modality_warnings",
+    "open_processor",
     "parse_sample",
     "prepare_sample",
     "prepare_stems",
     "run_stem",
     "same_media_warnings",
     "sample_frames",
+    "with_system",
     "zero_errors",
 ]

@@ -301,8 +301,7 @@ def parse_sample(
         messages = _messages_of_conversation(entry, errors)
     else:
         messages = _messages_of_fields(entry, default_text, errors)
-    if model.system and messages and messages[0]["role"] != "system":
-        messages.insert(0, _message("system", [_text_part(model.system)]))
+    messages = with_system(messages, model)
     kinds = {part["type"] for message in messages for part in message["content"]}
     if unsupported := sorted(kinds - set(model.modalities)):
         raise UnsupportedModality(unsupported[0], model)
@@ -314,6 +313,13 @@ def parse_sample(
     if errors:
         raise QuantError("\n".join(errors))
     return CalibSample(where, tuple(messages), use_audio, facts)
+
+
+def with_system(messages: list[dict[str, Any]], model: ModelSpec) -> list[dict[str, Any]]:
+    """The turns of a conversation behind the model's system prompt, if it has one and they do not."""
+    if model.system and messages and messages[0]["role"] != "system":
+        return [_message("system", [_text_part(model.system)]), *messages]
+    return messages
 
 
 def _messages_of_fields(entry: dict[str, Any], default_text: str, errors: list[str]) -> list[dict[str, Any]]:

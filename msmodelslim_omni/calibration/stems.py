@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import QuantError
-from ..models import MediaLimits
+from ..models import MediaLimits, MediaProcessor
 from ..plan import QuantPlan
 from ..runtime import SINGLE_PROCESS, Extent, Progress, Team, free_modules
 from .sample_store import StemStore, refuse_nonfinite_states
@@ -90,6 +90,12 @@ def prepare_stems(
     return stems
 
 
+def open_processor(plan: QuantPlan) -> MediaProcessor:
+    """The library's processor, with the plan's limits for a sample."""
+    limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
+    return plan.model.family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
+
+
 def _run_stem(
     plan: QuantPlan,
     samples: Sequence[CalibSample],
@@ -102,10 +108,8 @@ def _run_stem(
     if not numbers:
         return []
     skipped = [""] * len(numbers)
-    family = plan.model.family
-    limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
-    processor = family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
-    stem = family.open_stem(plan.checkpoint, device, plan.budget.towers)
+    processor = open_processor(plan)
+    stem = plan.model.family.open_stem(plan.checkpoint, device, plan.budget.towers)
     for done, number in enumerate(numbers):
         sample = samples[number]
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from .admission import check_all_tensors, declared_scheme, quantization_of, refuse_quantized
 from .keep import Keep
 from .peak_memory import (
-    OWN_TEXT_TOKENS,
     TUNED_POSITIONS,
     TUNED_TOKENS,
     backlog_bytes,
@@ -19,6 +18,7 @@ from .peak_memory import (
     fit_budget,
     fit_card,
     gram_disk_bytes,
+    own_text_length,
     own_texts,
     peak_memory,
     refit_budget,
@@ -28,7 +28,6 @@ from .peak_memory import (
 from .plan import LayerPlan, QuantPlan, make_plan
 
 __all__ = [
-    "OWN_TEXT_TOKENS",
     "TUNED_POSITIONS",
     "TUNED_TOKENS",
     "Keep",
@@ -42,6 +41,7 @@ __all__ = [
     "fit_card",
     "gram_disk_bytes",
     "make_plan",
+    "own_text_length",
     "own_texts",
     "peak_memory",
     "quantization_of",

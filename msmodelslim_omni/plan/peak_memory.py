@@ -30,7 +30,7 @@ _HEADROOM = 0.05  # freed memory that the C library does not return
 TUNED_TOKENS, TUNED_POSITIONS = 1024, 256
 
 # Of tuning.own_texts: tokens of a text, the most texts, the most for each given token, and tokens that are enough.
-OWN_TEXT_TOKENS, _OWN_TEXTS, _OWN_PER_GIVEN, _ENOUGH_TOKENS = 256, 64, 4, 20_000
+_OWN_TEXT_TOKENS, _OWN_TEXTS, _OWN_PER_GIVEN, _ENOUGH_TOKENS = 256, 64, 4, 20_000
 
 # Share of the user's limit to plan for. Estimates have been up to a tenth below the measured peak.
 _USABLE_SHARE = 0.9
@@ -54,13 +54,18 @@ def peak_memory(plan: QuantPlan, extent: Extent) -> int:
 def own_texts(tokens: int) -> int:
     """How many texts the model writes for `--effort best`, in addition to samples of so many tokens."""
     tokens_to_write = min(_ENOUGH_TOKENS - tokens, _OWN_PER_GIVEN * tokens)
-    return max(0, min(_OWN_TEXTS, tokens_to_write // OWN_TEXT_TOKENS))
+    return max(0, min(_OWN_TEXTS, tokens_to_write // _OWN_TEXT_TOKENS))
+
+
+def own_text_length(plan: QuantPlan) -> int:
+    """Tokens of each of these texts."""
+    return min(_OWN_TEXT_TOKENS, plan.calibration.max_tokens)
 
 
 def with_own_texts(plan: QuantPlan, extent: Extent) -> Extent:
     """The extent of the samples with the model's own texts, if the plan has any."""
     count = own_texts(extent.tokens) if plan.calibration.effort == "best" else 0
-    length = min(OWN_TEXT_TOKENS, plan.calibration.max_tokens) if count else 0
+    length = own_text_length(plan) if count else 0
     return replace(extent, tokens=extent.tokens + count * length, longest=max(extent.longest, length))
 
 
@@ -210,10 +215,10 @@ def _tuning_memory(plan: QuantPlan, layer: _LayerSizes, stores: int, longest: in
 
 def _own_texts_memory(plan: QuantPlan, layer: _LayerSizes, tokens: int) -> int:
     """A layer as stored and in float32, others that stay, keys and values in bfloat16, and the logits of a token."""
-    count = min(_OWN_TEXTS, tokens // OWN_TEXT_TOKENS)
+    count = min(_OWN_TEXTS, tokens // _OWN_TEXT_TOKENS)
     values = [linear for linear in plan.layer_spec.linears if linear.endswith((".k_proj", ".v_proj"))]
     width = sum(plan.layer_spec.shapes[f"{linear}.weight"][0] for linear in values)
-    cached = 2 * width * OWN_TEXT_TOKENS * count * len(plan.layers)
+    cached = 2 * width * _OWN_TEXT_TOKENS * count * len(plan.layers)
     vocabulary = plan.checkpoint.tensors[plan.model.lm_head_tensor(plan.checkpoint.config)].shape[0]
     kept = min(room_for_layers(plan), len(plan.layers) * layer.float_layer)
     return _PROCESS_WITH_MEDIA + layer.stored + layer.float_layer + kept + cached + 12 * vocabulary * count + _BLOCKS

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ..calibration import CalibSample, Stems, prepare_sample, run_stem
-from ..models import LayerInput, MediaLimits, ModelInputs, can_join, cut_arguments, pass_cache_through
-from ..plan import OWN_TEXT_TOKENS, QuantPlan, own_texts, room_for_layers
+from ..calibration import CalibSample, Stems, open_processor, prepare_sample, run_stem, with_system
+from ..models import LayerInput, ModelInputs, can_join, cut_arguments, pass_cache_through
+from ..plan import QuantPlan, own_text_length, own_texts, room_for_layers
 from ..runtime import Progress, free_modules
 from ..storage import load_tensor, row_range
 from .factors import SolvedLayer
@@ -31,22 +31,23 @@ def add_own_texts(plan: QuantPlan, stems: Stems, first: int, device: torch.devic
     first: the number of the first text's file, behind those of all samples, skipped ones included. Texts that an
     earlier, stopped run has written are used again.
     """
-    length = min(OWN_TEXT_TOKENS, plan.calibration.max_tokens)
-    count = own_texts(sum(stems.lengths))
+    length, count = own_text_length(plan), own_texts(sum(stems.lengths))
+    modality = torch.zeros(length, dtype=torch.int8)
     store = stems.store(0)
     numbers = tuple(range(first, first + count))
     if not all(store.is_whole(number) for number in numbers):
         prompt = _open_prompt(plan, length, device)
         if prompt is None or not can_join(prompt.inputs.arguments):
             return stems  # the latter: arguments of which it is not known how to cut them to one token
-        for number, hidden in zip(numbers, _Writer(plan, prompt, count, device).write(progress), strict=True):
-            modality = torch.zeros(length, dtype=torch.int8)
+        texts = _Writer(plan, prompt, count, device).write(progress)
+        free_modules(device)  # the writer's layers
+        for number, hidden in zip(numbers, texts, strict=True):
             store.write(number, LayerInput(hidden[None], prompt.inputs.arguments), modality)
     return replace(
         stems,
         samples=(*stems.samples, *(_empty_question(plan, f"own text {n}") for n in range(1, count + 1))),
         numbers=(*stems.numbers, *numbers),
-        modalities=(*stems.modalities, *(store.modality(number) for number in numbers)),
+        modalities=(*stems.modalities, *[modality] * count),
         own_texts=count,
     )
 
@@ -65,14 +66,12 @@ class _Prompt:
 
 
 def _empty_question(plan: QuantPlan, where: str) -> CalibSample:
-    turns = [("system", plan.model.system)] if plan.model.system else []
-    messages = ({"role": r, "content": [{"type": "text", "text": text}]} for r, text in [*turns, ("user", "")])
-    return CalibSample(where, tuple(messages), False)
+    question = {"role": "user", "content": [{"type": "text", "text": ""}]}
+    return CalibSample(where, tuple(with_system([question], plan.model)), False)
 
 
 def _open_prompt(plan: QuantPlan, length: int, device: torch.device) -> _Prompt | None:
-    limits = MediaLimits(plan.calibration.max_tokens, plan.calibration.max_pixels, plan.calibration.video_fps)
-    processor = plan.model.family.open_media_processor(plan.checkpoint.path, limits, plan.trust_remote_code)
+    processor = open_processor(plan)
     sample = _empty_question(plan, "an empty question")
     ids = prepare_sample(sample, processor).tensors["input_ids"]  # [1, tokens]
     if ids.shape[1] + 1 >= length:
@@ -83,7 +82,8 @@ def _open_prompt(plan: QuantPlan, length: int, device: torch.device) -> _Prompt 
     inputs = run_stem(sample, ModelInputs(tensors, False, torch.zeros(length, dtype=torch.int8)), stem)
     del stem
     free_modules(device)
-    allowed = torch.zeros(_head(plan).shape[0], dtype=torch.bool)
+    lm_head = plan.checkpoint.tensors[plan.model.lm_head_tensor(plan.checkpoint.config)]
+    allowed = torch.zeros(lm_head.shape[0], dtype=torch.bool)
     allowed[[token for token in processor.text_tokens() if token < len(allowed)]] = True
     return _Prompt(inputs, ids.shape[1], allowed)
 
@@ -168,7 +168,3 @@ class _KeysAndValues:
         self._tokens += 1
         keys, values = (stored[:, :, : self._tokens].to(torch.float32) for stored in self._stored)
         return keys, values
-
-
-def _head(plan: QuantPlan) -> Any:
-    return plan.checkpoint.tensors[plan.model.lm_head_tensor(plan.checkpoint.config)]
