@@ -22,7 +22,7 @@ from msmodelslim_omni.models import MODEL_TYPES, derive_model_type
 from msmodelslim_omni.plan.admission import declared_scheme, refuse_quantized
 from msmodelslim_omni.quantized.inspect import inspect_checkpoint
 from msmodelslim_omni.quantized.reader import read_quantized
-from msmodelslim_omni.recipe.schema import load_recipe
+from msmodelslim_omni.recipe.loading import load_recipe
 from msmodelslim_omni.run.manifest import sealed
 from msmodelslim_omni.run.save_path import WORK_FOLDER
 from msmodelslim_omni.run.workspace import Workspace

@@ -17,6 +17,7 @@ from ..storage import (
     SafetensorsWriter,
     TensorInfo,
     TensorSpec,
+    is_finite,
     is_whole,
     load_tensor,
     read_header,
@@ -158,7 +159,7 @@ class HiddenStates:
 
 def refuse_nonfinite_states(hidden: torch.Tensor, producer: str, sample: str) -> None:
     """Raise QuantError if hidden states hold NaN or Inf. producer, sample: what the message names."""
-    if not torch.isfinite(hidden).all():
+    if not is_finite(hidden):
         raise QuantError(
             f"{producer}: NaN or Inf in the hidden states of sample {sample}",
             "check the checkpoint with the float model, or remove the sample",

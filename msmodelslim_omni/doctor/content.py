@@ -28,6 +28,7 @@ from ..storage import (
     TORCH_DTYPES,
     TensorInfo,
     byte_view,
+    is_finite,
     load_tensor,
     read_bytes,
 )
@@ -286,13 +287,8 @@ def _zero_point_correlation(tally: _Tally) -> float | None:
 def check_floats(tensors: Iterable[TensorInfo]) -> Iterator[Finding]:
     """Report float tensors that contain NaN or Inf. Tensors are read in pieces."""
     for info in tensors:
-        if info.dtype in FLOAT_DTYPES and not all(_is_finite(piece) for piece in read_pieces(info)):
+        if info.dtype in FLOAT_DTYPES and not all(is_finite(piece) for piece in read_pieces(info)):
             yield make_finding("float_not_finite", info.name, "contains NaN or Inf")
-
-
-def _is_finite(piece: torch.Tensor) -> bool:
-    smallest, largest = torch.aminmax(piece)
-    return math.isfinite(smallest.item()) and math.isfinite(largest.item())
 
 
 def read_pieces(info: TensorInfo) -> Iterator[torch.Tensor]:

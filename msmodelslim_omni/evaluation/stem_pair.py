@@ -14,7 +14,7 @@ from ..errors import QuantError
 from ..models import LayerInput, MediaProcessor, ModelInputs
 from ..quantized import Source
 from ..runtime import DEFAULT_BUDGET, Progress, free_modules
-from ..storage import Checkpoint, same_bytes
+from ..storage import Checkpoint, is_finite, same_bytes
 from .scoring import drift_sums
 
 # Memory per model that caches the layer arguments, which are also on disk.
@@ -182,5 +182,5 @@ def _without_ignored_keys(config: Any) -> Any:
 
 
 def require_finite(tensor: torch.Tensor, where: str) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise QuantError(f"{where}: NaN or Inf", "check the weights of that model, or remove the sample")

@@ -1,4 +1,4 @@
-"""The processors of a recipe. A new one needs a module here, a line in this table and fields in recipe/schema.py."""
+"""The processors of a recipe. A new one needs a module here, a line in this table, and fields in the recipe package."""
 
 from __future__ import annotations
 

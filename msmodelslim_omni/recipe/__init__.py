@@ -1,31 +1,16 @@
 """Recipes: parse YAML into a frozen, validated Recipe, with file:line in every error.
 
-schema.py holds the pydantic schema and finds shipped recipes; patterns.py matches include and exclude;
-editor_schema.py makes the JSON Schema, which is shipped as recipe.schema.json.
-May import: files, errors. No torch.
+processors.py holds the pydantic schema of what is done to Linears, schema.py the rest of it; loading.py reads recipes
+and chooses a shipped one; patterns.py matches include and exclude; editor_schema.py makes the JSON Schema, which is
+shipped as recipe.schema.json.
+May import: files, errors. No torch, so that `--help` is fast.
 Not here: models. The plan package checks whether a recipe fits a model.
 """
 
 from __future__ import annotations
 
 from .editor_schema import recipe_schema
-from .patterns import matches, near_patterns
-from .schema import (
-    GROUP_SIZES,
-    SAVER_CONFIGS,
-    ActConfig,
-    AwqConfig,
-    CalibrationConfig,
-    IterSmoothConfig,
-    KeepConfig,
-    LinearQConfig,
-    LinearQuantConfig,
-    Modality,
-    ProcessorConfig,
-    Recipe,
-    SaverConfig,
-    SmoothQuantConfig,
-    WeightConfig,
+from .loading import (
     check_quant_type,
     find_recipe,
     load_recipe,
@@ -37,6 +22,20 @@ from .schema import (
     shipped_recipes,
     summary,
 )
+from .patterns import matches, near_patterns
+from .processors import (
+    GROUP_SIZES,
+    ActConfig,
+    AwqConfig,
+    IterSmoothConfig,
+    KeepConfig,
+    LinearQConfig,
+    LinearQuantConfig,
+    ProcessorConfig,
+    SmoothQuantConfig,
+    WeightConfig,
+)
+from .schema import SAVER_CONFIGS, CalibrationConfig, Modality, Recipe, SaverConfig
 from .yaml_lines import Location
 
 __all__ = [

@@ -43,7 +43,7 @@ class InputStats:
     """Statistics of the input of one group of Linears over all samples.
 
     absmax: float32 [modalities, in], the largest |x| per channel; zero for a modality without tokens.
-    abssum: float32 [modalities, in], the sum of |x| per channel.
+    abssum: float32 [modalities, in], the sum of |x| per channel; zeros where no processor needs H, see mean_abs.
     count:  int64 [modalities], the number of tokens.
     rows:   float32 [n, in], the inputs of a fixed choice of tokens; row_modality: int8 [n].
     grams:  H of each modality that has tokens, by index; empty if no processor needs H.
@@ -128,8 +128,11 @@ def merge_stats(inputs: Sequence[InputStats]) -> InputStats:
     return reduce(InputStats.merged, [stats.without_rows() for stats in inputs])
 
 
-def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -> InputStats:
-    """The statistics of one sample. x: float32 [tokens, in]; modality: int8 [tokens]; chosen: indices of kept rows."""
+def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor, *, with_sums: bool = True) -> InputStats:
+    """The statistics of one sample. x: float32 [tokens, in]; modality: int8 [tokens]; chosen: indices of kept rows.
+
+    with_sums: whether to fill `abssum`, which takes as long as all the rest.
+    """
     absmax = torch.zeros((len(MODALITIES), x.shape[1]), dtype=torch.float32, device=x.device)
     abssum = torch.zeros_like(absmax)
     count = torch.zeros(len(MODALITIES), dtype=torch.int64)
@@ -137,8 +140,10 @@ def input_stats(x: torch.Tensor, modality: torch.Tensor, chosen: torch.Tensor) -
         selected = (modality == index).nonzero().flatten()  # not a mask: a card would wait for its size
         count[index] = len(selected)
         if len(selected):
-            magnitude = _rows_of(x, selected).abs()
-            absmax[index], abssum[index] = magnitude.amax(dim=0), magnitude.sum(dim=0)
+            of_modality = _rows_of(x, selected)
+            absmax[index] = torch.maximum(of_modality.amax(dim=0), of_modality.amin(dim=0).neg_())
+            if with_sums:
+                abssum[index] = of_modality.abs().sum(dim=0)
     return InputStats(absmax, abssum, count, x[chosen.to(x.device)].clone(), modality[chosen])
 
 
@@ -264,6 +269,7 @@ class InputRecorder:
         self._team = split.team
         self._positions = split.local_items  # of this process' samples; empty if the split is unknown
         self._importance = importance
+        self._with_sums = tokens is not None
         self._block = cast(RoutedBlock, layer.get_submodule(spec.experts.block)) if spec.experts else None
         self._stats = {group.name: _RunningStats() for group in spec.groups}
         self._grams = {
@@ -343,8 +349,9 @@ class InputRecorder:
         def record(_module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0][0]
             modality, chosen = self._tokens_of(group.expert)
-            new = input_stats(x, modality, chosen)
-            self._faults[group.linears[0]] = ~torch.isfinite(new.abssum).all()  # `end` asks: a card is waited for once
+            new = input_stats(x, modality, chosen, with_sums=self._with_sums)
+            # Maxima propagate NaN. `end` asks for the fault: a card is waited for once.
+            self._faults[group.linears[0]] = ~torch.isfinite(new.absmax).all()
             own = self._begun - 1
             self._stats[group.name].add(self._positions[own] if self._positions else own, new)
             if self._in_gram and self._grams[group.name]:

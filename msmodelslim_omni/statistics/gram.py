@@ -276,7 +276,7 @@ class GramBuilder:
         self._tokens += len(x)
 
     def _flush(self) -> None:
-        x = torch.cat(self._waiting)
+        x = torch.cat(self._waiting) if len(self._waiting) > 1 else self._waiting[0]
         self._waiting = []
         if self._spilled is not None:
             for rows in self._spilled.strips():

@@ -44,12 +44,8 @@ from msmodelslim_omni.numerics.arithmetic import dequantize, quantize_weight, qu
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.plan.plan import LayerPlan, Step, make_plan
 from msmodelslim_omni.processors.work import LayerWork
-from msmodelslim_omni.recipe.schema import (
-    AwqConfig,
-    IterSmoothConfig,
-    LinearQuantConfig,
-    load_recipe,
-)
+from msmodelslim_omni.recipe.loading import load_recipe
+from msmodelslim_omni.recipe.processors import AwqConfig, IterSmoothConfig, LinearQuantConfig
 from msmodelslim_omni.report.fidelity import Interval
 from msmodelslim_omni.run.damage import quantized_modules
 from msmodelslim_omni.run.emulation import EmulatedLinear

@@ -33,8 +33,8 @@ from msmodelslim_omni.numerics.arithmetic import dequantize
 from msmodelslim_omni.plan.plan import QuantPlan, make_plan
 from msmodelslim_omni.quantized.export import export
 from msmodelslim_omni.quantized.reader import open_quantized
+from msmodelslim_omni.recipe.loading import load_recipe, parse_recipe
 from msmodelslim_omni.recipe.patterns import matches
-from msmodelslim_omni.recipe.schema import load_recipe, parse_recipe
 from msmodelslim_omni.run.assembly import make_job
 from msmodelslim_omni.run.pipeline import quantize
 from msmodelslim_omni.storage.checkpoint import open_checkpoint

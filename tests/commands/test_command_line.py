@@ -19,7 +19,7 @@ from msmodelslim_omni.commands.show_plan import grouped_decisions, kept_rows, ra
 from msmodelslim_omni.files import find_model_folder, parse_size
 from msmodelslim_omni.models.spec import Part
 from msmodelslim_omni.recipe import find_recipe, saver_names
-from msmodelslim_omni.recipe.schema import QUANT_TYPE_ALIASES
+from msmodelslim_omni.recipe.loading import QUANT_TYPE_ALIASES
 
 ROOT = Path(__file__).parents[2]
 

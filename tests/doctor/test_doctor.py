@@ -15,8 +15,8 @@ from damage import DAMAGES, LAYER, Damage, change_json, change_tensors, omit_spe
 from safetensors.torch import load_file, save_file
 
 from msmodelslim_omni.doctor import Diagnosis, examine
-from msmodelslim_omni.doctor import source as source_module
 from msmodelslim_omni.doctor.codes import CODES
+from msmodelslim_omni.doctor.comparison import group_slopes
 from msmodelslim_omni.doctor.source import slope_faults
 from msmodelslim_omni.errors import QuantError
 
@@ -264,7 +264,7 @@ def test_slopes_tell_the_order_of_scales_that_are_alike(bits: int, rows_unknown:
 
     def codes(stored: torch.Tensor) -> list[str]:
         y = integers * stored[:, :, None]
-        slopes = source_module._slopes(weight.flatten(1), y.flatten(1), 8)
+        slopes = group_slopes(weight.flatten(1), y.flatten(1), 8)
         return [f.code for f in slope_faults("x", slopes, stored, rows_unknown, columns_unknown)]
 
     assert codes(scales) == []
@@ -276,7 +276,7 @@ def test_slopes_tell_the_order_of_scales_that_are_alike(bits: int, rows_unknown:
 
 def test_a_scale_in_another_unit_is_a_wrong_slope() -> None:
     weight, scales, integers = quantized_slopes(4, 2)
-    slopes = source_module._slopes(weight.flatten(1), (integers * scales[:, :, None] * 1.4).flatten(1), 2)
+    slopes = group_slopes(weight.flatten(1), (integers * scales[:, :, None] * 1.4).flatten(1), 2)
     assert [f.code for f in slope_faults("x", slopes, scales * 1.4, False, False)] == ["slope_wrong"]
 
 

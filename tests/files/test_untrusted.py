@@ -34,7 +34,7 @@ from msmodelslim_omni.files.untrusted import (
     read_regular,
 )
 from msmodelslim_omni.models import MODEL_TYPES, qwen2_5_media
-from msmodelslim_omni.recipe.schema import MAX_RECIPE_BYTES, load_recipe
+from msmodelslim_omni.recipe.loading import MAX_RECIPE_BYTES, load_recipe
 from msmodelslim_omni.storage.checkpoint import INDEX_NAME, load_json_object, open_checkpoint
 from msmodelslim_omni.storage.safetensors_io import read_header
 

@@ -18,7 +18,8 @@ from msmodelslim_omni.formats.shards import GB
 from msmodelslim_omni.models import MODEL_TYPES, derive_model_type, find_model_type, qwen2_5_omni
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.plan.plan import QuantPlan, make_plan
-from msmodelslim_omni.recipe.schema import Recipe, parse_recipe, shipped_recipes
+from msmodelslim_omni.recipe.loading import parse_recipe, shipped_recipes
+from msmodelslim_omni.recipe.schema import Recipe
 from msmodelslim_omni.run.forecast import forecast
 from msmodelslim_omni.run.pipeline import quantize
 from msmodelslim_omni.runtime.budget import NO_SAMPLES, Extent

@@ -32,7 +32,7 @@ from msmodelslim_omni.processors.awq import search_losses, squared_outputs
 from msmodelslim_omni.processors.gptq import factorize, relative_damping
 from msmodelslim_omni.processors.rounding import cholesky_for_gptq, round_group
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
-from msmodelslim_omni.recipe.schema import AwqConfig, LinearQuantConfig
+from msmodelslim_omni.recipe.processors import AwqConfig, LinearQuantConfig
 from msmodelslim_omni.statistics.capture import input_stats
 from msmodelslim_omni.statistics.gram import Gram
 

@@ -16,7 +16,7 @@ from msmodelslim_omni.processors import awq, judge, linear_quant
 from msmodelslim_omni.processors.gptq import ENOUGH_TOKENS
 from msmodelslim_omni.processors.rounding import cholesky_for_gptq, round_group
 from msmodelslim_omni.processors.work import LayerWork
-from msmodelslim_omni.recipe.schema import AwqConfig, LinearQuantConfig
+from msmodelslim_omni.recipe.processors import AwqConfig, LinearQuantConfig
 from msmodelslim_omni.statistics import relative_weights
 
 GPTQ = QuantScheme(4, None, "gptq", 32, symmetric=False)

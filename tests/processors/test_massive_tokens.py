@@ -15,7 +15,7 @@ from msmodelslim_omni.models.spec import LayerSpec, LinearGroup
 from msmodelslim_omni.numerics import QuantScheme, dequantize, quantize_weight, quantized_matmul
 from msmodelslim_omni.processors import awq, linear_quant, smooth
 from msmodelslim_omni.processors.work import LayerWork
-from msmodelslim_omni.recipe.schema import AwqConfig, IterSmoothConfig, LinearQuantConfig
+from msmodelslim_omni.recipe.processors import AwqConfig, IterSmoothConfig, LinearQuantConfig
 from msmodelslim_omni.statistics import relative_weights
 from msmodelslim_omni.statistics.capture import input_stats
 from msmodelslim_omni.statistics.gram import GramBuilder

@@ -17,7 +17,7 @@ from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.processors import awq, fold, smooth
 from msmodelslim_omni.processors.expected_error import ExpectedErrors
 from msmodelslim_omni.processors.work import FEWEST_EXPERT_TOKENS, LayerWork
-from msmodelslim_omni.recipe.schema import AwqConfig, IterSmoothConfig, SmoothQuantConfig
+from msmodelslim_omni.recipe.processors import AwqConfig, IterSmoothConfig, SmoothQuantConfig
 from msmodelslim_omni.statistics.capture import InputRecorder, InputStats, input_stats, run_layer
 from msmodelslim_omni.storage.checkpoint import Checkpoint, open_checkpoint
 

@@ -17,7 +17,7 @@ from msmodelslim_omni.numerics.checks import WeightChecks
 from msmodelslim_omni.processors import fold, smooth
 from msmodelslim_omni.processors.fold import repeat_for_query_heads
 from msmodelslim_omni.processors.work import LayerWork, SmoothingRecord
-from msmodelslim_omni.recipe.schema import IterSmoothConfig, SmoothQuantConfig
+from msmodelslim_omni.recipe.processors import IterSmoothConfig, SmoothQuantConfig
 from msmodelslim_omni.statistics.capture import InputStats, input_stats, relative_weights
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

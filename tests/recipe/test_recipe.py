@@ -18,20 +18,22 @@ from msmodelslim_omni.files.resources import shipped_folder
 from msmodelslim_omni.models import MODEL_TYPES
 from msmodelslim_omni.processors import PROCESSORS
 from msmodelslim_omni.recipe.editor_schema import SCHEMA_FILE, recipe_schema
-from msmodelslim_omni.recipe.schema import (
+from msmodelslim_omni.recipe.loading import (
     MAX_RECIPE_BYTES,
-    AwqConfig,
-    GroupConfig,
-    IterSmoothConfig,
-    LinearQuantConfig,
-    Recipe,
-    SmoothQuantConfig,
     find_recipe,
     load_recipe,
     parse_recipe,
     resolve_recipe,
     shipped_recipes,
 )
+from msmodelslim_omni.recipe.processors import (
+    AwqConfig,
+    GroupConfig,
+    IterSmoothConfig,
+    LinearQuantConfig,
+    SmoothQuantConfig,
+)
+from msmodelslim_omni.recipe.schema import Recipe
 
 # The recipe that msModelSlim ships for this model.
 MSMODELSLIM_RECIPE = (Path(__file__).parents[1] / "msmodelslim_recipe.yaml").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from make_tiny_omni import make_tiny_omni
 from msmodelslim_omni.calibration import CalibrationStream, load_calib_set, prepare_stems
 from msmodelslim_omni.models import LayerInput, derive_model_type
 from msmodelslim_omni.plan.plan import QuantPlan, make_plan
-from msmodelslim_omni.recipe.schema import load_recipe
+from msmodelslim_omni.recipe.loading import load_recipe
 from msmodelslim_omni.run.damage import ChangedModels
 from msmodelslim_omni.runtime import Progress
 from msmodelslim_omni.statistics import run_layer

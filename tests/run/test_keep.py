@@ -19,7 +19,7 @@ from msmodelslim_omni.doctor import examine
 from msmodelslim_omni.errors import QuantError
 from msmodelslim_omni.models import derive_model_type
 from msmodelslim_omni.plan.plan import QuantPlan, make_plan
-from msmodelslim_omni.recipe.schema import load_recipe
+from msmodelslim_omni.recipe.loading import load_recipe
 from msmodelslim_omni.run import quantize
 from msmodelslim_omni.run.keep import Candidate, choose
 from msmodelslim_omni.run.keep_limits import extra_bytes, keep_budget

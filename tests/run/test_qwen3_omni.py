@@ -30,8 +30,8 @@ from msmodelslim_omni.models.inputs import MODALITIES, LayerInput, MediaLimits, 
 from msmodelslim_omni.models.qwen3_omni_generate import mend_placeholder_masks
 from msmodelslim_omni.plan.plan import make_plan
 from msmodelslim_omni.quantized.generate import generate
+from msmodelslim_omni.recipe.loading import find_recipe, parse_recipe
 from msmodelslim_omni.recipe.patterns import matches
-from msmodelslim_omni.recipe.schema import find_recipe, parse_recipe
 from msmodelslim_omni.run.preparation import prepare
 from msmodelslim_omni.run.request import QuantRequest
 from msmodelslim_omni.statistics.capture import InputRecorder, run_layer

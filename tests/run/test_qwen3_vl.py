@@ -32,7 +32,7 @@ from msmodelslim_omni.numerics.arithmetic import dequantize
 from msmodelslim_omni.numerics.scheme import QuantScheme
 from msmodelslim_omni.quantized.generate import generate
 from msmodelslim_omni.quantized.reader import open_quantized
-from msmodelslim_omni.recipe.schema import find_recipe, load_recipe
+from msmodelslim_omni.recipe.loading import find_recipe, load_recipe
 from msmodelslim_omni.run.preparation import prepare
 from msmodelslim_omni.run.request import QuantRequest
 from msmodelslim_omni.statistics.capture import run_layer
