@@ -32,6 +32,7 @@ from tool_runs import (
     THIS_TOOL,
     Run,
     ToolFailed,
+    index_path,
     install,
     name_list,
     run_msmodelslim,
@@ -201,8 +202,8 @@ def main() -> int:
         verb.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
     runner.add_argument("--work", type=Path, required=True, help="folder for results and logs")
     runner.add_argument("--model", type=Path, required=True, help="the float checkpoint")
-    runner.add_argument("--calibration", type=Path, required=True, help="index.jsonl to calibrate on")
-    runner.add_argument("--heldout", type=Path, required=True, help="index.jsonl to measure on, with answers")
+    runner.add_argument("--calibration", type=index_path, required=True, help="index.jsonl to calibrate on")
+    runner.add_argument("--heldout", type=index_path, required=True, help="index.jsonl to measure on, with answers")
     runner.add_argument("--tools", type=name_list(TOOLS), default=TOOLS, help=f"some of {','.join(TOOLS)}")
     runner.add_argument("--text_only", action="store_true", help="calibrate on the samples without media")
     runner.add_argument("--length", type=int, default=256, help="tokens per block of the peers' data")

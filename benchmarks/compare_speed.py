@@ -22,6 +22,7 @@ from tool_runs import (
     THIS_TOOL,
     TIMED_PEERS,
     Run,
+    index_path,
     name_list,
     run_msmodelslim,
     run_once,
@@ -107,7 +108,7 @@ def main() -> None:
     runner.add_argument("--environments", type=Path, required=True, help="folder of the peers' environments")
     runner.add_argument("--work", type=Path, required=True, help="folder for tokens, results and logs")
     runner.add_argument("--model", type=Path, required=True)
-    runner.add_argument("--calibration", type=Path, required=True, help="an index.jsonl of texts")
+    runner.add_argument("--calibration", type=index_path, required=True, help="an index.jsonl of texts")
     runner.add_argument("--samples", type=int, default=120)
     runner.add_argument("--threads", type=int, default=2, help="OMP_NUM_THREADS of every tool")
     runner.add_argument("--tools", type=name_list(TOOLS), default=TOOLS, help=f"some of {','.join(TOOLS)}")

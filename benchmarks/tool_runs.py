@@ -154,6 +154,12 @@ def run_once(folder: Path, run: Callable[[], Run]) -> Run:
     return result
 
 
+def index_path(given: str) -> Path:
+    """The path of an index.jsonl, or that of its folder."""
+    path = Path(given)
+    return path / "index.jsonl" if path.is_dir() else path
+
+
 def name_list(known: list[str]) -> Callable[[str], list[str]]:
     """An argparse type: a comma-separated list of known names."""
 

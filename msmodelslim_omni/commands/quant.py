@@ -106,8 +106,8 @@ def quant(
         Effort | None,
         flag(
             "effort",
-            "best: after rounding, tune scales, norms and biases of the whole model on the samples; w4a16 only, takes"
-            " several times as long. Overrides the recipe. Default: fast.",
+            "best: let the model write calibration texts of its own where samples are few and, in w4a16, tune scales,"
+            " norms and biases after rounding. Takes several times as long. Overrides the recipe. Default: fast.",
             RECIPE,
         ),
     ] = None,

@@ -195,10 +195,10 @@ def _layer_phases(plan: QuantPlan, layer: _LayerSizes, next_read: int, extent: E
         phases["check"] = common + 3 * layer.integers + 2 * scales + activations
     else:
         phases["search"] = common + layer.integers + 12 * layer.widest
-    if plan.calibration.effort == "best":
+    if plan.tunes:
         phases["tuning"] = _tuning_memory(plan, layer, stores, longest)
-        if tokens <= _ENOUGH_TOKENS:
-            phases["own texts"] = _own_texts_memory(plan, layer, tokens)
+    if plan.calibration.effort == "best" and tokens <= _ENOUGH_TOKENS:
+        phases["own texts"] = _own_texts_memory(plan, layer, tokens)
     propagating = 4 * layer.integers if plan.calibration.propagate_error else 0
     phases["propagate"] = common + layer.integers + propagating + activations
     return phases

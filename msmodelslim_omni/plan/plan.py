@@ -114,6 +114,13 @@ class QuantPlan:
     kv_cache: CacheDtype | None = None
     keep: tuple[Keep, ...] = ()
 
+    @property
+    def tunes(self) -> bool:
+        """Whether `--effort best` tunes the model after rounding: 4-bit weights, and no rounded activations."""
+        schemes = [scheme for layer in self.layers for scheme in layer.schemes.values()]
+        has_int4 = any(scheme.is_int4 for scheme in schemes)
+        return self.calibration.effort == "best" and has_int4 and all(scheme.act_bits is None for scheme in schemes)
+
     def keeping(self, names: frozenset[str], keep: Keep) -> QuantPlan:
         """The plan with some Linears, by full name and in complete groups, in the better precision of `keep`."""
         relative = {

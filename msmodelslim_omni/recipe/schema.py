@@ -94,7 +94,8 @@ class CalibrationConfig(Block):
     propagate_error: bool = False
     """The next layer receives the outputs of the quantized layer instead of the float layer."""
     effort: Literal["fast", "best"] = "fast"
-    """best: after rounding, tune scales, norms and biases of the whole model on the samples; 4-bit integers only."""
+    """best: let the model write texts of its own where samples are few and, with 4-bit weights and float activations,
+    tune scales, norms and biases of the whole model after rounding. For recipes with awq or gptq."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the products in the float model's forwards. auto: bfloat16 where the device is faster at it."""
 

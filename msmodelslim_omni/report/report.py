@@ -73,15 +73,13 @@ class TuningRecord:
     """Tuning of the whole model after rounding, for `--effort best`.
 
     kl: mean KL(float || quantized) per position of the samples kept out of it, in nats, before tuning and after each
-    epoch. epoch: the one that was taken; 0 for none. samples, held_out: samples that it was tuned and judged on;
-    own_texts of the former the model has written itself.
+    epoch. epoch: the one that was taken; 0 for none. samples, held_out: samples that it was tuned and judged on.
     """
 
     kl: tuple[float, ...]
     epoch: int
     samples: int
     held_out: int
-    own_texts: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +123,7 @@ class Report:
     max_samples: int | None = None
     commands: tuple[tuple[str, ...], ...] = ()
     distinct_media: dict[str, int] = field(default_factory=dict)  # files with different content, by kind
+    own_texts: int = 0  # of the samples, those that the model has written itself
     tuning: TuningRecord | None = None
     expected_rss_bytes: int = 0  # as estimated from the plan and the measured tokens
     expected_device_bytes: int = 0
@@ -262,7 +261,7 @@ def as_markdown(report: Report) -> str:
     if report.kept:
         table = markdown_table(KEPT_COLUMNS, kept_rows(report.kept))
         lines += ["", "## Kept in a better precision", "", kept_text(report.kept), "", *table]
-    lines += ["", "## Tuning", "", tuning_text(report.tuning)] if report.tuning is not None else []
+    lines += ["", "## Tuning", "", tuning_text(report.tuning, report.own_texts)] if report.tuning is not None else []
     lines += ["", "## Error by layer and Linear", "", _error_note(report), "", *_error_table(report)]
     lines += ["", "## Smoothing", "", *_smoothing_table(report)] if not report.data_free else []
     notes = [f"- layer {layer.index}: {note}" for layer in report.layers for note in layer.notes]
@@ -276,7 +275,7 @@ def as_markdown(report: Report) -> str:
 
 def count_samples(report: Report) -> tuple[str, str]:
     """The number of given samples, and of the model's own texts beside them: `16 samples` and ` and 58 texts...`."""
-    own = report.tuning.own_texts if report.tuning is not None else 0
+    own = report.own_texts
     return f"{report.samples - own} samples", f" and {own} texts of the model itself" if own else ""
 
 
@@ -292,9 +291,9 @@ def _calibration_text(report: Report) -> str:
     return f"{given}{data}{own}, {total} tokens: {shares}.{media}"
 
 
-def tuning_text(tuning: TuningRecord) -> str:
+def tuning_text(tuning: TuningRecord, own_texts: int) -> str:
     """What tuning did, in two sentences."""
-    own = f", {tuning.own_texts} of them texts that the float model wrote itself" if tuning.own_texts else ""
+    own = f", {own_texts} of them texts that the float model wrote itself" if own_texts else ""
     epochs = ", ".join(f"{kl:.4g}" for kl in tuning.kl[1:])
     taken = f"epoch {tuning.epoch} was taken" if tuning.epoch else "none was better, so the model is as it was rounded"
     return (

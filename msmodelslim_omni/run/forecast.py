@@ -113,9 +113,7 @@ def forecast(plan: QuantPlan, extent: Extent) -> Forecast:
     # Per token: hidden states at up to four boundaries, features that are added between layers, rotary tables once.
     states = 4 + plan.model.family.deepstack_depth(plan.checkpoint.config)
     work = extent.tokens * (states * plan.layer_spec.hidden_size * 4 + 4096) + sum(grams.values())
-    if (
-        plan.calibration.effort == "best"
-    ):  # all layers are kept until they are tuned, a byte per weight and float scales
+    if plan.tunes:  # all layers are kept until they are tuned, a byte per weight and float scales
         work += sum(
             5 * out * width // 4 for out, width in (lin.shape for lin in plan.linears if lin.scheme is not None)
         )

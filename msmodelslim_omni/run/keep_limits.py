@@ -37,7 +37,7 @@ def check_keep(plan: QuantPlan) -> None:
     """Raise QuantError if a linear_quant may leave all of its Linears float, so that it would quantize nothing, and if
     tuning meets int8 Linears."""
     for keep in plan.keep:
-        if keep.better is not None and plan.calibration.effort == "best":
+        if keep.better is not None and plan.tunes:
             raise QuantError(
                 f"{keep.where}: --effort best tunes 4-bit and float Linears only, and keep would make some W8A16",
                 "use as: float, or leave --effort out",

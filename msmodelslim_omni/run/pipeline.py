@@ -220,7 +220,7 @@ def _run_layers(prepared: Prepared, workspace: Workspace, progress: Progress) ->
     with Outputs(job, {saver.type: saver.part_file_size for saver in plan.savers}, workspace) as outputs:
         with clock("resume"):
             finished_layers = prepared.team.broadcast(_count_finished_layers(outputs, output_units))
-            is_tuned = stream is not None and plan.calibration.effort == "best"
+            is_tuned = stream is not None and plan.tunes
             first = 0 if is_tuned else _first_layer(finished_layers, stream)
         if first:
             progress.say(f"resuming at layer {first}; the layers before it are finished")
@@ -267,6 +267,9 @@ def _open_samples(
         with clock("own texts"):
             first = len(prepared.calib.samples)
             stems = add_own_texts(prepared.plan, stems, first, prepared.device.torch, progress)
+        if not prepared.plan.tunes and not stems.own_texts:
+            given = f"{sum(stems.lengths)} tokens"
+            progress.say(f"warning: --effort best changes nothing: no texts of the model itself are added to {given}")
     return resolve_keep(prepared, stems, folder, manifest, clock, progress), stems
 
 

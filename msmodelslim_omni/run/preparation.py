@@ -31,7 +31,7 @@ from ..runtime import (
     resolve_device,
 )
 from ..storage import open_checkpoint
-from ..tuning import refuse_untunable
+from ..tuning import refuse_effort
 from .forecast import Forecast, assumed_extent, forecast
 from .keep_limits import check_keep
 from .request import QuantRequest
@@ -97,7 +97,7 @@ def prepare(
     for warning in plan.warnings:
         progress.say(f"warning: {warning}")
     if plan.calibration.effort == "best":
-        refuse_untunable(plan, team.size)
+        refuse_effort(plan, team.size)
     calib = _load_calibration(plan)
     if calib is not None:
         found = describe_media(calib)

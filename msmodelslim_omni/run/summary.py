@@ -70,6 +70,7 @@ def make_report(
         max_samples=plan.calibration.max_samples if calib is not None else None,
         commands=(command_words(request, plan, calib),),
         distinct_media=calib.distinct_media if calib is not None else {},
+        own_texts=stems.own_texts if stems is not None else 0,
         tuning=tuning_record(tuning) if tuning is not None else None,
         compute_dtype=precision.name if calib is not None else "",
         compute_dtype_reason=precision.reason if calib is not None else "",

@@ -9,9 +9,9 @@ Left out on purpose: rounding. Integers and zero points are not changed here.
 
 from __future__ import annotations
 
-from .distill import refuse_untunable, tune
+from .distill import refuse_effort, tune
 from .factors import SolvedLayer
 from .head import Head
 from .own_texts import add_own_texts
 
-__all__ = ["Head", "SolvedLayer", "add_own_texts", "refuse_untunable", "tune"]
+__all__ = ["Head", "SolvedLayer", "add_own_texts", "refuse_effort", "tune"]

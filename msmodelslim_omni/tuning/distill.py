@@ -35,38 +35,31 @@ class Tuning:
     """What tuning did, for the report.
 
     kl: mean KL per position of the samples kept out, in nats, before tuning and after each epoch, with the tensors
-    rounded as they are stored. epoch: the one that was taken; 0: the model as it was rounded. samples: tuned on;
-    own_texts of them the model has written itself.
+    rounded as they are stored. epoch: the one that was taken; 0: the model as it was rounded. samples: tuned on.
     """
 
     kl: tuple[float, ...]
     epoch: int
     samples: int
     held_out: int
-    own_texts: int = 0
 
 
-def refuse_untunable(plan: QuantPlan, processes: int) -> None:
-    """Raise QuantError where a plan has nothing to tune, or layers whose gradient is not available."""
-    schemes = {scheme for layer in plan.layers for scheme in layer.schemes.values()}
+def refuse_effort(plan: QuantPlan, processes: int) -> None:
+    """Raise QuantError where `--effort best` has nothing to do, or layers whose gradient is not available."""
     if processes > 1:
         raise QuantError("--effort best runs in one process", "start it without torchrun, or leave --effort out")
     if plan.dataset is None:
-        raise QuantError("--effort best: the recipe is data-free, and tuning needs samples", "use --quant_type w4a16")
+        raise QuantError("--effort best: the recipe is data-free, and needs samples for it", "use --quant_type w4a16")
     if plan.layer_spec.experts is not None:
         raise QuantError(
             f"--effort best: {plan.model.model_type} has experts, which cannot be tuned yet", "leave --effort out"
         )
-    if not any(scheme.is_int4 and scheme.act_bits is None for scheme in schemes):
+    if plan.statistics != "gram":
         raise QuantError(
-            "--effort best tunes 4-bit integer weights, and this recipe has none",
-            "use --quant_type w4a16, or leave --effort out",
+            "--effort best improves weights rounded with AWQ or GPTQ, and this recipe uses neither",
+            "use --quant_type w4a16 or w8a8_gptq, or leave --effort out",
         )
-    if rounded := next((scheme.name for scheme in schemes if scheme.act_bits is not None), None):
-        raise QuantError(
-            f"--effort best: {rounded} rounds activations, and rounding has no gradient", "leave --effort out"
-        )
-    if plan.calibration.propagate_error:
+    if plan.tunes and plan.calibration.propagate_error:
         raise QuantError(
             "--effort best needs the float model's hidden states, but the recipe has propagate_error: True",
             "set calibration.propagate_error: False",
@@ -137,9 +130,7 @@ class _Run:
                 self._best = [factors.copied() for factors in self.factors]
             self._save()
         taken = self._kl.index(min(self._kl))
-        return self._best, Tuning(
-            tuple(self._kl), taken, len(self._training), len(self._held_out), self._samples.stems.own_texts
-        )
+        return self._best, Tuning(tuple(self._kl), taken, len(self._training), len(self._held_out))
 
     # --- one epoch ---
 

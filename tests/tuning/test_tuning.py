@@ -28,7 +28,7 @@ from msmodelslim_omni.run.preparation import prepare
 from msmodelslim_omni.run.request import QuantRequest
 from msmodelslim_omni.run.tuned import _file, _quantize_all, _read
 from msmodelslim_omni.runtime import Clock, Progress
-from msmodelslim_omni.tuning.distill import refuse_untunable
+from msmodelslim_omni.tuning.distill import refuse_effort
 from msmodelslim_omni.tuning.factors import Factors, SolvedLayer, fold_factors, neutral_factors
 from msmodelslim_omni.tuning.head import Head
 from msmodelslim_omni.tuning.walk import Chain
@@ -177,14 +177,14 @@ def test_tuning_lowers_kl_and_changes_scales_norms_and_biases_alone(
     report = read_report(tuned / "awq")
     assert report.tuning is not None
     assert report.tuning.kl[report.tuning.epoch] == min(report.tuning.kl) < report.tuning.kl[0]
-    assert report.tuning.samples + report.tuning.held_out == 12 + report.tuning.own_texts > 12
+    assert report.tuning.samples + report.tuning.held_out == 12 + report.own_texts > 12
     text = (tuned / "awq" / "quant_report.md").read_text(encoding="utf-8")
     assert f"epoch {report.tuning.epoch} was taken" in text and "All of it before tuning." in text
-    assert f"{report.tuning.own_texts} of them texts that the float model wrote itself" in text
+    assert f"{report.own_texts} of them texts that the float model wrote itself" in text
     given = f"12 samples of {report.dataset}"
-    assert given in text and f" and {report.tuning.own_texts} texts of the model itself, " in text
+    assert given in text and f" and {report.own_texts} texts of the model itself, " in text
     card = (tuned / "awq" / "README.md").read_text(encoding="utf-8")
-    assert "12 samples of" in card and f" and {report.tuning.own_texts} texts of the model itself, " in card
+    assert "12 samples of" in card and f" and {report.own_texts} texts of the model itself, " in card
     save = tmp_path / "stopped"
     stop_at("tuning, epoch 1 of 2", 0, model, save, index, config_path=str(recipe), effort="best")
     (work,) = save.iterdir()
@@ -239,11 +239,11 @@ def test_stopped_four_times_and_resumed_gives_the_same_bytes(
 @pytest.mark.parametrize(
     "words, expected, hint",
     [
-        (("--quant_type", "w8a8"), "this recipe has none", "--quant_type w4a16"),
+        (("--quant_type", "w8a8"), "this recipe uses neither", "w8a8_gptq"),
         (("--quant_type", "nf4"), "data-free", "--quant_type w4a16"),
     ],
 )
-def test_recipe_that_cannot_be_tuned(
+def test_recipe_that_cannot_be_improved(
     words: tuple[str, ...], expected: str, hint: str, model: Path, index: Path, tmp_path: Path
 ) -> None:
     fault = quant(model, tmp_path / "out", "--dataset", index, "--effort", "best", *words).fault()
@@ -256,16 +256,30 @@ def test_recipe_that_propagates_errors(model: Path, index: Path, tmp_path: Path)
     assert "the recipe has propagate_error: True" in fault and "propagate_error: False" in fault
 
 
-def test_rounded_activations_beside_4_bit_weights(quantized: Quantized) -> None:
+def test_rounded_activations_beside_4_bit_weights_are_not_tuned(quantized: Quantized) -> None:
     first, *others = quantized.plan.layers
     mixed = replace(first, schemes={**first.schemes, "mlp.down_proj": QuantScheme(8, 8)})
-    with pytest.raises(QuantError, match="W8A8_DYNAMIC rounds activations"):
-        refuse_untunable(replace(quantized.plan, layers=(mixed, *others)), 1)
+    assert quantized.plan.tunes and not replace(quantized.plan, layers=(mixed, *others)).tunes
+
+
+def test_gptq_with_rounded_activations_gets_own_texts_alone(model: Path, index: Path, tmp_path: Path) -> None:
+    words = ("--dataset", index, "--quant_type", "w8a8_gptq", "--effort", "best")
+    result = quant(model, tmp_path / "out", *words).done()
+    report = read_report(tmp_path / "out")
+    assert report.tuning is None and report.samples == 12 + report.own_texts > 12
+    assert f" and {report.own_texts} texts of the model itself, " in (tmp_path / "out/quant_report.md").read_text()
+    assert "changes nothing" not in result.err
+
+
+def test_warning_where_best_changes_nothing(model: Path, tmp_path: Path) -> None:
+    index = write_index(tmp_path / "data", {"text": "One."})
+    result = quant(model, tmp_path / "out", "--dataset", index, "--quant_type", "w8a8_gptq", "--effort", "best").done()
+    assert "warning: --effort best changes nothing" in result.err and read_report(tmp_path / "out").own_texts == 0
 
 
 def test_several_processes_cannot_tune(quantized: Quantized) -> None:
     with pytest.raises(QuantError, match="runs in one process"):
-        refuse_untunable(quantized.plan, 2)
+        refuse_effort(quantized.plan, 2)
 
 
 def test_too_few_samples(model: Path, recipe: Path, tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def _kept(report: Report) -> Section | None:
 
 
 def _tuning(report: Report) -> Section | None:
-    return None if report.tuning is None else Section("Tuning", tuning_text(report.tuning))
+    return None if report.tuning is None else Section("Tuning", tuning_text(report.tuning, report.own_texts))
 
 
 # --- how it was made -----------------------------------------------------------------------------------------
