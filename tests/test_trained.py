@@ -120,3 +120,15 @@ def test_plain_rounding_has_a_measurable_loss(reports: dict[str, Any], step: int
     assert hidden_error(reports["rounded"]) > 3 * hidden_error(reports["w8a8"]) > 0
     if step == 1:
         assert kl(reports["rounded"]) > 10 * kl(reports["w8a8"]) > 0
+
+
+@pytest.mark.full
+def test_gptq_is_better_than_plain_rounding_in_w8a16(questions: Path, step: int, tmp_path: Path) -> None:
+    found = {}
+    for name in ("w8a16", "w8a16_gptq"):
+        words = ("--quant_type", name, "--save_format", "compressed_tensors", "--dataset", TINY / "calib")
+        quant(TINY / "model", tmp_path / name, *words).done()
+        found[name] = evaluated(tmp_path / name, questions)
+    assert hidden_error(found["w8a16_gptq"]) < 0.9 * hidden_error(found["w8a16"])
+    if step == 1:
+        assert kl(found["w8a16_gptq"]) < 0.8 * kl(found["w8a16"])

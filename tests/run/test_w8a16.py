@@ -85,6 +85,16 @@ def test_settings(outputs: dict[str, Path]) -> None:
 # --- outputs -------------------------------------------------------------------------------------------------
 
 
+def test_gptq_is_closer_than_rounding_to_nearest(tiny: Path, tmp_path: Path) -> None:
+    """On the samples that judge, which are kept out of H."""
+    index = write_index(tmp_path / "data", *({"text": f"{n} and {n * n} are {n + n * n}."} for n in range(16)))
+    words = {"quant_type": "w8a16_gptq", "dataset": str(index), "save_format": "compressed_tensors"}
+    report = quantize(tiny, tmp_path / "out", device="cpu", **words)
+    assert {linear.scheme for layer in report.layers for linear in layer.linears} == {"W8A16"}
+    ratios = [layer.error_over_plain for layer in report.layers]
+    assert all(ratio is not None and ratio < 0.9 for ratio in ratios), ratios
+
+
 def test_weights_agree_with_an_independent_reader(outputs: dict[str, Path]) -> None:
     parts = {n.rpartition(".")[2]: t for n, t in all_tensors(outputs["compressed"]).items() if n.startswith(NAME)}
     expected = dequantizers.dequantize_packed_bytes(
