@@ -43,7 +43,7 @@ from ..numerics import (
 from ..report import human_bytes
 from ..run import round_cache
 from ..runtime import Device, Progress, out_of_memory_as_error, resolve_device
-from ..storage import TensorInfo, load_finite, load_json_object, open_checkpoint
+from ..storage import TensorInfo, is_finite, load_finite, load_json_object, open_checkpoint
 from .reader import (
     is_quantized,
     load_cache,
@@ -390,7 +390,7 @@ def write_wav(file: Path, samples: torch.Tensor, rate: int) -> None:
     """Write 16-bit mono. samples: float [n], clipped to [-1, 1]. Raises QuantError if empty, NaN or Inf."""
     if not samples.numel():
         raise QuantError("the talker produced no audio")
-    if not bool(torch.isfinite(samples).all()):
+    if not is_finite(samples):
         raise QuantError("the talker's audio holds NaN or Inf")
     # WAV is little-endian, and so is every machine that torch is built for
     pcm = (samples.clamp(-1.0, 1.0) * 32767.0).round().to(torch.int16).numpy().astype("<i2").tobytes()

@@ -97,12 +97,6 @@ def _check_keep(recipe: Recipe) -> None:
             )
 
 
-@cache
-def _load_shipped(path: Path) -> Recipe:
-    """Load a file of configs/ once per process: they do not change, and reading all takes a third of a second."""
-    return _load_file(path)
-
-
 def needs_samples(recipe: Recipe) -> bool:
     """Whether the recipe is calibrated: whether a processor looks at activations."""
     return any(
@@ -111,6 +105,12 @@ def needs_samples(recipe: Recipe) -> bool:
         or config.qconfig.stores_input_scale
         for _, config in recipe.processors()
     ) or (recipe.spec.kv_cache is not None)
+
+
+@cache
+def _load_shipped(path: Path) -> Recipe:
+    """Load a file of configs/ once per process: they do not change, and reading all takes a third of a second."""
+    return _load_file(path)
 
 
 def shipped_recipes() -> list[Recipe]:

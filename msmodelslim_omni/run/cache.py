@@ -12,6 +12,7 @@ from ..models import pass_cache_through
 from ..numerics import CacheDtype, CacheScales, cache_scales, pair_lengths
 from ..processors import LayerWork
 from ..runtime import Team
+from ..storage import is_finite
 
 
 class CachePeaks:
@@ -35,6 +36,6 @@ class CachePeaks:
         rows = work.fold("self_attn.v_proj").rows
         if rows is not None:
             value = value / rows.cpu().abs().view_as(value)
-        if not bool(torch.isfinite(key).all() and torch.isfinite(value).all()):
+        if not (is_finite(key) and is_finite(value)):
             raise QuantError(f"layer {work.index}: a key or value is NaN or Inf", "check the float checkpoint")
         return cache_scales(dtype, key, value)

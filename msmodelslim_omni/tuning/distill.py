@@ -49,7 +49,7 @@ def refuse_effort(plan: QuantPlan, processes: int) -> None:
     if processes > 1:
         raise QuantError("--effort best runs in one process", "start it without torchrun, or leave --effort out")
     if plan.dataset is None:
-        raise QuantError("--effort best: the recipe is data-free, and needs samples for it", "use --quant_type w4a16")
+        raise QuantError("--effort best needs samples, and the recipe is data-free", "use --quant_type w4a16")
     if plan.layer_spec.experts is not None:
         raise QuantError(
             f"--effort best: {plan.model.model_type} has experts, which cannot be tuned yet", "leave --effort out"
